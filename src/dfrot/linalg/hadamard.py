@@ -1,0 +1,223 @@
+"""Hadamard matrices of (nearly) every size a transformer has, generated rather than typed out.
+
+A Hadamard matrix of order n has entries ±1 and H Hᵀ = n I. The feed-forward widths of real models are
+2^k times an awkward number (11008 = 256 · 43), so powers of two are not enough. Four constructions and
+their Kronecker products cover what is met in practice:
+
+* Sylvester: order 2, hence all powers of two.
+* Paley I:  order q + 1 for a prime power q ≡ 3 (mod 4).
+* Paley II: order 2 (q + 1) for a prime power q ≡ 1 (mod 4).
+* Williamson: order 4 m from four symmetric circulant matrices of order m, for the m that Paley misses.
+
+A large matrix is a Kronecker product of small dense ones, and is applied factor by factor: a size n = g₁ g₂
+costs g₁ + g₂ multiplications per entry instead of n. The factors are kept between roughly 16 and 200, where a
+matrix product runs at full speed; a butterfly of 2 × 2 steps is many times slower on every device we know.
+"""
+
+import functools
+import itertools
+import math
+
+import torch
+from torch import Tensor
+
+# First rows of Williamson's four circulants, entries 1 … (m − 1)/2 (entry 0 is +1, the rest is symmetric).
+# m = 23: Baumert, Golomb, Hall 1962; m = 29: Baumert 1966; m = 43: Williamson 1944; m = 39: London 2013.
+_WILLIAMSON = {
+    23: ("+---+---+-+", "-++-++--+++", "++---++-+-+", "++-+++-+---"),
+    29: ("++---++--+-+--", "-+---++--+-+++", "+++-++-+---+++", "+--+--+-+++-++"),
+    39: (
+        "++--+-+-----+--++--",
+        "++--++-+---+-+--+--",
+        "+++---+--++----+-+-",
+        "---++-+-+-----+++-+",
+    ),
+    43: (
+        "+---++++-+--+--++----",
+        "++-+-++--+-+-++++-+--",
+        "+-++++++----+-+--++-+",
+        "---++--++++-+-+++-++-",
+    ),
+}
+
+
+def is_prime(n: int) -> bool:
+    return n > 1 and all(n % p for p in range(2, math.isqrt(n) + 1))
+
+
+def prime_power(q: int) -> tuple[int, int] | None:
+    """(p, k) with q = pᵏ and p prime, or None."""
+    p = next((p for p in range(2, q + 1) if q % p == 0), 0)
+    k = round(math.log(q, p)) if p else 0
+    return (p, k) if k and p**k == q and is_prime(p) else None
+
+
+def _quadratic_character(p: int, k: int) -> Tensor:
+    """χ on GF(pᵏ): 0 at 0, +1 at squares, −1 elsewhere; an element is indexed by its base-p digits.
+
+    Some monic polynomial of degree k makes x a generator of the multiplicative group; the powers of x then run
+    through all non-zero elements, and the even ones are the squares.
+    """
+    q = p**k
+    for tail in itertools.product(range(p), repeat=k):  # xᵏ = Σ tail[i] xⁱ
+        chi = torch.zeros(q, dtype=torch.int8)
+        element = [1] + [0] * (k - 1)
+        for exponent in range(q - 1):
+            index = sum(digit * p**i for i, digit in enumerate(element))
+            if index == 0 or chi[index] != 0:  # x is not a generator
+                break
+            chi[index] = 1 - 2 * (exponent % 2)
+            carry = element[-1]
+            shifted = [0, *element[:-1]]
+            element = [(s + carry * t) % p for s, t in zip(shifted, tail, strict=True)]
+        else:
+            return chi
+    raise AssertionError(f"every finite field has a generator, none found for {p}^{k}")
+
+
+def _jacobsthal(p: int, k: int) -> Tensor:
+    """Q[a, b] = χ(a − b) over GF(pᵏ), with Q Qᵀ = q I − J."""
+    place = p ** torch.arange(k)
+    digits = torch.arange(p**k)[:, None] // place % p
+    difference = ((digits[:, None] - digits[None]) % p * place).sum(-1)
+    return _quadratic_character(p, k)[difference]
+
+
+def _bordered(core: Tensor, column: int) -> Tensor:
+    """[[0, 1ᵀ], [column·1, core]]: the conference matrix on which both Paley constructions rest."""
+    q = core.shape[0]
+    conference = torch.ones(q + 1, q + 1, dtype=torch.int8)
+    conference[0, 0], conference[1:, 0], conference[1:, 1:] = 0, column, core
+    return conference
+
+
+def _paley_one(n: int) -> Tensor | None:
+    field = prime_power(n - 1)
+    if field is None or (n - 1) % 4 != 3:
+        return None
+    return _bordered(_jacobsthal(*field), column=-1) + torch.eye(n, dtype=torch.int8)
+
+
+def _paley_two(n: int) -> Tensor | None:
+    field = prime_power(n // 2 - 1) if n % 2 == 0 else None
+    if field is None or (n // 2 - 1) % 4 != 1:
+        return None
+    conference = _bordered(_jacobsthal(*field), column=1)
+    identity = torch.eye(n // 2, dtype=torch.int8)
+    off_diagonal = torch.tensor([[1, 1], [1, -1]], dtype=torch.int8)
+    diagonal = torch.tensor([[1, -1], [-1, -1]], dtype=torch.int8)
+    return torch.kron(conference, off_diagonal) + torch.kron(identity, diagonal)
+
+
+def _williamson(n: int) -> Tensor | None:
+    halves = _WILLIAMSON.get(n // 4) if n % 4 == 0 else None
+    if halves is None:
+        return None
+    index = torch.arange(n // 4)
+    circulants = []
+    for half in halves:
+        row = torch.tensor([1 if sign == "+" else -1 for sign in "+" + half + half[::-1]])
+        circulants.append(row[(index[None] - index[:, None]) % (n // 4)].to(torch.int8))
+    a, b, c, d = circulants
+    blocks = [[a, b, c, d], [-b, a, -d, c], [-c, d, a, -b], [-d, -c, b, a]]
+    return torch.cat([torch.cat(row, dim=1) for row in blocks])
+
+
+@functools.cache
+def _primitive(n: int) -> Tensor | None:
+    """A Hadamard matrix of order n by one construction, no product."""
+    if n == 1:
+        return torch.ones(1, 1, dtype=torch.int8)
+    if n == 2:
+        return torch.tensor([[1, 1], [1, -1]], dtype=torch.int8)
+    if n & (n - 1) == 0:  # powers of two stay Sylvester's: exported models rely on that order
+        return None
+    for construct in (_paley_one, _paley_two, _williamson):
+        if (matrix := construct(n)) is not None:
+            return matrix
+    return None
+
+
+@functools.cache
+def is_hadamard_size(n: int) -> bool:
+    """Whether this module can build a Hadamard matrix of order n."""
+    if n > 2 and n % 4:
+        return False
+    if n % 2 == 0 and n > 2 and is_hadamard_size(n // 2):
+        return True
+    return _primitive(n) is not None or any(
+        n % a == 0 and is_hadamard_size(a) and is_hadamard_size(n // a) for a in range(4, math.isqrt(n) + 1, 4)
+    )
+
+
+def require_hadamard_size(n: int) -> None:
+    """Raise ValueError, naming the sizes near n, if there is no Hadamard matrix of order n here."""
+    if n >= 1 and is_hadamard_size(n):
+        return
+    below = next((m for m in range(n - 1, 0, -1) if is_hadamard_size(m)), None)
+    above = next(m for m in itertools.count(max(n + 1, 1)) if is_hadamard_size(m))
+    near = " and ".join(str(m) for m in (below, above) if m is not None)
+    rule = (
+        "a Hadamard matrix has order 1, 2 or a multiple of 4"
+        if n > 2 and n % 4
+        else "no construction here (Sylvester, Paley I and II, Williamson, products) gives this order"
+    )
+    raise ValueError(f"no Hadamard matrix of size {n}: {rule}. The nearest sizes are {near}.")
+
+
+@functools.cache
+def hadamard_matrix(n: int) -> Tensor:
+    """A Hadamard matrix of order n: int8 (n, n), entries ±1, H Hᵀ = n I. Treat it as read-only.
+
+    Powers of two are in Sylvester's order (scipy.linalg.hadamard's).
+
+    Raises:
+        ValueError: no construction gives order n; the message names the nearest sizes that work.
+    """
+    require_hadamard_size(n)
+    if (matrix := _primitive(n)) is not None:
+        return matrix
+    for a in itertools.chain([2], range(4, n, 4)):
+        if n % a == 0 and is_hadamard_size(a) and is_hadamard_size(n // a):
+            return torch.kron(hadamard_matrix(n // a), hadamard_matrix(a))
+    raise AssertionError(f"{n} is a Hadamard size but has no factors")
+
+
+# One more pass over the data costs as much as this many multiplications per entry; measured on AVX512 and AMX,
+# where two factors of 64 beat three of 16 and one of 576 loses to 36 · 16.
+_PASS_COST = 120
+
+
+@functools.cache
+def kronecker_factors(n: int) -> tuple[int, ...]:
+    """Sizes (g₁, …, gₖ) with product n and a Hadamard matrix of each, cheapest to apply one after the other."""
+    require_hadamard_size(n)
+
+    @functools.cache
+    def cheapest(m: int) -> tuple[float, tuple[int, ...]]:
+        best: tuple[float, tuple[int, ...]] = (float(m + _PASS_COST), (m,)) if is_hadamard_size(m) else (math.inf, (m,))
+        for g in range(2, m // 2 + 1):
+            if m % g == 0 and is_hadamard_size(g):
+                cost, rest = cheapest(m // g)
+                best = min(best, (cost + g + _PASS_COST, (g, *rest)))
+        return best
+
+    return cheapest(n)[1]
+
+
+@functools.lru_cache(maxsize=64)
+def scaled_factor(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """H / √n as a dense (n, n) tensor, kept for repeated use."""
+    return (hadamard_matrix(n).to(torch.float64) / math.sqrt(n)).to(device=device, dtype=dtype)
+
+
+def apply_hadamard(x: Tensor, *, transposed: bool = False) -> Tensor:
+    """x H / √n (or x Hᵀ / √n) along the last axis of x (…, n), H = H_{g₁} ⊗ … ⊗ H_{gₖ}."""
+    n = x.shape[-1]
+    shape, after = x.shape, n  # x is viewed as (rows and earlier factors, g, later factors)
+    for g in kronecker_factors(n):
+        after //= g
+        factor = scaled_factor(g, x.dtype, x.device)
+        factor = factor.T if transposed else factor
+        x = x.reshape(-1, g) @ factor if after == 1 else factor.T @ x.reshape(-1, g, after)
+    return x.reshape(shape)

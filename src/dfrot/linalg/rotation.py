@@ -1,0 +1,252 @@
+"""Rotations: orthogonal maps of the last axis, y = x Q with Q Qᵀ = I.
+
+`as_matrix` is the specification, in float64; `apply` may be faster and works in the dtype of its input. A
+block-diagonal rotation is a Kronecker product with the identity on the left (one block for all positions, as R2,
+R3 and DuQuant have it); mixing heads is one with the identity on the right.
+"""
+
+import abc
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dfrot.linalg.hadamard import apply_hadamard, hadamard_matrix, kronecker_factors, require_hadamard_size
+
+
+class Rotation(abc.ABC):
+    """An orthogonal map of the last axis."""
+
+    size: int
+
+    @abc.abstractmethod
+    def apply(self, x: Float[Tensor, "*batch size"]) -> Float[Tensor, "*batch size"]:
+        """x Q, in the dtype and on the device of x."""
+
+    @abc.abstractmethod
+    def as_matrix(self) -> Float[Tensor, "size size"]:
+        """Q in float64 on the CPU."""
+
+    @property
+    @abc.abstractmethod
+    def T(self) -> "Rotation":
+        """The inverse, Qᵀ."""
+
+    def __matmul__(self, other: "Rotation") -> "Rotation":
+        """First self, then other: x (self @ other) = (x self) other."""
+        return Compose((self, other))
+
+    def describe(self) -> dict[str, Any]:
+        """JSON that `rotation_from` turns back into this rotation; only for rotations that need no tensors."""
+        raise TypeError(f"{type(self).__name__} holds tensors and cannot be described by JSON alone")
+
+
+@dataclass(frozen=True)
+class Identity(Rotation):
+    size: int
+
+    def apply(self, x: Float[Tensor, "*batch size"]) -> Float[Tensor, "*batch size"]:
+        return x
+
+    def as_matrix(self) -> Float[Tensor, "size size"]:
+        return torch.eye(self.size, dtype=torch.float64)
+
+    @property
+    def T(self) -> Rotation:
+        return self
+
+    def describe(self) -> dict[str, Any]:
+        return {"type": "identity", "size": self.size}
+
+
+@dataclass(frozen=True, eq=False)
+class Hadamard(Rotation):
+    """diag(signs) H / √n; without signs the plain normalised Hadamard matrix.
+
+    Raises:
+        ValueError: no Hadamard matrix of this size is known.
+    """
+
+    size: int
+    signs: Float[Tensor, " size"] | None = None
+    transposed: bool = False
+
+    def __post_init__(self) -> None:
+        require_hadamard_size(self.size)
+
+    def apply(self, x: Float[Tensor, "*batch size"]) -> Float[Tensor, "*batch size"]:
+        signs = None if self.signs is None else self.signs.to(device=x.device, dtype=x.dtype)
+        if signs is not None and not self.transposed:
+            x = x * signs
+        x = apply_hadamard(x, transposed=self.transposed)
+        return x * signs if signs is not None and self.transposed else x
+
+    def as_matrix(self) -> Float[Tensor, "size size"]:
+        matrix = torch.ones(1, 1, dtype=torch.float64)
+        for factor in kronecker_factors(self.size):
+            matrix = torch.kron(matrix, hadamard_matrix(factor).double())
+        matrix = matrix / self.size**0.5
+        if self.signs is not None:
+            matrix = self.signs.double().cpu()[:, None] * matrix
+        return matrix.T.contiguous() if self.transposed else matrix
+
+    @property
+    def T(self) -> Rotation:
+        return Hadamard(self.size, self.signs, not self.transposed)
+
+    def describe(self) -> dict[str, Any]:
+        if self.signs is not None:
+            return super().describe()
+        return {"type": "hadamard", "size": self.size, "transposed": self.transposed}
+
+
+@dataclass(frozen=True, eq=False)
+class Dense(Rotation):
+    """An orthogonal matrix as it is. Orthogonality is the caller's promise."""
+
+    matrix: Float[Tensor, "size size"]
+
+    @property
+    def size(self) -> int:  # type: ignore[override]
+        return self.matrix.shape[0]
+
+    def apply(self, x: Float[Tensor, "*batch size"]) -> Float[Tensor, "*batch size"]:
+        return x @ self.matrix.to(device=x.device, dtype=x.dtype)
+
+    def as_matrix(self) -> Float[Tensor, "size size"]:
+        return self.matrix.double().cpu()
+
+    @property
+    def T(self) -> Rotation:
+        return Dense(self.matrix.T)
+
+
+@dataclass(frozen=True, eq=False)
+class Permutation(Rotation):
+    """y[j] = x[order[j]]."""
+
+    order: Int[Tensor, " size"]
+
+    @property
+    def size(self) -> int:  # type: ignore[override]
+        return self.order.shape[0]
+
+    def apply(self, x: Float[Tensor, "*batch size"]) -> Float[Tensor, "*batch size"]:
+        return x.index_select(-1, self.order.to(x.device))
+
+    def as_matrix(self) -> Float[Tensor, "size size"]:
+        return torch.eye(self.size, dtype=torch.float64)[:, self.order.cpu()]
+
+    @property
+    def T(self) -> Rotation:
+        return Permutation(torch.argsort(self.order))
+
+
+@dataclass(frozen=True, eq=False)
+class Kronecker(Rotation):
+    """left ⊗ right: channel i·right.size + j is row i of left's axis and column j of right's."""
+
+    left: Rotation
+    right: Rotation
+
+    @property
+    def size(self) -> int:  # type: ignore[override]
+        return self.left.size * self.right.size
+
+    def apply(self, x: Float[Tensor, "*batch size"]) -> Float[Tensor, "*batch size"]:
+        x = self.right.apply(x.unflatten(-1, (self.left.size, self.right.size)))
+        if not isinstance(self.left, Identity):
+            x = self.left.apply(x.transpose(-1, -2)).transpose(-1, -2)
+        return x.flatten(-2)
+
+    def as_matrix(self) -> Float[Tensor, "size size"]:
+        return torch.kron(self.left.as_matrix().contiguous(), self.right.as_matrix().contiguous())
+
+    @property
+    def T(self) -> Rotation:
+        return Kronecker(self.left.T, self.right.T)
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "type": "kronecker",
+            "left": self.left.describe(),
+            "right": self.right.describe(),
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Compose(Rotation):
+    """The product of its parts, applied from first to last.
+
+    Raises:
+        ValueError: the parts are of different sizes, or there is none.
+    """
+
+    parts: tuple[Rotation, ...]
+
+    def __post_init__(self) -> None:
+        sizes = [part.size for part in self.parts]
+        if len(set(sizes)) != 1:
+            raise ValueError(f"the rotations of a product have one size, got sizes {sizes}")
+
+    @property
+    def size(self) -> int:  # type: ignore[override]
+        return self.parts[0].size
+
+    def apply(self, x: Float[Tensor, "*batch size"]) -> Float[Tensor, "*batch size"]:
+        for part in self.parts:
+            x = part.apply(x)
+        return x
+
+    def as_matrix(self) -> Float[Tensor, "size size"]:
+        return self.apply(torch.eye(self.size, dtype=torch.float64))
+
+    @property
+    def T(self) -> Rotation:
+        return Compose(tuple(part.T for part in reversed(self.parts)))
+
+    def describe(self) -> dict[str, Any]:
+        return {"type": "compose", "parts": [part.describe() for part in self.parts]}
+
+
+def block_diagonal(block: Rotation, count: int) -> Rotation:
+    """`count` copies of one block along the diagonal: I ⊗ block."""
+    return Kronecker(Identity(count), block)
+
+
+def rotation_from(description: Mapping[str, Any]) -> Rotation:
+    """The rotation that `Rotation.describe` described.
+
+    Raises:
+        ValueError: the description is of no known type.
+    """
+    match description:
+        case {"type": "identity", "size": size}:
+            return Identity(size)
+        case {"type": "hadamard", "size": size, "transposed": transposed}:
+            return Hadamard(size, transposed=transposed)
+        case {"type": "kronecker", "left": left, "right": right}:
+            return Kronecker(rotation_from(left), rotation_from(right))
+        case {"type": "compose", "parts": parts}:
+            return Compose(tuple(rotation_from(part) for part in parts))
+    raise ValueError(f"not the description of a rotation: {description!r}")
+
+
+def random_hadamard(size: int, generator: torch.Generator) -> Hadamard:
+    """diag(±1) H / √n with signs drawn from the generator (on the CPU): QuaRot's R1, the papers' RH."""
+    signs = torch.randint(0, 2, (size,), generator=generator).mul(2).sub(1).double()
+    return Hadamard(size, signs)
+
+
+def random_orthogonal(size: int, generator: torch.Generator) -> Dense:
+    """A rotation uniform over the orthogonal group (the papers' RO).
+
+    QR of a Gaussian matrix is uniform only once the signs of R's diagonal are moved into Q; without that the
+    distribution depends on the QR routine (Mezzadri, Notices of the AMS 54, 2007).
+    """
+    gaussian = torch.randn(size, size, generator=generator, dtype=torch.float64)
+    q, r = torch.linalg.qr(gaussian)
+    return Dense(q * torch.sign(torch.diagonal(r)))

@@ -1,0 +1,1 @@
+"""Integer grids, affine quantization, clipping, packing: tensors only."""

@@ -1,0 +1,124 @@
+"""Affine quantization: three verbs, `choose_qparams`, `quantize`, `dequantize`, and their composition.
+
+    symmetric    s = c · max|x| / (2^(b−1) − 1),                 q = clamp(round(x / s)),      x̂ = s q
+    asymmetric   s = c · (max(x, 0) − min(x, 0)) / (2^b − 1),    q = clamp(round(x / s) + z),  x̂ = s (q − z)
+                 z = round(−c · min(x, 0) / s)
+
+The range always contains 0, so that zeros (padding, dead channels) stay exactly zero. NaN and infinities in the
+input come out as NaN; they are never clamped into something that looks like a number.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dfrot.quant.grids import Granularity, IntGrid, PerGroup, PerTensor
+
+# What scales are stored in. Like float32 it can neither overflow nor underflow; since the integers are chosen for the
+# scale as it is stored, its short mantissa makes a step at most 2⁻⁷ longer and nothing else.
+SCALE_DTYPE = torch.bfloat16
+
+
+class QParams(NamedTuple):
+    """Scale and zero point, one entry per group of the granularity. `zero` is None for symmetric grids."""
+
+    scale: Tensor
+    zero: Tensor | None
+
+
+def grouped(x: Tensor, granularity: Granularity) -> Tensor:
+    """A view of x whose last axis holds what shares one scale: (…, groups, group_size).
+
+    Raises:
+        ValueError: the group size does not divide the last axis.
+    """
+    if isinstance(granularity, PerTensor):
+        return x.reshape(1, 1, -1)
+    if isinstance(granularity, PerGroup):
+        width = x.shape[-1]
+        if width % granularity.size:
+            divisors = [g for g in (16, 32, 64, 128, 256) if width % g == 0]
+            hint = f"Group sizes that do: {divisors}." if divisors else "Use one scale per channel."
+            raise ValueError(
+                f"group_size must divide the width it is applied to, got group_size={granularity.size} "
+                f"for width {width}. {hint}"
+            )
+        return x.unflatten(-1, (-1, granularity.size))
+    return x.unsqueeze(-2)
+
+
+def choose_qparams(
+    x: Float[Tensor, "..."],
+    grid: IntGrid,
+    granularity: Granularity,
+    clip: float | Tensor = 1.0,
+    scale_dtype: torch.dtype | None = None,
+) -> QParams:
+    """The scales (and zero points) that fit `grid` to the range of x.
+
+    Args:
+        x: (…, channels).
+        clip: the share c of the range that is kept, a number or one per group.
+        scale_dtype: a narrower dtype that the scales will be stored in. They are rounded up to it here, so that the
+            integers are chosen for the scale that will be used and nothing is clipped that was not to be.
+
+    Returns:
+        scale (and zero) of shape (…, groups), in the dtype of x; an all-zero group has scale 1.
+
+    Raises:
+        ValueError: the group size does not divide the last axis.
+    """
+    groups = grouped(x, granularity)
+    if grid.symmetric:
+        reach = groups.abs().amax(-1) * clip
+        scale = reach / grid.highest
+        low = None
+    else:
+        low = groups.amin(-1).clamp(max=0) * clip
+        scale = (groups.amax(-1).clamp(min=0) * clip - low) / grid.highest
+    if scale_dtype is not None:
+        narrow = scale.to(scale_dtype)
+        above = torch.nextafter(narrow, torch.full_like(narrow, torch.inf))
+        scale = torch.where(narrow.to(x.dtype) < scale, above, narrow).to(x.dtype)
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    zero = None if low is None else torch.round(-low / scale).clamp(grid.lowest, grid.highest)
+    return QParams(scale, zero)
+
+
+def _rounded(groups: Tensor, grid: IntGrid, qparams: QParams) -> Tensor:
+    """The integers, still as floats, of a grouped tensor."""
+    q = (groups / qparams.scale.unsqueeze(-1)).round_()
+    if qparams.zero is not None:
+        q += qparams.zero.unsqueeze(-1)
+    return q.clamp_(grid.lowest, grid.highest)
+
+
+def quantize(x: Float[Tensor, "..."], grid: IntGrid, granularity: Granularity, qparams: QParams) -> Tensor:
+    """The integers nearest to x: int8 (uint8 for asymmetric grids), in the shape of x."""
+    q = _rounded(grouped(x, granularity), grid, qparams)
+    return q.to(torch.int8 if grid.symmetric else torch.uint8).reshape(x.shape)
+
+
+def dequantize(q: Tensor, granularity: Granularity, qparams: QParams) -> Float[Tensor, "..."]:
+    """s (q − z), in the shape of q and the dtype of the scales."""
+    groups = grouped(q, granularity).to(qparams.scale.dtype)
+    if qparams.zero is not None:
+        groups = groups - qparams.zero.unsqueeze(-1)
+    return (groups * qparams.scale.unsqueeze(-1)).reshape(q.shape)
+
+
+def fake_quantize(
+    x: Float[Tensor, "..."], grid: IntGrid, granularity: Granularity, clip: float | Tensor = 1.0
+) -> Float[Tensor, "..."]:
+    """What is left of x after quantizing and dequantizing it; same shape and dtype.
+
+    16-bit tensors are quantized in float32: in bfloat16 the quotient x / s itself would be off by up to half a step.
+    """
+    wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    qparams = choose_qparams(wide, grid, granularity, clip)
+    q = _rounded(grouped(wide, granularity), grid, qparams)
+    if qparams.zero is not None:
+        q -= qparams.zero.unsqueeze(-1)
+    return q.mul_(qparams.scale.unsqueeze(-1)).reshape(x.shape).to(x.dtype)

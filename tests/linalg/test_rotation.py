@@ -1,0 +1,120 @@
+import pytest
+import scipy.stats
+import torch
+
+from dfrot.linalg.procrustes import polar_factor, procrustes
+from dfrot.linalg.rotation import (
+    Compose,
+    Dense,
+    Hadamard,
+    Identity,
+    Kronecker,
+    Permutation,
+    Rotation,
+    block_diagonal,
+    random_hadamard,
+    random_orthogonal,
+    rotation_from,
+)
+
+SEED = torch.Generator().manual_seed(3)
+ROTATIONS: dict[str, Rotation] = {
+    "identity": Identity(24),
+    "hadamard": Hadamard(24),
+    "transposed": Hadamard(24).T,
+    "random hadamard": random_hadamard(24, SEED),
+    "random hadamard transposed": random_hadamard(24, SEED).T,
+    "dense": random_orthogonal(24, SEED),
+    "permutation": Permutation(torch.randperm(24, generator=SEED)),
+    "blocks": block_diagonal(random_orthogonal(8, SEED), 3),
+    "heads": Kronecker(Hadamard(4), Identity(6)),
+    "both": Kronecker(random_hadamard(4, SEED), random_orthogonal(6, SEED)),
+    "product": random_hadamard(24, SEED) @ Permutation(torch.randperm(24, generator=SEED)),
+}
+every_rotation = pytest.mark.parametrize("rotation", ROTATIONS.values(), ids=ROTATIONS.keys())
+
+
+@every_rotation
+def test_apply_agrees_with_the_matrix(rotation: Rotation) -> None:
+    x = torch.randn(3, 5, 24, dtype=torch.float64)
+    torch.testing.assert_close(rotation.apply(x), x @ rotation.as_matrix(), rtol=0, atol=1e-13)
+
+
+@every_rotation
+def test_the_matrix_is_orthogonal_and_the_transpose_its_inverse(rotation: Rotation) -> None:
+    matrix = rotation.as_matrix()
+    torch.testing.assert_close(matrix @ matrix.T, torch.eye(24, dtype=torch.float64), rtol=0, atol=1e-13)
+    torch.testing.assert_close(rotation.T.as_matrix(), matrix.T, rtol=0, atol=1e-13)
+    x = torch.randn(2, 24, dtype=torch.float64)
+    torch.testing.assert_close(rotation.T.apply(rotation.apply(x)), x, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", ["identity", "hadamard", "transposed", "heads"])
+def test_a_rotation_without_tensors_survives_json(name: str) -> None:
+    again = rotation_from(ROTATIONS[name].describe())
+    assert torch.equal(again.as_matrix(), ROTATIONS[name].as_matrix())
+
+
+def test_a_rotation_with_tensors_refuses_to_be_json() -> None:
+    for name in ("dense", "random hadamard", "permutation"):
+        with pytest.raises(TypeError, match="holds tensors"):
+            ROTATIONS[name].describe()
+
+
+@pytest.mark.parametrize("description", [{}, {"type": "pickle"}, {"type": "hadamard"}])
+def test_json_of_something_else_is_refused(description: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match="not the description of a rotation"):
+        rotation_from(description)
+
+
+def test_a_product_of_different_sizes_is_refused() -> None:
+    with pytest.raises(ValueError, match="one size, got sizes"):
+        Compose((Identity(4), Identity(8)))
+
+
+def test_the_same_generator_draws_the_same_rotation() -> None:
+    def draw() -> torch.Tensor:
+        generator = torch.Generator().manual_seed(5)
+        return torch.cat(
+            [random_orthogonal(6, generator).matrix, random_hadamard(4, generator).as_matrix()[:, [0] * 6]]
+        )
+
+    assert torch.equal(draw(), draw())
+
+
+def test_random_orthogonal_is_uniform() -> None:
+    """An entry of a uniform rotation of size 3 is uniform on [−1, 1] (Archimedes)."""
+    generator = torch.Generator().manual_seed(0)
+    entries = [random_orthogonal(3, generator).matrix[0, 0].item() for _ in range(500)]
+    assert scipy.stats.kstest(entries, "uniform", args=(-1, 2)).pvalue > 0.01
+
+
+def test_procrustes_agrees_with_scipy() -> None:
+    a, b = torch.randn(2, 40, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    expected, _ = scipy.linalg.orthogonal_procrustes(a.numpy(), b.numpy())
+    torch.testing.assert_close(procrustes(a, b), torch.from_numpy(expected), rtol=0, atol=1e-12)
+
+
+def test_weights_count_rows() -> None:
+    generator = torch.Generator().manual_seed(2)
+    a, b = torch.randn(2, 20, 6, dtype=torch.float64, generator=generator)
+    counts = torch.randint(1, 4, (20,), generator=generator)
+    repeated = procrustes(a.repeat_interleave(counts, 0), b.repeat_interleave(counts, 0))
+    torch.testing.assert_close(procrustes(a, b, counts.double()), repeated, rtol=0, atol=1e-12)
+
+
+def test_no_rotation_is_better_than_the_procrustes_solution() -> None:
+    generator = torch.Generator().manual_seed(4)
+    a, b = torch.randn(2, 30, 5, dtype=torch.float64, generator=generator)
+    best = (a @ procrustes(a, b) - b).square().sum()
+    others = [(a @ random_orthogonal(5, generator).matrix - b).square().sum() for _ in range(50)]
+    assert best < min(others)
+
+
+@pytest.mark.parametrize("size", [16, 2304])
+def test_the_polar_factor_of_a_rotation_is_that_rotation(size: int) -> None:
+    matrix = Dense(random_hadamard(size, torch.Generator().manual_seed(0)).as_matrix()).matrix
+    polar = polar_factor(matrix)
+    # above 2048 the SVD runs in float32; a Newton–Schulz step squares its 1e-5
+    torch.testing.assert_close(polar, matrix, rtol=0, atol=1e-12 if size == 16 else 1e-6)
+    torch.testing.assert_close(polar @ polar.T, torch.eye(size, dtype=torch.float64), rtol=0, atol=1e-9)
