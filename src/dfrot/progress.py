@@ -1,0 +1,30 @@
+"""Progress bars with an ETA, on the terminal only."""
+
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sized
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+T = TypeVar("T")
+
+console = Console(stderr=True)
+
+
+def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+    """Yield from `items` behind a bar that vanishes when done; silent where standard error is no terminal."""
+    if total is None and isinstance(items, Sized):
+        total = len(items)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("eta"),
+        TimeRemainingColumn(),
+    )
+    disable = not sys.stderr.isatty() or "PYTEST_CURRENT_TEST" in os.environ
+    with Progress(*columns, console=console, transient=True, disable=disable) as progress:
+        yield from progress.track(items, total=total, description=description)

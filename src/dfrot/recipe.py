@@ -1,0 +1,282 @@
+"""What is done to a model, completely: method, weight quantizer, grids, calibration, seed.
+
+A `Recipe` is frozen and hashable, turns into JSON and back, and stands in every checkpoint and every result, with
+nothing left implied. Its `digest` is what resuming and caches compare.
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from dfrot.errors import UserError
+from dfrot.quant.grids import Granularity, IntGrid, PerChannel, PerGroup, PerToken
+
+UNQUANTIZED = 16  # the bits of what is left alone
+
+_SPEC = re.compile(r"w(?P<w>\d+)(?:g(?P<g>\d+))?a(?P<a>\d+)kv(?P<kv>\d+)")
+_GRAMMAR = "w<bits>[g<group>]a<bits>kv<bits>, bits 2 to 8 or 16 for 'left alone', such as w4a4kv4 or w4g128a8kv16"
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """How one kind of tensor is quantized.
+
+    Attributes:
+        bits: 2 to 8, or 16 for not at all.
+        symmetric: whether the zero point is 0.
+        clip: the share of the range that is kept; None means that it is searched for (weights only).
+        group: entries that share a scale; None means a whole row (an output channel, a token, a head).
+    """
+
+    bits: int
+    symmetric: bool
+    clip: float | None = 1.0
+    group: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.bits != UNQUANTIZED and not 2 <= self.bits <= 8:
+            raise UserError(f"bits are 2 to 8, or 16 for 'left alone', got {self.bits}. The grammar is {_GRAMMAR}.")
+        if self.clip is not None and not 0 < self.clip <= 1:
+            raise UserError(f"a clip ratio is above 0 and at most 1, got {self.clip}.")
+        if self.group is not None and self.group < 1:
+            raise UserError(f"a group has at least one entry, got {self.group}.")
+
+    @property
+    def quantizes(self) -> bool:
+        return self.bits != UNQUANTIZED
+
+    @property
+    def grid(self) -> IntGrid:
+        return IntGrid(self.bits, self.symmetric)
+
+    @property
+    def weight_granularity(self) -> Granularity:
+        return PerChannel() if self.group is None else PerGroup(self.group)
+
+    @property
+    def token_granularity(self) -> Granularity:
+        return PerToken() if self.group is None else PerGroup(self.group)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """The grids of a model: decoder weights, activations before every decoder linear, keys and values."""
+
+    weights: TensorSpec
+    activations: TensorSpec
+    kv: TensorSpec
+
+    def __str__(self) -> str:
+        group = "" if self.weights.group is None else f"g{self.weights.group}"
+        return f"w{self.weights.bits}{group}a{self.activations.bits}kv{self.kv.bits}"
+
+    @staticmethod
+    def parse(
+        text: str,
+        preset: str = "paper",
+        *,
+        weight_symmetric: bool | None = None,
+        act_symmetric: bool | None = None,
+        act_clip: float | None = None,
+        kv_clip: float | None = None,
+    ) -> "Spec":
+        """The spec `text` with the symmetry and clip ratios of a preset, each of which can be overridden.
+
+        Raises:
+            UserError: the text does not parse, the preset is unknown, a number is out of range.
+        """
+        if (match := _SPEC.fullmatch(text)) is None:
+            raise UserError(f"the spec '{text}' does not parse. The grammar is {_GRAMMAR}.")
+        if preset not in PRESETS:
+            raise UserError(f"there is no preset '{preset}'. Presets: {', '.join(PRESETS)}.")
+        chosen = PRESETS[preset]
+        group = None if match["g"] is None else int(match["g"])
+
+        def over(given: Any, default: Any) -> Any:
+            return default if given is None else given
+
+        return Spec(
+            weights=TensorSpec(int(match["w"]), over(weight_symmetric, chosen.weight_symmetric), None, group),
+            activations=TensorSpec(
+                int(match["a"]),
+                over(act_symmetric, chosen.act_symmetric),
+                over(act_clip, chosen.act_clip),
+            ),
+            kv=TensorSpec(int(match["kv"]), False, over(kv_clip, chosen.kv_clip)),
+        )
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Symmetry and clip ratios that the spec's text leaves open."""
+
+    weight_symmetric: bool
+    act_symmetric: bool
+    act_clip: float
+    kv_clip: float
+
+
+PRESETS = {
+    # DFRot's command: activations and KV cache asymmetric, clipped at 0.9 and 0.95.
+    "paper": Preset(weight_symmetric=True, act_symmetric=False, act_clip=0.9, kv_clip=0.95),
+    # What stock servers compute: symmetric integers on both sides of the product.
+    "deploy": Preset(weight_symmetric=True, act_symmetric=True, act_clip=0.9, kv_clip=0.95),
+}
+
+
+@dataclass(frozen=True)
+class NoRotation:
+    """`none`: the model as it is, quantized."""
+
+
+@dataclass(frozen=True)
+class QuaRot:
+    """`quarot` (arXiv 2404.00456)."""
+
+    rotation: Literal["hadamard", "orthogonal"] = "hadamard"
+    """R1: a randomized Hadamard matrix (the papers' RH) or a random orthogonal one (RO)."""
+    head_mixing: bool = False
+    """Also mix the heads by an online Hadamard before o_proj, as QuaRot does and DFRot does not."""
+
+
+@dataclass(frozen=True)
+class DFRot:
+    """`dfrot` (arXiv 2412.00648)."""
+
+    rotation: Literal["hadamard", "orthogonal"] = "hadamard"
+    """The rotation that refinement starts from."""
+    gamma: float = 100.0
+    """Weight γ of the tokens with massive activations (`alpha` in the released code)."""
+    steps: int = 100
+    """Alternations of quantization step and rotation step at most."""
+    objective: Literal["recipe", "paper"] = "recipe"
+    """Minimise the error of the recipe's activation quantizer, or of the paper's (symmetric, 4 bits, unclipped)."""
+
+    def __post_init__(self) -> None:
+        if self.gamma <= 0:
+            raise UserError(f"gamma is a positive weight, got {self.gamma}.")
+        if self.steps < 1:
+            raise UserError(f"steps is at least 1, got {self.steps}.")
+
+
+METHOD_OPTIONS: dict[str, type] = {"none": NoRotation, "quarot": QuaRot, "dfrot": DFRot}
+WEIGHT_QUANTIZERS = ("rtn",)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The text that a method or weight quantizer learns from."""
+
+    text: str = "wikitext2"
+    """wikitext2, c4, pydoc, or the path of a text file."""
+    tokens: int = 2048
+    """Tokens in total."""
+    seq_len: int = 2048
+    """Tokens of one sequence."""
+
+    def __post_init__(self) -> None:
+        if not 1 < self.seq_len <= self.tokens:
+            raise UserError(
+                f"calibration needs at least one sequence of two tokens, got {self.tokens} tokens in sequences of "
+                f"{self.seq_len}."
+            )
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What `dfrot.quantize` does to a model. Make one with `Recipe.parse`."""
+
+    method: NoRotation | QuaRot | DFRot
+    weights: str
+    spec: Spec
+    calibration: Calibration
+    dtype: Literal["auto", "float16", "bfloat16", "float32", "float64"] = "auto"
+    """Of what is left unquantized; auto is the source's own, at most 16 bits beside quantized weights."""
+    seed: int = 0
+
+    @property
+    def method_name(self) -> str:
+        return next(name for name, kind in METHOD_OPTIONS.items() if type(self.method) is kind)
+
+    @staticmethod
+    def parse(
+        method: str = "dfrot",
+        weights: str = "rtn",
+        spec: str = "w4a4kv4",
+        *,
+        preset: str = "paper",
+        calib: str = "wikitext2",
+        calib_tokens: int | None = None,
+        calib_seq_len: int | None = None,
+        dtype: str = "auto",
+        seed: int = 0,
+        **options: Any,
+    ) -> "Recipe":
+        """A recipe from the words of the command line.
+
+        Args:
+            method: none, quarot or dfrot.
+            weights: rtn.
+            spec: such as w4a4kv4.
+            preset: paper or deploy.
+            calib: wikitext2, c4, pydoc, or a path.
+            calib_tokens: tokens of calibration text in total.
+            options: overrides of the preset (weight_symmetric, act_symmetric, act_clip, kv_clip) and fields of the
+                method's options (`QuaRot`, `DFRot`); None means not given.
+
+        Raises:
+            UserError: anything that is not known or does not fit; the message says what would.
+        """
+        if method not in METHOD_OPTIONS:
+            raise UserError(f"there is no method '{method}'. Methods: {', '.join(METHOD_OPTIONS)}.")
+        if weights not in WEIGHT_QUANTIZERS:
+            raise UserError(
+                f"there is no weight quantizer '{weights}'. Weight quantizers: {', '.join(WEIGHT_QUANTIZERS)}."
+            )
+        given = {name: value for name, value in options.items() if value is not None}
+        overrides = {
+            name: given.pop(name, None) for name in ("weight_symmetric", "act_symmetric", "act_clip", "kv_clip")
+        }
+        known = {field.name for field in dataclasses.fields(METHOD_OPTIONS[method])}
+        if unknown := sorted(set(given) - known):
+            takes = ", ".join(sorted(known)) or "no options"
+            raise UserError(f"the method '{method}' has no option {', '.join(unknown)}; it takes {takes}.")
+        seq_len = calib_seq_len if calib_seq_len is not None else min(calib_tokens or 2048, 2048)
+        return Recipe(
+            method=METHOD_OPTIONS[method](**given),
+            weights=weights,
+            spec=Spec.parse(spec, preset, **overrides),
+            calibration=Calibration(calib, calib_tokens if calib_tokens is not None else seq_len, seq_len),
+            dtype=dtype,  # type: ignore[arg-type]
+            seed=seed,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON; `Recipe.from_json` is its inverse."""
+        record = dataclasses.asdict(self)
+        grids = record.pop("spec")
+        options = record.pop("method")
+        return {"method": self.method_name, "options": options, "spec": str(self.spec), "grids": grids, **record}
+
+    @staticmethod
+    def from_json(record: dict[str, Any]) -> "Recipe":
+        """Raises UserError if the record is not a recipe."""
+        try:
+            return Recipe(
+                method=METHOD_OPTIONS[record["method"]](**record["options"]),
+                weights=record["weights"],
+                spec=Spec(**{name: TensorSpec(**grid) for name, grid in record["grids"].items()}),
+                calibration=Calibration(**record["calibration"]),
+                dtype=record["dtype"],
+                seed=record["seed"],
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"this is not the recipe of a dfrot checkpoint: {error!r}") from error
+
+    @property
+    def digest(self) -> str:
+        """16 hexadecimal digits that differ between recipes that differ."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()[:16]

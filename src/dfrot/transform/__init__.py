@@ -1,0 +1,1 @@
+"""Rotations folded into weights, or left for the runtime."""

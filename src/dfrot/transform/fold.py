@@ -1,0 +1,58 @@
+"""The algebra of folding, derived once.
+
+A linear layer is y = x Wᵀ + b with W of shape (out, in) and rows of x being tokens. Let its input arrive rotated,
+x Q, and its output be wanted rotated, y P. Then
+
+    y P = x Wᵀ P + b P = (x Q) (Qᵀ Wᵀ P) + b P = (x Q) (Pᵀ W Q)ᵀ + b P,
+
+so the folded weight is Pᵀ W Q and the folded bias b P. If a norm's gain g stood in between, x = x̂ diag(g), W is
+replaced by W diag(g) first: RMSNorm without gain commutes with Q, since ‖x Q‖ = ‖x‖; with a gain it does not. There is
+nothing to centre: RMSNorm subtracts no mean, and subtracting the embedding's is a known mistake.
+
+Everything is computed in float64 and cast once, by the caller.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dfrot.linalg.rotation import Rotation
+
+
+@dataclass(frozen=True, eq=False)
+class Fold:
+    """What one linear layer absorbs from its surroundings.
+
+    Attributes:
+        gain: the gain (in,) of the norm before it.
+        reads: Q, how its input arrives rotated; offline and online rotations together.
+        online: the part of `reads` that the runtime applies to the input just before the layer.
+        writes: P, how its output is to leave rotated.
+        first_row: `writes` acts on the output rows from here on (the values are the last rows of a fused qkv).
+    """
+
+    gain: Float[Tensor, " in"] | None = None
+    reads: Rotation | None = None
+    online: Rotation | None = None
+    writes: Rotation | None = None
+    first_row: int = 0
+
+    def weight(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """Pᵀ W diag(g) Q in float64; always a new tensor."""
+        w = weight.to(torch.float64, copy=True)
+        if self.gain is not None:
+            w = w * self.gain.double()
+        if self.reads is not None:
+            w = self.reads.apply(w)
+        if self.writes is not None:
+            w[self.first_row :] = self.writes.apply(w[self.first_row :].T).T
+        return w
+
+    def bias(self, bias: Float[Tensor, " out"]) -> Float[Tensor, " out"]:
+        """b P in float64; always a new tensor."""
+        b = bias.to(torch.float64, copy=True)
+        if self.writes is not None:
+            b[self.first_row :] = self.writes.apply(b[self.first_row :])
+        return b

@@ -1,0 +1,191 @@
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GPT2Config
+
+import dfrot
+from dfrot.errors import EnvironmentFault, UserError
+from dfrot.models.families import GRAPHS
+from dfrot.models.source import open_source, use_torch_norms_
+from dfrot.models.stream import BlockRunner, captured_inputs
+from tests.tiny_models import CONFIGS
+
+Tiny = Callable[[str], Path]
+every_architecture = pytest.mark.parametrize("architecture", CONFIGS)
+
+
+def test_every_known_architecture_has_a_tiny_model() -> None:
+    assert set(CONFIGS) == set(GRAPHS)
+
+
+@every_architecture
+def test_the_table_names_modules_that_exist(tiny: Tiny, architecture: str) -> None:
+    source = open_source(str(tiny(architecture)))
+    block = source.block(0)
+    found = {name for name, module in block.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert set(source.graph.linears) == found
+    for name in (*source.graph.norms, *source.graph.head_norms, source.graph.attention):
+        block.get_submodule(name)
+
+
+@every_architecture
+@torch.no_grad()
+def test_blocks_one_by_one_compute_what_the_whole_model_computes(tiny: Tiny, architecture: str) -> None:
+    source = open_source(str(tiny(architecture)))
+    model = AutoModelForCausalLM.from_pretrained(tiny(architecture), dtype=torch.float64)
+    use_torch_norms_(model, source.graph)
+    tokens = torch.arange(1, 25)[None]  # longer than the sliding window of the tiny Mistral
+    hidden = source.embedding()[tokens].double()
+    run = BlockRunner(source, hidden)
+    for index in range(source.num_blocks):
+        hidden = run(source.block(index).double(), index, hidden)
+    logits = source.final_norm().double()(hidden) @ source.head().double().T
+    torch.testing.assert_close(logits, model(tokens, use_cache=False).logits, rtol=0, atol=1e-12)
+
+
+@every_architecture
+@torch.no_grad()
+def test_torch_norms_equal_transformers_norms_in_float32(tiny: Tiny, architecture: str) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny(architecture))
+    tokens = torch.arange(1, 20)[None]
+    expected = model(tokens).logits
+    use_torch_norms_(model, GRAPHS[architecture])
+    norms = [module for module in model.modules() if type(module) is torch.nn.RMSNorm]
+    assert len(norms) == 2 * (2 + len(GRAPHS[architecture].head_norms)) + 1
+    error = (model(tokens).logits - expected).norm() / expected.norm()
+    assert error < 1e-5  # 2⁻²³ through a hundred additions
+
+
+def test_captured_inputs_are_what_the_modules_got() -> None:
+    first, second = torch.nn.Linear(4, 3), torch.nn.Linear(3, 2)
+    x = torch.randn(5, 4)
+    with captured_inputs({"second": second}) as seen:
+        second(first(x))
+    second(first(x))
+    assert len(seen["second"]) == 1
+    assert torch.equal(seen["second"][0], first(x))
+
+
+@pytest.fixture
+def broken(tiny: Tiny, tmp_path: Path) -> Path:
+    """A copy of a tiny model, to be broken."""
+    shutil.copytree(tiny("llama"), tmp_path / "model")
+    return tmp_path / "model"
+
+
+def refused(path: Path | str, message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        dfrot.quantize(path, dfrot.Recipe.parse("quarot"), Path("never-written"))
+    assert not Path("never-written").exists()
+
+
+def test_a_model_that_is_not_there_is_refused() -> None:
+    refused("./no/such/model", "there is no model at './no/such/model'")
+
+
+def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.bin").write_bytes(b"x")
+    refused(tmp_path / "model.bin", "a model file ends in .gguf")
+    (tmp_path / "model.gguf").write_bytes(b"not a model")
+    refused(tmp_path / "model.gguf", "does not begin with the bytes 'GGUF'")
+
+
+def test_a_hub_that_cannot_be_reached_is_the_environments_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(EnvironmentFault, match=r"nobody/nothing.*cannot be reached"):
+        open_source("nobody/nothing")
+
+
+def test_an_unknown_architecture_lists_the_known_ones(tmp_path: Path) -> None:
+    GPT2Config().save_pretrained(tmp_path)
+    refused(tmp_path, "the architecture 'gpt2' is not known. Known: llama (Llama 1, 2, 3.x; Vicuna; SmolLM2)")
+
+
+def test_a_config_that_needs_remote_code_is_refused(broken: Path) -> None:
+    config = json.loads((broken / "config.json").read_text())
+    config |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil"}}
+    (broken / "config.json").write_text(json.dumps(config))
+    (broken / "evil.py").write_text("raise SystemExit('remote code ran')")
+    refused(broken, "is not a config that transformers can load")
+
+
+def test_truncated_weights_are_refused(broken: Path) -> None:
+    whole = (broken / "model.safetensors").read_bytes()
+    (broken / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    refused(broken, "is not a complete safetensors file")
+
+
+def test_weights_that_are_not_safetensors_are_refused(broken: Path) -> None:
+    (broken / "model.safetensors").write_bytes(b"PK\x03\x04 a zip")
+    refused(broken, "is not a complete safetensors file")
+
+
+def test_pickled_weights_are_refused(broken: Path) -> None:
+    (broken / "model.safetensors").unlink()
+    refused(broken, "has no safetensors weights")
+    torch.save({}, broken / "pytorch_model.bin")
+    refused(broken, "pickle files (pytorch_model.bin)")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.down_proj.weight", "model.embed_tokens.weight"])
+def test_nan_in_a_weight_is_named_and_leaves_nothing_finished(
+    broken: Path, tmp_path: Path, value: float, name: str
+) -> None:
+    tensors = load_file(broken / "model.safetensors")
+    tensors[name][2, 3] = value
+    save_file(tensors, broken / "model.safetensors")
+    with pytest.raises(UserError, match=f"'{name}'.*NaN or infinite"):
+        dfrot.quantize(broken, dfrot.Recipe.parse("quarot"), tmp_path / "out")
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_a_missing_tensor_is_named(broken: Path, tmp_path: Path) -> None:
+    tensors = load_file(broken / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, broken / "model.safetensors")
+    with pytest.raises(UserError, match=r"lack 'model\.layers\.1\.mlp\.up_proj\.weight'"):
+        dfrot.quantize(broken, dfrot.Recipe.parse("none"), tmp_path / "out")
+
+
+def test_a_tensor_of_another_shape_is_named(broken: Path, tmp_path: Path) -> None:
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"] = torch.zeros(3, 3)
+    save_file(tensors, broken / "model.safetensors")
+    with pytest.raises(UserError, match=r"(?s)'model\.layers\.0\.' do not fit.*up_proj"):
+        dfrot.quantize(broken, dfrot.Recipe.parse("none"), tmp_path / "out")
+
+
+@pytest.mark.parametrize("shard", ["../model.safetensors", "/etc/passwd", "missing.safetensors"])
+def test_an_index_that_points_elsewhere_is_refused(broken: Path, shard: str) -> None:
+    index = {"weight_map": {"model.norm.weight": shard}}
+    (broken / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(broken, "which is not a file in")
+
+
+@pytest.mark.parametrize("index", ["[]", "{}", "not json", '{"weight_map": 3}'])
+def test_an_index_that_is_none_is_refused(broken: Path, index: str) -> None:
+    (broken / "model.safetensors.index.json").write_text(index)
+    refused(broken, "is not an index of safetensors shards")
+
+
+def test_many_shards_are_read_like_one(tiny: Tiny, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny("qwen3"))
+    model.save_pretrained(tmp_path, max_shard_size="20kB")
+    shards = open_source(str(tmp_path))
+    assert len(set(shards.files.values())) > 2
+    whole = open_source(str(tiny("qwen3")))
+    for name in whole.files:
+        assert torch.equal(shards.tensor(name), whole.tensor(name))
+
+
+def test_a_checkpoint_is_not_quantized_twice(tiny: Tiny, tmp_path: Path) -> None:
+    dfrot.quantize(tiny("llama"), dfrot.Recipe.parse("none"), tmp_path / "once")
+    with pytest.raises(UserError, match=r"quantized already \(dfrot\)"):
+        dfrot.quantize(tmp_path / "once", dfrot.Recipe.parse("none"), tmp_path / "twice")

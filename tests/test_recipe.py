@@ -1,0 +1,92 @@
+import dataclasses
+import json
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dfrot.errors import UserError
+from dfrot.recipe import DFRot, Recipe, Spec
+
+BITS = st.sampled_from([2, 3, 4, 5, 6, 7, 8, 16])
+
+
+@given(BITS, st.none() | st.integers(1, 512), BITS, BITS)
+def test_a_spec_prints_as_it_was_written(w: int, group: int | None, a: int, kv: int) -> None:
+    text = f"w{w}{'' if group is None else f'g{group}'}a{a}kv{kv}"
+    assert str(Spec.parse(text)) == text
+
+
+@pytest.mark.parametrize("text", ["", "w4a4", "w4a4kv4 ", "W4A4KV4", "w4g-1a4kv4", "a4w4kv4", "w4ga4kv4", "w4.5a4kv4"])
+def test_a_spec_that_does_not_parse_shows_the_grammar(text: str) -> None:
+    with pytest.raises(UserError, match=re.escape(f"'{text}' does not parse. The grammar is w<bits>[g<group>]")):
+        Spec.parse(text)
+
+
+@pytest.mark.parametrize("text", ["w1a4kv4", "w4a9kv4", "w4a4kv0", "w32a4kv4", "w4g0a4kv4"])
+def test_a_spec_out_of_range_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match=r"2 to 8, or 16|at least one entry"):
+        Spec.parse(text)
+
+
+def test_presets_fill_in_what_the_spec_leaves_open() -> None:
+    paper, deploy = Spec.parse("w4a4kv4", "paper"), Spec.parse("w4a4kv4", "deploy")
+    assert (paper.activations.symmetric, paper.activations.clip) == (False, 0.9)
+    assert (paper.kv.symmetric, paper.kv.clip) == (False, 0.95)
+    assert (paper.weights.symmetric, paper.weights.clip) == (True, None)
+    assert deploy.activations.symmetric
+
+
+def test_a_preset_can_be_overridden() -> None:
+    spec = Spec.parse("w4a4kv4", act_symmetric=True, act_clip=1.0, kv_clip=1.0, weight_symmetric=False)
+    assert (spec.activations.symmetric, spec.activations.clip, spec.kv.clip) == (True, 1.0, 1.0)
+    assert not spec.weights.symmetric
+
+
+RECIPES = [
+    Recipe.parse("none", spec="w16a16kv16"),
+    Recipe.parse("quarot", rotation="orthogonal", head_mixing=True, seed=3),
+    Recipe.parse("dfrot", gamma=10.0, calib="pydoc", calib_tokens=512, preset="deploy", dtype="float64"),
+]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.method_name)
+def test_a_recipe_survives_json(recipe: Recipe) -> None:
+    assert Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
+
+
+def test_recipes_that_differ_have_different_digests() -> None:
+    others = [*RECIPES, dataclasses.replace(RECIPES[0], seed=1)]
+    assert len({recipe.digest for recipe in others}) == len(others)
+    assert RECIPES[2].digest == Recipe.from_json(RECIPES[2].to_json()).digest
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"method": "smoothquant"}, "no method 'smoothquant'. Methods: none, quarot, dfrot"),
+        ({"weights": "awq"}, "no weight quantizer 'awq'"),
+        ({"preset": "best"}, "no preset 'best'. Presets: paper, deploy"),
+        ({"method": "quarot", "gamma": 3.0}, "'quarot' has no option gamma; it takes head_mixing, rotation"),
+        ({"method": "none", "rotation": "hadamard"}, "'none' has no option rotation; it takes no options"),
+        ({"gamma": 0.0}, "gamma is a positive weight"),
+        ({"steps": 0}, "steps is at least 1"),
+        ({"act_clip": 1.5}, "clip ratio is above 0 and at most 1"),
+        ({"calib_tokens": 1}, "at least one sequence of two tokens"),
+        ({"calib_tokens": 64, "calib_seq_len": 128}, "64 tokens in sequences of 128"),
+    ],
+)
+def test_a_mistake_in_a_recipe_says_what_would_be_right(words: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        Recipe.parse(**words)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("record", [{}, {"method": "dfrot"}, {"method": "x", "options": {}}])
+def test_json_of_something_else_is_refused(record: dict[str, object]) -> None:
+    with pytest.raises(UserError, match="not the recipe"):
+        Recipe.from_json(record)
+
+
+def test_what_is_not_given_has_the_papers_value() -> None:
+    assert Recipe.parse(gamma=None).method == DFRot(gamma=100.0, steps=100)

@@ -1,0 +1,64 @@
+"""Two-layer random models of every known architecture, small enough for milliseconds.
+
+Norm gains are far from 1 and biases from 0, so that a fold that forgets them is found; channel 3 of the embedding
+and the residual writers is large, as in real models.
+"""
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+ALPHABET = [chr(code) for code in range(32, 127)]
+_SIZES = {
+    "vocab_size": len(ALPHABET) + 1,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+CONFIGS: dict[str, PreTrainedConfig] = {
+    "llama": LlamaConfig(**_SIZES, tie_word_embeddings=True, attention_bias=True),
+    "mistral": MistralConfig(**_SIZES, head_dim=12, sliding_window=8),
+    "qwen2": Qwen2Config(**_SIZES),
+    "qwen3": Qwen3Config(**_SIZES, head_dim=16),
+    "phi3": Phi3Config(**_SIZES),
+}
+
+
+def write_tiny_model(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """Write the tiny model `name` with a tokenizer of single characters."""
+    generator = torch.Generator().manual_seed(1)
+    model = AutoModelForCausalLM.from_config(CONFIGS[name])
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "norm" in key:
+                parameter.copy_(1 + 0.3 * noise)
+            else:
+                parameter.copy_(noise * (0.1 if parameter.ndim == 2 else 0.3))
+            if key.endswith(("embed_tokens.weight", "down_proj.bias")):
+                parameter[..., 3] *= 12
+            if key.endswith(("o_proj.weight", "down_proj.weight")):
+                parameter[3] *= 4
+    model.to(dtype).save_pretrained(folder)
+    vocabulary = {token: index for index, token in enumerate(["<pad>", *ALPHABET])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<pad>").save_pretrained(folder)
+    return folder
