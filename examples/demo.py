@@ -1,0 +1,89 @@
+"""The main job on a real model: rotate, quantize to 4 bits, measure, save, load again, talk.
+
+    python examples/demo.py OUT [--max-tokens 8192]
+
+Needs no network and no GPU: the model comes in a PyPI package, the text is the documentation that every CPython has.
+Every number that is printed is also a line of OUT/results.jsonl, with what it depends on.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import dfrot
+from dfrot.evaluation.run import evaluate
+from dfrot.results import Record, append_records
+
+MODEL, TEXT = "smollm2-135m", "pydoc"
+RECIPES = [(method, spec) for spec in ("w16a4kv16", "w4a4kv4") for method in ("none", "quarot", "dfrot")]
+PROMPT = "The documentation of a function should"
+
+console = Console()
+
+
+def measured(out: Path, method: str, spec: str, max_tokens: int) -> Record:
+    """Quantize with one recipe, load the checkpoint again, measure it."""
+    recipe = dfrot.Recipe.parse(method, spec=spec, calib=TEXT)
+    report = dfrot.quantize(MODEL, recipe, out / f"{method}-{spec}", overwrite=True)
+    record = evaluate(str(report.path), [TEXT], max_tokens=max_tokens)
+    record.timings_s.update(report.timings_s)
+    return record
+
+
+def table_of(records: list[Record]) -> Table:
+    table = Table(title=f"{MODEL}, perplexity on {TEXT} (lower is better)")
+    for heading in ("spec", "method", "perplexity", "weights MB", "bits/weight", "KV bytes/token", "seconds"):
+        table.add_column(heading, justify="left" if heading in ("spec", "method") else "right")
+    previous = None
+    for record in records:
+        recipe = record.recipe or {"spec": "unquantized", "method": "—"}
+        if previous not in (None, recipe["spec"]):
+            table.add_section()
+        previous = recipe["spec"]
+        perplexity = record.metrics[f"ppl/{TEXT}"]
+        table.add_row(
+            recipe["spec"],
+            recipe["method"],
+            f"{perplexity:.2f}" if perplexity < 1000 else f"{perplexity:.0f}",
+            f"{record.size['weight_bytes'] / 1e6:.0f}",
+            f"{record.size['decoder_bits_per_weight']:.2f}",
+            f"{record.size['kv_bytes_per_token']:.0f}",
+            f"{sum(record.timings_s.values()):.0f}",
+        )
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="directory for checkpoints and results")
+    parser.add_argument("--max-tokens", type=int, default=8192, help="tokens of text to measure on (default 8192)")
+    arguments = parser.parse_args()
+    out: Path = arguments.out
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "results.jsonl").unlink(missing_ok=True)
+
+    started = time.perf_counter()
+    console.print(f"{MODEL} on {torch.get_num_threads()} threads; seven models to measure, some minutes.")
+    records = [evaluate(MODEL, [TEXT], max_tokens=arguments.max_tokens)]
+    append_records(out / "results.jsonl", records)
+    for number, (method, spec) in enumerate(RECIPES, start=1):
+        console.print(f"[{number}/{len(RECIPES)}] {method} {spec}", markup=False)
+        records.append(measured(out, method, spec, arguments.max_tokens))
+        append_records(out / "results.jsonl", records[-1:])
+    console.print(table_of(records))
+
+    checkpoint = out / "dfrot-w4a4kv4"
+    model, tokenizer = dfrot.load(checkpoint)
+    inputs = tokenizer(PROMPT, return_tensors="pt")
+    tokens = model.generate(**inputs, max_new_tokens=24, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+    console.print(f"{checkpoint} continues, 4-bit weights, activations and KV cache:", markup=False)
+    console.print(tokenizer.decode(tokens[0], skip_special_tokens=True), markup=False, style="italic")
+    console.print(f"{time.perf_counter() - started:.0f} s. Numbers with their conditions: {out / 'results.jsonl'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""Loading a checkpoint: a transformers model and its tokenizer."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
+
+import dfrot.checkpoint.huggingface  # noqa: F401 — registers the quantizer
+from dfrot.checkpoint.save import RUN_FILE, read_json
+from dfrot.errors import UserError
+from dfrot.models.families import graph_for
+from dfrot.models.source import load_tokenizer, locate, read_config, weight_files
+from dfrot.recipe import Recipe
+from dfrot.runtime.plan import RuntimePlan
+
+
+def checkpoint_recipe(path: Path) -> Recipe | None:
+    """The recipe of a dfrot checkpoint; None for a model that is not quantized.
+
+    Raises:
+        UserError: the directory holds an interrupted run, or a checkpoint of another tool or version.
+    """
+    if (path / RUN_FILE).is_file() and not (path / "config.json").is_file():
+        raise UserError(
+            f"{path} holds an interrupted run of `dfrot quantize`. Finish it: the same command with --resume."
+        )
+    if not (path / "config.json").is_file():
+        raise UserError(f"{path} holds no complete model: config.json is missing.")
+    record = read_json(path / "config.json").get("quantization_config")
+    if record is None:
+        return None
+    if record.get("quant_method") != "dfrot":
+        raise UserError(f"{path} was quantized by '{record.get('quant_method')}', which dfrot does not read.")
+    RuntimePlan.from_json(record)
+    return Recipe.from_json(record["recipe"])
+
+
+def load(model: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> tuple[Any, Any]:
+    """Load a checkpoint, or a model that is not quantized.
+
+    Args:
+        model: a directory written by `dfrot.quantize`, or whatever `dfrot.quantize` takes.
+        dtype: of the computation; None takes the one in config.json.
+
+    Returns:
+        A transformers model in evaluation mode (`generate`, pipelines and lm-eval work on it) and its tokenizer.
+
+    Raises:
+        UserError: there is no such checkpoint or model, or it is incomplete or broken.
+        EnvironmentFault: it has to come from the hub, which cannot be reached.
+    """
+    if (folder := Path(model).expanduser()).is_dir():
+        checkpoint_recipe(folder)
+    path = locate(str(model))
+    graph_for(read_config(path))
+    weight_files(path)
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        loaded, report = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype="auto" if dtype is None else dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (RuntimeError, ValueError, OSError, KeyError) as error:
+        raise UserError(f"{path} cannot be loaded: {error}") from error
+    finally:
+        transformers_logging.set_verbosity(level)
+        transformers_logging.enable_progress_bar()
+    wrong = {kind: sorted(names) for kind, names in report.items() if names}
+    if wrong:
+        raise UserError(f"the weights in {path} do not fit its config: {wrong}")
+    return loaded.eval().requires_grad_(False).to(device), load_tokenizer(path)

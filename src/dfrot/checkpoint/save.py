@@ -1,0 +1,166 @@
+"""Writing a checkpoint so that an unfinished one never looks finished.
+
+A checkpoint is a directory of safetensors shards, one per decoder block plus one before and one after, an index, a
+tokenizer and a config.json. Each file is written beside its place, synced and renamed; config.json comes last. Until
+then `dfrot-run.json` stands there and says which run the shards belong to, so that the run can be resumed.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dfrot.errors import EnvironmentFault, UserError
+from dfrot.models.source import stored_tensors
+
+RUN_FILE = "dfrot-run.json"
+INDEX_FILE = "model.safetensors.index.json"
+
+
+class CheckpointWriter:
+    """Writes the shards of one run into one directory.
+
+    Args:
+        path: the checkpoint directory. Nothing is created before the first shard is written.
+        run: JSON that identifies the run; resuming compares it.
+        num_shards: how many shards there will be.
+        resume: keep the shards of the same run, interrupted before.
+        overwrite: delete a checkpoint, or an interrupted run, that is there.
+
+    Raises:
+        UserError: something is in the way: not ours, finished already, interrupted, or of another run.
+    """
+
+    def __init__(
+        self, path: Path, run: dict[str, Any], num_shards: int, *, resume: bool = False, overwrite: bool = False
+    ) -> None:
+        self.path, self._run, self._num_shards = path, run, num_shards
+        if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+            return
+        if not is_ours(path):
+            raise UserError(
+                f"{path} exists and is not a dfrot checkpoint; nothing there is touched. Choose another -o directory."
+            )
+        if overwrite:
+            shutil.rmtree(path)
+        elif (path / "config.json").is_file():
+            raise UserError(f"{path} is a finished checkpoint. Choose another -o directory, or --overwrite it.")
+        elif not resume:
+            raise UserError(f"{path} holds an interrupted run. Continue it with --resume, or --overwrite it.")
+        elif (before := read_json(path / RUN_FILE)) != run:
+            differing = sorted(key for key in {*before, *run} if before.get(key) != run.get(key))
+            raise UserError(
+                f"{path} holds an interrupted run with another {', '.join(differing)}. "
+                "Resume with the same, choose another -o directory, or --overwrite it."
+            )
+
+    def _shard(self, number: int) -> Path:
+        return self.path / f"model-{number + 1:05}-of-{self._num_shards:05}.safetensors"
+
+    def has(self, number: int) -> bool:
+        """Whether shard `number` is there from the run that is being resumed."""
+        return self._shard(number).is_file()
+
+    def write(self, number: int, tensors: dict[str, Tensor]) -> None:
+        """Write one shard, durably, under its final name.
+
+        Raises:
+            EnvironmentFault: it cannot be written (disk full, no permission).
+        """
+        if not (self.path / RUN_FILE).is_file():
+            with _faults(self.path):
+                self.path.mkdir(parents=True, exist_ok=True)
+            write_json(self.path / RUN_FILE, self._run)
+        ready = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        temporary = self._shard(number).with_suffix(".tmp")
+        with _faults(self.path, temporary):
+            save_file(ready, temporary, metadata={"format": "pt"})
+            _publish(temporary, self._shard(number))
+
+    def finish(self, config: dict[str, Any]) -> None:
+        """Write index and config; only now the directory is a checkpoint.
+
+        Raises:
+            EnvironmentFault: they cannot be written.
+        """
+        weight_map: dict[str, str] = {}
+        total = 0
+        for shard in map(self._shard, range(self._num_shards)):
+            for name, _, nbytes in stored_tensors([shard]):
+                weight_map[name] = shard.name
+                total += nbytes
+        write_json(self.path / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(self.path / "config.json", config)
+        (self.path / RUN_FILE).unlink()
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a directory is a dfrot checkpoint or an interrupted run."""
+    if not path.is_dir():
+        return False
+    if (path / RUN_FILE).is_file():
+        return True
+    try:
+        config = read_json(path / "config.json")
+    except UserError:
+        return False
+    return (config.get("quantization_config") or {}).get("quant_method") == "dfrot"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        UserError: there is none.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not a JSON file: {error}") from error
+    if not isinstance(record, dict):
+        raise UserError(f"{path} holds no JSON object.")
+    return record
+
+
+def write_json(path: Path, record: dict[str, Any]) -> None:
+    """Write JSON atomically.
+
+    Raises:
+        EnvironmentFault: it cannot be written.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    with _faults(path.parent, temporary):
+        temporary.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        _publish(temporary, path)
+
+
+def _publish(temporary: Path, final: Path) -> None:
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, final)
+
+
+class _faults:
+    """Turns a failed write into a message, and removes what it left."""
+
+    def __init__(self, folder: Path, temporary: Path | None = None) -> None:
+        self._folder, self._temporary = folder, temporary
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if error is None:
+            return
+        if self._temporary is not None:
+            self._temporary.unlink(missing_ok=True)
+        # safetensors reports a full disk as its own error type, with the system's text
+        if isinstance(error, OSError) or "I/O error" in str(error) or "No space" in str(error):
+            raise EnvironmentFault(
+                f"cannot write to {self._folder}: {error}. Make room or allow writing, then run the same command with "
+                "--resume."
+            ) from error

@@ -1,0 +1,250 @@
+"""The command line: parse, call one library function, print.
+
+Everything heavy is imported inside the commands, so that `dfrot --help` answers at once.
+"""
+
+import json
+import os
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from dfrot.errors import EnvironmentFault, UserError
+from dfrot.version import __version__
+
+if TYPE_CHECKING:
+    from dfrot.recipe import Recipe
+
+out = Console()
+err = Console(stderr=True)
+
+Model = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+Checkpoint = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CKPT")]
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """Rotate and quantize a model into a checkpoint."""
+
+    model: Model
+    """Hub id, directory with safetensors weights, .gguf file, or smollm2-135m."""
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """Checkpoint directory to make."""
+    method: Literal["none", "quarot", "dfrot"] = "dfrot"
+    """Which rotations."""
+    weights: Literal["rtn"] = "rtn"
+    """How weights are rounded."""
+    spec: str = "w4a4kv4"
+    """w<bits>[g<group>]a<bits>kv<bits>; 16 leaves alone."""
+    preset: Literal["paper", "deploy"] = "paper"
+    """Symmetry and clip ratios: DFRot's command, or what stock servers compute."""
+    calib: str = "wikitext2"
+    """Calibration text: wikitext2, c4, pydoc, or a path."""
+    calib_tokens: int | None = None
+    """Calibration tokens in total (default 2048)."""
+    calib_seq_len: int | None = None
+    """Tokens of one calibration sample (default 2048, or calib-tokens if fewer)."""
+    seed: int = 0
+    """Of everything random."""
+    dtype: Literal["auto", "float16", "bfloat16", "float32", "float64"] = "auto"
+    """Of what is left unquantized (auto: the model's own; float16 beside quantized weights if that is wider)."""
+    rotation: Literal["hadamard", "orthogonal"] | None = None
+    """quarot, dfrot: R1, or its start, is a randomized Hadamard (default) or random orthogonal matrix."""
+    head_mixing: bool | None = None
+    """quarot: also mix the heads online before o_proj."""
+    gamma: float | None = None
+    """dfrot: weight of tokens with massive activations (default 100)."""
+    steps: int | None = None
+    """dfrot: refinement steps at most (default 100)."""
+    objective: Literal["recipe", "paper"] | None = None
+    """dfrot: refine for the recipe's activation quantizer (default) or the paper's."""
+    weight_symmetric: bool | None = None
+    """Override the preset."""
+    act_symmetric: bool | None = None
+    """Override the preset."""
+    act_clip: float | None = None
+    """Override the preset's clip ratio of activations."""
+    kv_clip: float | None = None
+    """Override the preset's clip ratio of keys and values."""
+    device: str = "cpu"
+    """Where to compute: cpu, cuda."""
+    resume: bool = False
+    """Continue an interrupted run."""
+    overwrite: bool = False
+    """Replace a checkpoint that is there."""
+
+    def recipe(self) -> "Recipe":
+        from dfrot.recipe import Recipe
+
+        given = {name: value for name, value in vars(self).items()}
+        for name in ("model", "out", "device", "resume", "overwrite"):
+            del given[name]
+        return Recipe.parse(**given)
+
+    def run(self) -> None:
+        recipe = self.recipe()
+        from dfrot.pipeline import quantize
+        from dfrot.results import model_size
+
+        report = quantize(
+            self.model, recipe, self.out, device=self.device, resume=self.resume, overwrite=self.overwrite
+        )
+        size = model_size(report.path)
+        seconds = sum(report.timings_s.values())
+        out.print(
+            f"[bold]{report.path}[/bold]: {recipe.method_name} {recipe.spec}, "
+            f"{size['weight_bytes'] / 1e6:.1f} MB ({size['unquantized_bytes'] / 1e6:.1f} MB at 16 bits), "
+            f"{size['decoder_bits_per_weight']:.2f} bits per decoder weight, {seconds:.0f} s"
+        )
+        out.print(f"folding changed the model by {report.invariance:.0e} (float64, relative)")
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Measure a model or checkpoint."""
+
+    model: Model
+    """Checkpoint, or a model as `quantize` takes it."""
+    ppl: tuple[str, ...] = ("wikitext2",)
+    """Texts for perplexity: wikitext2, c4, pydoc, or paths."""
+    seq_len: int = 2048
+    """Tokens of one block."""
+    max_tokens: int | None = None
+    """Take the first blocks of this many tokens of each text."""
+    json: Path | None = None
+    """Also write the result record to this file."""
+    device: str = "cpu"
+    """Where to compute: cpu, cuda."""
+
+    def run(self) -> None:
+        from dfrot.evaluation.run import evaluate
+
+        record = evaluate(self.model, self.ppl, seq_len=self.seq_len, max_tokens=self.max_tokens, device=self.device)
+        for metric, value in record.metrics.items():
+            out.print(f"{metric} {value:.4f}" if value < 1e5 else f"{metric} {value:.3e}")
+        if self.json is not None:
+            self.json.write_text(json.dumps(record.to_json(), indent=2) + "\n")
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Continue a prompt with a quantized model."""
+
+    model: Model
+    """Checkpoint, or a model as `quantize` takes it."""
+    prompt: tyro.conf.Positional[str]
+    """Text to continue."""
+    max_new_tokens: int = 50
+    """Tokens to add at most."""
+    sample: bool = False
+    """Sample instead of taking the likeliest token."""
+    seed: int = 0
+    """Of sampling."""
+    device: str = "cpu"
+    """Where to compute: cpu, cuda."""
+
+    def run(self) -> None:
+        import torch
+        from transformers import TextStreamer
+
+        from dfrot.checkpoint.load import load
+
+        model, tokenizer = load(self.model, device=self.device)
+        inputs = tokenizer(self.prompt, return_tensors="pt").to(self.device)
+        if inputs.input_ids.shape[1] == 0:
+            raise UserError("the prompt has no tokens. Give some text to continue.")
+        torch.manual_seed(self.seed)
+        model.generate(
+            **inputs,
+            max_new_tokens=self.max_new_tokens,
+            do_sample=self.sample,
+            streamer=TextStreamer(tokenizer),
+            pad_token_id=tokenizer.eos_token_id,
+        )
+
+
+@dataclass(frozen=True)
+class Info:
+    """Say what a checkpoint is."""
+
+    checkpoint: Checkpoint
+    """Directory written by `dfrot quantize`."""
+
+    def run(self) -> None:
+        from dfrot.checkpoint.load import checkpoint_recipe
+        from dfrot.results import model_size
+
+        recipe = checkpoint_recipe(self.checkpoint)
+        if recipe is None:
+            raise UserError(f"{self.checkpoint} is a model, but not a dfrot checkpoint: it is not quantized.")
+        size = model_size(self.checkpoint)
+        out.print_json(json.dumps({"recipe": recipe.to_json(), "size": size}))
+
+
+@dataclass(frozen=True)
+class Models:
+    """List the known architectures."""
+
+    def run(self) -> None:
+        from dfrot.models.families import GRAPHS
+
+        table = Table("model_type", "models", "linear layers of a block")
+        for model_type, graph in GRAPHS.items():
+            table.add_row(model_type, graph.name, ", ".join(name.rpartition(".")[2] for name in graph.linears))
+        out.print(table)
+
+
+COMMANDS = {"quantize": Quantize, "eval": Eval, "generate": Generate, "info": Info, "models": Models}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command. Returns the exit code: 2 for the user's mistake, 1 for the environment's fault."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    if arguments == ["--version"]:
+        out.print(f"dfrot {__version__}")
+        return 0
+    command: Any = tyro.extras.subcommand_cli_from_dict(
+        COMMANDS,  # type: ignore[arg-type]
+        prog="dfrot",
+        args=arguments,
+        description="Run large language models in 4 bits and keep their quality. --debug shows tracebacks.",
+    )
+    try:
+        command.run()
+    except (UserError, EnvironmentFault) as error:
+        if debug:
+            raise
+        _complain(str(error))
+        return 2 if isinstance(error, UserError) else 1
+    except KeyboardInterrupt:
+        resumable = isinstance(command, Quantize) and command.out.is_dir()
+        hint = " Finished blocks are kept: the same command with --resume continues." if resumable else ""
+        _complain(f"interrupted.{hint}")
+        return 128 + signal.SIGINT
+    except BrokenPipeError:  # `dfrot … | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        if debug:
+            raise
+        _complain(str(error))
+        return 1
+    return 0
+
+
+def _complain(message: str) -> None:
+    err.print(Text("dfrot: ", style="bold red").append(Text(message, style="none")), soft_wrap=True)
+
+
+def run() -> None:
+    """The console script."""
+    sys.exit(main())

@@ -1,0 +1,11 @@
+"""One paper a file. A method looks at a model and a recipe and returns the rotations."""
+
+from collections.abc import Callable
+
+from dfrot.methods.context import Context
+from dfrot.methods.dfrot import dfrot
+from dfrot.methods.none import none
+from dfrot.methods.quarot import quarot
+from dfrot.transform.sites import Transforms
+
+METHODS: dict[str, Callable[[Context], Transforms]] = {"none": none, "quarot": quarot, "dfrot": dfrot}

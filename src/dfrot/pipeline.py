@@ -1,0 +1,221 @@
+"""quantize(): the loop over decoder blocks, the only orchestration.
+
+Fit the transforms; then for each block: load, check, fold, quantize, write, free. Memory holds one block, whatever the
+size of the model, and a small model goes through the same loop.
+"""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dfrot.checkpoint.save import CheckpointWriter
+from dfrot.errors import EnvironmentFault, UserError
+from dfrot.methods import METHODS
+from dfrot.methods.context import Context
+from dfrot.models.source import Source, open_source, stored_tensors
+from dfrot.progress import track
+from dfrot.recipe import Recipe
+from dfrot.runtime.linear import packed_tensors
+from dfrot.runtime.plan import RuntimePlan
+from dfrot.texts import calibration_blocks, read_text
+from dfrot.transform.fold import Fold
+from dfrot.transform.invariance import InvarianceCheck
+from dfrot.transform.sites import Transforms, block_folds, fold_block_
+from dfrot.version import __version__
+from dfrot.weights import WEIGHTS
+
+# Folding the embedding or head in float64 takes this many rows at a time, so that no float64 copy of it exists.
+_VOCABULARY_ROWS = 8192
+
+
+@dataclass
+class Report:
+    """What a run did.
+
+    Attributes:
+        path: the checkpoint.
+        timings_s: seconds per stage.
+        invariance: the largest float64 error that folding made, relative; rounding if all is well.
+    """
+
+    path: Path
+    timings_s: dict[str, float] = field(default_factory=dict)
+    invariance: float = 0.0
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.timings_s[name] = self.timings_s.get(name, 0.0) + time.perf_counter() - started
+
+
+def quantize(
+    model: str | Path,
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    resume: bool = False,
+    overwrite: bool = False,
+) -> Report:
+    """Rotate and quantize a model into a checkpoint directory.
+
+    Args:
+        model: a directory with safetensors weights, a .gguf file, a hub id, or `smollm2-135m`.
+        recipe: what to do; see `Recipe.parse`.
+        out: the checkpoint directory to make.
+        device: where to compute.
+        resume: continue a run that was interrupted.
+        overwrite: replace a checkpoint that is there.
+
+    Raises:
+        UserError: the request cannot be carried out as it was made.
+        EnvironmentFault: network, disk or an optional package failed.
+        InvarianceError: folding changed the model, which is a bug; nothing is left that looks finished.
+    """
+    source = open_source(str(model))
+    _check_sizes(source, recipe)
+    report = Report(Path(out))
+    run = {"model": str(model), "recipe": recipe.to_json(), "dfrot": __version__}
+    writer = CheckpointWriter(report.path, run, num_shards=source.num_blocks + 2, resume=resume, overwrite=overwrite)
+    device = torch.device(device)
+    context = Context(source, recipe, lambda: _calibration(source, recipe), device)
+    with report.stage("fit"):
+        transforms = METHODS[recipe.method_name](context)
+    with report.stage("quantize"):
+        _quantize_blocks(context, transforms, writer, report)
+        _finish(context, transforms, writer)
+    return report
+
+
+def _quantize_blocks(context: Context, transforms: Transforms, writer: CheckpointWriter, report: Report) -> None:
+    source, recipe = context.source, context.recipe
+    stored = storage_dtype(source, recipe)
+    working = torch.float64 if stored == torch.float64 else torch.float32
+    embedding = source.embedding()
+    check = InvarianceCheck(source, embedding, recipe.seed)
+    if not writer.has(0):
+        folded = _fold_rows(embedding, Fold(reads=transforms.residual), stored, context.device)
+        writer.write(0, {f"{source.graph.embedding}.weight": folded})
+    for index in track(range(source.num_blocks), "quantizing"):
+        block = source.block(index)
+        if writer.has(index + 1):
+            check.advance(index, block)
+            continue
+        folds = block_folds(transforms, source.graph, source.config, block)
+        error = check.block(index, block, folds, transforms.residual)
+        report.invariance = max(report.invariance, error)
+        block.to(context.device)
+        fold_block_(block, folds, source.graph, working)
+        tensors = quantize_block(block, source, recipe, stored)
+        writer.write(index + 1, {f"{source.graph.blocks}.{index}.{name}": t for name, t in tensors.items()})
+    norm, head = source.final_norm(), source.head()
+    fuses = transforms.residual is not None
+    fold = Fold(gain=norm.weight if fuses else None, reads=transforms.residual)
+    report.invariance = max(report.invariance, check.head(norm, head, fold, transforms.residual))
+    gain: Tensor = torch.ones_like(norm.weight) if fuses else norm.weight
+    last = {f"{source.graph.final_norm}.weight": gain.to(stored)}
+    if not _stays_tied(source, transforms):
+        last[f"{source.graph.head}.weight"] = _fold_rows(head, fold, stored, context.device)
+    writer.write(source.num_blocks + 1, last)
+
+
+def quantize_block(block: nn.Module, source: Source, recipe: Recipe, stored: torch.dtype) -> dict[str, Tensor]:
+    """The tensors that a checkpoint keeps of a folded block, under the names of the runtime's modules."""
+    spec = recipe.spec.weights
+    tensors: dict[str, Tensor] = {}
+    linears = {f"{name}.weight" for name in source.graph.linears}
+    for name, parameter in block.state_dict().items():
+        if name in linears and spec.quantizes:
+            codes, qparams = WEIGHTS[recipe.weights](parameter, spec)
+            prefix = name.removesuffix("weight")
+            tensors.update({prefix + key: tensor for key, tensor in packed_tensors(codes, qparams, spec).items()})
+        else:
+            tensors[name] = _narrowed(parameter, stored, name)
+    return tensors
+
+
+def _fold_rows(matrix: Tensor, fold: Fold, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A folded embedding or head, (vocabulary, hidden)."""
+    folded = torch.empty(matrix.shape, dtype=dtype)
+    for rows, into in zip(matrix.split(_VOCABULARY_ROWS), folded.split(_VOCABULARY_ROWS), strict=True):
+        into.copy_(_narrowed(fold.weight(rows.to(device)), dtype, "the embedding or head"))
+    return folded
+
+
+def _narrowed(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    narrow = tensor.to(dtype)
+    if not torch.isfinite(narrow).all():
+        raise UserError(f"{name} does not fit into {dtype}: choose --dtype bfloat16.")
+    return narrow
+
+
+def _finish(context: Context, transforms: Transforms, writer: CheckpointWriter) -> None:
+    source, recipe = context.source, context.recipe
+    plan = RuntimePlan.of(recipe, transforms.online(source.graph, source.config), transforms.keys)
+    config = source.config.to_dict()
+    config["architectures"] = [type(source.skeleton).__name__]
+    config["tie_word_embeddings"] = _stays_tied(source, transforms)
+    config["dtype"] = str(compute_dtype(source, recipe)).removeprefix("torch.")
+    unquantized = 2 * sum(shape.numel() for _, shape, _ in stored_tensors(set(source.files.values())))
+    config["quantization_config"] = {**plan.to_json(recipe), "unquantized_bytes": unquantized}
+    try:
+        source.tokenizer().save_pretrained(writer.path)
+        source.skeleton.generation_config.save_pretrained(writer.path)  # type: ignore[operator,union-attr]
+    except OSError as error:
+        raise EnvironmentFault(f"cannot write the tokenizer to {writer.path}: {error}") from error
+    writer.finish(config)
+
+
+def _stays_tied(source: Source, transforms: Transforms) -> bool:
+    """A head that absorbs the last norm's gain can no longer be the embedding."""
+    return source.tied and transforms.residual is None
+
+
+def storage_dtype(source: Source, recipe: Recipe) -> torch.dtype:
+    """What unquantized tensors are stored in.
+
+    Unless the recipe names a dtype: the source's own, but no more than 16 bits beside quantized weights.
+    """
+    if recipe.dtype != "auto":
+        return getattr(torch, recipe.dtype)
+    narrow = recipe.spec.weights.quantizes and source.dtype.itemsize > 2
+    return torch.float16 if narrow else source.dtype
+
+
+def compute_dtype(source: Source, recipe: Recipe) -> torch.dtype:
+    """What the checkpoint computes in unless its loader says otherwise: the source's own dtype."""
+    return source.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
+
+
+def _calibration(source: Source, recipe: Recipe) -> Tensor:
+    wanted = recipe.calibration
+    return calibration_blocks(
+        source.tokenizer(),
+        read_text(wanted.text, "train"),
+        wanted.text,
+        wanted.seq_len,
+        wanted.tokens,
+        torch.Generator().manual_seed(recipe.seed),
+    )
+
+
+def _check_sizes(source: Source, recipe: Recipe) -> None:
+    """Refuse a group size that does not fit before any work is done."""
+    group = recipe.spec.weights.group
+    if group is None or not recipe.spec.weights.quantizes:
+        return
+    block = source.skeleton.get_submodule(f"{source.graph.blocks}.0")
+    for name in source.graph.linears:
+        width: int = block.get_submodule(name).in_features  # type: ignore[assignment]
+        if width % group:
+            fitting = [g for g in (16, 32, 64, 128, 256) if width % g == 0]
+            raise UserError(
+                f"group_size must divide in_features: {name} has in_features={width}, group_size={group}. "
+                f"Try {' or '.join(f'g{g}' for g in fitting) or 'no group (one scale per channel)'}."
+            )

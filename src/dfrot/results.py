@@ -1,0 +1,144 @@
+"""The result record: a number and everything it depends on, as one line of JSON (docs/interface.md)."""
+
+import importlib.metadata
+import json
+import platform
+import resource
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dfrot.checkpoint.save import read_json
+from dfrot.errors import UserError
+from dfrot.models.graph import head_dim
+from dfrot.models.source import read_config, stored_tensors, weight_files
+from dfrot.quant.packing import packed_width
+from dfrot.recipe import Recipe, TensorSpec
+from dfrot.version import __version__
+
+SCHEMA = 1
+_QPARAM_BYTES = 3  # of one head of one token in a quantized cache: a bfloat16 scale and a byte of zero point
+
+
+@dataclass
+class Record:
+    """One evaluated model.
+
+    Attributes:
+        model: how the user called it.
+        recipe: the recipe as JSON; None for a model that is not quantized.
+        metrics: "ppl/<text>" and the like.
+        size: bytes; see `model_size`.
+        timings_s: seconds per stage.
+        conditions: text, tokens, seq_len, seed, device, dtype, threads and versions.
+    """
+
+    model: str
+    recipe: dict[str, Any] | None
+    metrics: dict[str, float]
+    size: dict[str, int | float]
+    timings_s: dict[str, float]
+    conditions: dict[str, Any]
+    schema: int = SCHEMA
+    peak_rss_bytes: int = field(default_factory=lambda: peak_rss_bytes())
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(record: dict[str, Any]) -> "Record":
+        """Raises UserError if the record has another schema."""
+        if record.get("schema") != SCHEMA:
+            raise UserError(f"a result record has schema {SCHEMA}, got {record.get('schema')!r}.")
+        return Record(**record)
+
+
+def append_records(path: Path, records: list[Record]) -> None:
+    """Append records to a `.jsonl` file, one line each."""
+    with path.open("a", encoding="utf-8") as file:
+        for record in records:
+            file.write(json.dumps(record.to_json()) + "\n")
+
+
+def conditions(model: Any, **measured: Any) -> dict[str, Any]:
+    """What a measurement on a loaded model depended on, beside what was `measured`."""
+    return {
+        **measured,
+        "device": str(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "dfrot": __version__,
+        "commit": _commit(),
+        "torch": torch.__version__,
+        "transformers": importlib.metadata.version("transformers"),
+    }
+
+
+def _commit() -> str | None:
+    """The commit of the source tree that dfrot runs from, if it runs from one."""
+    here = Path(__file__).parent
+    try:
+        run = subprocess.run(
+            ["git", "-C", str(here), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return run.stdout.strip()
+
+
+def peak_rss_bytes() -> int:
+    """The most memory that this process has had resident."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def model_size(path: Path) -> dict[str, int | float]:
+    """Bytes of a model directory.
+
+    Returns:
+        weight_bytes: all tensors on disk.
+        decoder_bits_per_weight: bits on disk per weight of the decoder's linear layers, scales included.
+        unquantized_bytes: the model that it was made from, at 16 bits.
+        kv_bytes_per_token: keys and values of one token in all layers.
+        unquantized_kv_bytes_per_token: the same at 16 bits.
+    """
+    config = read_config(path)
+    quantized = read_json(path / "config.json").get("quantization_config")
+    spec = Recipe.from_json(quantized["recipe"]).spec if quantized else None
+    total = entries = decoder_bytes = decoder_weights = 0
+    for name, shape, nbytes in stored_tensors(set(weight_files(path).values())):
+        total += nbytes
+        entries += shape.numel()
+        if ".layers." in name and len(shape) == 2:  # a weight, or the codes, scales and zero points of one
+            decoder_bytes += nbytes
+            if name.endswith(".qweight"):
+                assert spec is not None, "only quantized checkpoints have packed weights"
+                decoder_weights += shape.numel() * 8 // spec.weights.bits
+            elif name.endswith(".weight"):
+                decoder_weights += shape.numel()
+    unquantized_kv = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim(config) * 2
+    kv = unquantized_kv if spec is None else kv_bytes_per_token(config, spec.kv)
+    return {
+        "weight_bytes": total,
+        "decoder_bits_per_weight": 8 * decoder_bytes / decoder_weights,
+        "unquantized_bytes": quantized["unquantized_bytes"] if quantized else 2 * entries,
+        "kv_bytes_per_token": kv,
+        "unquantized_kv_bytes_per_token": unquantized_kv,
+    }
+
+
+def kv_bytes_per_token(config: Any, spec: TensorSpec) -> int:
+    """Bytes that one token takes in the cache of all layers."""
+    per_head = packed_width(head_dim(config), spec.bits) + _QPARAM_BYTES if spec.quantizes else 2 * head_dim(config)
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * per_head
+
+
+def checkpoint_recipe_json(path: Path) -> dict[str, Any] | None:
+    """The recipe in a checkpoint's config.json, if it has one."""
+    record = read_json(path / "config.json").get("quantization_config") or {}
+    return record.get("recipe")

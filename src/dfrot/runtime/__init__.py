@@ -1,0 +1,1 @@
+"""The quantized model at work: linear layers, attention, KV cache. Reads checkpoints only, never fits anything."""

@@ -1,0 +1,199 @@
+"""Keys and values in few bits: the quantizer, the cache, and the attention that reads it.
+
+Keys are rotated (R3) and quantized after RoPE, values as v_proj makes them (R2 is folded into it); each head of each
+token has its own scale and zero point. Queries are rotated too, so that scores are unchanged. Three of transformers'
+extension points carry this, and nothing is patched:
+
+* an attention function, registered as "dfrot", which quantizes keys and values that arrive as plain tensors and
+  unpacks those that arrive packed, then leaves the rest to SDPA;
+* a cache layer, which keeps codes, scales and zero points, and hands them to the attention function as they are;
+* a forward pre-hook on the decoder, which puts these layers into an empty `DynamicCache`, so that `generate` uses
+  4-bit keys and values without being told.
+
+A full-precision cache gives the same numbers: quantization is per token, so it does not matter when it happens.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from dfrot.linalg.rotation import Rotation
+from dfrot.quant.affine import SCALE_DTYPE, QParams, choose_qparams, dequantize, quantize
+from dfrot.quant.packing import pack, unpack
+from dfrot.recipe import TensorSpec
+
+ATTENTION = "dfrot"
+
+
+class Packed(NamedTuple):
+    """Quantized keys or values of one layer.
+
+    Attributes:
+        codes: uint8 (batch, heads, tokens, ⌈head_dim · bits / 8⌉).
+        scale: bfloat16 (batch, heads, tokens, 1).
+        zero: uint8 (batch, heads, tokens, 1).
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self)
+
+
+class KVQuantizer(nn.Module):
+    """Quantizes the keys and values of one attention module; has no weights.
+
+    Args:
+        spec: the grid, asymmetric, one group per head.
+        rotation: R3, or None.
+        head_dim: channels of a head.
+    """
+
+    def __init__(self, spec: TensorSpec, rotation: Rotation | None, head_dim: int) -> None:
+        super().__init__()
+        self.spec, self.rotation, self.head_dim = spec, rotation, head_dim
+
+    def rotate(self, x: Float[Tensor, "batch heads tokens head_dim"]) -> Float[Tensor, "batch heads tokens head_dim"]:
+        """Queries or keys, rotated by R3."""
+        return x if self.rotation is None else self.rotation.apply(x)
+
+    def pack(self, x: Float[Tensor, "batch heads tokens head_dim"]) -> Packed:
+        assert self.spec.clip is not None, "keys and values have a fixed clip ratio"
+        wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+        grid, granularity = self.spec.grid, self.spec.token_granularity
+        qparams = choose_qparams(wide, grid, granularity, self.spec.clip, SCALE_DTYPE)
+        codes = quantize(wide, grid, granularity, qparams)
+        assert qparams.zero is not None, "keys and values have an asymmetric grid"
+        zero = torch.nan_to_num(qparams.zero).to(torch.uint8)  # a NaN lives on in the scale
+        return Packed(pack(codes, self.spec.bits), qparams.scale.to(SCALE_DTYPE), zero)
+
+    def unpack(self, packed: Packed, dtype: torch.dtype) -> Float[Tensor, "batch heads tokens head_dim"]:
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        codes = unpack(packed.codes, self.spec.bits, self.head_dim)
+        qparams = QParams(packed.scale.to(wide), packed.zero.to(wide))
+        return dequantize(codes, self.spec.token_granularity, qparams).to(dtype)
+
+
+class QuantizedLayer(DynamicLayer):
+    """A growing cache layer of packed keys and values.
+
+    `update` returns `Packed` keys and values, which only the "dfrot" attention understands.
+    """
+
+    is_sliding = False
+
+    def __init__(self, quantizer: KVQuantizer) -> None:
+        super().__init__()
+        self._quantizer = quantizer
+        self._packed: tuple[Packed, Packed] | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        quantizer = self._quantizer
+        new = quantizer.pack(quantizer.rotate(key_states)), quantizer.pack(value_states)
+        if self._packed is not None:
+            new = tuple(  # type: ignore[assignment]
+                Packed(*(torch.cat(parts, dim=-2) for parts in zip(old, fresh, strict=True)))
+                for old, fresh in zip(self._packed, new, strict=True)
+            )
+        self._packed = new
+        return new
+
+    def _map(self, change: Any) -> None:
+        if self._packed is not None:
+            self._packed = tuple(Packed(*map(change, packed)) for packed in self._packed)  # type: ignore[assignment]
+
+    def get_seq_length(self) -> int:
+        return 0 if self._packed is None else self._packed[0].codes.shape[-2]
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self._packed is None else sum(packed.nbytes for packed in self._packed)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
+        if tokens_to_remove:
+            self._map(lambda part: part[..., :tokens_to_remove, :])
+
+    def reset(self) -> None:
+        self._packed, self.is_initialized = None, False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._map(lambda part: part.index_select(0, beam_idx.to(part.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map(lambda part: part.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._map(lambda part: part[indices])
+
+    def offload(self) -> None:
+        self._map(lambda part: part.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        if self.is_initialized:
+            self._map(lambda part: part.to(self.device, non_blocking=True))
+
+
+def quantized_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor | Packed,
+    value: Tensor | Packed,
+    attention_mask: Tensor | None,
+    **arguments: Any,
+) -> tuple[Tensor, None]:
+    """Attention over quantized keys and values; registered with transformers as "dfrot"."""
+    quantizer = module.kv_quantizer
+    assert isinstance(quantizer, KVQuantizer), "the 'dfrot' attention belongs to models that dfrot has built"
+    keys = key if isinstance(key, Packed) else quantizer.pack(quantizer.rotate(key))
+    values = value if isinstance(value, Packed) else quantizer.pack(value)
+    return sdpa_attention_forward(
+        module,
+        quantizer.rotate(query),
+        quantizer.unpack(keys, query.dtype),
+        quantizer.unpack(values, query.dtype),
+        attention_mask,
+        **arguments,
+    )
+
+
+def _quantize_empty_cache(quantizers: list[KVQuantizer]) -> Any:
+    def hook(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        cache = kwargs.get("past_key_values")
+        wanted = kwargs.get("use_cache")
+        if cache is None and (decoder.config.use_cache if wanted is None else wanted):  # type: ignore[union-attr]
+            cache = kwargs["past_key_values"] = DynamicCache()
+        if isinstance(cache, DynamicCache) and cache.get_seq_length() == 0:
+            cache.layers = [QuantizedLayer(quantizer) for quantizer in quantizers]
+        return args, kwargs
+
+    return hook
+
+
+def install_kv_(decoder: nn.Module, attentions: list[nn.Module], spec: TensorSpec, keys: Rotation | None) -> None:
+    """Give every attention module its quantizer, and `generate` its cache."""
+    quantizers = []
+    for attention in attentions:
+        attention.kv_quantizer = KVQuantizer(spec, keys, attention.head_dim)  # type: ignore[arg-type]
+        quantizers.append(attention.kv_quantizer)
+    decoder.register_forward_pre_hook(_quantize_empty_cache(quantizers), with_kwargs=True)
+
+
+AttentionInterface.register(ATTENTION, quantized_attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)

@@ -1,0 +1,58 @@
+"""What the runtime needs to know of a checkpoint beside its tensors, as JSON in `quantization_config`."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dfrot.errors import UserError
+from dfrot.linalg.rotation import Rotation, rotation_from
+from dfrot.recipe import Recipe, TensorSpec
+
+FORMAT = 1  # raised when older readers would misread a checkpoint
+
+
+@dataclass(frozen=True, eq=False)
+class RuntimePlan:
+    """How a checkpoint computes.
+
+    Attributes:
+        weights, activations, kv: the grids.
+        online: linear layer of a block → the rotation of its input.
+        keys: the rotation of queries and keys after RoPE, if keys are rotated.
+    """
+
+    weights: TensorSpec
+    activations: TensorSpec
+    kv: TensorSpec
+    online: Mapping[str, Rotation]
+    keys: Rotation | None
+
+    @staticmethod
+    def of(recipe: Recipe, online: Mapping[str, Rotation], keys: Rotation | None) -> "RuntimePlan":
+        spec = recipe.spec
+        return RuntimePlan(spec.weights, spec.activations, spec.kv, dict(online), keys)
+
+    def to_json(self, recipe: Recipe) -> dict[str, Any]:
+        """The `quantization_config` of a checkpoint; the grids are those of the recipe."""
+        return {
+            "quant_method": "dfrot",
+            "format": FORMAT,
+            "recipe": recipe.to_json(),
+            "online": {name: rotation.describe() for name, rotation in self.online.items()},
+            "keys": None if self.keys is None else self.keys.describe(),
+        }
+
+    @staticmethod
+    def from_json(record: Mapping[str, Any]) -> "RuntimePlan":
+        """Raises UserError if the record is not one that this version can read."""
+        if record.get("format") != FORMAT:
+            raise UserError(
+                f"this checkpoint has format {record.get('format')!r}; this version of dfrot reads format {FORMAT}. "
+                "Use the version that wrote it, or quantize again."
+            )
+        try:
+            online = {name: rotation_from(rotation) for name, rotation in record["online"].items()}
+            keys = None if record["keys"] is None else rotation_from(record["keys"])
+            return RuntimePlan.of(Recipe.from_json(record["recipe"]), online, keys)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise UserError(f"this is not the configuration of a dfrot checkpoint: {error}") from error

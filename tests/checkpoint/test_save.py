@@ -1,0 +1,154 @@
+import errno
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import dfrot
+from dfrot import pipeline
+from dfrot.checkpoint import save
+from dfrot.errors import EnvironmentFault, UserError
+
+Tiny = Callable[[str], Path]
+RECIPE = dfrot.Recipe.parse("quarot")
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+class Killed(BaseException):
+    """Stands in for a signal in the middle of the work."""
+
+
+def interrupted(tiny: Tiny, out: Path, monkeypatch: pytest.MonkeyPatch, after: int = 1) -> None:
+    """Leave a run that died after so many blocks."""
+    calls = 0
+
+    def die(*args: Any) -> dict[str, torch.Tensor]:
+        nonlocal calls
+        calls += 1
+        if calls > after:
+            raise Killed
+        return quantize_block(*args)
+
+    quantize_block = pipeline.quantize_block
+    monkeypatch.setattr(pipeline, "quantize_block", die)
+    with pytest.raises(Killed):
+        dfrot.quantize(tiny("llama"), RECIPE, out)
+    monkeypatch.undo()
+
+
+def test_an_interrupted_run_resumes_to_the_same_bytes(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted(tiny, tmp_path / "out", monkeypatch)
+    with pytest.raises(UserError, match="interrupted run of `dfrot quantize`"):
+        dfrot.load(tmp_path / "out")
+    with pytest.raises(UserError, match="Continue it with --resume"):
+        dfrot.quantize(tiny("llama"), RECIPE, tmp_path / "out")
+    dfrot.quantize(tiny("llama"), RECIPE, tmp_path / "out", resume=True)
+    dfrot.quantize(tiny("llama"), RECIPE, tmp_path / "whole")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_resuming_another_recipe_says_what_differs(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupted(tiny, tmp_path / "out", monkeypatch)
+    with pytest.raises(UserError, match="interrupted run with another recipe"):
+        dfrot.quantize(tiny("llama"), dfrot.Recipe.parse("none"), tmp_path / "out", resume=True)
+    with pytest.raises(UserError, match="interrupted run with another model"):
+        dfrot.quantize(tiny("qwen2"), RECIPE, tmp_path / "out", resume=True)
+
+
+def test_a_directory_that_is_not_ours_is_left_alone(tiny: Tiny, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("precious")
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match="is not a dfrot checkpoint; nothing there is touched"):
+            dfrot.quantize(tiny("llama"), RECIPE, tmp_path, overwrite=overwrite)
+    assert contents(tmp_path) == {"thesis.tex": b"precious"}
+
+
+def test_a_finished_checkpoint_is_replaced_only_on_request(tiny: Tiny, tmp_path: Path) -> None:
+    dfrot.quantize(tiny("llama"), RECIPE, tmp_path / "out")
+    with pytest.raises(UserError, match="finished checkpoint"):
+        dfrot.quantize(tiny("llama"), RECIPE, tmp_path / "out")
+    dfrot.quantize(tiny("llama"), dfrot.Recipe.parse("none"), tmp_path / "out", overwrite=True)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"]["recipe"]["method"] == "none"
+
+
+def test_a_full_disk_is_one_message_and_leaves_nothing_finished(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = 0
+
+    def full(tensors: Any, path: Path, metadata: Any) -> None:
+        nonlocal written
+        written += 1
+        if written == 3:
+            path.write_bytes(b"half a shard")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save_file(tensors, path, metadata)
+
+    save_file = save.save_file
+    monkeypatch.setattr(save, "save_file", full)
+    with pytest.raises(EnvironmentFault, match=re.escape("No space left on device")):
+        dfrot.quantize(tiny("llama"), RECIPE, tmp_path / "out")
+    names = {file.name for file in (tmp_path / "out").iterdir()}
+    assert names == {"dfrot-run.json", "model-00001-of-00004.safetensors", "model-00002-of-00004.safetensors"}
+
+
+def test_config_json_is_the_last_file_written(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    publish = save._publish
+
+    def noting(temporary: Path, final: Path) -> None:
+        order.append(final.name)
+        publish(temporary, final)
+
+    monkeypatch.setattr(save, "_publish", noting)
+    path = dfrot.quantize(tiny("llama"), RECIPE, tmp_path / "out").path
+    assert order[-1] == "config.json"
+    assert not list(path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": 99}, "this checkpoint has format 99"),
+        ({"quant_method": "gptq"}, "was quantized by 'gptq'"),
+        ({"online": 3}, "not the configuration"),
+        ({"recipe": {}}, "not the configuration"),
+        ({"keys": {"type": "hadamard", "size": 7, "transposed": False}}, "no Hadamard matrix of size 7"),
+    ],
+)
+def test_a_config_of_something_else_is_refused(
+    tiny: Tiny, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    path = dfrot.quantize(tiny("llama"), RECIPE, tmp_path / "out").path
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"] |= change
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=message):
+        dfrot.load(path)
+
+
+def test_a_truncated_shard_is_refused_on_loading(tiny: Tiny, tmp_path: Path) -> None:
+    path = dfrot.quantize(tiny("llama"), RECIPE, tmp_path / "out").path
+    shard = path / "model-00002-of-00004.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"model-00002-of-00004\.safetensors is not a complete"):
+        dfrot.load(path)
+
+
+def test_saving_a_loaded_checkpoint_makes_an_equal_one(tiny: Tiny, tmp_path: Path) -> None:
+    model, _ = dfrot.load(dfrot.quantize(tiny("qwen3"), RECIPE, tmp_path / "out").path)
+    model.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again").state_dict()
+    assert again.keys() == model.state_dict().keys()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in model.state_dict().items())

@@ -1,0 +1,116 @@
+"""What every method × architecture must do. A new method or architecture joins by its row in the tables."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import dfrot
+from dfrot.models.families import GRAPHS
+from dfrot.models.source import use_torch_norms_
+from tests.tiny_models import CONFIGS
+
+Tiny = Callable[[str], Path]
+METHODS: dict[str, dict[str, Any]] = {
+    "none": {"method": "none"},
+    "quarot": {"method": "quarot"},
+    "quarot-ro": {"method": "quarot", "rotation": "orthogonal"},
+    "quarot-heads": {"method": "quarot", "head_mixing": True},
+    "dfrot": {"method": "dfrot", "steps": 3, "calib_tokens": 64, "calib_seq_len": 32},
+}
+TOKENS = torch.randint(1, 96, (2, 24), generator=torch.Generator().manual_seed(7))
+
+every_architecture = pytest.mark.parametrize("architecture", CONFIGS)
+every_method = pytest.mark.parametrize("method", METHODS)
+
+
+def make(tiny: Tiny, out: Path, architecture: str, method: str, text: Path, **options: Any) -> Path:
+    recipe = dfrot.Recipe.parse(**{**METHODS[method], "calib": str(text), **options})
+    return dfrot.quantize(tiny(architecture), recipe, out).path
+
+
+def logits(path: Path, tokens: torch.Tensor = TOKENS, **load: Any) -> torch.Tensor:
+    model, _ = dfrot.load(path, **load)
+    with torch.no_grad():
+        return model(tokens, use_cache=False).logits
+
+
+def original_logits(path: Path) -> torch.Tensor:
+    """transformers in float64, its norms computed in float64 too."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
+    use_torch_norms_(model, GRAPHS[model.config.model_type])
+    with torch.no_grad():
+        return model(TOKENS, use_cache=False).logits
+
+
+@every_architecture
+@every_method
+def test_rotation_leaves_logits_unchanged_and_the_error_falls_with_precision(
+    tiny: Tiny, tmp_path: Path, text_file: Path, architecture: str, method: str
+) -> None:
+    expected = original_logits(tiny(architecture))
+    error = {}
+    for dtype in ("float32", "float64"):
+        path = make(tiny, tmp_path / dtype, architecture, method, text_file, spec="w16a16kv16", dtype=dtype)
+        error[dtype] = ((logits(path).double() - expected).norm() / expected.norm()).item()
+    assert error["float64"] <= error["float32"] / 1e4
+    assert 0 < error["float32"] < 1e-4  # 2⁻²³ times the outlier's 400 and a few dozen additions
+
+
+@every_architecture
+@every_method
+def test_the_same_seed_gives_the_same_bytes(
+    tiny: Tiny, tmp_path: Path, text_file: Path, architecture: str, method: str
+) -> None:
+    first, second = (make(tiny, tmp_path / run, architecture, method, text_file) for run in ("first", "second"))
+    names = sorted(file.name for file in first.iterdir())
+    assert names == sorted(file.name for file in second.iterdir())
+    assert all((first / name).read_bytes() == (second / name).read_bytes() for name in names)
+
+
+@every_architecture
+@pytest.mark.parametrize("spec", ["w4a4kv4", "w3g16a8kv2"])
+def test_generating_with_the_quantized_cache_equals_generating_without_a_cache(
+    tiny: Tiny, tmp_path: Path, text_file: Path, architecture: str, spec: str
+) -> None:
+    model, _ = dfrot.load(make(tiny, tmp_path / "out", architecture, "quarot", text_file, spec=spec))
+    settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    prompt = {"input_ids": TOKENS, "attention_mask": torch.ones_like(TOKENS)}
+    with_cache = model.generate(**prompt, use_cache=True, **settings)
+    without = model.generate(**prompt, use_cache=False, **settings)
+    assert with_cache.shape == (2, 36)
+    assert torch.equal(with_cache, without)
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "none"])
+def test_rotation_helps_a_model_with_outliers(tiny: Tiny, tmp_path: Path, text_file: Path, method: str) -> None:
+    expected = original_logits(tiny("llama"))
+    error = {
+        name: (logits(make(tiny, tmp_path / name, "llama", name, text_file, spec="w16a4kv16")) - expected).norm()
+        for name in ("none", method)
+    }
+    assert error[method] < error["none"]
+
+
+_LOGITS_IN_A_NEW_PROCESS = """
+import sys, torch, dfrot
+from transformers import AutoModelForCausalLM
+tokens = torch.load(sys.argv[1])
+torch.save([AutoModelForCausalLM.from_pretrained(path)(tokens).logits for path in sys.argv[3:]], sys.argv[2])
+"""
+
+
+def test_a_new_process_loads_every_family_through_transformers_with_identical_logits(
+    tiny: Tiny, tmp_path: Path, text_file: Path
+) -> None:
+    paths = [make(tiny, tmp_path / name, name, "quarot", text_file) for name in CONFIGS]
+    torch.save(TOKENS, tmp_path / "tokens.pt")
+    arguments = [tmp_path / "tokens.pt", tmp_path / "logits.pt", *paths]
+    subprocess.run([sys.executable, "-c", _LOGITS_IN_A_NEW_PROCESS, *map(str, arguments)], check=True)
+    for path, theirs in zip(paths, torch.load(tmp_path / "logits.pt"), strict=True):
+        assert torch.equal(logits(path), theirs)

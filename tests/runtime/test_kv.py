@@ -1,0 +1,118 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers.cache_utils import Cache, DynamicLayer
+
+import dfrot
+from dfrot.linalg.rotation import Hadamard
+from dfrot.models.source import read_config
+from dfrot.quant.affine import fake_quantize
+from dfrot.quant.grids import IntGrid, PerToken
+from dfrot.recipe import TensorSpec
+from dfrot.results import kv_bytes_per_token
+from dfrot.runtime.kv import KVQuantizer, QuantizedLayer
+
+Tiny = Callable[[str], Path]
+SPEC = TensorSpec(4, symmetric=False, clip=0.95)
+TOKENS = torch.randint(1, 96, (2, 20), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture
+def model(tiny: Tiny, tmp_path: Path) -> Any:
+    recipe = dfrot.Recipe.parse("quarot", spec="w16a16kv4")
+    return dfrot.load(dfrot.quantize(tiny("llama"), recipe, tmp_path / "out").path)[0]
+
+
+def logits(model: Any, tokens: torch.Tensor, **arguments: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(tokens, **arguments).logits
+
+
+def test_rotating_queries_and_keys_leaves_scores_unchanged() -> None:
+    quantizer = KVQuantizer(SPEC, Hadamard(12), 12)
+    q, k = torch.randn(2, 1, 3, 5, 12, dtype=torch.float64)
+    scores = quantizer.rotate(q) @ quantizer.rotate(k).mT
+    torch.testing.assert_close(scores, q @ k.mT, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_unpacking_gives_what_quantizing_leaves(bits: int) -> None:
+    quantizer = KVQuantizer(TensorSpec(bits, False, 0.95), None, 16)
+    x = torch.randn(2, 3, 7, 16)
+    packed = quantizer.pack(x)
+    assert packed.codes.shape == (2, 3, 7, 2 * bits)
+    error = (quantizer.unpack(packed, torch.float32) - x).abs()
+    ideal = (fake_quantize(x, IntGrid(bits, False), PerToken(), 0.95) - x).abs()
+    # the step is rounded up to bfloat16, and the zero point to a whole step
+    assert (error.amax(-1) <= ideal.amax(-1) + packed.scale.squeeze(-1)).all()
+
+
+def test_the_bytes_of_a_cached_token_are_those_of_the_record(model: Any) -> None:
+    cache = model(TOKENS, use_cache=True).past_key_values
+    assert all(isinstance(layer, QuantizedLayer) for layer in cache.layers)
+    stored = sum(layer.nbytes for layer in cache.layers)
+    assert stored == TOKENS.numel() * kv_bytes_per_token(read_config(Path(model.name_or_path)), SPEC)
+
+
+def test_a_step_with_the_packed_cache_equals_the_whole_pass(model: Any) -> None:
+    cache = model(TOKENS[:, :15], use_cache=True).past_key_values
+    stepwise = logits(model, TOKENS[:, 15:], past_key_values=cache)
+    torch.testing.assert_close(stepwise, logits(model, TOKENS, use_cache=False)[:, 15:], rtol=0, atol=1e-4)
+
+
+def test_a_cache_in_full_precision_gives_the_same_numbers(model: Any) -> None:
+    cache = Cache(layer_class_to_replicate=DynamicLayer)
+    logits(model, TOKENS[:, :15], past_key_values=cache, use_cache=True)
+    assert cache.layers[0].keys.dtype == torch.float32
+    stepwise = logits(model, TOKENS[:, 15:], past_key_values=cache)
+    torch.testing.assert_close(stepwise, logits(model, TOKENS, use_cache=False)[:, 15:], rtol=0, atol=1e-4)
+
+
+def test_left_padding_does_not_change_what_follows(model: Any) -> None:
+    plain = logits(model, TOKENS[:1])
+    padded = torch.cat([torch.zeros(1, 6, dtype=torch.long), TOKENS[:1]], dim=1)
+    mask = (torch.arange(26) >= 6).long()[None]
+    position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
+    with_padding = logits(model, padded, attention_mask=mask, position_ids=position_ids)[:, 6:]
+    torch.testing.assert_close(with_padding, plain, rtol=0, atol=1e-4)
+
+
+def test_beam_search_reorders_the_packed_cache(model: Any) -> None:
+    settings = {"max_new_tokens": 8, "num_beams": 3, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    mask = torch.ones_like(TOKENS)
+    with_cache = model.generate(TOKENS, attention_mask=mask, use_cache=True, **settings)
+    assert torch.equal(with_cache, model.generate(TOKENS, attention_mask=mask, use_cache=False, **settings))
+
+
+def test_cropping_forgets_the_last_tokens(model: Any) -> None:
+    cache = model(TOKENS, use_cache=True).past_key_values
+    cache.crop(-8)
+    assert cache.get_seq_length() == 12
+    torch.testing.assert_close(
+        logits(model, TOKENS[:, 12:], past_key_values=cache),
+        logits(model, TOKENS, use_cache=False)[:, 12:],
+        rtol=0,
+        atol=1e-4,
+    )
+
+
+def test_rows_of_the_batch_can_be_repeated_selected_and_forgotten(model: Any) -> None:
+    layer = model(TOKENS, use_cache=True).past_key_values.layers[0]
+    layer.batch_repeat_interleave(3)
+    assert layer.nbytes == 3 * layer.get_seq_length() * 2 * 2 * 2 * (6 + 3)  # rows, K and V, batch, heads, bytes
+    layer.batch_select_indices(torch.tensor([0, 5]))
+    assert layer._packed[0].codes.shape[0] == 2
+    layer.reset()
+    assert (layer.get_seq_length(), layer.nbytes) == (0, 0)
+
+
+def test_nan_keys_are_not_hidden() -> None:
+    quantizer = KVQuantizer(SPEC, None, 16)
+    x = torch.randn(1, 1, 2, 16)
+    x[0, 0, 1, 3] = torch.nan
+    restored = quantizer.unpack(quantizer.pack(x), torch.float32)
+    assert restored[0, 0, 0].isfinite().all()
+    assert restored[0, 0, 1].isnan().all()

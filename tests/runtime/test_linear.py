@@ -1,0 +1,74 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import dfrot
+from dfrot.linalg.rotation import Hadamard, Rotation
+from dfrot.quant.affine import dequantize, fake_quantize
+from dfrot.quant.grids import IntGrid, PerToken
+from dfrot.recipe import TensorSpec
+from dfrot.runtime.linear import QuantLinear, packed_tensors
+from dfrot.weights.rtn import rtn
+
+LEFT_ALONE = TensorSpec(16, symmetric=True)
+
+
+def layer(
+    weight: torch.Tensor, weights: TensorSpec, activations: TensorSpec = LEFT_ALONE, rotation: Rotation | None = None
+) -> QuantLinear:
+    made = QuantLinear(
+        weight.shape[1],
+        weight.shape[0],
+        bias=False,
+        weights=weights,
+        activations=activations,
+        rotation=rotation,
+        dtype=weight.dtype,
+    )
+    tensors = packed_tensors(*rtn(weight, weights), weights) if weights.quantizes else {"weight": weight}
+    made.load_state_dict(tensors)
+    return made
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group", [None, 8])
+def test_packing_loses_nothing(bits: int, symmetric: bool, group: int | None) -> None:
+    weight = torch.randn(6, 24, generator=torch.Generator().manual_seed(bits))
+    spec = TensorSpec(bits, symmetric, 1.0, group)
+    codes, qparams = rtn(weight, spec)
+    expected = dequantize(codes, spec.weight_granularity, qparams)
+    assert torch.equal(layer(weight, spec).dense_weight(torch.float32), expected)
+
+
+def test_the_forward_pass_is_rotate_quantize_multiply() -> None:
+    weight, x = torch.randn(5, 12, dtype=torch.float64), torch.randn(3, 2, 12, dtype=torch.float64)
+    activations = TensorSpec(4, symmetric=False, clip=0.9)
+    quantized = layer(weight, TensorSpec(4, True, None), activations, Hadamard(12))
+    rotated = x @ Hadamard(12).as_matrix()
+    expected = fake_quantize(rotated, IntGrid(4, False), PerToken(), 0.9) @ quantized.dense_weight(x.dtype).T
+    torch.testing.assert_close(quantized(x), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_with_everything_left_alone_it_is_a_linear_layer() -> None:
+    weight, x = torch.randn(5, 12), torch.randn(3, 12)
+    assert torch.equal(layer(weight, LEFT_ALONE)(x), torch.nn.functional.linear(x, weight))
+
+
+def test_changing_the_dtype_changes_the_unpacked_weight() -> None:
+    quantized = layer(torch.randn(4, 16), TensorSpec(4, True))
+    assert quantized(torch.randn(2, 16)).dtype == torch.float32
+    assert quantized(torch.randn(2, 16, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_a_bfloat16_model_runs(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    path = dfrot.quantize(tiny("llama"), dfrot.Recipe.parse("quarot"), tmp_path / "out").path
+    tokens = torch.arange(1, 20)[None]
+    wide, _ = dfrot.load(path)
+    narrow, _ = dfrot.load(path, dtype=torch.bfloat16)
+    with torch.no_grad():
+        expected, got = wide(tokens).logits, narrow(tokens).logits
+    assert got.dtype == torch.bfloat16
+    assert (got.float() - expected).norm() / expected.norm() < 0.5  # 4-bit rounding amplifies bfloat16's

