@@ -36,11 +36,11 @@ def measured(out: Path, method: str, spec: str, max_tokens: int) -> Record:
 
 def table_of(records: list[Record]) -> Table:
     table = Table(title=f"{MODEL}, perplexity on {TEXT} (lower is better)")
-    for heading in ("spec", "method", "perplexity", "weights MB", "bits/weight", "KV bytes/token", "seconds"):
-        table.add_column(heading, justify="left" if heading in ("spec", "method") else "right")
+    for heading in ("spec", "method", "perplexity", "MB on disk", "bits/weight", "KV B/token", "seconds"):
+        table.add_column(heading, justify="left" if heading in ("spec", "method") else "right", no_wrap=True)
     previous = None
     for record in records:
-        recipe = record.recipe or {"spec": "unquantized", "method": "—"}
+        recipe = record.recipe or {"spec": "—", "method": "unquantized"}
         if previous not in (None, recipe["spec"]):
             table.add_section()
         previous = recipe["spec"]
