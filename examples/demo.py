@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -35,8 +36,8 @@ def measured(out: Path, method: str, spec: str, max_tokens: int) -> Record:
 
 
 def table_of(records: list[Record]) -> Table:
-    table = Table(title=f"{MODEL}, perplexity on {TEXT} (lower is better)")
-    for heading in ("spec", "method", "perplexity", "MB on disk", "bits/weight", "KV B/token", "seconds"):
+    table = Table(title=f"{MODEL}, perplexity on {TEXT} (lower is better)", box=box.SIMPLE_HEAD)
+    for heading in ("spec", "method", "perplexity", "MB", "bits/weight", "KV B/token", "seconds"):
         table.add_column(heading, justify="left" if heading in ("spec", "method") else "right", no_wrap=True)
     previous = None
     for record in records:
