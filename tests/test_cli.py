@@ -64,6 +64,13 @@ def test_models_lists_every_family(capsys: pytest.CaptureFixture[str]) -> None:
         (["eval", "TINY", "--ppl", "missing.txt"], "there is no text 'missing.txt'"),
         (["info", "TINY"], "it is not quantized"),
         (["generate", "TINY", ""], "the prompt has no tokens"),
+        (["generate", "TINY", "x", "--max-new-tokens", "0"], "max-new-tokens is at least 1"),
+        (["quantize", "TINY", "-o", "OUT", "--device", "foo"], "the device 'foo' cannot be used"),
+        (["quantize", "TINY", "-o", "OUT", "--gamma", "nan"], "gamma is a positive weight"),
+        (["quantize", "TINY", "-o", "OUT", "--seed", "-1"], "a seed is between 0 and"),
+        (["eval", "TINY", "--seq-len", "0", "--ppl", "SHORT"], "a block has at least two tokens"),
+        (["eval", "TINY", "--ppl"], "no text was given"),
+        (["eval", "TINY", "--ppl", "SHORT", "--json", "/no/where.json"], "does not exist"),
     ],
 )
 def test_a_mistake_is_one_message_and_exit_code_two(

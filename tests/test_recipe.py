@@ -70,8 +70,12 @@ def test_recipes_that_differ_have_different_digests() -> None:
         ({"preset": "best"}, "no preset 'best'. Presets: paper, deploy"),
         ({"method": "quarot", "gamma": 3.0}, "'quarot' has no option gamma; it takes head_mixing, rotation"),
         ({"method": "none", "rotation": "hadamard"}, "'none' has no option rotation; it takes no options"),
-        ({"gamma": 0.0}, "gamma is a positive weight"),
+        ({"gamma": 0.0}, "gamma is a positive weight or 'auto'"),
         ({"steps": 0}, "steps is at least 1"),
+        ({"rotation": "hadamrd"}, "rotation is one of hadamard, orthogonal, got 'hadamrd'"),
+        ({"objective": "papr"}, "objective is one of recipe, paper"),
+        ({"gamma": "best"}, "gamma is one of auto, got 'best'"),
+        ({"dtype": "int8"}, "dtype is one of auto, float16"),
         ({"act_clip": 1.5}, "clip ratio is above 0 and at most 1"),
         ({"calib_tokens": 1}, "at least one sequence of two tokens"),
         ({"calib_tokens": 64, "calib_seq_len": 128}, "64 tokens in sequences of 128"),
@@ -88,5 +92,5 @@ def test_json_of_something_else_is_refused(record: dict[str, object]) -> None:
         Recipe.from_json(record)
 
 
-def test_what_is_not_given_has_the_papers_value() -> None:
-    assert Recipe.parse(gamma=None).method == DFRot(gamma=100.0, steps=100)
+def test_what_is_not_given_has_its_default() -> None:
+    assert Recipe.parse(gamma=None, steps=None).method == DFRot()

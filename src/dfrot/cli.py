@@ -59,12 +59,16 @@ class Quantize:
     """quarot, dfrot: R1, or its start, is a randomized Hadamard (default) or random orthogonal matrix."""
     head_mixing: bool | None = None
     """quarot: also mix the heads online before o_proj."""
-    gamma: float | None = None
-    """dfrot: weight of tokens with massive activations (default 100)."""
+    gamma: float | Literal["auto"] | None = None
+    """dfrot: weight of tokens with massive activations (default auto; 100 with the paper's objective)."""
     steps: int | None = None
     """dfrot: refinement steps at most (default 100)."""
     objective: Literal["recipe", "paper"] | None = None
-    """dfrot: refine for the recipe's activation quantizer (default) or the paper's."""
+    """dfrot: refine for the recipe's activation quantizer (default), or exactly as the paper does."""
+    solver: Literal["descent", "procrustes"] | None = None
+    """dfrot: descent on ranges (default), or the paper's alternation."""
+    massive: Literal["relative", "rotation"] | None = None
+    """dfrot: rule for massive tokens: small relative error (default), or error raised by a random rotation."""
     weight_symmetric: bool | None = None
     """Override the preset."""
     act_symmetric: bool | None = None
@@ -103,6 +107,10 @@ class Quantize:
             f"{size['weight_bytes'] / 1e6:.1f} MB ({size['unquantized_bytes'] / 1e6:.1f} MB at 16 bits), "
             f"{size['decoder_bits_per_weight']:.2f} bits per decoder weight, {seconds:.0f} s"
         )
+        if report.notes:
+            massive = report.notes["massive_tokens"]
+            where = f", block {massive[0]['block']} position {massive[0]['position']} the first" if massive else ""
+            out.print(f"{len(massive)} norm outputs with massive activations{where}; gamma {report.notes['gamma']:g}")
         out.print(f"folding changed the model by {report.invariance:.0e} (float64, relative)")
 
 
@@ -126,6 +134,8 @@ class Eval:
     def run(self) -> None:
         from dfrot.evaluation.run import evaluate
 
+        if self.json is not None and not self.json.parent.is_dir():
+            raise UserError(f"the directory of --json {self.json} does not exist.")
         record = evaluate(self.model, self.ppl, seq_len=self.seq_len, max_tokens=self.max_tokens, device=self.device)
         for metric, value in record.metrics.items():
             out.print(f"{metric} {value:.4f}" if value < 1e5 else f"{metric} {value:.3e}")
@@ -156,6 +166,8 @@ class Generate:
 
         from dfrot.checkpoint.load import load
 
+        if self.max_new_tokens < 1:
+            raise UserError(f"max-new-tokens is at least 1, got {self.max_new_tokens}.")
         model, tokenizer = load(self.model, device=self.device)
         inputs = tokenizer(self.prompt, return_tensors="pt").to(self.device)
         if inputs.input_ids.shape[1] == 0:
@@ -227,7 +239,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
         resumable = isinstance(command, Quantize) and command.out.is_dir()
-        hint = " Finished blocks are kept: the same command with --resume continues." if resumable else ""
+        hint = (
+            " Finished blocks are kept: the same command with --resume instead of --overwrite continues."
+            if resumable
+            else ""
+        )
         _complain(f"interrupted.{hint}")
         return 128 + signal.SIGINT
     except BrokenPipeError:  # `dfrot … | head`: the reader has seen enough

@@ -5,14 +5,17 @@ size of the model, and a small model goes through the same loop.
 """
 
 import contextlib
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dfrot.checkpoint.load import usable_device
 from dfrot.checkpoint.save import CheckpointWriter
 from dfrot.errors import EnvironmentFault, UserError
 from dfrot.methods import METHODS
@@ -41,11 +44,13 @@ class Report:
         path: the checkpoint.
         timings_s: seconds per stage.
         invariance: the largest float64 error that folding made, relative; rounding if all is well.
+        notes: what the method found out while it fitted; also in the checkpoint's fit.json.
     """
 
     path: Path
     timings_s: dict[str, float] = field(default_factory=dict)
     invariance: float = 0.0
+    notes: dict[str, Any] = field(default_factory=dict)
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -78,19 +83,36 @@ def quantize(
         EnvironmentFault: network, disk or an optional package failed.
         InvarianceError: folding changed the model, which is a bug; nothing is left that looks finished.
     """
+    there = usable_device(device)
     source = open_source(str(model))
     _check_sizes(source, recipe)
+    source.tokenizer()  # a model without one is refused before the work, not after it
     report = Report(Path(out))
-    run = {"model": str(model), "recipe": recipe.to_json(), "dfrot": __version__}
+    run = {"model": source.fingerprint(), "recipe": recipe.to_json(), "dfrot": __version__}
     writer = CheckpointWriter(report.path, run, num_shards=source.num_blocks + 2, resume=resume, overwrite=overwrite)
-    device = torch.device(device)
-    context = Context(source, recipe, lambda: _calibration(source, recipe), device)
+    context = Context(source, recipe, lambda: _calibration(source, recipe), there, report.notes)
     with report.stage("fit"):
-        transforms = METHODS[recipe.method_name](context)
+        transforms = _fitted(context, writer)
     with report.stage("quantize"):
         _quantize_blocks(context, transforms, writer, report)
         _finish(context, transforms, writer)
     return report
+
+
+def _fitted(context: Context, writer: CheckpointWriter) -> Transforms:
+    """The method's transforms: fitted and kept, or those that the interrupted run kept.
+
+    Fitting again would not do: another number of threads rounds differently, and refinement amplifies that.
+    """
+    if (kept := writer.load_fit()) is not None:
+        record, tensors = kept
+        context.notes.update(record["notes"])
+        return Transforms.from_description(record["transforms"], tensors)
+    transforms = METHODS[context.recipe.method_name](context)
+    tensors = {}
+    description = transforms.describe(tensors)
+    writer.save_fit({"transforms": description, "notes": context.notes}, tensors)
+    return transforms
 
 
 def _quantize_blocks(context: Context, transforms: Transforms, writer: CheckpointWriter, report: Report) -> None:
@@ -166,10 +188,11 @@ def _finish(context: Context, transforms: Transforms, writer: CheckpointWriter) 
     config["quantization_config"] = {**plan.to_json(recipe), "unquantized_bytes": unquantized}
     try:
         source.tokenizer().save_pretrained(writer.path)
-        source.skeleton.generation_config.save_pretrained(writer.path)  # type: ignore[operator,union-attr]
+        if (settings := source.path / "generation_config.json").is_file():
+            shutil.copyfile(settings, writer.path / settings.name)
     except OSError as error:
         raise EnvironmentFault(f"cannot write the tokenizer to {writer.path}: {error}") from error
-    writer.finish(config)
+    writer.finish(config, context.notes)
 
 
 def _stays_tied(source: Source, transforms: Transforms) -> bool:

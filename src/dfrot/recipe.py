@@ -7,7 +7,9 @@ nothing left implied. Its `digest` is what resuming and caches compare.
 import dataclasses
 import hashlib
 import json
+import math
 import re
+import typing
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -127,6 +129,16 @@ PRESETS = {
 }
 
 
+def _check_words(kind: type, given: dict[str, Any]) -> None:
+    """Raise UserError if a field of `kind` that takes one of some words is given another."""
+    for name, hint in typing.get_type_hints(kind).items():
+        choices = typing.get_args(hint) if typing.get_origin(hint) is not Literal else (hint,)
+        words = [word for choice in choices if typing.get_origin(choice) is Literal for word in typing.get_args(choice)]
+        value = given.get(name)
+        if words and isinstance(value, str) and value not in words:
+            raise UserError(f"{name} is one of {', '.join(words)}, got '{value}'.")
+
+
 @dataclass(frozen=True)
 class NoRotation:
     """`none`: the model as it is, quantized."""
@@ -148,16 +160,23 @@ class DFRot:
 
     rotation: Literal["hadamard", "orthogonal"] = "hadamard"
     """The rotation that refinement starts from."""
-    gamma: float = 100.0
-    """Weight γ of the tokens with massive activations (`alpha` in the released code)."""
+    gamma: float | Literal["auto"] | None = None
+    """Weight γ of the tokens with massive activations (`alpha` in the released code); "auto" tries the paper's list and
+    keeps the one that changes the model least on held-back calibration tokens. None: auto, or the paper's 100 if the
+    objective is the paper's."""
     steps: int = 100
-    """Alternations of quantization step and rotation step at most."""
+    """Refinement steps at most."""
     objective: Literal["recipe", "paper"] = "recipe"
     """Minimise the error of the recipe's activation quantizer, or of the paper's (symmetric, 4 bits, unclipped)."""
+    solver: Literal["descent", "procrustes"] | None = None
+    """Descent on the tokens' ranges, or the paper's alternation with Procrustes steps. None: descent, or procrustes if
+    the objective is the paper's, which then is the paper's exact procedure."""
+    massive: Literal["relative", "rotation"] = "relative"
+    """The rule that finds massive tokens: a small relative error, or an error that a random rotation raises."""
 
     def __post_init__(self) -> None:
-        if self.gamma <= 0:
-            raise UserError(f"gamma is a positive weight, got {self.gamma}.")
+        if isinstance(self.gamma, (int, float)) and not (math.isfinite(self.gamma) and self.gamma > 0):
+            raise UserError(f"gamma is a positive weight or 'auto', got {self.gamma}.")
         if self.steps < 1:
             raise UserError(f"steps is at least 1, got {self.steps}.")
 
@@ -196,6 +215,10 @@ class Recipe:
     dtype: Literal["auto", "float16", "bfloat16", "float32", "float64"] = "auto"
     """Of what is left unquantized; auto is the source's own, at most 16 bits beside quantized weights."""
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"a seed is between 0 and 2^63 − 1, got {self.seed}.")
 
     @property
     def method_name(self) -> str:
@@ -244,6 +267,8 @@ class Recipe:
         if unknown := sorted(set(given) - known):
             takes = ", ".join(sorted(known)) or "no options"
             raise UserError(f"the method '{method}' has no option {', '.join(unknown)}; it takes {takes}.")
+        _check_words(METHOD_OPTIONS[method], given)
+        _check_words(Recipe, {"dtype": dtype})
         seq_len = calib_seq_len if calib_seq_len is not None else min(calib_tokens or 2048, 2048)
         return Recipe(
             method=METHOD_OPTIONS[method](**given),
@@ -265,8 +290,11 @@ class Recipe:
     def from_json(record: dict[str, Any]) -> "Recipe":
         """Raises UserError if the record is not a recipe."""
         try:
+            kind = METHOD_OPTIONS[record["method"]]
+            _check_words(kind, record["options"])
+            _check_words(Recipe, record)
             return Recipe(
-                method=METHOD_OPTIONS[record["method"]](**record["options"]),
+                method=kind(**record["options"]),
                 weights=record["weights"],
                 spec=Spec(**{name: TensorSpec(**grid) for name, grid in record["grids"].items()}),
                 calibration=Calibration(**record["calibration"]),

@@ -114,6 +114,8 @@ def token_blocks(
     Raises:
         UserError: the text, or max_tokens, is shorter than one block.
     """
+    if seq_len < 2:
+        raise UserError(f"a block has at least two tokens, the second to be predicted; got seq_len {seq_len}.")
     if max_tokens is not None and max_tokens < seq_len:
         raise UserError(f"one block is {seq_len} tokens long, but only {max_tokens} tokens are asked for.")
     ids = tokenizer(text, verbose=False).input_ids

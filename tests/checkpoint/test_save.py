@@ -1,12 +1,14 @@
 import errno
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import dfrot
@@ -26,7 +28,9 @@ class Killed(BaseException):
     """Stands in for a signal in the middle of the work."""
 
 
-def interrupted(tiny: Tiny, out: Path, monkeypatch: pytest.MonkeyPatch, after: int = 1) -> None:
+def interrupted(
+    tiny: Tiny, out: Path, monkeypatch: pytest.MonkeyPatch, after: int = 1, recipe: dfrot.Recipe = RECIPE
+) -> None:
     """Leave a run that died after so many blocks."""
     calls = 0
 
@@ -40,7 +44,7 @@ def interrupted(tiny: Tiny, out: Path, monkeypatch: pytest.MonkeyPatch, after: i
     quantize_block = pipeline.quantize_block
     monkeypatch.setattr(pipeline, "quantize_block", die)
     with pytest.raises(Killed):
-        dfrot.quantize(tiny("llama"), RECIPE, out)
+        dfrot.quantize(tiny("llama"), recipe, out)
     monkeypatch.undo()
 
 
@@ -63,6 +67,55 @@ def test_resuming_another_recipe_says_what_differs(tiny: Tiny, tmp_path: Path, m
         dfrot.quantize(tiny("llama"), dfrot.Recipe.parse("none"), tmp_path / "out", resume=True)
     with pytest.raises(UserError, match="interrupted run with another model"):
         dfrot.quantize(tiny("qwen2"), RECIPE, tmp_path / "out", resume=True)
+
+
+def test_resuming_goes_on_with_the_rotation_that_was_fitted(
+    tiny: Tiny, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = dfrot.Recipe.parse("dfrot", steps=2, gamma=1.0, calib=str(text_file), calib_tokens=64)
+    interrupted(tiny, tmp_path / "out", monkeypatch, recipe=recipe)
+    monkeypatch.setitem(pipeline.METHODS, "dfrot", lambda context: pytest.fail("fitted again"))
+    report = dfrot.quantize(tiny("llama"), recipe, tmp_path / "out", resume=True)
+    monkeypatch.undo()
+    dfrot.quantize(tiny("llama"), recipe, tmp_path / "whole")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert report.notes["gamma"] == 1.0
+
+
+def test_resuming_after_the_model_changed_is_refused(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = shutil.copytree(tiny("llama"), tmp_path / "model")
+    interrupted(lambda _: model, tmp_path / "out", monkeypatch)
+    tensors = load_file(model / "model.safetensors")
+    save_file({name: 2 * tensor for name, tensor in tensors.items()}, model / "model.safetensors")
+    with pytest.raises(UserError, match="interrupted run with another model"):
+        dfrot.quantize(model, RECIPE, tmp_path / "out", resume=True)
+
+
+def test_overwriting_deletes_nothing_before_there_is_something_new(tiny: Tiny, tmp_path: Path) -> None:
+    dfrot.quantize(tiny("llama"), RECIPE, tmp_path / "out")
+    before = contents(tmp_path / "out")
+    with pytest.raises(UserError, match="there is no text"):
+        dfrot.quantize(tiny("llama"), dfrot.Recipe.parse("dfrot", calib="nosuch.txt"), tmp_path / "out", overwrite=True)
+    with pytest.raises(UserError, match="give one of them"):
+        dfrot.quantize(tiny("llama"), RECIPE, tmp_path / "out", overwrite=True, resume=True)
+    assert contents(tmp_path / "out") == before
+
+
+def test_a_run_that_died_in_its_first_write_leaves_an_empty_directory(tiny: Tiny, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "dfrot-run.json.tmp").write_text("{")
+    dfrot.quantize(tiny("llama"), RECIPE, tmp_path / "out")
+
+
+def test_the_sources_generation_settings_are_kept(tiny: Tiny, tmp_path: Path) -> None:
+    model = shutil.copytree(tiny("llama"), tmp_path / "model")
+    settings = json.dumps({"eos_token_id": [0, 5, 7], "do_sample": True, "temperature": 0.6})
+    (model / "generation_config.json").write_text(settings)
+    path = dfrot.quantize(model, RECIPE, tmp_path / "out").path
+    assert (path / "generation_config.json").read_text() == settings
+    assert dfrot.load(path)[0].generation_config.eos_token_id == [0, 5, 7]
 
 
 def test_a_directory_that_is_not_ours_is_left_alone(tiny: Tiny, tmp_path: Path) -> None:
@@ -100,7 +153,7 @@ def test_a_full_disk_is_one_message_and_leaves_nothing_finished(
     with pytest.raises(EnvironmentFault, match=re.escape("No space left on device")):
         dfrot.quantize(tiny("llama"), RECIPE, tmp_path / "out")
     names = {file.name for file in (tmp_path / "out").iterdir()}
-    assert names == {"dfrot-run.json", "model-00001-of-00004.safetensors", "model-00002-of-00004.safetensors"}
+    assert names == {"dfrot-run.json", "dfrot-run.safetensors", "model-00001-of-00004.safetensors"}
 
 
 def test_config_json_is_the_last_file_written(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,7 +177,7 @@ def test_config_json_is_the_last_file_written(tiny: Tiny, tmp_path: Path, monkey
         ({"quant_method": "gptq"}, "was quantized by 'gptq'"),
         ({"online": 3}, "not the configuration"),
         ({"recipe": {}}, "not the configuration"),
-        ({"keys": {"type": "hadamard", "size": 7, "transposed": False}}, "no Hadamard matrix of size 7"),
+        ({"keys": {"type": "hadamard", "factors": [7], "transposed": False}}, "no Hadamard matrix of size 7"),
     ],
 )
 def test_a_config_of_something_else_is_refused(

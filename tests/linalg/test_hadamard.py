@@ -1,3 +1,5 @@
+import hashlib
+
 import numpy as np
 import pytest
 import scipy.linalg
@@ -45,9 +47,9 @@ def test_every_model_width_is_applied_by_small_factors(width: int) -> None:
     assert np.prod(factors) == width
     assert max(factors) <= 172
     x = torch.randn(2, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    y = apply_hadamard(x)
+    y = apply_hadamard(x, factors)
     torch.testing.assert_close(y.norm(dim=-1), x.norm(dim=-1), rtol=1e-12, atol=0)
-    torch.testing.assert_close(apply_hadamard(y, transposed=True), x, rtol=0, atol=1e-12)
+    torch.testing.assert_close(apply_hadamard(y, factors, transposed=True), x, rtol=0, atol=1e-12)
 
 
 def test_prime_powers_are_told_apart() -> None:
@@ -63,3 +65,11 @@ def test_an_impossible_size_names_its_neighbours(size: int, near: str) -> None:
 
 def test_orders_of_no_known_matrix_are_not_claimed() -> None:
     assert not any(is_hadamard_size(n) for n in (3, 6, 10, 14, 668, 716))
+
+
+def test_the_matrices_are_those_that_checkpoints_were_made_with() -> None:
+    """A checkpoint names orders only; changing a construction would silently break it. Then raise the format."""
+    orders = [n for n in range(1, 177) if is_hadamard_size(n)]
+    assert len(orders) == 46
+    digest = hashlib.sha256(b"".join(hadamard_matrix(n).numpy().tobytes() for n in orders)).hexdigest()
+    assert digest[:16] == "8cf967a93ee797a3"

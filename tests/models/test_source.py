@@ -3,6 +3,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -146,20 +147,62 @@ def test_nan_in_a_weight_is_named_and_leaves_nothing_finished(
     assert not (tmp_path / "out" / "config.json").exists()
 
 
-def test_a_missing_tensor_is_named(broken: Path, tmp_path: Path) -> None:
+def test_a_missing_tensor_is_named(broken: Path) -> None:
     tensors = load_file(broken / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, broken / "model.safetensors")
-    with pytest.raises(UserError, match=r"lack 'model\.layers\.1\.mlp\.up_proj\.weight'"):
-        dfrot.quantize(broken, dfrot.Recipe.parse("none"), tmp_path / "out")
+    refused(broken, "lack 'model.layers.1.mlp.up_proj.weight' (1 missing)")
 
 
-def test_a_tensor_of_another_shape_is_named(broken: Path, tmp_path: Path) -> None:
+def test_a_tensor_of_another_shape_is_named(broken: Path) -> None:
     tensors = load_file(broken / "model.safetensors")
     tensors["model.layers.0.mlp.up_proj.weight"] = torch.zeros(3, 3)
     save_file(tensors, broken / "model.safetensors")
-    with pytest.raises(UserError, match=r"(?s)'model\.layers\.0\.' do not fit.*up_proj"):
-        dfrot.quantize(broken, dfrot.Recipe.parse("none"), tmp_path / "out")
+    refused(broken, "'model.layers.0.mlp.up_proj.weight'")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_hidden_layers": 1}, "hold 'model.layers.1."),
+        ({"num_hidden_layers": 3}, "lack 'model.layers.2."),
+        ({"vocab_size": 50}, "'model.embed_tokens.weight'"),
+        ({"tie_word_embeddings": False}, "lack 'lm_head.weight'"),
+        ({"num_attention_heads": 5}, "is not a config that transformers can load"),
+    ],
+)
+def test_a_config_that_does_not_fit_the_weights_is_refused(broken: Path, change: dict[str, Any], message: str) -> None:
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | change))
+    refused(broken, message)
+
+
+def test_a_tensor_of_an_unknown_dtype_is_named(broken: Path) -> None:
+    tensors = load_file(broken / "model.safetensors")
+    save_file({**tensors, "model.extra": torch.zeros(2, dtype=torch.int16)}, broken / "model.safetensors")
+    refused(broken, "the tensor 'model.extra'")
+
+
+def test_a_model_without_a_tokenizer_is_refused_before_the_work(broken: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (broken / name).unlink()
+    refused(broken, "has no tokenizer")
+
+
+def test_an_index_that_assigns_a_tensor_to_the_wrong_shard_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_pretrained(tiny("qwen3")).save_pretrained(tmp_path, max_shard_size="20kB")
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    shards = sorted(set(index["weight_map"].values()))
+    index["weight_map"]["model.norm.weight"] = next(s for s in shards if s != index["weight_map"]["model.norm.weight"])
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(tmp_path, "holds 'model.norm.weight', which it does not")
+
+
+def test_a_bfloat16_model_with_float32_norms_is_a_bfloat16_model(broken: Path) -> None:
+    tensors = load_file(broken / "model.safetensors")
+    narrow = {name: tensor if "norm" in name else tensor.bfloat16() for name, tensor in tensors.items()}
+    save_file(narrow, broken / "model.safetensors")
+    assert open_source(str(broken)).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("shard", ["../model.safetensors", "/etc/passwd", "missing.safetensors"])

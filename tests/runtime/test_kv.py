@@ -109,6 +109,12 @@ def test_rows_of_the_batch_can_be_repeated_selected_and_forgotten(model: Any) ->
     assert (layer.get_seq_length(), layer.nbytes) == (0, 0)
 
 
+def test_another_attention_is_refused(model: Any) -> None:
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match=r"the attention 'sdpa' cannot do: set_attn_implementation\('dfrot'\)"):
+        model(TOKENS)
+
+
 def test_nan_keys_are_not_hidden() -> None:
     quantizer = KVQuantizer(SPEC, None, 16)
     x = torch.randn(1, 1, 2, 16)

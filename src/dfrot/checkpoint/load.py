@@ -37,6 +37,19 @@ def checkpoint_recipe(path: Path) -> Recipe | None:
     return Recipe.from_json(record["recipe"])
 
 
+def usable_device(device: str | torch.device) -> torch.device:
+    """A device that is there.
+
+    Raises:
+        UserError: torch knows no such device, or this machine has none.
+    """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"the device '{device}' cannot be used: {str(error).splitlines()[0]}") from error
+    return torch.device(device)
+
+
 def load(model: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> tuple[Any, Any]:
     """Load a checkpoint, or a model that is not quantized.
 
@@ -51,6 +64,7 @@ def load(model: str | Path, *, device: str | torch.device = "cpu", dtype: torch.
         UserError: there is no such checkpoint or model, or it is incomplete or broken.
         EnvironmentFault: it has to come from the hub, which cannot be reached.
     """
+    device = usable_device(device)
     if (folder := Path(model).expanduser()).is_dir():
         checkpoint_recipe(folder)
     path = locate(str(model))

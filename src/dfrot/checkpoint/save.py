@@ -2,12 +2,14 @@
 
 A checkpoint is a directory of safetensors shards, one per decoder block plus one before and one after, an index, a
 tokenizer and a config.json. Each file is written beside its place, synced and renamed; config.json comes last. Until
-then `dfrot-run.json` stands there and says which run the shards belong to, so that the run can be resumed.
+then `dfrot-run.json` stands there and says which run the shards belong to, and `dfrot-run.safetensors` keeps the fitted
+rotations, so that the run can be resumed.
 """
 
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dfrot.errors import EnvironmentFault, UserError
-from dfrot.models.source import stored_tensors
+from dfrot.models.source import open_safetensors, stored_tensors
 
 RUN_FILE = "dfrot-run.json"
+FIT_FILE = "dfrot-run.safetensors"
+NOTES_FILE = "fit.json"
 INDEX_FILE = "model.safetensors.index.json"
 
 
@@ -38,20 +42,23 @@ class CheckpointWriter:
     def __init__(
         self, path: Path, run: dict[str, Any], num_shards: int, *, resume: bool = False, overwrite: bool = False
     ) -> None:
-        self.path, self._run, self._num_shards = path, run, num_shards
-        if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        self.path, self._run, self._num_shards, self._replaced = path, run, num_shards, overwrite
+        if resume and overwrite:
+            raise UserError("--resume keeps what is there and --overwrite deletes it: give one of them.")
+        if not path.exists() or (path.is_dir() and not any(file.name != RUN_FILE + ".tmp" for file in path.iterdir())):
+            self._replaced = False
             return
         if not is_ours(path):
             raise UserError(
                 f"{path} exists and is not a dfrot checkpoint; nothing there is touched. Choose another -o directory."
             )
-        if overwrite:
-            shutil.rmtree(path)
-        elif (path / "config.json").is_file():
+        if overwrite:  # nothing is deleted before there is something to put in its place
+            return
+        if (path / "config.json").is_file():
             raise UserError(f"{path} is a finished checkpoint. Choose another -o directory, or --overwrite it.")
-        elif not resume:
+        if not resume:
             raise UserError(f"{path} holds an interrupted run. Continue it with --resume, or --overwrite it.")
-        elif (before := read_json(path / RUN_FILE)) != run:
+        if (before := read_json(path / RUN_FILE)) != run:
             differing = sorted(key for key in {*before, *run} if before.get(key) != run.get(key))
             raise UserError(
                 f"{path} holds an interrupted run with another {', '.join(differing)}. "
@@ -71,18 +78,49 @@ class CheckpointWriter:
         Raises:
             EnvironmentFault: it cannot be written (disk full, no permission).
         """
-        if not (self.path / RUN_FILE).is_file():
-            with _faults(self.path):
-                self.path.mkdir(parents=True, exist_ok=True)
-            write_json(self.path / RUN_FILE, self._run)
+        self._begin()
         ready = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         temporary = self._shard(number).with_suffix(".tmp")
         with _faults(self.path, temporary):
             save_file(ready, temporary, metadata={"format": "pt"})
             _publish(temporary, self._shard(number))
 
-    def finish(self, config: dict[str, Any]) -> None:
-        """Write index and config; only now the directory is a checkpoint.
+    def _begin(self) -> None:
+        """Make the directory, or clear it if it is to be replaced, and say in it which run it belongs to."""
+        if self._replaced:
+            self._replaced = False
+            with _faults(self.path):
+                doomed = Path(tempfile.mkdtemp(dir=self.path.resolve().parent, prefix=f".{self.path.name}-"))
+                os.rename(self.path.resolve(), doomed)
+                shutil.rmtree(doomed)
+        if not (self.path / RUN_FILE).is_file():
+            with _faults(self.path):
+                self.path.mkdir(parents=True, exist_ok=True)
+            write_json(self.path / RUN_FILE, self._run)
+
+    def save_fit(self, record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Keep what was fitted, so that a resumed run goes on with exactly that.
+
+        Raises:
+            EnvironmentFault: it cannot be written.
+        """
+        self._begin()
+        ready = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        temporary = self.path / f"{FIT_FILE}.tmp"
+        with _faults(self.path, temporary):
+            save_file(ready, temporary, metadata={"record": json.dumps(record)})
+            _publish(temporary, self.path / FIT_FILE)
+
+    def load_fit(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """What `save_fit` kept, if this run resumes one that got so far."""
+        path = self.path / FIT_FILE
+        if self._replaced or not path.is_file():
+            return None
+        with open_safetensors(path) as file:
+            return json.loads(file.metadata()["record"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+    def finish(self, config: dict[str, Any], notes: dict[str, Any]) -> None:
+        """Write notes (if any), index and config; only now the directory is a checkpoint.
 
         Raises:
             EnvironmentFault: they cannot be written.
@@ -93,8 +131,11 @@ class CheckpointWriter:
             for name, _, nbytes in stored_tensors([shard]):
                 weight_map[name] = shard.name
                 total += nbytes
+        if notes:
+            write_json(self.path / NOTES_FILE, notes)
         write_json(self.path / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
         write_json(self.path / "config.json", config)
+        (self.path / FIT_FILE).unlink(missing_ok=True)
         (self.path / RUN_FILE).unlink()
 
 
@@ -142,6 +183,11 @@ def _publish(temporary: Path, final: Path) -> None:
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
     os.replace(temporary, final)
+    folder = os.open(final.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 class _faults:
@@ -161,6 +207,6 @@ class _faults:
         # safetensors reports a full disk as its own error type, with the system's text
         if isinstance(error, OSError) or "I/O error" in str(error) or "No space" in str(error):
             raise EnvironmentFault(
-                f"cannot write to {self._folder}: {error}. Make room or allow writing, then run the same command with "
-                "--resume."
+                f"cannot write to {self._folder}: {error}. Make room or allow writing; if blocks were finished, the "
+                "same command with --resume instead of --overwrite continues."
             ) from error

@@ -30,6 +30,8 @@ def evaluate(
         UserError: model, text or lengths do not fit.
         EnvironmentFault: model or text has to come from the hub, which cannot be reached.
     """
+    if not texts:
+        raise UserError("no text was given to measure perplexity on.")
     if len({text_label(text) for text in texts}) < len(texts):
         raise UserError(f"results name a text after its file, so the names must differ; got {', '.join(texts)}.")
     path = locate(model)

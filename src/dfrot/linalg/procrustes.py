@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-# float64 where an SVD is cheap; above, float32 and one Newton–Schulz step that restores orthogonality.
+# float64 where an SVD is cheap; above, float32 and Newton–Schulz steps that restore orthogonality.
 _FLOAT64_UP_TO = 2048
 
 
@@ -16,7 +16,9 @@ def polar_factor(matrix: Float[Tensor, "size size"]) -> Float[Tensor, "size size
     size = matrix.shape[0]
     u, _, vh = torch.linalg.svd(matrix.to(torch.float64 if size <= _FLOAT64_UP_TO else torch.float32))
     q = (u @ vh).double()
-    return 1.5 * q - 0.5 * q @ (q.T @ q)  # one Newton–Schulz step: error ε becomes ε²
+    for _ in range(1 if size <= _FLOAT64_UP_TO else 2):  # Newton–Schulz: an error ε becomes ε²
+        q = 1.5 * q - 0.5 * q @ (q.T @ q)
+    return q
 
 
 def procrustes(

@@ -6,6 +6,7 @@ R3 and DuQuant have it); mixing heads is one with the identity on the right.
 """
 
 import abc
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -39,9 +40,9 @@ class Rotation(abc.ABC):
         """First self, then other: x (self @ other) = (x self) other."""
         return Compose((self, other))
 
-    def describe(self) -> dict[str, Any]:
-        """JSON that `rotation_from` turns back into this rotation; only for rotations that need no tensors."""
-        raise TypeError(f"{type(self).__name__} holds tensors and cannot be described by JSON alone")
+    @abc.abstractmethod
+    def describe(self, tensors: dict[str, Tensor], name: str) -> dict[str, Any]:
+        """JSON that `rotation_from` turns back into this rotation; its tensors are put into `tensors` under `name`."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Identity(Rotation):
     def T(self) -> Rotation:
         return self
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self, tensors: dict[str, Tensor], name: str) -> dict[str, Any]:
         return {"type": "identity", "size": self.size}
 
 
@@ -66,27 +67,36 @@ class Identity(Rotation):
 class Hadamard(Rotation):
     """diag(signs) H / √n; without signs the plain normalised Hadamard matrix.
 
+    H is the Kronecker product of Hadamard matrices of the sizes `factors`, by default those that are cheapest to apply.
+
     Raises:
-        ValueError: no Hadamard matrix of this size is known.
+        ValueError: no Hadamard matrix of this size, or of a factor's, is known; the factors' product is not the size.
     """
 
     size: int
     signs: Float[Tensor, " size"] | None = None
     transposed: bool = False
+    factors: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         require_hadamard_size(self.size)
+        factors = self.factors or kronecker_factors(self.size)
+        for factor in factors:
+            require_hadamard_size(factor)
+        if math.prod(factors) != self.size:
+            raise ValueError(f"the factors of a Hadamard rotation multiply to its size {self.size}, got {factors}")
+        object.__setattr__(self, "factors", factors)
 
     def apply(self, x: Float[Tensor, "*batch size"]) -> Float[Tensor, "*batch size"]:
         signs = None if self.signs is None else self.signs.to(device=x.device, dtype=x.dtype)
         if signs is not None and not self.transposed:
             x = x * signs
-        x = apply_hadamard(x, transposed=self.transposed)
+        x = apply_hadamard(x, self.factors, transposed=self.transposed)
         return x * signs if signs is not None and self.transposed else x
 
     def as_matrix(self) -> Float[Tensor, "size size"]:
         matrix = torch.ones(1, 1, dtype=torch.float64)
-        for factor in kronecker_factors(self.size):
+        for factor in self.factors:
             matrix = torch.kron(matrix, hadamard_matrix(factor).double())
         matrix = matrix / self.size**0.5
         if self.signs is not None:
@@ -95,12 +105,14 @@ class Hadamard(Rotation):
 
     @property
     def T(self) -> Rotation:
-        return Hadamard(self.size, self.signs, not self.transposed)
+        return Hadamard(self.size, self.signs, not self.transposed, self.factors)
 
-    def describe(self) -> dict[str, Any]:
-        if self.signs is not None:
-            return super().describe()
-        return {"type": "hadamard", "size": self.size, "transposed": self.transposed}
+    def describe(self, tensors: dict[str, Tensor], name: str) -> dict[str, Any]:
+        record = {"type": "hadamard", "factors": list(self.factors), "transposed": self.transposed}
+        if self.signs is None:
+            return record
+        tensors[name] = self.signs
+        return {**record, "signs": name}
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,6 +135,10 @@ class Dense(Rotation):
     def T(self) -> Rotation:
         return Dense(self.matrix.T)
 
+    def describe(self, tensors: dict[str, Tensor], name: str) -> dict[str, Any]:
+        tensors[name] = self.matrix
+        return {"type": "dense", "matrix": name}
+
 
 @dataclass(frozen=True, eq=False)
 class Permutation(Rotation):
@@ -143,6 +159,10 @@ class Permutation(Rotation):
     @property
     def T(self) -> Rotation:
         return Permutation(torch.argsort(self.order))
+
+    def describe(self, tensors: dict[str, Tensor], name: str) -> dict[str, Any]:
+        tensors[name] = self.order
+        return {"type": "permutation", "order": name}
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,12 +189,9 @@ class Kronecker(Rotation):
     def T(self) -> Rotation:
         return Kronecker(self.left.T, self.right.T)
 
-    def describe(self) -> dict[str, Any]:
-        return {
-            "type": "kronecker",
-            "left": self.left.describe(),
-            "right": self.right.describe(),
-        }
+    def describe(self, tensors: dict[str, Tensor], name: str) -> dict[str, Any]:
+        left, right = self.left.describe(tensors, f"{name}.left"), self.right.describe(tensors, f"{name}.right")
+        return {"type": "kronecker", "left": left, "right": right}
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,8 +225,9 @@ class Compose(Rotation):
     def T(self) -> Rotation:
         return Compose(tuple(part.T for part in reversed(self.parts)))
 
-    def describe(self) -> dict[str, Any]:
-        return {"type": "compose", "parts": [part.describe() for part in self.parts]}
+    def describe(self, tensors: dict[str, Tensor], name: str) -> dict[str, Any]:
+        parts = [part.describe(tensors, f"{name}.{index}") for index, part in enumerate(self.parts)]
+        return {"type": "compose", "parts": parts}
 
 
 def block_diagonal(block: Rotation, count: int) -> Rotation:
@@ -217,21 +235,29 @@ def block_diagonal(block: Rotation, count: int) -> Rotation:
     return Kronecker(Identity(count), block)
 
 
-def rotation_from(description: Mapping[str, Any]) -> Rotation:
+def rotation_from(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Rotation:
     """The rotation that `Rotation.describe` described.
 
     Raises:
-        ValueError: the description is of no known type.
+        ValueError: the description is of no known type, or names a tensor that is not there.
     """
-    match description:
-        case {"type": "identity", "size": size}:
-            return Identity(size)
-        case {"type": "hadamard", "size": size, "transposed": transposed}:
-            return Hadamard(size, transposed=transposed)
-        case {"type": "kronecker", "left": left, "right": right}:
-            return Kronecker(rotation_from(left), rotation_from(right))
-        case {"type": "compose", "parts": parts}:
-            return Compose(tuple(rotation_from(part) for part in parts))
+    try:
+        match description:
+            case {"type": "identity", "size": size}:
+                return Identity(size)
+            case {"type": "hadamard", "factors": factors, "transposed": transposed}:
+                signs = tensors[description["signs"]] if "signs" in description else None
+                return Hadamard(math.prod(factors), signs, transposed, tuple(factors))
+            case {"type": "dense", "matrix": matrix}:
+                return Dense(tensors[matrix])
+            case {"type": "permutation", "order": order}:
+                return Permutation(tensors[order])
+            case {"type": "kronecker", "left": left, "right": right}:
+                return Kronecker(rotation_from(left, tensors), rotation_from(right, tensors))
+            case {"type": "compose", "parts": parts}:
+                return Compose(tuple(rotation_from(part, tensors) for part in parts))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"not the description of a rotation: {description!r}") from error
     raise ValueError(f"not the description of a rotation: {description!r}")
 
 

@@ -1,7 +1,8 @@
 """What a method may look at while it fits its transforms."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -19,12 +20,14 @@ class Context:
         calibration: returns token ids of shape (sequences, seq_len). Calling it may read files or the network, so
             methods that need no data never do.
         device: where to compute.
+        notes: what the method found out, as JSON; it stays with the checkpoint.
     """
 
     source: Source
     recipe: Recipe
     calibration: Callable[[], Int[Tensor, "sequences seq_len"]]
     device: torch.device
+    notes: dict[str, Any] = field(default_factory=dict)
 
     def generator(self) -> torch.Generator:
         """A fresh generator with the recipe's seed; always on the CPU, so that every device draws the same."""

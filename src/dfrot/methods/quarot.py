@@ -10,6 +10,7 @@ so do we unless `head_mixing` is set. It takes hidden_size / num_attention_heads
 """
 
 from dfrot.errors import UserError
+from dfrot.linalg.hadamard import require_hadamard_size
 from dfrot.linalg.rotation import Hadamard, Rotation, random_hadamard, random_orthogonal
 from dfrot.methods.context import Context
 from dfrot.models.graph import head_dim
@@ -38,9 +39,10 @@ def random_rotation(context: Context, kind: str) -> Rotation:
     if kind == "orthogonal":
         return random_orthogonal(width, context.generator())
     try:
-        return random_hadamard(width, context.generator())
+        require_hadamard_size(width)
     except ValueError as error:
         raise UserError(f"the residual stream has {width} channels: {error} Use --rotation orthogonal.") from error
+    return random_hadamard(width, context.generator())
 
 
 def around(residual: Rotation, context: Context, *, head_mixing: bool = False) -> Transforms:

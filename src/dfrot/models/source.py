@@ -5,6 +5,7 @@ and freed by whoever asked, so that memory is bounded by one decoder block, what
 """
 
 import copy
+import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -88,8 +89,10 @@ def weight_files(path: Path) -> dict[str, Path]:
             if shard.parent != path or not shard.is_file():
                 raise UserError(f"{_INDEX} names the shard '{shard.name}', which is not a file in {path}.")
         for shard in set(files.values()):
-            with open_safetensors(shard):
-                pass
+            with open_safetensors(shard) as file:
+                lacking = {name for name, where in files.items() if where == shard} - set(file.keys())
+            if lacking:
+                raise UserError(f"{_INDEX} says that {shard.name} holds '{min(lacking)}', which it does not.")
         return files
     if (path / _SINGLE).is_file():
         with open_safetensors(path / _SINGLE) as file:
@@ -123,7 +126,9 @@ def stored_tensors(files: Iterable[Path]) -> Iterator[tuple[str, torch.Size, int
             for name in file.keys():  # noqa: SIM118 — safe_open is no mapping
                 piece = file.get_slice(name)
                 shape = torch.Size(piece.get_shape())
-                yield name, shape, shape.numel() * _ITEMSIZE[piece.get_dtype()]
+                if (dtype := piece.get_dtype()) not in _ITEMSIZE:
+                    raise UserError(f"the tensor '{name}' in {path} has the dtype {dtype}, which dfrot does not read.")
+                yield name, shape, shape.numel() * _ITEMSIZE[dtype]
 
 
 @dataclass(frozen=True)
@@ -153,21 +158,21 @@ class Source:
     @property
     def tied(self) -> bool:
         """Whether the head is the embedding."""
-        return f"{self.graph.head}.weight" not in self.files
+        return bool(self.config.tie_word_embeddings)
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the weights as they are stored."""
-        return self.tensor(f"{self.graph.final_norm}.weight").dtype
+        """The dtype of the weights as they are stored; the embedding's, since norms may be kept wider."""
+        name = f"{self.graph.embedding}.weight"
+        with open_safetensors(self.files[name]) as file:
+            return file.get_slice(name)[:1].dtype
 
     def tensor(self, name: str) -> Tensor:
         """One weight, read from disk.
 
         Raises:
-            UserError: it is missing, or holds NaN or infinities.
+            UserError: it holds NaN or infinities.
         """
-        if name not in self.files:
-            raise UserError(f"the weights in {self.path} lack '{name}', which '{self.config.model_type}' needs.")
         with open_safetensors(self.files[name]) as file:
             tensor = file.get_tensor(name)
         if not torch.isfinite(tensor).all():
@@ -181,7 +186,7 @@ class Source:
         prefix = f"{self.graph.blocks}.{index}."
         block = copy.deepcopy(self.skeleton.get_submodule(f"{self.graph.blocks}.{index}"))
         tensors = {name: self.tensor(prefix + name) for name in block.state_dict()}
-        return _loaded(block, tensors, prefix)
+        return _loaded(block, tensors)
 
     def rotary(self) -> nn.Module:
         """The module that makes the cosines and sines of RoPE."""
@@ -198,17 +203,20 @@ class Source:
     def final_norm(self) -> nn.RMSNorm:
         norm = copy.deepcopy(self.skeleton.get_submodule(self.graph.final_norm))
         assert isinstance(norm, nn.RMSNorm), "the skeleton has torch's norms"
-        return _loaded(norm, {"weight": self.tensor(f"{self.graph.final_norm}.weight")}, self.graph.final_norm)
+        return _loaded(norm, {"weight": self.tensor(f"{self.graph.final_norm}.weight")})
+
+    def fingerprint(self) -> str:
+        """Changes when the weights or the config do: names, sizes and modification times of the files."""
+        files = sorted({self.path / "config.json", *self.files.values()})
+        parts = [f"{file.resolve()} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
     def tokenizer(self) -> Any:
         return load_tokenizer(self.path)
 
 
-def _loaded(module: M, tensors: dict[str, Tensor], where: str) -> M:
-    try:
-        module.load_state_dict(tensors, assign=True)
-    except RuntimeError as error:
-        raise UserError(f"the weights under '{where}' do not fit the model's config: {error}") from error
+def _loaded(module: M, tensors: dict[str, Tensor]) -> M:
+    module.load_state_dict(tensors, assign=True)
     return module.eval().requires_grad_(False)
 
 
@@ -232,7 +240,7 @@ def read_config(path: Path) -> Config:
     """
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # transformers and huggingface_hub raise errors of many kinds for a broken config
         raise UserError(f"{path / 'config.json'} is not a config that transformers can load: {error}") from error
 
 
@@ -271,4 +279,24 @@ def open_source(model: str) -> Source:
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", trust_remote_code=False)
     use_torch_norms_(skeleton, graph)
-    return Source(model, path, config, graph, weight_files(path), skeleton.eval())
+    files = weight_files(path)
+    _check_tensors(path, skeleton, files, graph)
+    return Source(model, path, config, graph, files, skeleton.eval())
+
+
+def _check_tensors(path: Path, skeleton: nn.Module, files: dict[str, Path], graph: ModelGraph) -> None:
+    """Raise UserError unless the files hold what the config promises: the same layers, of the same shapes."""
+    stored = {name: shape for name, shape, _ in stored_tensors(set(files.values())) if name in files}
+    wanted = {name: tensor.shape for name, tensor in skeleton.state_dict().items()}
+    if skeleton.config.tie_word_embeddings:  # type: ignore[union-attr]
+        del wanted[f"{graph.head}.weight"]
+    if missing := sorted(wanted.keys() - stored.keys()):
+        raise UserError(f"the weights in {path} lack '{missing[0]}' ({len(missing)} missing), which its config needs.")
+    for name, shape in wanted.items():
+        if stored[name] != shape:
+            raise UserError(
+                f"'{name}' in {path} has the shape {tuple(stored[name])}; its config asks for {tuple(shape)}."
+            )
+    blocks = {name for name in stored.keys() - wanted.keys() if name.startswith(graph.blocks + ".")}
+    if left := sorted(name for name in blocks if not name.endswith("rotary_emb.inv_freq")):
+        raise UserError(f"the weights in {path} hold '{left[0]}', for which its config has no place.")

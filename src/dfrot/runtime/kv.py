@@ -159,8 +159,9 @@ def quantized_attention(
     **arguments: Any,
 ) -> tuple[Tensor, None]:
     """Attention over quantized keys and values; registered with transformers as "dfrot"."""
-    quantizer = module.kv_quantizer
-    assert isinstance(quantizer, KVQuantizer), "the 'dfrot' attention belongs to models that dfrot has built"
+    quantizer = getattr(module, "kv_quantizer", None)
+    if not isinstance(quantizer, KVQuantizer):
+        raise ValueError(f"the attention '{ATTENTION}' belongs to checkpoints of dfrot that quantize keys and values")
     keys = key if isinstance(key, Packed) else quantizer.pack(quantizer.rotate(key))
     values = value if isinstance(value, Packed) else quantizer.pack(value)
     return sdpa_attention_forward(
@@ -175,6 +176,11 @@ def quantized_attention(
 
 def _quantize_empty_cache(quantizers: list[KVQuantizer]) -> Any:
     def hook(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if (chosen := decoder.config._attn_implementation) != ATTENTION:  # type: ignore[union-attr]
+            raise ValueError(
+                f"this checkpoint quantizes keys and values, which the attention '{chosen}' cannot do: "
+                f"set_attn_implementation('{ATTENTION}')"
+            )
         cache = kwargs.get("past_key_values")
         wanted = kwargs.get("use_cache")
         if cache is None and (decoder.config.use_cache if wanted is None else wanted):  # type: ignore[union-attr]

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from dfrot.errors import UserError
 from dfrot.linalg.rotation import Rotation, rotation_from
 from dfrot.recipe import Recipe, TensorSpec
@@ -34,13 +36,16 @@ class RuntimePlan:
 
     def to_json(self, recipe: Recipe) -> dict[str, Any]:
         """The `quantization_config` of a checkpoint; the grids are those of the recipe."""
-        return {
+        tensors: dict[str, Tensor] = {}
+        record = {
             "quant_method": "dfrot",
             "format": FORMAT,
             "recipe": recipe.to_json(),
-            "online": {name: rotation.describe() for name, rotation in self.online.items()},
-            "keys": None if self.keys is None else self.keys.describe(),
+            "online": {name: rotation.describe(tensors, name) for name, rotation in self.online.items()},
+            "keys": None if self.keys is None else self.keys.describe(tensors, "keys"),
         }
+        assert not tensors, f"format {FORMAT} has no place for the tensors of online rotations: {sorted(tensors)}"
+        return record
 
     @staticmethod
     def from_json(record: Mapping[str, Any]) -> "RuntimePlan":
@@ -51,8 +56,8 @@ class RuntimePlan:
                 "Use the version that wrote it, or quantize again."
             )
         try:
-            online = {name: rotation_from(rotation) for name, rotation in record["online"].items()}
-            keys = None if record["keys"] is None else rotation_from(record["keys"])
+            online = {name: rotation_from(rotation, {}) for name, rotation in record["online"].items()}
+            keys = None if record["keys"] is None else rotation_from(record["keys"], {})
             return RuntimePlan.of(Recipe.from_json(record["recipe"]), online, keys)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise UserError(f"this is not the configuration of a dfrot checkpoint: {error}") from error

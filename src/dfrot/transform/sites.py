@@ -12,12 +12,13 @@ A method fits a `Transforms`; this module says what it means for each linear lay
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dfrot.linalg.rotation import Identity, Kronecker, Rotation, block_diagonal
+from dfrot.linalg.rotation import Identity, Kronecker, Rotation, block_diagonal, rotation_from
 from dfrot.models.graph import Config, ModelGraph, head_dim, value_width
 from dfrot.transform.fold import Fold
 
@@ -39,6 +40,16 @@ class Transforms:
     keys: Rotation | None = None
     ffn: Rotation | None = None
     heads: Rotation | None = None
+
+    def describe(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        """JSON that `from_description` turns back into this; tensors are put into `tensors`."""
+        rotations = {site.name: getattr(self, site.name) for site in fields(self)}
+        return {site: rotation and rotation.describe(tensors, site) for site, rotation in rotations.items()}
+
+    @staticmethod
+    def from_description(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "Transforms":
+        """Raises ValueError if it describes no transforms."""
+        return Transforms(**{site: record and rotation_from(record, tensors) for site, record in description.items()})
 
     def online(self, graph: ModelGraph, config: Config) -> dict[str, Rotation]:
         """The rotations that the runtime applies to the inputs of linear layers."""

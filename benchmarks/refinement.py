@@ -1,0 +1,93 @@
+"""What refining costs and reaches: our descent on a sample, against 100 alternations on all tokens.
+
+    python benchmarks/refinement.py TEXT [--model smollm2-135m] [--gamma 100]     both in one run
+    python benchmarks/refinement.py --synthetic 4096 [--steps 3]                  peak memory at d = 4096
+
+The objective is the paper's with the quantizer in use (4 bits, asymmetric, c = 0.9), on all tokens of the sample text.
+`--synthetic D` streams 131 072 tokens of D channels, some of them massive, and reports the peak resident memory.
+"""
+
+import argparse
+import os
+import platform
+import time
+
+import torch
+
+import dfrot
+from dfrot.linalg.rotation import random_hadamard
+from dfrot.methods.context import Context
+from dfrot.methods.dfrot import SOLVERS, refine, squared_errors
+from dfrot.methods.sample import Sample, Sampler, sample_norm_outputs
+from dfrot.models.source import open_source
+from dfrot.recipe import TensorSpec
+from dfrot.results import peak_rss_bytes
+from dfrot.texts import calibration_blocks, read_text
+
+QUANTIZER = TensorSpec(4, symmetric=False, clip=0.9)
+TOKENS, PIECE = 131_072, 2048
+
+
+def compare(text: str, model: str, gamma: float) -> None:
+    source = open_source(model)
+    recipe = dfrot.Recipe.parse("dfrot", calib=text)
+    generator = torch.Generator().manual_seed(0)
+    ids = calibration_blocks(source.tokenizer(), read_text(text, "train"), text, 2048, 2048, generator)
+    context = Context(source, recipe, lambda: ids, torch.device("cpu"))
+    everything = sample_norm_outputs(context, ids, "relative", kept=10**9)
+    start = random_hadamard(source.config.hidden_size, context.generator())
+
+    def objective(rotation: torch.Tensor) -> float:
+        error = squared_errors(everything.tokens, rotation.float(), QUANTIZER)
+        return float((error * everything.weights(gamma)).sum())
+
+    print(f"{model}, {len(everything.tokens)} norm outputs, {int(everything.massive.sum())} massive, γ = {gamma:g}")
+    print(f"start              objective {objective(start.as_matrix()):.4f}")
+    seconds = {}
+    for name, solver, kept in (("descent, sampled", "descent", None), ("alternation, all", "procrustes", everything)):
+        drawn = kept or sample_norm_outputs(context, ids, "relative")
+        began = time.perf_counter()
+        refined = refine(start, drawn, QUANTIZER, gamma, SOLVERS[solver], num_steps=100)
+        seconds[name] = time.perf_counter() - began
+        print(f"{name:18} objective {objective(refined.matrix):.4f}   {seconds[name]:.1f} s", flush=True)
+    first, second = seconds.values()
+    print(f"time ratio {first / second:.3f}")
+
+
+def synthetic(size: int, steps: int, gamma: float) -> None:
+    before = peak_rss_bytes()
+    generator = torch.Generator().manual_seed(0)
+    sampler = Sampler(16384 * PIECE // TOKENS, "relative", generator)
+    for piece in range(TOKENS // PIECE):
+        x = torch.randn(PIECE, size, generator=generator)
+        x[:2, piece % 8] = 1000
+        x /= x.square().mean(-1, keepdim=True).sqrt()
+        sampler.add(x, torch.arange(PIECE), piece, "norm", PIECE)
+    drawn: Sample = sampler.sample()
+    began = time.perf_counter()
+    refined = refine(random_hadamard(size, generator), drawn, QUANTIZER, gamma, SOLVERS["descent"], steps)
+    deviation = (refined.matrix @ refined.matrix.T - torch.eye(size, dtype=torch.float64)).abs().max()
+    print(f"d = {size}, {TOKENS} tokens, {int(drawn.massive.sum())} massive, {len(drawn.tokens)} kept, {steps} steps")
+    print(f"{(time.perf_counter() - began) / steps:.1f} s per step, orthogonal to {deviation:.0e}")
+    print(
+        f"peak resident memory {peak_rss_bytes() / 1e9:.2f} GB, of which {before / 1e9:.2f} GB before the first token"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("text", nargs="?", default="pydoc")
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--gamma", type=float, default=100.0)
+    parser.add_argument("--synthetic", type=int, metavar="D")
+    parser.add_argument("--steps", type=int, default=100)
+    arguments = parser.parse_args()
+    print(f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}")
+    if arguments.synthetic:
+        synthetic(arguments.synthetic, arguments.steps, arguments.gamma)
+    else:
+        compare(arguments.text, arguments.model, arguments.gamma)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import scipy.linalg
+import torch
+
+import dfrot
+from dfrot.linalg.rotation import Hadamard, random_hadamard, random_orthogonal
+from dfrot.methods.dfrot import (
+    PAPER_QUANTIZER,
+    SOLVERS,
+    alternate,
+    quantized,
+    refine,
+    soft_range,
+    squared_errors,
+)
+from dfrot.methods.massive import massive_tokens
+from dfrot.methods.sample import Sample, Sampler
+from dfrot.recipe import TensorSpec
+
+Tiny = Callable[[str], Path]
+IN_USE = TensorSpec(4, symmetric=False, clip=0.9)
+SIZE = 32
+
+
+def tokens(rows: int, massive: int = 0, size: int = SIZE, seed: int = 0) -> torch.Tensor:
+    """Gaussian tokens of RMS 1, the first few of them dominated by channel 5, as after an RMSNorm."""
+    x = torch.randn(rows, size, generator=torch.Generator().manual_seed(seed))
+    x[:massive, 5] = 1000
+    return x / x.square().mean(-1, keepdim=True).sqrt()
+
+
+def sample(rows: int = 300, massive: int = 8) -> Sample:
+    sampler = Sampler(rows, "relative", torch.Generator().manual_seed(0))
+    sampler.add(tokens(rows, massive), torch.arange(rows), block=0, norm="norm", length=rows)
+    return sampler.sample()
+
+
+every_solver = pytest.mark.parametrize("solver", SOLVERS)
+every_quantizer = pytest.mark.parametrize("quantizer", [IN_USE, PAPER_QUANTIZER], ids=["in use", "paper"])
+
+
+@every_solver
+@every_quantizer
+@pytest.mark.parametrize("gamma", [1.0, 100.0])
+def test_refining_never_makes_the_objective_worse_and_stays_orthogonal(
+    solver: str, quantizer: TensorSpec, gamma: float
+) -> None:
+    drawn, start = sample(), random_hadamard(SIZE, torch.Generator().manual_seed(1))
+    refined = refine(start, drawn, quantizer, gamma, SOLVERS[solver], num_steps=20)
+
+    def objective(rotation: torch.Tensor) -> float:
+        return float((squared_errors(drawn.tokens, rotation.float(), quantizer) * drawn.weights(gamma)).sum())
+
+    assert objective(refined.matrix) <= objective(start.as_matrix())
+    eye = torch.eye(SIZE, dtype=torch.float64)
+    torch.testing.assert_close(refined.matrix @ refined.matrix.T, eye, rtol=0, atol=1e-9)
+
+
+def test_descent_shortens_ranges_more_than_alternation_does() -> None:
+    """On tokens that share a few directions, as those of a language model do."""
+    generator = torch.Generator().manual_seed(1)
+    shared = torch.randn(300, 4, generator=generator) @ torch.randn(4, SIZE, generator=generator)
+    drawn = Sample(tokens(300) + shared, torch.zeros(300, dtype=torch.bool), torch.ones(300), [])
+    start = random_hadamard(SIZE, generator)
+    error = {
+        name: squared_errors(
+            drawn.tokens, refine(start, drawn, IN_USE, 1.0, solver, num_steps=60).matrix.float(), IN_USE
+        ).mean()
+        for name, solver in SOLVERS.items()
+    }
+    assert error["descent"] < error["procrustes"]
+
+
+def test_a_start_that_cannot_be_improved_is_returned_as_it_is() -> None:
+    """Tokens that are ± one value in every rotated channel lie on the grid: their error is rounding."""
+    start = Hadamard(SIZE)
+    flat = torch.randint(0, 2, (40, SIZE), generator=torch.Generator().manual_seed(0)).mul(2).sub(1).double()
+    drawn = Sample(start.T.apply(flat), torch.zeros(40, dtype=torch.bool), torch.ones(40).double(), [])
+    spec = TensorSpec(4, symmetric=True, clip=1.0)
+    refined = refine(start, drawn, spec, 1.0, SOLVERS["procrustes"], num_steps=30)
+    torch.testing.assert_close(refined.matrix, start.as_matrix(), rtol=0, atol=1e-9)
+
+
+def test_one_alternation_is_the_papers_step() -> None:
+    """Massive rows multiplied by γ, quantized, and scipy's Procrustes solution."""
+    drawn, start, gamma = sample(), random_orthogonal(SIZE, torch.Generator().manual_seed(2)).matrix, 10.0
+    steps = alternate(drawn.tokens.double(), drawn.weights(gamma).double(), start, PAPER_QUANTIZER, 1)
+    A = torch.where(drawn.massive[:, None], gamma, 1.0) * drawn.tokens.double()
+    expected, _ = scipy.linalg.orthogonal_procrustes(A.numpy(), quantized(A @ start, PAPER_QUANTIZER).numpy())
+    torch.testing.assert_close(list(steps)[1], torch.from_numpy(expected), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_soft_range_has_the_gradient_that_autograd_finds(symmetric: bool) -> None:
+    v = torch.randn(4, SIZE, dtype=torch.float64, requires_grad=True)
+    r, slope = soft_range(v, 0.3, symmetric=symmetric)
+    r.sum().backward()
+    torch.testing.assert_close(slope.detach(), v.grad, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_soft_range_tends_to_the_range(symmetric: bool) -> None:
+    v = torch.randn(4, SIZE, dtype=torch.float64)
+    exact = 2 * v.abs().amax(-1) if symmetric else v.amax(-1) - v.amin(-1)
+    for tau in (1e-1, 1e-2, 1e-3):
+        r, _ = soft_range(v, tau, symmetric=symmetric)
+        excess = r[:, 0] - exact
+        assert (excess >= -1e-12).all()
+        assert (excess <= 2 * tau * math.log(2 * SIZE) + 1e-12).all()
+
+
+@pytest.mark.parametrize("rule", ["relative", "rotation"])
+def test_massive_tokens_are_found_and_only_they(rule: Any) -> None:
+    for size in (32, 576):
+        assert massive_tokens(tokens(2000, 3, size), rule).nonzero().flatten().tolist() == [0, 1, 2]
+        assert not massive_tokens(tokens(2000, 0, size), rule).any()
+
+
+def test_the_sample_keeps_every_massive_token_and_counts_for_the_whole_text() -> None:
+    sampler = Sampler(50, "relative", torch.Generator().manual_seed(0))
+    for piece in range(3):
+        sampler.add(tokens(400, 2, seed=piece), torch.arange(400), piece, "norm", length=200)
+    drawn = sampler.sample()
+    assert (int(drawn.massive.sum()), len(drawn.tokens)) == (6, 156)
+    assert drawn.share[~drawn.massive].sum() == pytest.approx(3 * 398)
+    assert drawn.weights(10.0).sum() == pytest.approx(1)
+    assert [(f["block"], f["position"], f["channel"]) for f in drawn.found[:3]] == [(0, 0, 5), (0, 1, 5), (1, 0, 5)]
+
+
+def notes(tiny: Tiny, tmp_path: Path, text_file: Path, **options: Any) -> dict[str, Any]:
+    words = {"calib": str(text_file), "calib_tokens": 128, "calib_seq_len": 64, "steps": 2, "spec": "w16a4kv16"}
+    recipe = dfrot.Recipe.parse("dfrot", **{**words, **options})
+    return dfrot.quantize(tiny("llama"), recipe, tmp_path / "out", overwrite=True).notes
+
+
+def test_gamma_is_the_one_that_changes_the_model_least(tiny: Tiny, tmp_path: Path, text_file: Path) -> None:
+    found = notes(tiny, tmp_path, text_file)
+    assert set(found["kl_by_gamma"]) == {"1.0", "10.0", "100.0", "1000.0"}
+    assert found["kl_by_gamma"][str(found["gamma"])] == min(found["kl_by_gamma"].values())
+    assert (tmp_path / "out" / "fit.json").is_file()
+
+
+def test_the_papers_objective_brings_the_papers_gamma(tiny: Tiny, tmp_path: Path, text_file: Path) -> None:
+    found = notes(tiny, tmp_path, text_file, objective="paper")
+    assert (found["gamma"], found["kl_by_gamma"]) == (100.0, None)
+    assert [entry["step"] for entry in found["objective_by_step"]] == [0, 1, 2]
+    assert set(found["objective_by_step"][0]) == {"step", "objective", "ordinary", "massive"}
