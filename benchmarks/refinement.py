@@ -17,7 +17,7 @@ import torch
 import dfrot
 from dfrot.linalg.rotation import random_hadamard
 from dfrot.methods.context import Context
-from dfrot.methods.dfrot import SOLVERS, refine, squared_errors
+from dfrot.methods.dfrot import SOLVERS, quantized, refine
 from dfrot.methods.sample import Sample, Sampler, sample_norm_outputs
 from dfrot.models.source import open_source
 from dfrot.recipe import TensorSpec
@@ -38,7 +38,8 @@ def compare(text: str, model: str, gamma: float) -> None:
     start = random_hadamard(source.config.hidden_size, context.generator())
 
     def objective(rotation: torch.Tensor) -> float:
-        error = squared_errors(everything.tokens, rotation.float(), QUANTIZER)
+        rotated = everything.tokens @ rotation.float()
+        error = (rotated - quantized(rotated, QUANTIZER)).square_().sum(-1)
         return float((error * everything.weights(gamma)).sum())
 
     print(f"{model}, {len(everything.tokens)} norm outputs, {int(everything.massive.sum())} massive, γ = {gamma:g}")

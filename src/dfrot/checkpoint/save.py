@@ -42,7 +42,7 @@ class CheckpointWriter:
     def __init__(
         self, path: Path, run: dict[str, Any], num_shards: int, *, resume: bool = False, overwrite: bool = False
     ) -> None:
-        self.path, self._run, self._num_shards, self._replaced = path, run, num_shards, overwrite
+        self.path, self._run, self._num_shards, self._replaced = path.resolve(), run, num_shards, overwrite
         if resume and overwrite:
             raise UserError("--resume keeps what is there and --overwrite deletes it: give one of them.")
         if not path.exists() or (path.is_dir() and not any(file.name != RUN_FILE + ".tmp" for file in path.iterdir())):
@@ -90,8 +90,8 @@ class CheckpointWriter:
         if self._replaced:
             self._replaced = False
             with _faults(self.path):
-                doomed = Path(tempfile.mkdtemp(dir=self.path.resolve().parent, prefix=f".{self.path.name}-"))
-                os.rename(self.path.resolve(), doomed)
+                doomed = Path(tempfile.mkdtemp(dir=self.path.parent, prefix=f".{self.path.name}-"))
+                os.rename(self.path, doomed)
                 shutil.rmtree(doomed)
         if not (self.path / RUN_FILE).is_file():
             with _faults(self.path):

@@ -32,6 +32,7 @@ recipe's own activation quantizer unless `objective="paper"`. Ordinary tokens ar
 left out. Massive tokens are found by the same rule on every model, not by its name. γ may be chosen by measurement.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -99,7 +100,8 @@ def dfrot(context: Context) -> Transforms:
     return around(refined[chosen], context)
 
 
-Solver = Callable[[Tensor, Tensor, Tensor, TensorSpec, int], Iterator[Tensor]]
+# From tokens, weights, start, quantizer, number of steps: the rotations met, and each row's ‖xR − Q(xR)‖² under each.
+Solver = Callable[[Tensor, Tensor, Tensor, TensorSpec, int], Iterator[tuple[Tensor, Tensor]]]
 
 
 def refine(
@@ -125,8 +127,8 @@ def refine(
     X, w = sample.tokens, sample.weights(gamma)
     first = start.as_matrix().to(device=X.device, dtype=X.dtype)
     best, least, since = first, math.inf, 0
-    for step, R in enumerate(track(solver(X, w, first, quantizer, num_steps), "refining", num_steps + 1)):
-        error = squared_errors(X, R, quantizer)
+    met = itertools.islice(solver(X, w, first, quantizer, num_steps), num_steps + 1)
+    for step, (R, error) in enumerate(track(met, "refining", num_steps + 1)):
         objective = float((error * w).sum(dtype=torch.float64))
         log({"step": step, "objective": objective, **class_errors(error, sample)})
         since = 0 if objective < least * (1 - CONVERGED) else since + 1
@@ -151,46 +153,44 @@ def quantized(x: Float[Tensor, "rows hidden"], spec: TensorSpec) -> Float[Tensor
     return fake_quantize(x, spec.grid, spec.token_granularity, spec.clip)
 
 
-def squared_errors(X: Tensor, R: Tensor, quantizer: TensorSpec) -> Float[Tensor, " rows"]:
-    """‖xR − Q(xR)‖² of every row."""
-    rotated = (x @ R for x in pieces(X))
-    return torch.cat([(v - quantized(v, quantizer)).square_().sum(-1) for v in rotated])
+def pieces(X: Tensor, w: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows and their weights (rows, 1) in pieces, so that products with a rotation never exist all at once."""
+    rows = max(1, _PIECE_ENTRIES // X.shape[-1])
+    return zip(X.split(rows), w[:, None].split(rows), strict=True)
 
 
-def pieces(X: Tensor) -> tuple[Tensor, ...]:
-    """The rows in pieces, so that products with a rotation never exist all at once."""
-    return X.split(max(1, _PIECE_ENTRIES // X.shape[-1]))
-
-
-def alternate(X: Tensor, w: Tensor, R: Tensor, quantizer: TensorSpec, num_steps: int) -> Iterator[Tensor]:
+def alternate(
+    X: Tensor, w: Tensor, R: Tensor, quantizer: TensorSpec, num_steps: int
+) -> Iterator[tuple[Tensor, Tensor]]:
     """The paper's algorithm: quantization step, rotation step."""
-    yield R
-    for _ in range(num_steps):
-        XtWB = torch.zeros_like(R)
-        for x, weight in zip(pieces(X), w.split(len(pieces(X)[0])), strict=True):
-            XtWB += (x * weight[:, None]).T @ quantized(x @ R, quantizer)
+    while True:
+        errors, XtWB = [], torch.zeros_like(R)
+        for x, weight in pieces(X, w):
+            XR = x @ R
+            B = quantized(XR, quantizer)
+            errors.append((XR - B).square_().sum(-1))
+            XtWB += (x * weight).T @ B
+        yield R, torch.cat(errors)
         R = polar_factor(XtWB).to(X.dtype)
-        yield R
 
 
-def descend(X: Tensor, w: Tensor, R: Tensor, quantizer: TensorSpec, num_steps: int) -> Iterator[Tensor]:
+def descend(X: Tensor, w: Tensor, R: Tensor, quantizer: TensorSpec, num_steps: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Riemannian descent on the weighted squared ranges."""
-    yield R
     velocity = torch.zeros_like(R)
-    for step in range(num_steps):
+    for step in itertools.count():
         done = step / num_steps
         tau = TAU[0] * (TAU[1] / TAU[0]) ** done
-        gradient = torch.zeros_like(R)
-        for x, weight in zip(pieces(X), w.split(len(pieces(X)[0])), strict=True):
-            r, slope = soft_range(x @ R, tau, symmetric=quantizer.symmetric)
-            gradient += x.T @ (slope * (r * weight[:, None]))
+        errors, gradient = [], torch.zeros_like(R)
+        for x, weight in pieces(X, w):
+            XR = x @ R
+            errors.append((XR - quantized(XR, quantizer)).square_().sum(-1))
+            r, slope = soft_range(XR, tau, symmetric=quantizer.symmetric)
+            gradient += x.T @ (slope * (r * weight))
+        yield R, torch.cat(errors)
         tangent = R.T @ gradient
         velocity = MOMENTUM * velocity + (tangent - tangent.T)  # the gradient in the Lie algebra
-        if (speed := velocity.norm()) == 0:
-            return
         angle = FIRST_STEP * (1 - done) * math.sqrt(R.shape[0])
-        R = R @ torch.matrix_exp(velocity * (-angle / speed))
-        yield R
+        R = R @ torch.matrix_exp(velocity * (-angle / velocity.norm().clamp(min=1e-30)))
 
 
 def soft_range(
