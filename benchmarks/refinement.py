@@ -17,7 +17,7 @@ import torch
 import dfrot
 from dfrot.linalg.rotation import random_hadamard
 from dfrot.methods.context import Context
-from dfrot.methods.dfrot import SOLVERS, quantized, refine
+from dfrot.methods.dfrot import ORDINARY_TOKENS, SOLVERS, quantized, refine
 from dfrot.methods.sample import Sample, Sampler, sample_norm_outputs
 from dfrot.models.source import open_source
 from dfrot.recipe import TensorSpec
@@ -34,7 +34,7 @@ def compare(text: str, model: str, gamma: float) -> None:
     generator = torch.Generator().manual_seed(0)
     ids = calibration_blocks(source.tokenizer(), read_text(text, "train"), text, 2048, 2048, generator)
     context = Context(source, recipe, lambda: ids, torch.device("cpu"))
-    everything = sample_norm_outputs(context, ids, "relative", kept=10**9)
+    everything = sample_norm_outputs(context, ids, "relative", kept=None)
     start = random_hadamard(source.config.hidden_size, context.generator())
 
     def objective(rotation: torch.Tensor) -> float:
@@ -46,7 +46,7 @@ def compare(text: str, model: str, gamma: float) -> None:
     print(f"start              objective {objective(start.as_matrix()):.4f}")
     seconds = {}
     for name, solver, kept in (("descent, sampled", "descent", None), ("alternation, all", "procrustes", everything)):
-        drawn = kept or sample_norm_outputs(context, ids, "relative")
+        drawn = kept or sample_norm_outputs(context, ids, "relative", ORDINARY_TOKENS)
         began = time.perf_counter()
         refined = refine(start, drawn, QUANTIZER, gamma, SOLVERS[solver], num_steps=100)
         seconds[name] = time.perf_counter() - began
@@ -58,7 +58,7 @@ def compare(text: str, model: str, gamma: float) -> None:
 def synthetic(size: int, steps: int, gamma: float) -> None:
     before = peak_rss_bytes()
     generator = torch.Generator().manual_seed(0)
-    sampler = Sampler(16384 * PIECE // TOKENS, "relative", generator)
+    sampler = Sampler(ORDINARY_TOKENS * PIECE // TOKENS, "relative", generator)
     for piece in range(TOKENS // PIECE):
         x = torch.randn(PIECE, size, generator=generator)
         x[:2, piece % 8] = 1000

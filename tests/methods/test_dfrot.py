@@ -155,3 +155,8 @@ def test_the_papers_objective_brings_the_papers_gamma(tiny: Tiny, tmp_path: Path
     assert (found["gamma"], found["kl_by_gamma"]) == (100.0, None)
     assert [entry["step"] for entry in found["objective_by_step"]] == [0, 1, 2]
     assert set(found["objective_by_step"][0]) == {"step", "objective", "ordinary", "massive"}
+
+
+def test_the_shortest_sample_still_holds_a_token_back(tiny: Tiny, tmp_path: Path, text_file: Path) -> None:
+    found = notes(tiny, tmp_path, text_file, calib_tokens=3, calib_seq_len=3)
+    assert all(math.isfinite(kl) for kl in found["kl_by_gamma"].values())

@@ -28,8 +28,8 @@ third, several times what alternation reaches from the same start (dev/LOG.md).
 Both judge every rotation on the objective above, with the quantizer in use, and return the best they met.
 
 Divergences. The released code minimises a symmetric unclipped quantizer whatever is used afterwards; here Q is the
-recipe's own activation quantizer unless `objective="paper"`. Ordinary tokens are sampled, and weighted up by what was
-left out. Massive tokens are found by the same rule on every model, not by its name. γ may be chosen by measurement.
+recipe's own activation quantizer unless `objective="paper"`, which brings the paper's solver, γ and all of the text's
+tokens too. Otherwise ordinary tokens are sampled, and weighted up by what was left out. Massive tokens are found by the same rule on every model, not by its name. γ may be chosen by measurement.
 """
 
 import itertools
@@ -55,6 +55,7 @@ from dfrot.transform.sites import Transforms
 PAPER_QUANTIZER = TensorSpec(bits=4, symmetric=True, clip=1.0)
 PAPER_GAMMA = 100.0  # `alpha` of the released command
 GAMMAS = (1.0, 10.0, 100.0, 1000.0)  # the paper's list, tried by "auto"
+ORDINARY_TOKENS = 16384  # kept, from all norms together; the paper keeps all
 HELD_BACK = 4  # one token in so many, the last of every sequence, is kept from refining and decides on γ
 
 # Softness τ in units of the tokens' RMS, from the first step to the last.
@@ -79,8 +80,10 @@ def dfrot(context: Context) -> Transforms:
     gammas = GAMMAS if gamma == "auto" else (float(gamma),)
 
     token_ids = context.calibration()
-    refined_on = token_ids.shape[1] - (token_ids.shape[1] // HELD_BACK if len(gammas) > 1 else 0)
-    sample = sample_norm_outputs(context, token_ids[:, :refined_on], options.massive)
+    held_back = max(1, token_ids.shape[1] // HELD_BACK) if len(gammas) > 1 else 0
+    refined_on = token_ids.shape[1] - held_back
+    kept = None if paper else ORDINARY_TOKENS
+    sample = sample_norm_outputs(context, token_ids[:, :refined_on], options.massive, kept)
     start = random_rotation(context, options.rotation)
     logs: list[list[dict[str, float]]] = [[] for _ in gammas]
     refined = [

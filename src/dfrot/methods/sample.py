@@ -17,8 +17,6 @@ from dfrot.methods.massive import Rule, describe_massive, massive_tokens
 from dfrot.models.stream import BlockRunner, captured_inputs
 from dfrot.progress import track
 
-ORDINARY_TOKENS = 16384  # kept, from all norms together
-
 
 @dataclass(frozen=True, eq=False)
 class Sample:
@@ -47,11 +45,11 @@ class Sampler:
     """Collects a `Sample` from norm outputs that come piece by piece.
 
     Args:
-        per_piece: ordinary tokens that are kept of each piece.
+        per_piece: ordinary tokens that are kept of each piece; None keeps every one.
         rule: which tokens are massive.
     """
 
-    per_piece: int
+    per_piece: int | None
     rule: Rule
     generator: torch.Generator
     _parts: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
@@ -80,15 +78,15 @@ class Sampler:
         return Sample(tokens, massive, share, self._found)
 
 
-def sample_norm_outputs(context: Context, token_ids: Tensor, rule: Rule, kept: int = ORDINARY_TOKENS) -> Sample:
+def sample_norm_outputs(context: Context, token_ids: Tensor, rule: Rule, kept: int | None) -> Sample:
     """Stream text through the full-precision blocks and sample the outputs of all their norms.
 
     Args:
         token_ids: (sequences, seq_len).
-        kept: ordinary tokens to keep in all.
+        kept: ordinary tokens to keep in all; None keeps every one.
     """
     source, device = context.source, context.device
-    per_piece = max(1, kept // (len(source.graph.norms) * source.num_blocks))
+    per_piece = None if kept is None else max(1, kept // (len(source.graph.norms) * source.num_blocks))
     sampler = Sampler(per_piece, rule, context.generator())
     hidden = source.embedding()[token_ids].float().to(device)  # (sequences, seq_len, hidden)
     run = BlockRunner(source, hidden[:1])
