@@ -15,9 +15,9 @@ import time
 import torch
 
 import dfrot
-from dfrot.linalg.rotation import random_hadamard
+from dfrot.linalg.rotation import Rotation, random_hadamard
 from dfrot.methods.context import Context
-from dfrot.methods.dfrot import ORDINARY_TOKENS, SOLVERS, quantized, refine
+from dfrot.methods.dfrot import ORDINARY_TOKENS, SOLVERS, refine, squared_errors
 from dfrot.methods.sample import Sample, Sampler, sample_norm_outputs
 from dfrot.models.source import open_source
 from dfrot.recipe import TensorSpec
@@ -37,20 +37,19 @@ def compare(text: str, model: str, gamma: float) -> None:
     everything = sample_norm_outputs(context, ids, "relative", kept=None)
     start = random_hadamard(source.config.hidden_size, context.generator())
 
-    def objective(rotation: torch.Tensor) -> float:
-        rotated = everything.tokens @ rotation.float()
-        error = (rotated - quantized(rotated, QUANTIZER)).square_().sum(-1)
+    def objective(rotation: Rotation) -> float:
+        error = squared_errors(everything.tokens, rotation, QUANTIZER)
         return float((error * everything.weights(gamma)).sum())
 
     print(f"{model}, {len(everything.tokens)} norm outputs, {int(everything.massive.sum())} massive, γ = {gamma:g}")
-    print(f"start              objective {objective(start.as_matrix()):.4f}")
+    print(f"start              objective {objective(start):.4f}")
     seconds = {}
     for name, solver, kept in (("descent, sampled", "descent", None), ("alternation, all", "procrustes", everything)):
         drawn = kept or sample_norm_outputs(context, ids, "relative", ORDINARY_TOKENS)
         began = time.perf_counter()
         refined = refine(start, drawn, QUANTIZER, gamma, SOLVERS[solver], num_steps=100)
         seconds[name] = time.perf_counter() - began
-        print(f"{name:18} objective {objective(refined.matrix):.4f}   {seconds[name]:.1f} s", flush=True)
+        print(f"{name:18} objective {objective(refined):.4f}   {seconds[name]:.1f} s", flush=True)
     first, second = seconds.values()
     print(f"time ratio {first / second:.3f}")
 

@@ -8,7 +8,7 @@ import scipy.linalg
 import torch
 
 import dfrot
-from dfrot.linalg.rotation import Hadamard, random_hadamard, random_orthogonal
+from dfrot.linalg.rotation import Dense, Hadamard, Rotation, random_hadamard, random_orthogonal
 from dfrot.methods.dfrot import (
     PAPER_QUANTIZER,
     SOLVERS,
@@ -16,6 +16,7 @@ from dfrot.methods.dfrot import (
     quantized,
     refine,
     soft_range,
+    squared_errors,
 )
 from dfrot.methods.massive import massive_tokens
 from dfrot.methods.sample import Sample, Sampler
@@ -31,11 +32,6 @@ def tokens(rows: int, massive: int = 0, size: int = SIZE, seed: int = 0) -> torc
     x = torch.randn(rows, size, generator=torch.Generator().manual_seed(seed))
     x[:massive, 5] = 1000
     return x / x.square().mean(-1, keepdim=True).sqrt()
-
-
-def squared_errors(x: torch.Tensor, rotation: torch.Tensor, quantizer: TensorSpec) -> torch.Tensor:
-    rotated = x @ rotation.to(x.dtype)
-    return (rotated - quantized(rotated, quantizer)).square().sum(-1)
 
 
 def sample(rows: int = 300, massive: int = 8) -> Sample:
@@ -57,10 +53,10 @@ def test_refining_never_makes_the_objective_worse_and_stays_orthogonal(
     drawn, start = sample(), random_hadamard(SIZE, torch.Generator().manual_seed(1))
     refined = refine(start, drawn, quantizer, gamma, SOLVERS[solver], num_steps=20)
 
-    def objective(rotation: torch.Tensor) -> float:
+    def objective(rotation: Rotation) -> float:
         return float((squared_errors(drawn.tokens, rotation, quantizer) * drawn.weights(gamma)).sum())
 
-    assert objective(refined.matrix) <= objective(start.as_matrix())
+    assert objective(refined) <= objective(Dense(start.as_matrix()))
     eye = torch.eye(SIZE, dtype=torch.float64)
     torch.testing.assert_close(refined.matrix @ refined.matrix.T, eye, rtol=0, atol=1e-9)
 
@@ -72,9 +68,7 @@ def test_descent_shortens_ranges_more_than_alternation_does() -> None:
     drawn = Sample(tokens(300) + shared, torch.zeros(300, dtype=torch.bool), torch.ones(300), [])
     start = random_hadamard(SIZE, generator)
     error = {
-        name: squared_errors(
-            drawn.tokens, refine(start, drawn, IN_USE, 1.0, solver, num_steps=60).matrix, IN_USE
-        ).mean()
+        name: squared_errors(drawn.tokens, refine(start, drawn, IN_USE, 1.0, solver, num_steps=60), IN_USE).mean()
         for name, solver in SOLVERS.items()
     }
     assert error["descent"] < error["procrustes"]
@@ -148,6 +142,7 @@ def test_gamma_is_the_one_that_changes_the_model_least(tiny: Tiny, tmp_path: Pat
     assert set(found["kl_by_gamma"]) == {"1.0", "10.0", "100.0", "1000.0"}
     assert found["kl_by_gamma"][str(found["gamma"])] == min(found["kl_by_gamma"].values())
     assert (tmp_path / "out" / "fit.json").is_file()
+    assert set(found["squared_error_by_rotation"]) == {"none", "RO", "start", "refined"}
 
 
 def test_the_papers_objective_brings_the_papers_gamma(tiny: Tiny, tmp_path: Path, text_file: Path) -> None:

@@ -28,8 +28,10 @@ third, several times what alternation reaches from the same start (dev/LOG.md).
 Both judge every rotation on the objective above, with the quantizer in use, and return the best they met.
 
 Divergences. The released code minimises a symmetric unclipped quantizer whatever is used afterwards; here Q is the
-recipe's own activation quantizer unless `objective="paper"`, which brings the paper's solver, γ and all of the text's
-tokens too. Otherwise ordinary tokens are sampled, and weighted up by what was left out. Massive tokens are found by the same rule on every model, not by its name. γ may be chosen by measurement.
+recipe's own activation quantizer, unless `objective="paper"`, which brings the paper's quantizer, solver and γ. The
+paper refines on every token of its sample, and so does that objective; ours keeps a part of the ordinary ones, weighted
+up by what was left out. Massive tokens are found by the same rule on every model, not by its name. γ may be chosen by
+measurement.
 """
 
 import itertools
@@ -42,7 +44,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dfrot.linalg.procrustes import polar_factor
-from dfrot.linalg.rotation import Dense, Rotation
+from dfrot.linalg.rotation import Dense, Identity, Rotation
 from dfrot.methods.context import Context
 from dfrot.methods.damage import kl_divergences
 from dfrot.methods.quarot import around, random_rotation
@@ -99,6 +101,15 @@ def dfrot(context: Context) -> Transforms:
         gamma=gammas[chosen],
         kl_by_gamma=dict(zip(map(str, gammas), kl, strict=True)) if len(gammas) > 1 else None,
         objective_by_step=logs[chosen],
+        squared_error_by_rotation={
+            name: class_errors(squared_errors(sample.tokens, rotation, quantizer), sample)
+            for name, rotation in {
+                "none": Identity(start.size),
+                "RO": random_rotation(context, "orthogonal"),
+                "start": start,
+                "refined": refined[chosen],
+            }.items()
+        },
     )
     return around(refined[chosen], context)
 
@@ -154,6 +165,12 @@ def class_errors(error: Float[Tensor, " rows"], sample: Sample) -> dict[str, flo
 def quantized(x: Float[Tensor, "rows hidden"], spec: TensorSpec) -> Float[Tensor, "rows hidden"]:
     assert spec.clip is not None, "activations have a fixed clip ratio"
     return fake_quantize(x, spec.grid, spec.token_granularity, spec.clip)
+
+
+def squared_errors(X: Tensor, rotation: Rotation, quantizer: TensorSpec) -> Float[Tensor, " rows"]:
+    """‖xR − Q(xR)‖² of every row: the paper's figure of errors by token, in numbers."""
+    rotated = (rotation.apply(x) for x, _ in pieces(X, X[:, 0]))
+    return torch.cat([(v - quantized(v, quantizer)).square_().sum(-1) for v in rotated])
 
 
 def pieces(X: Tensor, w: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
