@@ -32,7 +32,7 @@ def perplexity(model: Any, blocks: Int[Tensor, "blocks seq_len"], description: s
         raise UserError(f"a block needs two tokens, the second to be predicted; got blocks of {blocks.shape[1]}.")
     total = 0.0
     for block in track(blocks, description):
-        total += _negative_log_likelihood(model, block.to(model.device))
+        total += negative_log_likelihood(model, block.to(model.device))
     mean = total / (blocks.shape[0] * (blocks.shape[1] - 1))
     if math.isnan(mean):
         raise UserError("the model's logits are NaN on this text: its weights or its recipe are broken.")
@@ -40,7 +40,8 @@ def perplexity(model: Any, blocks: Int[Tensor, "blocks seq_len"], description: s
 
 
 @torch.no_grad()
-def _negative_log_likelihood(model: Any, tokens: Int[Tensor, " seq_len"]) -> float:
+def negative_log_likelihood(model: Any, tokens: Int[Tensor, " seq_len"]) -> float:
+    """Sum over the seq_len − 1 predictions of one sequence, in nats."""
     hidden = model.base_model(tokens[None], use_cache=False).last_hidden_state[0, :-1]  # (seq_len − 1, hidden)
     head = model.get_output_embeddings()
     total = 0.0
