@@ -124,6 +124,8 @@ def _quantize_blocks(context: Context, transforms: Transforms, writer: Checkpoin
     if not writer.has(0):
         folded = _fold_rows(embedding, Fold(reads=transforms.residual), stored, context.device)
         writer.write(0, {f"{source.graph.embedding}.weight": folded})
+        del folded
+    del embedding  # a gigabyte for some models
     for index in track(range(source.num_blocks), "quantizing"):
         block = source.block(index)
         if writer.has(index + 1):
