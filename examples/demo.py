@@ -37,7 +37,7 @@ def measured(out: Path, method: str, spec: str, max_tokens: int) -> Record:
 
 def table_of(records: list[Record]) -> Table:
     table = Table(title=f"{MODEL}, perplexity on {TEXT} (lower is better)", box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("spec", "method", "perplexity", "MB", "bits/weight", "KV B/token", "seconds"):
+    for heading in ("spec", "method", "perplexity", "MB", "bits/weight", "KV B/token", "s"):
         table.add_column(heading, justify="left" if heading in ("spec", "method") else "right", no_wrap=True)
     previous = None
     for record in records:
