@@ -89,11 +89,13 @@ def main() -> None:
         by_row: dict[str, list[float]] = {}
         for (row, _), record in done.items():
             by_row.setdefault(row, []).append(record.metrics[f"ppl/{text}"])
-        bottom, top = by_row["unquantized"][0], statistics.mean(by_row.get("RH", [float("nan")]))
+        bottom = by_row["unquantized"][0]
         for row, values in by_row.items():
             mean = statistics.mean(values)
             spread = f"{min(values):.2f} … {max(values):.2f}" if len(values) > 1 else ""
-            closed = f"{(top - mean) / (top - bottom):+.1%} of the gap" if row.startswith("DFRot") else ""
+            peer = row.replace("DFRot", "RH")  # the RH row with the same grids
+            top = statistics.mean(by_row.get(peer, by_row.get("RH", [float("nan")])))
+            closed = f"{(top - mean) / (top - bottom):+.1%} of the gap" if row != peer else ""
             print(f"{row:18} {mean:10.2f}   {spread:20} {closed}")
 
 
