@@ -136,9 +136,3 @@ def kv_bytes_per_token(config: Any, spec: TensorSpec) -> int:
     """Bytes that one token takes in the cache of all layers."""
     per_head = packed_width(head_dim(config), spec.bits) + _QPARAM_BYTES if spec.quantizes else 2 * head_dim(config)
     return 2 * config.num_hidden_layers * config.num_key_value_heads * per_head
-
-
-def checkpoint_recipe_json(path: Path) -> dict[str, Any] | None:
-    """The recipe in a checkpoint's config.json, if it has one."""
-    record = read_json(path / "config.json").get("quantization_config") or {}
-    return record.get("recipe")

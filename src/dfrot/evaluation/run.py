@@ -3,11 +3,11 @@
 import time
 from collections.abc import Sequence
 
-from dfrot.checkpoint.load import load
+from dfrot.checkpoint.load import checkpoint_recipe, load
 from dfrot.errors import UserError
 from dfrot.evaluation.perplexity import perplexity
 from dfrot.models.source import locate
-from dfrot.results import Record, checkpoint_recipe_json, conditions, model_size
+from dfrot.results import Record, conditions, model_size
 from dfrot.texts import read_text, text_label, token_blocks
 
 
@@ -40,10 +40,10 @@ def evaluate(
     blocks = {text: token_blocks(tokenizer, content, text, seq_len, max_tokens) for text, content in contents.items()}
     started = time.perf_counter()
     metrics = {f"ppl/{text_label(text)}": perplexity(loaded, blocks[text], text_label(text)) for text in texts}
-    recipe = checkpoint_recipe_json(path)
+    recipe = checkpoint_recipe(path)
     return Record(
         model=model,
-        recipe=recipe,
+        recipe=None if recipe is None else recipe.to_json(),
         metrics=metrics,
         size=model_size(path),
         timings_s={"evaluate": time.perf_counter() - started},
@@ -52,6 +52,6 @@ def evaluate(
             text=", ".join(map(text_label, texts)),
             seq_len=seq_len,
             tokens={text_label(text): blocks[text].numel() for text in texts},
-            seed=None if recipe is None else recipe["seed"],
+            seed=None if recipe is None else recipe.seed,
         ),
     )
