@@ -1,10 +1,11 @@
-"""What the rotation is worth: perplexity of a model whose activations alone are quantized, by method and seed.
+"""What the rotation is worth: perplexity of a quantized model, by method and seed.
 
     python benchmarks/dfrot_table.py OUT --calib TEXT --ppl TEXT [TEXT ...] [--rows paper|released]
 
 Rows `paper`: none, RO, RH, DFRot with γ = 1, 10, 100 and chosen by measurement, at w16a4kv16, preset paper.
-Rows `released`: the settings of the released scripts: clip ratios 1, activations asymmetric and symmetric, w4a4kv4 by
-RTN. Finished cells are lines of OUT/results.jsonl and are not measured again. The gap is that of RH to unquantized.
+Rows `released`: the settings of the released scripts, at the numbers of tokens they were run on: clip ratios 1;
+activations asymmetric, w4a4kv4 by RTN, and activations symmetric. Finished cells are lines of OUT/results.jsonl and are
+not measured again. The gap is that of the RH row with the same grids to the unquantized model.
 """
 
 import argparse
@@ -18,29 +19,102 @@ from dfrot.evaluation.run import evaluate
 from dfrot.results import Record, append_records
 from dfrot.texts import text_label
 
-UNCLIPPED = {"act_clip": 1.0, "kv_clip": 1.0}
-ROWS: dict[str, dict[str, dict[str, Any]]] = {
-    "paper": {
-        "none": {"method": "none"},
-        "RO": {"method": "quarot", "rotation": "orthogonal"},
-        "RH": {"method": "quarot"},
-        "DFRot auto": {"method": "dfrot"},
-        "DFRot γ=1": {"method": "dfrot", "gamma": 1.0},
-        "DFRot γ=10": {"method": "dfrot", "gamma": 10.0},
-        "DFRot γ=100": {"method": "dfrot", "gamma": 100.0},
-        "DFRot paper": {"method": "dfrot", "objective": "paper"},
-    },
-    "released": {
-        "RO": {"method": "quarot", "rotation": "orthogonal", **UNCLIPPED},
-        "RH": {"method": "quarot", **UNCLIPPED},
-        "DFRot": {"method": "dfrot", **UNCLIPPED},
-        "RO symmetric": {"method": "quarot", "rotation": "orthogonal", "act_symmetric": True, **UNCLIPPED},
-        "RH symmetric": {"method": "quarot", "act_symmetric": True, **UNCLIPPED},
-        "DFRot symmetric": {"method": "dfrot", "act_symmetric": True, **UNCLIPPED},
-        "RH w4a4kv4": {"method": "quarot", "spec": "w4a4kv4", **UNCLIPPED},
-        "DFRot w4a4kv4": {"method": "dfrot", "spec": "w4a4kv4", **UNCLIPPED},
-    },
+Words = dict[str, Any]
+RO: Words = {"method": "quarot", "rotation": "orthogonal"}
+RH: Words = {"method": "quarot"}
+DFROT: Words = {"method": "dfrot"}
+UNCLIPPED: Words = {"act_clip": 1.0, "kv_clip": 1.0}
+SYMMETRIC: Words = {"act_symmetric": True, **UNCLIPPED}
+
+# Each table has its number of tokens and its rows.
+TABLES: dict[str, list[tuple[int, dict[str, Words]]]] = {
+    "paper": [
+        (
+            40960,
+            {
+                "none": {"method": "none"},
+                "RO": RO,
+                "RH": RH,
+                "DFRot auto": DFROT,
+                "DFRot γ=1": DFROT | {"gamma": 1.0},
+                "DFRot γ=10": DFROT | {"gamma": 10.0},
+                "DFRot γ=100": DFROT | {"gamma": 100.0},
+                "DFRot paper": DFROT | {"objective": "paper"},
+            },
+        )
+    ],
+    "released": [
+        (
+            20480,
+            {
+                "RO": RO | UNCLIPPED,
+                "RH": RH | UNCLIPPED,
+                "DFRot": DFROT | UNCLIPPED,
+                "RH w4a4kv4": RH | UNCLIPPED | {"spec": "w4a4kv4", "weights": "rtn"},
+                "DFRot w4a4kv4": DFROT | UNCLIPPED | {"spec": "w4a4kv4", "weights": "rtn"},
+            },
+        ),
+        (
+            10240,
+            {
+                "RH asymmetric": RH | UNCLIPPED,
+                "RO symmetric": RO | SYMMETRIC,
+                "RH symmetric": RH | SYMMETRIC,
+                "DFRot symmetric": DFROT | SYMMETRIC,
+            },
+        ),
+    ],
 }
+
+
+class Cells:
+    """Measurements by row, seed and number of tokens, kept as lines of a file."""
+
+    def __init__(self, out: Path, model: str, calib: str, texts: list[str]) -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        self.out, self.model, self.calib, self.texts = out, model, calib, texts
+        self.results = out / "results.jsonl"
+        self.done: dict[tuple[str, int, int], Record] = {}
+        for line in self.results.read_text().splitlines() if self.results.is_file() else []:
+            self._keep(Record.from_json(json.loads(line)))
+
+    def _keep(self, record: Record) -> None:
+        self.done[record.conditions["row"], record.conditions["seed"], record.conditions["max_tokens"]] = record
+
+    def measure(self, row: str, seed: int, max_tokens: int, words: Words | None) -> None:
+        if (row, seed, max_tokens) in self.done:
+            return
+        model, timings = self.model, {}
+        if words is not None:
+            recipe = dfrot.Recipe.parse(**{"spec": "w16a4kv16", **words}, calib=self.calib, seed=seed)
+            report = dfrot.quantize(model, recipe, self.out / "checkpoint", overwrite=True)
+            model, timings = str(report.path), report.timings_s
+        record = evaluate(model, self.texts, max_tokens=max_tokens)
+        record.timings_s |= timings
+        record.conditions |= {"row": row, "seed": seed, "max_tokens": max_tokens}
+        append_records(self.results, [record])
+        self._keep(record)
+        print(row, seed, {key: round(value, 3) for key, value in record.metrics.items()}, flush=True)
+
+    def perplexities(self, row: str, max_tokens: int, text: str) -> list[float]:
+        return [
+            record.metrics[f"ppl/{text_label(text)}"]
+            for (name, _, tokens), record in self.done.items()
+            if (name, tokens) == (row, max_tokens)
+        ]
+
+
+def print_table(cells: Cells, text: str, max_tokens: int, rows: list[str]) -> None:
+    measured = cells.done["unquantized", 0, max_tokens].conditions["tokens"][text_label(text)]
+    print(f"\n{cells.model}, {text_label(text)}, {measured} tokens")
+    means = {}
+    for row in ["unquantized", *rows]:
+        values = cells.perplexities(row, max_tokens, text)
+        mean = means[row] = statistics.mean(values)
+        spread = f"{min(values):.2f} … {max(values):.2f}" if len(values) > 1 else ""
+        bottom, top = means["unquantized"], means.get(row.replace("DFRot", "RH"), means.get("RH"))
+        closed = "" if top in (None, mean) else f"{(top - mean) / (top - bottom):+.1%} of the gap"
+        print(f"{row:18} {mean:10.2f}   {spread:20} {closed}")
 
 
 def main() -> None:
@@ -49,54 +123,24 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--calib", required=True)
     parser.add_argument("--ppl", nargs="+", required=True)
-    parser.add_argument("--rows", choices=ROWS, default="paper")
+    parser.add_argument("--rows", choices=TABLES, default="paper")
     parser.add_argument("--only", nargs="*", help="of these rows (default all)")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--max-tokens", type=int, default=40960)
     arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    results = arguments.out / "results.jsonl"
-    done: dict[tuple[str, int], Record] = {}
-    for line in results.read_text().splitlines() if results.is_file() else []:
-        record = Record.from_json(json.loads(line))
-        done[record.conditions["row"], record.conditions["seed"]] = record
-
-    def cell(row: str, seed: int, words: dict[str, Any] | None) -> None:
-        if (row, seed) in done:
-            return
-        model, timings = arguments.model, {}
-        if words is not None:
-            recipe = dfrot.Recipe.parse(**{"spec": "w16a4kv16", **words}, calib=arguments.calib, seed=seed)
-            report = dfrot.quantize(model, recipe, arguments.out / "checkpoint", overwrite=True)
-            model, timings = str(report.path), report.timings_s
-        record = evaluate(model, arguments.ppl, max_tokens=arguments.max_tokens)
-        record.timings_s |= timings
-        record.conditions |= {"row": row, "seed": seed}
-        append_records(results, [record])
-        done[row, seed] = record
-        print(row, seed, {key: round(value, 3) for key, value in record.metrics.items()}, flush=True)
-
-    cell("unquantized", 0, None)
-    rows = {name: words for name, words in ROWS[arguments.rows].items() if not arguments.only or name in arguments.only}
-    for seed in range(arguments.seeds):
-        for row, words in rows.items():
-            if row != "none" or seed == 0:  # nothing in it is random
-                cell(row, seed, words)
-
-    for text in map(text_label, arguments.ppl):
-        tokens = done["unquantized", 0].conditions["tokens"][text]
-        print(f"\n{arguments.model}, {text}, {tokens} tokens, {arguments.seeds} seeds")
-        by_row: dict[str, list[float]] = {}
-        for (row, _), record in done.items():
-            by_row.setdefault(row, []).append(record.metrics[f"ppl/{text}"])
-        bottom = by_row["unquantized"][0]
-        for row, values in by_row.items():
-            mean = statistics.mean(values)
-            spread = f"{min(values):.2f} … {max(values):.2f}" if len(values) > 1 else ""
-            peer = row.replace("DFRot", "RH")  # the RH row with the same grids
-            top = statistics.mean(by_row.get(peer, by_row.get("RH", [float("nan")])))
-            closed = f"{(top - mean) / (top - bottom):+.1%} of the gap" if row != peer else ""
-            print(f"{row:18} {mean:10.2f}   {spread:20} {closed}")
+    cells = Cells(arguments.out, arguments.model, arguments.calib, arguments.ppl)
+    tables = [
+        (max_tokens, {name: words for name, words in rows.items() if not arguments.only or name in arguments.only})
+        for max_tokens, rows in TABLES[arguments.rows]
+    ]
+    for max_tokens, rows in tables:
+        cells.measure("unquantized", 0, max_tokens, None)
+        for seed in range(arguments.seeds):
+            for row, words in rows.items():
+                if row != "none" or seed == 0:  # nothing in it is random
+                    cells.measure(row, seed, max_tokens, words)
+    for max_tokens, rows in tables:
+        for text in arguments.ppl:
+            print_table(cells, text, max_tokens, list(rows))
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ FIRST_STEP = 1 / 60
 MOMENTUM = 0.9
 # Refinement has converged when the best objective has not fallen by this much in so many steps.
 CONVERGED, PATIENCE = 1e-4, 25
-_PIECE_ENTRIES = 1 << 22  # of the products that exist at a time
+_PIECE_ENTRIES = 1 << 20  # of the products that exist at a time; these stay in the cache
 
 
 def dfrot(context: Context) -> Transforms:
@@ -217,12 +217,18 @@ def soft_range(
     v: Float[Tensor, "rows hidden"], tau: float, *, symmetric: bool
 ) -> tuple[Float[Tensor, "rows 1"], Float[Tensor, "rows hidden"]]:
     """r_τ of every row, and its gradient with respect to v."""
-    up, down = v / tau, v / -tau
-    highest, lowest = up.logsumexp(-1, keepdim=True), down.logsumexp(-1, keepdim=True)
+    highest, up = _soft_maximum(v / tau)
+    lowest, down = _soft_maximum(v / -tau)
     if symmetric:
         both = torch.logaddexp(highest, lowest)
-        return 2 * tau * both, 2 * ((up - both).exp_() - (down - both).exp_())
-    return tau * (highest + lowest), (up - highest).exp_() - (down - lowest).exp_()
+        return 2 * tau * both, 2 * (up * (highest - both).exp() - down * (lowest - both).exp())
+    return tau * (highest + lowest), up - down
+
+
+def _soft_maximum(v: Tensor) -> tuple[Tensor, Tensor]:
+    """log Σ exp(vⱼ) of every row, and its gradient; several times as fast as `logsumexp`."""
+    p = v.softmax(-1)
+    return v.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log(), p
 
 
 SOLVERS: dict[str, Solver] = {"descent": descend, "procrustes": alternate}
