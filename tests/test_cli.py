@@ -25,9 +25,11 @@ def test_quantize_info_eval_generate(
     tiny: Tiny, tmp_path: Path, text_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint = tmp_path / "ckpt"
-    code, out, _ = run(capsys, "quantize", tiny("llama"), "-o", checkpoint, "--method", "quarot", "--seed", 2)
+    code, out, _ = run(
+        capsys, "quantize", tiny("llama"), "-o", checkpoint, "--method", "quarot", "--weights", "rtn", "--seed", 2
+    )
     assert code == 0
-    assert "quarot w4a4kv4" in out
+    assert "quarot rtn w4a4kv4" in out
     assert "bits per decoder weight" in out
 
     code, out, _ = run(capsys, "info", checkpoint)
@@ -96,7 +98,9 @@ def test_the_environments_fault_is_exit_code_one(
     tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("in the way")
-    code, _, err = run(capsys, "quantize", tiny("llama"), "-o", tmp_path / "file" / "out", "--method", "none")
+    code, _, err = run(
+        capsys, "quantize", tiny("llama"), "-o", tmp_path / "file" / "out", "--method", "none", "--weights", "rtn"
+    )
     assert (code, "cannot write to" in err) == (1, True)
 
 
@@ -113,7 +117,7 @@ def test_interrupting_says_how_to_resume_and_resuming_finishes(tiny: Tiny, tmp_p
         "pipeline.quantize_block = lambda *_: time.sleep(60)\n"
         "sys.exit(cli.main(sys.argv[1:]))\n"
     )
-    words = ["quantize", str(tiny("llama")), "-o", str(tmp_path / "out"), "--method", "quarot"]
+    words = ["quantize", str(tiny("llama")), "-o", str(tmp_path / "out"), "--method", "quarot", "--weights", "rtn"]
     process = subprocess.Popen([sys.executable, "-c", pause, *words], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not list((tmp_path / "out").glob("model-00001-*")) and time.monotonic() < deadline:

@@ -42,7 +42,7 @@ def test_rotation_without_quantization_leaves_perplexity_unchanged(tmp_path: Pat
 def test_four_bits_are_four_bits_and_rotation_is_what_makes_them_work(tmp_path: Path) -> None:
     perplexity = {}
     for method in ("none", "quarot"):
-        path = dfrot.quantize("smollm2-135m", dfrot.Recipe.parse(method), tmp_path / method).path
+        path = dfrot.quantize("smollm2-135m", dfrot.Recipe.parse(method, "rtn"), tmp_path / method).path
         record = evaluate(str(path), ["pydoc"], max_tokens=4096)
         perplexity[method] = record.metrics["ppl/pydoc"]
         assert record.size["decoder_bits_per_weight"] <= 4.3

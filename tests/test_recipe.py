@@ -68,8 +68,15 @@ def test_recipes_that_differ_have_different_digests() -> None:
         ({"method": "smoothquant"}, "no method 'smoothquant'. Methods: none, quarot, dfrot"),
         ({"weights": "awq"}, "no weight quantizer 'awq'"),
         ({"preset": "best"}, "no preset 'best'. Presets: paper, deploy"),
-        ({"method": "quarot", "gamma": 3.0}, "'quarot' has no option gamma; it takes head_mixing, rotation"),
-        ({"method": "none", "rotation": "hadamard"}, "'none' has no option rotation; it takes no options"),
+        (
+            {"method": "quarot", "gamma": 3.0},
+            "'quarot' with 'gptq' weights has no option gamma; it takes act_order, damping, head_mixing, rotation",
+        ),
+        (
+            {"method": "none", "weights": "rtn", "rotation": "hadamard"},
+            "'none' with 'rtn' weights has no option rotation; it takes no options",
+        ),
+        ({"weights": "gptq", "damping": -1.0}, "damping is a share of the mean diagonal, at least 0"),
         ({"gamma": 0.0}, "gamma is a positive weight or 'auto'"),
         ({"steps": 0}, "steps is at least 1"),
         ({"rotation": "hadamrd"}, "rotation is one of hadamard, orthogonal, got 'hadamrd'"),

@@ -39,8 +39,8 @@ class Quantize:
     """Checkpoint directory to make."""
     method: Literal["none", "quarot", "dfrot"] = "dfrot"
     """Which rotations."""
-    weights: Literal["rtn"] = "rtn"
-    """How weights are rounded."""
+    weights: Literal["rtn", "gptq"] | None = None
+    """How weights are rounded (default gptq below 8 bits, else rtn)."""
     spec: str = "w4a4kv4"
     """w<bits>[g<group>]a<bits>kv<bits>; 16 leaves alone."""
     preset: Literal["paper", "deploy"] = "paper"
@@ -48,7 +48,7 @@ class Quantize:
     calib: str = "wikitext2"
     """Calibration text: wikitext2, c4, pydoc, or a path."""
     calib_tokens: int | None = None
-    """Calibration tokens in total (default 2048)."""
+    """Calibration tokens in total (default 65536 where weights are fitted to them, else 2048)."""
     calib_seq_len: int | None = None
     """Tokens of one calibration sample (default 2048, or calib-tokens if fewer)."""
     seed: int = 0
@@ -69,6 +69,12 @@ class Quantize:
     """dfrot: descent on ranges (default), or the paper's alternation."""
     massive: Literal["relative", "rotation"] | None = None
     """dfrot: rule for massive tokens: small relative error (default), or error raised by a random rotation."""
+    samples: int | None = None
+    """dfrot: calibration samples that the rotation is refined on (default 1)."""
+    act_order: bool | None = None
+    """gptq: quantize the columns with the largest inputs first (default yes)."""
+    damping: float | None = None
+    """gptq: share of the Hessian's mean diagonal that is added to it (default 0.01)."""
     weight_symmetric: bool | None = None
     """Override the preset."""
     act_symmetric: bool | None = None
@@ -83,12 +89,14 @@ class Quantize:
     """Continue an interrupted run."""
     overwrite: bool = False
     """Replace a checkpoint that is there."""
+    spill: bool = False
+    """Keep the hidden states of the calibration text in a memory-mapped file instead of memory."""
 
     def recipe(self) -> "Recipe":
         from dfrot.recipe import Recipe
 
         given = {name: value for name, value in vars(self).items()}
-        for name in ("model", "out", "device", "resume", "overwrite"):
+        for name in ("model", "out", "device", "resume", "overwrite", "spill"):
             del given[name]
         return Recipe.parse(**given)
 
@@ -98,12 +106,18 @@ class Quantize:
         from dfrot.results import model_size
 
         report = quantize(
-            self.model, recipe, self.out, device=self.device, resume=self.resume, overwrite=self.overwrite
+            self.model,
+            recipe,
+            self.out,
+            device=self.device,
+            resume=self.resume,
+            overwrite=self.overwrite,
+            spill=self.spill,
         )
         size = model_size(report.path)
         seconds = sum(report.timings_s.values())
         out.print(
-            f"[bold]{report.path}[/bold]: {recipe.method_name} {recipe.spec}, "
+            f"[bold]{report.path}[/bold]: {recipe.method_name} {recipe.weights_name} {recipe.spec}, "
             f"{size['weight_bytes'] / 1e6:.1f} MB ({size['unquantized_bytes'] / 1e6:.1f} MB at 16 bits), "
             f"{size['decoder_bits_per_weight']:.2f} bits per decoder weight, {seconds:.0f} s"
         )

@@ -5,6 +5,7 @@ size of the model, and a small model goes through the same loop.
 """
 
 import contextlib
+import functools
 import shutil
 import time
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ from dfrot.transform.invariance import InvarianceCheck
 from dfrot.transform.sites import Transforms, block_folds, fold_block_
 from dfrot.version import __version__
 from dfrot.weights import WEIGHTS
+from dfrot.weights.inputs import BlockTask, CalibrationStream
 
 # Folding the embedding or head in float64 takes this many rows at a time, so that no float64 copy of it exists.
 _VOCABULARY_ROWS = 8192
@@ -67,6 +69,7 @@ def quantize(
     device: str | torch.device = "cpu",
     resume: bool = False,
     overwrite: bool = False,
+    spill: bool = False,
 ) -> Report:
     """Rotate and quantize a model into a checkpoint directory.
 
@@ -77,6 +80,7 @@ def quantize(
         device: where to compute.
         resume: continue a run that was interrupted.
         overwrite: replace a checkpoint that is there.
+        spill: keep the hidden states of the calibration text in a memory-mapped file in `out`, not in memory.
 
     Raises:
         UserError: the request cannot be carried out as it was made.
@@ -90,12 +94,14 @@ def quantize(
     report = Report(Path(out))
     run = {"model": source.fingerprint(), "recipe": recipe.to_json(), "dfrot": __version__}
     writer = CheckpointWriter(report.path, run, num_shards=source.num_blocks + 2, resume=resume, overwrite=overwrite)
-    context = Context(source, recipe, lambda: _calibration(source, recipe), there, report.notes)
+    calibration = functools.cache(lambda: _calibration(source, recipe))
+    context = Context(source, recipe, calibration, there, report.notes)
     with report.stage("fit"):
         transforms = _fitted(context, writer)
     with report.stage("quantize"):
-        _quantize_blocks(context, transforms, writer, report)
-        _finish(context, transforms, writer)
+        plan = RuntimePlan.of(recipe, transforms.online(source.graph, source.config), transforms.keys)
+        _quantize_blocks(context, transforms, plan, writer, report, Path(out) if spill else None)
+        _finish(context, transforms, plan, writer)
     return report
 
 
@@ -115,7 +121,14 @@ def _fitted(context: Context, writer: CheckpointWriter) -> Transforms:
     return transforms
 
 
-def _quantize_blocks(context: Context, transforms: Transforms, writer: CheckpointWriter, report: Report) -> None:
+def _quantize_blocks(
+    context: Context,
+    transforms: Transforms,
+    plan: RuntimePlan,
+    writer: CheckpointWriter,
+    report: Report,
+    spill: Path | None,
+) -> None:
     source, recipe = context.source, context.recipe
     stored = storage_dtype(source, recipe)
     working = torch.float64 if stored == torch.float64 else torch.float32
@@ -126,18 +139,27 @@ def _quantize_blocks(context: Context, transforms: Transforms, writer: Checkpoin
         writer.write(0, {f"{source.graph.embedding}.weight": folded})
         del folded
     del embedding  # a gigabyte for some models
+    stream = None
+    if recipe.fits_weights:
+        (rows,) = writer.read(0).values()
+        stream = CalibrationStream(source, plan, rows, context.calibration(), working, context.device, spill)
+        del rows
     for index in track(range(source.num_blocks), "quantizing"):
         block = source.block(index)
+        prefix = f"{source.graph.blocks}.{index}."
         if writer.has(index + 1):
             check.advance(index, block)
-            continue
-        folds = block_folds(transforms, source.graph, source.config, block)
-        error = check.block(index, block, folds, transforms.residual)
-        report.invariance = max(report.invariance, error)
-        block.to(context.device)
-        fold_block_(block, folds, source.graph, working)
-        tensors = quantize_block(block, source, recipe, stored)
-        writer.write(index + 1, {f"{source.graph.blocks}.{index}.{name}": t for name, t in tensors.items()})
+        else:
+            folds = block_folds(transforms, source.graph, source.config, block)
+            error = check.block(index, block, folds, transforms.residual)
+            report.invariance = max(report.invariance, error)
+            block.to(context.device)
+            fold_block_(block, folds, source.graph, working)
+            tensors, notes = quantize_block(index, block, source, recipe, stream, stored)
+            writer.write(index + 1, {prefix + name: tensor for name, tensor in tensors.items()}, notes)
+        if stream is not None:
+            kept = writer.read(index + 1)
+            stream.advance(index, {name.removeprefix(prefix): tensor for name, tensor in kept.items()})
     norm, head = source.final_norm(), source.head()
     fuses = transforms.residual is not None
     fold = Fold(gain=norm.weight if fuses else None, reads=transforms.residual)
@@ -149,19 +171,26 @@ def _quantize_blocks(context: Context, transforms: Transforms, writer: Checkpoin
     writer.write(source.num_blocks + 1, last)
 
 
-def quantize_block(block: nn.Module, source: Source, recipe: Recipe, stored: torch.dtype) -> dict[str, Tensor]:
-    """The tensors that a checkpoint keeps of a folded block, under the names of the runtime's modules."""
+def quantize_block(
+    index: int,
+    block: nn.Module,
+    source: Source,
+    recipe: Recipe,
+    stream: CalibrationStream | None,
+    stored: torch.dtype,
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors that a checkpoint keeps of a folded block, under the names of the runtime's modules, and notes."""
     spec = recipe.spec.weights
-    tensors: dict[str, Tensor] = {}
-    linears = {f"{name}.weight" for name in source.graph.linears}
-    for name, parameter in block.state_dict().items():
-        if name in linears and spec.quantizes:
-            codes, qparams = WEIGHTS[recipe.weights](parameter, spec)
-            prefix = name.removesuffix("weight")
-            tensors.update({prefix + key: tensor for key, tensor in packed_tensors(codes, qparams, spec).items()})
-        else:
-            tensors[name] = _narrowed(parameter, stored, name)
-    return tensors
+    tensors = {name: _narrowed(tensor, stored, name) for name, tensor in block.state_dict().items()}
+    if not spec.quantizes:
+        return tensors, {}
+    if stream is not None:
+        block = stream.block(index, block.state_dict(), stream.plan.without("weights", "activations"))
+    task = BlockTask(index, block, source, recipe, stream)
+    for name, (codes, qparams) in WEIGHTS[recipe.weights_name](task).items():
+        del tensors[f"{name}.weight"]
+        tensors |= {f"{name}.{key}": tensor for key, tensor in packed_tensors(codes, qparams, spec).items()}
+    return tensors, task.notes
 
 
 def _fold_rows(matrix: Tensor, fold: Fold, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -179,9 +208,8 @@ def _narrowed(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     return narrow
 
 
-def _finish(context: Context, transforms: Transforms, writer: CheckpointWriter) -> None:
+def _finish(context: Context, transforms: Transforms, plan: RuntimePlan, writer: CheckpointWriter) -> None:
     source, recipe = context.source, context.recipe
-    plan = RuntimePlan.of(recipe, transforms.online(source.graph, source.config), transforms.keys)
     config = source.config.to_dict()
     config["architectures"] = [type(source.skeleton).__name__]
     config["tie_word_embeddings"] = _stays_tied(source, transforms)

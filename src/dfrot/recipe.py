@@ -121,6 +121,9 @@ class Preset:
     kv_clip: float
 
 
+# Words of `Spec.parse` that override the preset.
+OVERRIDES = ("weight_symmetric", "act_symmetric", "act_clip", "kv_clip")
+
 PRESETS = {
     # DFRot's command: activations and KV cache asymmetric, clipped at 0.9 and 0.95.
     "paper": Preset(weight_symmetric=True, act_symmetric=False, act_clip=0.9, kv_clip=0.95),
@@ -173,16 +176,41 @@ class DFRot:
     the objective is the paper's, which then is the paper's exact procedure."""
     massive: Literal["relative", "rotation"] = "relative"
     """The rule that finds massive tokens: a small relative error, or an error that a random rotation raises."""
+    samples: int = 1
+    """Calibration sequences that the rotation is refined on, from the first; weights are fitted to all."""
 
     def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise UserError(f"samples is at least 1, got {self.samples}.")
         if isinstance(self.gamma, (int, float)) and not (math.isfinite(self.gamma) and self.gamma > 0):
             raise UserError(f"gamma is a positive weight or 'auto', got {self.gamma}.")
         if self.steps < 1:
             raise UserError(f"steps is at least 1, got {self.steps}.")
 
 
+@dataclass(frozen=True)
+class RTN:
+    """`rtn`: round to nearest, clip ratios by search."""
+
+
+@dataclass(frozen=True)
+class GPTQ:
+    """`gptq` (arXiv 2210.17323)."""
+
+    act_order: bool = True
+    """Take the columns with the largest inputs first; the groups' scales stay where they are, so it costs nothing."""
+    damping: float = 0.01
+    """Added to the Hessian's diagonal, as a share of its mean."""
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.damping) and self.damping >= 0):
+            raise UserError(f"damping is a share of the mean diagonal, at least 0, got {self.damping}.")
+
+
 METHOD_OPTIONS: dict[str, type] = {"none": NoRotation, "quarot": QuaRot, "dfrot": DFRot}
-WEIGHT_QUANTIZERS = ("rtn",)
+WEIGHT_OPTIONS: dict[str, type] = {"rtn": RTN, "gptq": GPTQ}
+ROTATION_TOKENS = 2048  # calibration of a recipe that rounds weights without data: the papers' one sample
+WEIGHT_TOKENS = 32 * 2048  # of one that fits them to data; the papers take 128 sequences
 
 
 @dataclass(frozen=True)
@@ -191,7 +219,7 @@ class Calibration:
 
     text: str = "wikitext2"
     """wikitext2, c4, pydoc, or the path of a text file."""
-    tokens: int = 2048
+    tokens: int = ROTATION_TOKENS
     """Tokens in total."""
     seq_len: int = 2048
     """Tokens of one sequence."""
@@ -209,7 +237,7 @@ class Recipe:
     """What `dfrot.quantize` does to a model. Make one with `Recipe.parse`."""
 
     method: NoRotation | QuaRot | DFRot
-    weights: str
+    weights: RTN | GPTQ
     spec: Spec
     calibration: Calibration
     dtype: Literal["auto", "float16", "bfloat16", "float32", "float64"] = "auto"
@@ -224,10 +252,19 @@ class Recipe:
     def method_name(self) -> str:
         return next(name for name, kind in METHOD_OPTIONS.items() if type(self.method) is kind)
 
+    @property
+    def weights_name(self) -> str:
+        return next(name for name, kind in WEIGHT_OPTIONS.items() if type(self.weights) is kind)
+
+    @property
+    def fits_weights(self) -> bool:
+        """Whether weights are rounded with calibration data."""
+        return self.spec.weights.quantizes and not isinstance(self.weights, RTN)
+
     @staticmethod
     def parse(
         method: str = "dfrot",
-        weights: str = "rtn",
+        weights: str | None = None,
         spec: str = "w4a4kv4",
         *,
         preset: str = "paper",
@@ -242,39 +279,49 @@ class Recipe:
 
         Args:
             method: none, quarot or dfrot.
-            weights: rtn.
+            weights: rtn or gptq; None takes gptq below 8 bits, rtn from there on.
             spec: such as w4a4kv4.
             preset: paper or deploy.
             calib: wikitext2, c4, pydoc, or a path.
-            calib_tokens: tokens of calibration text in total.
+            calib_tokens: tokens of calibration text in total; None takes 65 536 where weights are fitted, else 2048.
             options: overrides of the preset (weight_symmetric, act_symmetric, act_clip, kv_clip) and fields of the
-                method's options (`QuaRot`, `DFRot`); None means not given.
+                options of the method (`QuaRot`, `DFRot`) and the weight quantizer (`GPTQ`); None means not given.
 
         Raises:
             UserError: anything that is not known or does not fit; the message says what would.
         """
         if method not in METHOD_OPTIONS:
             raise UserError(f"there is no method '{method}'. Methods: {', '.join(METHOD_OPTIONS)}.")
-        if weights not in WEIGHT_QUANTIZERS:
-            raise UserError(
-                f"there is no weight quantizer '{weights}'. Weight quantizers: {', '.join(WEIGHT_QUANTIZERS)}."
-            )
         given = {name: value for name, value in options.items() if value is not None}
-        overrides = {
-            name: given.pop(name, None) for name in ("weight_symmetric", "act_symmetric", "act_clip", "kv_clip")
-        }
-        known = {field.name for field in dataclasses.fields(METHOD_OPTIONS[method])}
-        if unknown := sorted(set(given) - known):
-            takes = ", ".join(sorted(known)) or "no options"
-            raise UserError(f"the method '{method}' has no option {', '.join(unknown)}; it takes {takes}.")
-        _check_words(METHOD_OPTIONS[method], given)
+        grids = Spec.parse(spec, preset, **{name: given.pop(name, None) for name in OVERRIDES})
+        if weights is None:
+            weights = "gptq" if grids.weights.bits < 8 else "rtn"
+        if weights not in WEIGHT_OPTIONS:
+            raise UserError(
+                f"there is no weight quantizer '{weights}'. Weight quantizers: {', '.join(WEIGHT_OPTIONS)}."
+            )
+        chosen = [METHOD_OPTIONS[method], WEIGHT_OPTIONS[weights]]
+        taken: list[dict[str, Any]] = []
+        for kind in chosen:
+            names = {field.name for field in dataclasses.fields(kind)}
+            taken.append({name: given.pop(name) for name in names & given.keys()})
+            _check_words(kind, taken[-1])
+        if given:
+            known = sorted(field.name for kind in chosen for field in dataclasses.fields(kind))
+            raise UserError(
+                f"'{method}' with '{weights}' weights has no option {', '.join(sorted(given))}; "
+                f"it takes {', '.join(known) or 'no options'}."
+            )
         _check_words(Recipe, {"dtype": dtype})
-        seq_len = calib_seq_len if calib_seq_len is not None else min(calib_tokens or 2048, 2048)
+        fits = grids.weights.quantizes and weights != "rtn"
+        if (tokens := calib_tokens) is None:
+            tokens = WEIGHT_TOKENS if fits else ROTATION_TOKENS
+        seq_len = calib_seq_len if calib_seq_len is not None else min(tokens, 2048)
         return Recipe(
-            method=METHOD_OPTIONS[method](**given),
-            weights=weights,
-            spec=Spec.parse(spec, preset, **overrides),
-            calibration=Calibration(calib, calib_tokens if calib_tokens is not None else seq_len, seq_len),
+            method=chosen[0](**taken[0]),
+            weights=chosen[1](**taken[1]),
+            spec=grids,
+            calibration=Calibration(calib, tokens, seq_len),
             dtype=dtype,  # type: ignore[arg-type]
             seed=seed,
         )
@@ -283,19 +330,27 @@ class Recipe:
         """Plain JSON; `Recipe.from_json` is its inverse."""
         record = dataclasses.asdict(self)
         grids = record.pop("spec")
-        options = record.pop("method")
-        return {"method": self.method_name, "options": options, "spec": str(self.spec), "grids": grids, **record}
+        return {
+            "method": self.method_name,
+            "options": record.pop("method"),
+            "weights": self.weights_name,
+            "weight_options": record.pop("weights"),
+            "spec": str(self.spec),
+            "grids": grids,
+            **record,
+        }
 
     @staticmethod
     def from_json(record: dict[str, Any]) -> "Recipe":
         """Raises UserError if the record is not a recipe."""
         try:
-            kind = METHOD_OPTIONS[record["method"]]
-            _check_words(kind, record["options"])
-            _check_words(Recipe, record)
+            method, weights = METHOD_OPTIONS[record["method"]], WEIGHT_OPTIONS[record["weights"]]
+            _check_words(method, record["options"])
+            _check_words(weights, record["weight_options"])
+            _check_words(Recipe, {"dtype": record["dtype"]})
             return Recipe(
-                method=kind(**record["options"]),
-                weights=record["weights"],
+                method=method(**record["options"]),
+                weights=weights(**record["weight_options"]),
                 spec=Spec(**{name: TensorSpec(**grid) for name, grid in record["grids"].items()}),
                 calibration=Calibration(**record["calibration"]),
                 dtype=record["dtype"],

@@ -17,7 +17,7 @@ from dfrot.checkpoint import save
 from dfrot.errors import EnvironmentFault, UserError
 
 Tiny = Callable[[str], Path]
-RECIPE = dfrot.Recipe.parse("quarot")
+RECIPE = dfrot.Recipe.parse("quarot", "rtn")
 
 
 def contents(path: Path) -> dict[str, bytes]:
@@ -34,7 +34,7 @@ def interrupted(
     """Leave a run that died after so many blocks."""
     calls = 0
 
-    def die(*args: Any) -> dict[str, torch.Tensor]:
+    def die(*args: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls > after:
@@ -64,7 +64,7 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
 def test_resuming_another_recipe_says_what_differs(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupted(tiny, tmp_path / "out", monkeypatch)
     with pytest.raises(UserError, match="interrupted run with another recipe"):
-        dfrot.quantize(tiny("llama"), dfrot.Recipe.parse("none"), tmp_path / "out", resume=True)
+        dfrot.quantize(tiny("llama"), dfrot.Recipe.parse("none", "rtn"), tmp_path / "out", resume=True)
     with pytest.raises(UserError, match="interrupted run with another model"):
         dfrot.quantize(tiny("qwen2"), RECIPE, tmp_path / "out", resume=True)
 
@@ -72,7 +72,7 @@ def test_resuming_another_recipe_says_what_differs(tiny: Tiny, tmp_path: Path, m
 def test_resuming_goes_on_with_the_rotation_that_was_fitted(
     tiny: Tiny, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = dfrot.Recipe.parse("dfrot", steps=2, gamma=1.0, calib=str(text_file), calib_tokens=64)
+    recipe = dfrot.Recipe.parse("dfrot", "rtn", steps=2, gamma=1.0, calib=str(text_file), calib_tokens=64)
     interrupted(tiny, tmp_path / "out", monkeypatch, recipe=recipe)
     monkeypatch.setitem(pipeline.METHODS, "dfrot", lambda context: pytest.fail("fitted again"))
     report = dfrot.quantize(tiny("llama"), recipe, tmp_path / "out", resume=True)
@@ -97,7 +97,9 @@ def test_overwriting_deletes_nothing_before_there_is_something_new(tiny: Tiny, t
     dfrot.quantize(tiny("llama"), RECIPE, tmp_path / "out")
     before = contents(tmp_path / "out")
     with pytest.raises(UserError, match="there is no text"):
-        dfrot.quantize(tiny("llama"), dfrot.Recipe.parse("dfrot", calib="nosuch.txt"), tmp_path / "out", overwrite=True)
+        dfrot.quantize(
+            tiny("llama"), dfrot.Recipe.parse("dfrot", "rtn", calib="nosuch.txt"), tmp_path / "out", overwrite=True
+        )
     with pytest.raises(UserError, match="give one of them"):
         dfrot.quantize(tiny("llama"), RECIPE, tmp_path / "out", overwrite=True, resume=True)
     assert contents(tmp_path / "out") == before
@@ -130,7 +132,7 @@ def test_a_finished_checkpoint_is_replaced_only_on_request(tiny: Tiny, tmp_path:
     dfrot.quantize(tiny("llama"), RECIPE, tmp_path / "out")
     with pytest.raises(UserError, match="finished checkpoint"):
         dfrot.quantize(tiny("llama"), RECIPE, tmp_path / "out")
-    dfrot.quantize(tiny("llama"), dfrot.Recipe.parse("none"), tmp_path / "out", overwrite=True)
+    dfrot.quantize(tiny("llama"), dfrot.Recipe.parse("none", "rtn"), tmp_path / "out", overwrite=True)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["quantization_config"]["recipe"]["method"] == "none"
 

@@ -23,6 +23,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "quarot-heads": {"method": "quarot", "head_mixing": True},
     "dfrot": {"method": "dfrot", "steps": 3, "calib_tokens": 64, "calib_seq_len": 32},
 }
+WEIGHTS: dict[str, dict[str, Any]] = {
+    "rtn": {},
+    "gptq": {"calib_tokens": 64, "calib_seq_len": 32},
+}
 TOKENS = torch.randint(1, 96, (2, 24), generator=torch.Generator().manual_seed(7))
 
 every_architecture = pytest.mark.parametrize("architecture", CONFIGS)
@@ -30,7 +34,7 @@ every_method = pytest.mark.parametrize("method", METHODS)
 
 
 def make(tiny: Tiny, out: Path, architecture: str, method: str, text: Path, **options: Any) -> Path:
-    recipe = dfrot.Recipe.parse(**{**METHODS[method], "calib": str(text), **options})
+    recipe = dfrot.Recipe.parse(**{"weights": "rtn", **METHODS[method], "calib": str(text), **options})
     return dfrot.quantize(tiny(architecture), recipe, out).path
 
 
@@ -64,10 +68,14 @@ def test_rotation_leaves_logits_unchanged_and_the_error_falls_with_precision(
 
 @every_architecture
 @every_method
+@pytest.mark.parametrize("weights", WEIGHTS)
 def test_the_same_seed_gives_the_same_bytes(
-    tiny: Tiny, tmp_path: Path, text_file: Path, architecture: str, method: str
+    tiny: Tiny, tmp_path: Path, text_file: Path, architecture: str, method: str, weights: str
 ) -> None:
-    first, second = (make(tiny, tmp_path / run, architecture, method, text_file) for run in ("first", "second"))
+    words = {"weights": weights, **WEIGHTS[weights]}
+    first, second = (
+        make(tiny, tmp_path / run, architecture, method, text_file, **words) for run in ("first", "second")
+    )
     names = sorted(file.name for file in first.iterdir())
     assert names == sorted(file.name for file in second.iterdir())
     assert all((first / name).read_bytes() == (second / name).read_bytes() for name in names)

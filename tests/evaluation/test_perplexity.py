@@ -42,7 +42,7 @@ def test_nan_logits_are_an_error_and_not_a_number(tiny: Tiny) -> None:
 
 
 def test_a_record_holds_numbers_and_conditions(tiny: Tiny, tmp_path: Path, text_file: Path) -> None:
-    recipe = dfrot.Recipe.parse("quarot", seed=5)
+    recipe = dfrot.Recipe.parse("quarot", "rtn", seed=5)
     path = dfrot.quantize(tiny("llama"), recipe, tmp_path / "out").path
     record = evaluate(str(path), [str(text_file)], seq_len=32, max_tokens=100)
     assert set(record.metrics) == {"ppl/text.txt"}
@@ -70,7 +70,7 @@ def test_sizes_are_those_of_the_weights(tiny: Tiny, tmp_path: Path, architecture
     assert plain["unquantized_bytes"] == 2 * parameters
     assert plain["decoder_bits_per_weight"] == 32
 
-    packed = model_size(dfrot.quantize(tiny(architecture), dfrot.Recipe.parse("none"), tmp_path / "out").path)
+    packed = model_size(dfrot.quantize(tiny(architecture), dfrot.Recipe.parse("none", "rtn"), tmp_path / "out").path)
     assert packed["unquantized_bytes"] == plain["unquantized_bytes"]
     linears = [m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "layers" in name]
     stored = sum(m.weight.numel() // 2 + 2 * m.out_features for m in linears)  # nibbles and bfloat16 scales

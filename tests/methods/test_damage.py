@@ -38,7 +38,7 @@ def test_the_divergence_is_that_of_the_quantized_checkpoint(tiny: Tiny, tmp_path
 
 
 def test_eight_bits_do_less_damage_than_two(tiny: Tiny) -> None:
-    there = context(tiny("llama"), dfrot.Recipe.parse("quarot"))
+    there = context(tiny("llama"), dfrot.Recipe.parse("quarot", "rtn"))
     rotations = [random_hadamard(48, there.generator())]
     damage = [kl_divergences(there, rotations, TensorSpec(bits, False, 0.9), TOKENS, first=0)[0] for bits in (8, 4, 2)]
     assert 0 < damage[0] < damage[1] < damage[2]

@@ -82,7 +82,7 @@ def broken(tiny: Tiny, tmp_path: Path) -> Path:
 
 def refused(path: Path | str, message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
-        dfrot.quantize(path, dfrot.Recipe.parse("quarot"), Path("never-written"))
+        dfrot.quantize(path, dfrot.Recipe.parse("quarot", "rtn"), Path("never-written"))
     assert not Path("never-written").exists()
 
 
@@ -143,7 +143,7 @@ def test_nan_in_a_weight_is_named_and_leaves_nothing_finished(
     tensors[name][2, 3] = value
     save_file(tensors, broken / "model.safetensors")
     with pytest.raises(UserError, match=f"'{name}'.*NaN or infinite"):
-        dfrot.quantize(broken, dfrot.Recipe.parse("quarot"), tmp_path / "out")
+        dfrot.quantize(broken, dfrot.Recipe.parse("quarot", "rtn"), tmp_path / "out")
     assert not (tmp_path / "out" / "config.json").exists()
 
 
@@ -229,6 +229,6 @@ def test_many_shards_are_read_like_one(tiny: Tiny, tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_is_not_quantized_twice(tiny: Tiny, tmp_path: Path) -> None:
-    dfrot.quantize(tiny("llama"), dfrot.Recipe.parse("none"), tmp_path / "once")
+    dfrot.quantize(tiny("llama"), dfrot.Recipe.parse("none", "rtn"), tmp_path / "once")
     with pytest.raises(UserError, match=r"quantized already \(dfrot\)"):
-        dfrot.quantize(tmp_path / "once", dfrot.Recipe.parse("none"), tmp_path / "twice")
+        dfrot.quantize(tmp_path / "once", dfrot.Recipe.parse("none", "rtn"), tmp_path / "twice")

@@ -64,7 +64,7 @@ def test_changing_the_dtype_changes_the_unpacked_weight() -> None:
 
 
 def test_a_bfloat16_model_runs(tiny: Callable[[str], Path], tmp_path: Path) -> None:
-    path = dfrot.quantize(tiny("llama"), dfrot.Recipe.parse("quarot"), tmp_path / "out").path
+    path = dfrot.quantize(tiny("llama"), dfrot.Recipe.parse("quarot", "rtn"), tmp_path / "out").path
     tokens = torch.arange(1, 20)[None]
     wide, _ = dfrot.load(path)
     narrow, _ = dfrot.load(path, dtype=torch.bfloat16)

@@ -2,16 +2,13 @@
 
 from typing import Any
 
-import torch
 from torch import nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from dfrot.models.families import graph_for
-from dfrot.models.source import use_torch_norms_
-from dfrot.runtime.kv import ATTENTION, install_kv_
-from dfrot.runtime.linear import QuantLinear
+from dfrot.runtime.install import install_
+from dfrot.runtime.kv import ATTENTION
 from dfrot.runtime.plan import RuntimePlan
 
 
@@ -62,33 +59,3 @@ class DfrotQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
-
-
-def install_(model: nn.Module, plan: RuntimePlan) -> None:
-    """Put the runtime's modules into a transformers model that is still on the meta device."""
-    config = model.config
-    graph = graph_for(config)
-    use_torch_norms_(model, graph)
-    attentions = []
-    for index in range(config.num_hidden_layers):  # type: ignore[union-attr,arg-type]
-        block = model.get_submodule(f"{graph.blocks}.{index}")
-        attentions.append(block.get_submodule(graph.attention))
-        for name in graph.linears:
-            rotation = plan.online.get(name)
-            if rotation is None and not plan.weights.quantizes and not plan.activations.quantizes:
-                continue
-            linear = block.get_submodule(name)
-            assert isinstance(linear, nn.Linear), f"{name} is a {type(linear).__name__}"
-            with torch.device("meta"):
-                quantized = QuantLinear(
-                    linear.in_features,
-                    linear.out_features,
-                    bias=linear.bias is not None,
-                    weights=plan.weights,
-                    activations=plan.activations,
-                    rotation=rotation,
-                    dtype=linear.weight.dtype,
-                )
-            block.set_submodule(name, quantized)
-    if plan.kv.quantizes:
-        install_kv_(model.get_submodule(graph.decoder), attentions, plan.kv, plan.keys)

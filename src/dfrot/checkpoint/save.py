@@ -68,17 +68,30 @@ class CheckpointWriter:
     def _shard(self, number: int) -> Path:
         return self.path / f"model-{number + 1:05}-of-{self._num_shards:05}.safetensors"
 
+    def _notes(self, number: int) -> Path:
+        return self.path / f"dfrot-run-{number + 1:05}.json"
+
     def has(self, number: int) -> bool:
         """Whether shard `number` is there from the run that is being resumed."""
         return self._shard(number).is_file()
 
-    def write(self, number: int, tensors: dict[str, Tensor]) -> None:
+    def read(self, number: int) -> dict[str, Tensor]:
+        """The tensors of a shard that is there."""
+        with open_safetensors(self._shard(number)) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 — safe_open is no mapping
+
+    def write(self, number: int, tensors: dict[str, Tensor], notes: dict[str, Any] | None = None) -> None:
         """Write one shard, durably, under its final name.
+
+        Args:
+            notes: JSON that `finish` collects from all shards, and that a resumed run still has.
 
         Raises:
             EnvironmentFault: it cannot be written (disk full, no permission).
         """
         self._begin()
+        if notes:
+            write_json(self._notes(number), notes)
         ready = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         temporary = self._shard(number).with_suffix(".tmp")
         with _faults(self.path, temporary):
@@ -131,12 +144,15 @@ class CheckpointWriter:
             for name, _, nbytes in stored_tensors([shard]):
                 weight_map[name] = shard.name
                 total += nbytes
+        kept = [path for path in map(self._notes, range(self._num_shards)) if path.is_file()]
+        if kept:
+            notes = notes | {"weights_by_block": [read_json(path) for path in kept]}
         if notes:
             write_json(self.path / NOTES_FILE, notes)
         write_json(self.path / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
         write_json(self.path / "config.json", config)
-        (self.path / FIT_FILE).unlink(missing_ok=True)
-        (self.path / RUN_FILE).unlink()
+        for path in (*kept, self.path / FIT_FILE, self.path / RUN_FILE):
+            path.unlink(missing_ok=True)
 
 
 def is_ours(path: Path) -> bool:

@@ -81,7 +81,7 @@ def dfrot(context: Context) -> Transforms:
     gamma = options.gamma if options.gamma is not None else (PAPER_GAMMA if paper else "auto")
     gammas = GAMMAS if gamma == "auto" else (float(gamma),)
 
-    token_ids = context.calibration()
+    token_ids = context.calibration()[: options.samples]
     held_back = max(1, token_ids.shape[1] // HELD_BACK) if len(gammas) > 1 else 0
     refined_on = token_ids.shape[1] - held_back
     kept = None if paper else ORDINARY_TOKENS

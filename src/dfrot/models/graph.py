@@ -44,8 +44,13 @@ class ModelGraph:
     @property
     def linears(self) -> tuple[str, ...]:
         """The linear layers of a block in the order in which they run."""
+        return tuple(name for stage in self.stages for name in stage)
+
+    @property
+    def stages(self) -> tuple[tuple[str, ...], ...]:
+        """The same, those together that read the same input."""
         attention_readers, ffn_readers = self.norms.values()
-        return (*attention_readers, self.output, *ffn_readers, self.down)
+        return (attention_readers, (self.output,), ffn_readers, (self.down,))
 
     def norm_before(self, linear: str) -> str | None:
         """The norm whose output `linear` reads, if it reads one."""

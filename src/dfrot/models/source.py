@@ -184,9 +184,13 @@ class Source:
     def block(self, index: int) -> nn.Module:
         """Decoder block `index` with its weights, in the dtype they are stored in."""
         prefix = f"{self.graph.blocks}.{index}."
-        block = copy.deepcopy(self.skeleton.get_submodule(f"{self.graph.blocks}.{index}"))
+        block = self.empty_block(index)
         tensors = {name: self.tensor(prefix + name) for name in block.state_dict()}
-        return _loaded(block, tensors)
+        return loaded(block, tensors)
+
+    def empty_block(self, index: int) -> nn.Module:
+        """Decoder block `index` on the meta device."""
+        return copy.deepcopy(self.skeleton.get_submodule(f"{self.graph.blocks}.{index}"))
 
     def rotary(self) -> nn.Module:
         """The module that makes the cosines and sines of RoPE."""
@@ -203,7 +207,7 @@ class Source:
     def final_norm(self) -> nn.RMSNorm:
         norm = copy.deepcopy(self.skeleton.get_submodule(self.graph.final_norm))
         assert isinstance(norm, nn.RMSNorm), "the skeleton has torch's norms"
-        return _loaded(norm, {"weight": self.tensor(f"{self.graph.final_norm}.weight")})
+        return loaded(norm, {"weight": self.tensor(f"{self.graph.final_norm}.weight")})
 
     def fingerprint(self) -> str:
         """Changes when the weights or the config do: names, sizes and modification times of the files."""
@@ -215,7 +219,8 @@ class Source:
         return load_tokenizer(self.path)
 
 
-def _loaded(module: M, tensors: dict[str, Tensor]) -> M:
+def loaded(module: M, tensors: dict[str, Tensor]) -> M:
+    """The module with these tensors in place of its own, for inference."""
     module.load_state_dict(tensors, assign=True)
     return module.eval().requires_grad_(False)
 

@@ -46,6 +46,27 @@ class BlockRunner:
             out = block(hidden, attention_mask=mask, **self._arguments)
         return out[0] if isinstance(out, tuple) else out
 
+    def until(
+        self, layer: nn.Module, block: nn.Module, index: int, hidden: Float[Tensor, "batch tokens hidden"]
+    ) -> Float[Tensor, "batch tokens channels"]:
+        """The input that one layer of the block gets; nothing after it is computed."""
+
+        def stop(_: nn.Module, args: tuple[Tensor]) -> None:
+            raise _Reached(args[0])
+
+        handle = layer.register_forward_pre_hook(stop)
+        try:
+            self(block, index, hidden)
+        except _Reached as reached:
+            return reached.args[0]
+        finally:
+            handle.remove()
+        raise AssertionError(f"block {index} does not run {layer}")
+
+
+class _Reached(Exception):
+    """Carries a layer's input out of a forward pass."""
+
 
 @contextlib.contextmanager
 def captured_inputs(modules: dict[str, nn.Module]) -> Iterator[dict[str, list[Tensor]]]:

@@ -53,13 +53,17 @@ class QuantLinear(nn.Module):
         self._unpacked: Tensor | None = None
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        return nn.functional.linear(self.prepared(x), self.dense_weight(x.dtype), self.bias)
+
+    def prepared(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch in"]:
+        """What the weight is multiplied by: the input rotated and quantized."""
         if self.rotation is not None:
             x = self.rotation.apply(x)
         if self.activations.quantizes:
             assert self.activations.clip is not None, "activations have a fixed clip ratio"
             grid, granularity = self.activations.grid, self.activations.token_granularity
             x = fake_quantize(x, grid, granularity, self.activations.clip)
-        return nn.functional.linear(x, self.dense_weight(x.dtype), self.bias)
+        return x
 
     def dense_weight(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
         """The weight that the integers stand for."""

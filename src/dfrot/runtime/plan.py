@@ -1,16 +1,17 @@
 """What the runtime needs to know of a checkpoint beside its tensors, as JSON in `quantization_config`."""
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
 from dfrot.errors import UserError
 from dfrot.linalg.rotation import Rotation, rotation_from
-from dfrot.recipe import Recipe, TensorSpec
+from dfrot.recipe import UNQUANTIZED, Recipe, TensorSpec
 
-FORMAT = 1  # raised when older readers would misread a checkpoint
+FORMAT = 2  # raised when older readers would misread a checkpoint
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +34,11 @@ class RuntimePlan:
     def of(recipe: Recipe, online: Mapping[str, Rotation], keys: Rotation | None) -> "RuntimePlan":
         spec = recipe.spec
         return RuntimePlan(spec.weights, spec.activations, spec.kv, dict(online), keys)
+
+    def without(self, *kinds: Literal["weights", "activations", "kv"]) -> "RuntimePlan":
+        """The plan that leaves these kinds of tensors alone."""
+        alone: dict[str, Any] = dict.fromkeys(kinds, TensorSpec(UNQUANTIZED, symmetric=True))
+        return dataclasses.replace(self, **alone)
 
     def to_json(self, recipe: Recipe) -> dict[str, Any]:
         """The `quantization_config` of a checkpoint; the grids are those of the recipe."""

@@ -5,7 +5,9 @@ from collections.abc import Callable
 from torch import Tensor
 
 from dfrot.quant.affine import QParams
-from dfrot.recipe import TensorSpec
-from dfrot.weights.rtn import rtn
+from dfrot.weights.gptq import gptq_block
+from dfrot.weights.inputs import BlockTask
+from dfrot.weights.rtn import rtn_block
 
-WEIGHTS: dict[str, Callable[[Tensor, TensorSpec], tuple[Tensor, QParams]]] = {"rtn": rtn}
+# From a folded block, the integers (out, in) and scales (out, groups) of its linear layers.
+WEIGHTS: dict[str, Callable[[BlockTask], dict[str, tuple[Tensor, QParams]]]] = {"rtn": rtn_block, "gptq": gptq_block}

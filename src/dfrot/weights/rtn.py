@@ -6,6 +6,13 @@ from torch import Tensor
 from dfrot.quant.affine import SCALE_DTYPE, QParams, choose_qparams, quantize
 from dfrot.quant.clip import search_clip
 from dfrot.recipe import TensorSpec
+from dfrot.weights.inputs import BlockTask
+
+
+def rtn_block(task: BlockTask) -> dict[str, tuple[Tensor, QParams]]:
+    """Round every linear layer of a block."""
+    names = task.source.graph.linears
+    return {name: rtn(task.module.get_submodule(name).weight, task.recipe.spec.weights) for name in names}  # type: ignore[arg-type]
 
 
 def rtn(weight: Float[Tensor, "out in"], spec: TensorSpec) -> tuple[Tensor, QParams]:
@@ -14,9 +21,16 @@ def rtn(weight: Float[Tensor, "out in"], spec: TensorSpec) -> tuple[Tensor, QPar
     Raises:
         ValueError: the group size does not divide `in`.
     """
-    granularity = spec.weight_granularity
+    qparams = weight_qparams(weight, spec)
+    return quantize(weight, spec.grid, spec.weight_granularity, qparams), qparams
+
+
+def weight_qparams(weight: Float[Tensor, "out in"], spec: TensorSpec) -> QParams:
+    """The grid of a weight: scales (and zero points) of shape (out, groups), in a dtype that they are stored in.
+
+    Raises:
+        ValueError: the group size does not divide `in`.
+    """
     if spec.clip is None:
-        qparams = search_clip(weight, spec.grid, granularity, SCALE_DTYPE)
-    else:
-        qparams = choose_qparams(weight, spec.grid, granularity, spec.clip, SCALE_DTYPE)
-    return quantize(weight, spec.grid, granularity, qparams), qparams
+        return search_clip(weight, spec.grid, spec.weight_granularity, SCALE_DTYPE)
+    return choose_qparams(weight, spec.grid, spec.weight_granularity, spec.clip, SCALE_DTYPE)
