@@ -39,7 +39,6 @@ TABLES: dict[str, list[tuple[int, dict[str, Words]]]] = {
                 "DFRot γ=1": DFROT | {"gamma": 1.0},
                 "DFRot γ=10": DFROT | {"gamma": 10.0},
                 "DFRot γ=100": DFROT | {"gamma": 100.0},
-                "DFRot paper": DFROT | {"objective": "paper"},
             },
         )
     ],

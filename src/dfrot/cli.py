@@ -6,7 +6,9 @@ Everything heavy is imported inside the commands, so that `dfrot --help` answers
 import json
 import os
 import signal
+import statistics
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -39,7 +41,7 @@ class Quantize:
     """Checkpoint directory to make."""
     method: Literal["none", "quarot", "dfrot"] = "dfrot"
     """Which rotations."""
-    weights: Literal["rtn", "gptq"] | None = None
+    weights: Literal["rtn", "gptq", "lwc"] | None = None
     """How weights are rounded (default gptq below 8 bits, else rtn)."""
     spec: str = "w4a4kv4"
     """w<bits>[g<group>]a<bits>kv<bits>; 16 leaves alone."""
@@ -75,6 +77,10 @@ class Quantize:
     """gptq: quantize the columns with the largest inputs first (default yes)."""
     damping: float | None = None
     """gptq: share of the Hessian's mean diagonal that is added to it (default 0.01)."""
+    epochs: int | None = None
+    """lwc: passes over the calibration text for every block (default 20)."""
+    learning_rate: float | None = None
+    """lwc: of Adam, at the start (default 0.01)."""
     weight_symmetric: bool | None = None
     """Override the preset."""
     act_symmetric: bool | None = None
@@ -121,10 +127,17 @@ class Quantize:
             f"{size['weight_bytes'] / 1e6:.1f} MB ({size['unquantized_bytes'] / 1e6:.1f} MB at 16 bits), "
             f"{size['decoder_bits_per_weight']:.2f} bits per decoder weight, {seconds:.0f} s"
         )
-        if report.notes:
-            massive = report.notes["massive_tokens"]
+        if (massive := report.notes.get("massive_tokens")) is not None:
             where = f", block {massive[0]['block']} position {massive[0]['position']} the first" if massive else ""
             out.print(f"{len(massive)} norm outputs with massive activations{where}; gamma {report.notes['gamma']:g}")
+        stages = [s for block in report.notes.get("weights_by_block", []) for s in block.get("stages", {}).values()]
+        if stages:
+            kept = statistics.geometric_mean(s["loss"] / s["rtn_loss"] for s in stages)
+            out.print(f"gptq leaves {kept:.0%} of the layers' squared error when rounded to nearest (geometric mean)")
+        if raised := [s["damping"] for s in stages if s["damping"] > recipe.weights.damping]:  # type: ignore[union-attr]
+            out.print(
+                f"{len(raised)} Hessians were singular and damped by up to {max(raised):g} of their mean diagonal"
+            )
         out.print(f"folding changed the model by {report.invariance:.0e} (float64, relative)")
 
 
@@ -238,6 +251,7 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments == ["--version"]:
         out.print(f"dfrot {__version__}")
         return 0
+    warnings.showwarning = _show_warning  # type: ignore[assignment]
     command: Any = tyro.extras.subcommand_cli_from_dict(
         COMMANDS,  # type: ignore[arg-type]
         prog="dfrot",
@@ -273,6 +287,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _complain(message: str) -> None:
     err.print(Text("dfrot: ", style="bold red").append(Text(message, style="none")), soft_wrap=True)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
+    err.print(Text("dfrot: ", style="bold yellow").append(Text(f"warning: {message}", style="none")), soft_wrap=True)
 
 
 def run() -> None:

@@ -8,6 +8,7 @@ import contextlib
 import functools
 import shutil
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,7 @@ from dfrot.methods import METHODS
 from dfrot.methods.context import Context
 from dfrot.models.source import Source, open_source, stored_tensors
 from dfrot.progress import track
-from dfrot.recipe import Recipe
+from dfrot.recipe import GPTQ, LWC, Recipe
 from dfrot.runtime.linear import packed_tensors
 from dfrot.runtime.plan import RuntimePlan
 from dfrot.texts import calibration_blocks, read_text
@@ -90,6 +91,7 @@ def quantize(
     there = usable_device(device)
     source = open_source(str(model))
     _check_sizes(source, recipe)
+    _warn_of_few_tokens(source, recipe)
     source.tokenizer()  # a model without one is refused before the work, not after it
     report = Report(Path(out))
     run = {"model": source.fingerprint(), "recipe": recipe.to_json(), "dfrot": __version__}
@@ -142,12 +144,15 @@ def _quantize_blocks(
     stream = None
     if recipe.fits_weights:
         (rows,) = writer.read(0).values()
-        stream = CalibrationStream(source, plan, rows, context.calibration(), working, context.device, spill)
+        stream = CalibrationStream(
+            source, plan, rows, context.calibration(), working, context.device, spill, isinstance(recipe.weights, LWC)
+        )
         del rows
     for index in track(range(source.num_blocks), "quantizing"):
         block = source.block(index)
         prefix = f"{source.graph.blocks}.{index}."
-        if writer.has(index + 1):
+        done = writer.has(index + 1)
+        if done and (stream is None or stream.originals is None):
             check.advance(index, block)
         else:
             folds = block_folds(transforms, source.graph, source.config, block)
@@ -155,6 +160,9 @@ def _quantize_blocks(
             report.invariance = max(report.invariance, error)
             block.to(context.device)
             fold_block_(block, folds, source.graph, working)
+        if stream is not None:
+            stream.advance_originals(index, block.state_dict())
+        if not done:
             tensors, notes = quantize_block(index, block, source, recipe, stream, stored)
             writer.write(index + 1, {prefix + name: tensor for name, tensor in tensors.items()}, notes)
         if stream is not None:
@@ -181,11 +189,13 @@ def quantize_block(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors that a checkpoint keeps of a folded block, under the names of the runtime's modules, and notes."""
     spec = recipe.spec.weights
-    tensors = {name: _narrowed(tensor, stored, name) for name, tensor in block.state_dict().items()}
+    folded = block.state_dict()
+    tensors = {name: _narrowed(tensor, stored, name) for name, tensor in folded.items()}
     if not spec.quantizes:
         return tensors, {}
-    if stream is not None:
-        block = stream.block(index, block.state_dict(), stream.plan.without("weights", "activations"))
+    if stream is not None:  # what is not quantized is already as it will be stored
+        linears = {f"{name}.weight": folded[f"{name}.weight"] for name in source.graph.linears}
+        block = stream.block(index, tensors | linears, stream.plan.without("weights", "activations"))
     task = BlockTask(index, block, source, recipe, stream)
     for name, (codes, qparams) in WEIGHTS[recipe.weights_name](task).items():
         del tensors[f"{name}.weight"]
@@ -222,6 +232,8 @@ def _finish(context: Context, transforms: Transforms, plan: RuntimePlan, writer:
             shutil.copyfile(settings, writer.path / settings.name)
     except OSError as error:
         raise EnvironmentFault(f"cannot write the tokenizer to {writer.path}: {error}") from error
+    if by_block := writer.shard_notes():
+        context.notes["weights_by_block"] = by_block
     writer.finish(config, context.notes)
 
 
@@ -258,14 +270,31 @@ def _calibration(source: Source, recipe: Recipe) -> Tensor:
     )
 
 
+def _widths(source: Source) -> dict[str, int]:
+    """in_features of the linear layers of a block."""
+    block = source.skeleton.get_submodule(f"{source.graph.blocks}.0")
+    return {name: block.get_submodule(name).in_features for name in source.graph.linears}  # type: ignore[misc]
+
+
+def _warn_of_few_tokens(source: Source, recipe: Recipe) -> None:
+    """A Hessian of fewer tokens than channels is singular: the weights would be fitted to the calibration text."""
+    wanted = recipe.calibration
+    tokens = wanted.tokens // wanted.seq_len * wanted.seq_len
+    name, width = max(_widths(source).items(), key=lambda item: item[1])
+    if recipe.fits_weights and isinstance(recipe.weights, GPTQ) and tokens < width:
+        warnings.warn(
+            f"{tokens} calibration tokens are few for GPTQ: {name} has {width} inputs. Give --calib-tokens {8 * width} "
+            "or more.",
+            stacklevel=3,
+        )
+
+
 def _check_sizes(source: Source, recipe: Recipe) -> None:
     """Refuse a group size that does not fit before any work is done."""
     group = recipe.spec.weights.group
     if group is None or not recipe.spec.weights.quantizes:
         return
-    block = source.skeleton.get_submodule(f"{source.graph.blocks}.0")
-    for name in source.graph.linears:
-        width: int = block.get_submodule(name).in_features  # type: ignore[assignment]
+    for name, width in _widths(source).items():
         if width % group:
             fitting = [g for g in (16, 32, 64, 128, 256) if width % g == 0]
             raise UserError(

@@ -207,8 +207,24 @@ class GPTQ:
             raise UserError(f"damping is a share of the mean diagonal, at least 0, got {self.damping}.")
 
 
+@dataclass(frozen=True)
+class LWC:
+    """`lwc`: learnable weight clipping (arXiv 2308.13137; 2406.01721)."""
+
+    epochs: int = 20
+    """Passes over the calibration text for every block."""
+    learning_rate: float = 0.01
+    """Of Adam, at the start; it falls to 0."""
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1:
+            raise UserError(f"epochs is at least 1, got {self.epochs}.")
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            raise UserError(f"a learning rate is positive, got {self.learning_rate}.")
+
+
 METHOD_OPTIONS: dict[str, type] = {"none": NoRotation, "quarot": QuaRot, "dfrot": DFRot}
-WEIGHT_OPTIONS: dict[str, type] = {"rtn": RTN, "gptq": GPTQ}
+WEIGHT_OPTIONS: dict[str, type] = {"rtn": RTN, "gptq": GPTQ, "lwc": LWC}
 ROTATION_TOKENS = 2048  # calibration of a recipe that rounds weights without data: the papers' one sample
 WEIGHT_TOKENS = 32 * 2048  # of one that fits them to data; the papers take 128 sequences
 
@@ -237,7 +253,7 @@ class Recipe:
     """What `dfrot.quantize` does to a model. Make one with `Recipe.parse`."""
 
     method: NoRotation | QuaRot | DFRot
-    weights: RTN | GPTQ
+    weights: RTN | GPTQ | LWC
     spec: Spec
     calibration: Calibration
     dtype: Literal["auto", "float16", "bfloat16", "float32", "float64"] = "auto"
@@ -279,13 +295,13 @@ class Recipe:
 
         Args:
             method: none, quarot or dfrot.
-            weights: rtn or gptq; None takes gptq below 8 bits, rtn from there on.
+            weights: rtn, gptq or lwc; None takes gptq below 8 bits, rtn from there on.
             spec: such as w4a4kv4.
             preset: paper or deploy.
             calib: wikitext2, c4, pydoc, or a path.
             calib_tokens: tokens of calibration text in total; None takes 65 536 where weights are fitted, else 2048.
             options: overrides of the preset (weight_symmetric, act_symmetric, act_clip, kv_clip) and fields of the
-                options of the method (`QuaRot`, `DFRot`) and the weight quantizer (`GPTQ`); None means not given.
+                method's options (`QuaRot`, `DFRot`) and the weight quantizer's (`GPTQ`, `LWC`); None means not given.
 
         Raises:
             UserError: anything that is not known or does not fit; the message says what would.

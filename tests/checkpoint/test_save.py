@@ -61,6 +61,25 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+FITTED: dict[str, dict[str, Any]] = {
+    "gptq": {},
+    "lwc": {"epochs": 2},
+}
+
+
+@pytest.mark.parametrize("weights", FITTED)
+@pytest.mark.parametrize("after", [0, 1])
+def test_weights_that_are_fitted_to_data_resume_to_the_same_bytes(
+    tiny: Tiny, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch, weights: str, after: int
+) -> None:
+    text: dict[str, Any] = {"calib": str(text_file), "calib_tokens": 96, "calib_seq_len": 32}
+    recipe = dfrot.Recipe.parse("quarot", weights, **text, **FITTED[weights])
+    interrupted(tiny, tmp_path / "out", monkeypatch, after, recipe)
+    dfrot.quantize(tiny("llama"), recipe, tmp_path / "out", resume=True)
+    dfrot.quantize(tiny("llama"), recipe, tmp_path / "whole", spill=True)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
 def test_resuming_another_recipe_says_what_differs(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupted(tiny, tmp_path / "out", monkeypatch)
     with pytest.raises(UserError, match="interrupted run with another recipe"):

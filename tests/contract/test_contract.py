@@ -25,7 +25,8 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 WEIGHTS: dict[str, dict[str, Any]] = {
     "rtn": {},
-    "gptq": {"calib_tokens": 64, "calib_seq_len": 32},
+    "gptq": {"calib_tokens": 96, "calib_seq_len": 32},
+    "lwc": {"calib_tokens": 64, "calib_seq_len": 32, "epochs": 2},
 }
 TOKENS = torch.randint(1, 96, (2, 24), generator=torch.Generator().manual_seed(7))
 

@@ -71,6 +71,10 @@ class CheckpointWriter:
     def _notes(self, number: int) -> Path:
         return self.path / f"dfrot-run-{number + 1:05}.json"
 
+    def shard_notes(self) -> list[dict[str, Any]]:
+        """The notes of all shards that have some, in order."""
+        return [read_json(path) for path in map(self._notes, range(self._num_shards)) if path.is_file()]
+
     def has(self, number: int) -> bool:
         """Whether shard `number` is there from the run that is being resumed."""
         return self._shard(number).is_file()
@@ -84,7 +88,7 @@ class CheckpointWriter:
         """Write one shard, durably, under its final name.
 
         Args:
-            notes: JSON that `finish` collects from all shards, and that a resumed run still has.
+            notes: JSON that `shard_notes` gives back, also to a run that resumes this one.
 
         Raises:
             EnvironmentFault: it cannot be written (disk full, no permission).
@@ -144,14 +148,11 @@ class CheckpointWriter:
             for name, _, nbytes in stored_tensors([shard]):
                 weight_map[name] = shard.name
                 total += nbytes
-        kept = [path for path in map(self._notes, range(self._num_shards)) if path.is_file()]
-        if kept:
-            notes = notes | {"weights_by_block": [read_json(path) for path in kept]}
         if notes:
             write_json(self.path / NOTES_FILE, notes)
         write_json(self.path / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
         write_json(self.path / "config.json", config)
-        for path in (*kept, self.path / FIT_FILE, self.path / RUN_FILE):
+        for path in (*map(self._notes, range(self._num_shards)), self.path / FIT_FILE, self.path / RUN_FILE):
             path.unlink(missing_ok=True)
 
 

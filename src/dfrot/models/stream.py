@@ -1,7 +1,8 @@
 """Hidden states on their way through decoder blocks."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -37,13 +38,12 @@ class BlockRunner:
             )
 
     def __call__(
-        self, block: nn.Module, index: int, hidden: Float[Tensor, "batch tokens hidden"]
+        self, block: Callable[..., Any], index: int, hidden: Float[Tensor, "batch tokens hidden"]
     ) -> Float[Tensor, "batch tokens hidden"]:
         types = getattr(self._config, "layer_types", None)
         slides = types is None or types[index] == "sliding_attention"
         mask = self._sliding_mask if slides else None  # None: SDPA's own causal mask
-        with torch.no_grad():
-            out = block(hidden, attention_mask=mask, **self._arguments)
+        out = block(hidden, attention_mask=mask, **self._arguments)
         return out[0] if isinstance(out, tuple) else out
 
     def until(

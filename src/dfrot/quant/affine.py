@@ -70,18 +70,27 @@ def choose_qparams(
     Raises:
         ValueError: the group size does not divide the last axis.
     """
+    low, high = value_range(x, grid, granularity)
+    return qparams_of_range(None if low is None else low * clip, high * clip, grid, scale_dtype)
+
+
+def value_range(x: Float[Tensor, "..."], grid: IntGrid, granularity: Granularity) -> tuple[Tensor | None, Tensor]:
+    """min(x, 0) and max(x, 0) of every group, (…, groups); for symmetric grids None and max |x|."""
     groups = grouped(x, granularity)
     if grid.symmetric:
-        reach = groups.abs().amax(-1) * clip
-        scale = reach / grid.highest
-        low = None
-    else:
-        low = groups.amin(-1).clamp(max=0) * clip
-        scale = (groups.amax(-1).clamp(min=0) * clip - low) / grid.highest
+        return None, groups.abs().amax(-1)
+    return groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+
+
+def qparams_of_range(
+    low: Tensor | None, high: Tensor, grid: IntGrid, scale_dtype: torch.dtype | None = None
+) -> QParams:
+    """The scales (and zero points) whose grid spans [low, high], for symmetric grids [−high, high]."""
+    scale = (high if low is None else high - low) / grid.highest
     if scale_dtype is not None:
         narrow = scale.to(scale_dtype)
         above = torch.nextafter(narrow, torch.full_like(narrow, torch.inf))
-        scale = torch.where(narrow.to(x.dtype) < scale, above, narrow).to(x.dtype)
+        scale = torch.where(narrow.to(high.dtype) < scale, above, narrow).to(high.dtype)
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     zero = None if low is None else torch.round(-low / scale).clamp(grid.lowest, grid.highest)
     return QParams(scale, zero)

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dfrot.quant.affine import QParams, choose_qparams, dequantize, grouped, quantize
+from dfrot.quant.affine import QParams, dequantize, grouped, qparams_of_range, quantize, value_range
 from dfrot.quant.grids import Granularity, IntGrid, PerChannel
 
 ERROR_POWER = 2.4  # GPTQ's and QuaRot's norm: between squared error and the largest error
@@ -44,9 +44,11 @@ def search_clip(
 
 def _search_rows(rows: Float[Tensor, "rows size"], grid: IntGrid, scale_dtype: torch.dtype | None) -> QParams:
     best_error = torch.full(rows.shape[:1], torch.inf, dtype=rows.dtype, device=rows.device)
-    best = choose_qparams(rows, grid, PerChannel(), 1.0, scale_dtype)
+    low, high = value_range(rows, grid, PerChannel())
+    best = qparams_of_range(low, high, grid, scale_dtype)
     for step in range(round((1 - SMALLEST_CLIP) / STEP) + 1):
-        qparams = choose_qparams(rows, grid, PerChannel(), 1 - step * STEP, scale_dtype)
+        clip = 1 - step * STEP
+        qparams = qparams_of_range(None if low is None else low * clip, high * clip, grid, scale_dtype)
         restored = dequantize(quantize(rows, grid, PerChannel(), qparams), PerChannel(), qparams)
         error = restored.sub_(rows).abs_().pow_(ERROR_POWER).sum(-1)
         better = error < best_error

@@ -62,7 +62,8 @@ class QuantLinear(nn.Module):
         if self.activations.quantizes:
             assert self.activations.clip is not None, "activations have a fixed clip ratio"
             grid, granularity = self.activations.grid, self.activations.token_granularity
-            x = fake_quantize(x, grid, granularity, self.activations.clip)
+            q = fake_quantize(x.detach(), grid, granularity, self.activations.clip)
+            x = x + (q - x).detach() if x.requires_grad else q  # rounding passes gradients straight through
         return x
 
     def dense_weight(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:

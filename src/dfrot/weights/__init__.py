@@ -7,7 +7,12 @@ from torch import Tensor
 from dfrot.quant.affine import QParams
 from dfrot.weights.gptq import gptq_block
 from dfrot.weights.inputs import BlockTask
+from dfrot.weights.lwc import lwc_block
 from dfrot.weights.rtn import rtn_block
 
 # From a folded block, the integers (out, in) and scales (out, groups) of its linear layers.
-WEIGHTS: dict[str, Callable[[BlockTask], dict[str, tuple[Tensor, QParams]]]] = {"rtn": rtn_block, "gptq": gptq_block}
+WEIGHTS: dict[str, Callable[[BlockTask], dict[str, tuple[Tensor, QParams]]]] = {
+    "rtn": rtn_block,
+    "gptq": gptq_block,
+    "lwc": lwc_block,
+}

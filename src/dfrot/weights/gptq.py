@@ -19,7 +19,7 @@ the columns with the largest Hᵢᵢ first, each column keeps the scale of the g
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
 from dfrot.quant.affine import QParams, dequantize, quantize
@@ -90,7 +90,7 @@ def factorize(hessian: Float[Tensor, "in in"], damping: float, act_order: bool) 
 
 def gptq(
     weight: Float[Tensor, "out in"], factor: Factor, qparams: QParams, spec: TensorSpec
-) -> tuple[Int[Tensor, "out in"], Float[Tensor, " out"]]:
+) -> tuple[Integer[Tensor, "out in"], Float[Tensor, " out"]]:
     """Integers on a given grid, and each row's loss (w − ŵ) H (w − ŵ)ᵀ without the damping.
 
     Args:
@@ -141,7 +141,7 @@ def never_worse(
     factor: Factor,
     qparams: QParams,
     spec: TensorSpec,
-) -> tuple[Int[Tensor, "out in"], Float[Tensor, "2"]]:
+) -> tuple[Integer[Tensor, "out in"], Float[Tensor, "2"]]:
     """GPTQ's integers, and rounded to nearest those rows where greed does not pay; the losses of this and of RTN."""
     codes, loss = gptq(weight, factor, qparams, spec)
     nearest = quantize(weight, spec.grid, spec.weight_granularity, qparams)
@@ -151,7 +151,10 @@ def never_worse(
 
 
 def gptq_block(task: BlockTask) -> dict[str, tuple[Tensor, QParams]]:
-    """Quantize the layers of a block in the order in which they run, on inputs from layers quantized before."""
+    """Quantize the layers of a block in the order in which they run, on inputs from layers quantized before.
+
+    Notes by stage: ‖XW − XŴ‖² / ‖XW‖², the same if rounded to nearest, and the damping that was needed.
+    """
     options, spec = task.recipe.weights, task.recipe.spec.weights
     assert isinstance(options, GPTQ), "called with the options of another weight quantizer"
     quantized = {}
@@ -163,9 +166,13 @@ def gptq_block(task: BlockTask) -> dict[str, tuple[Tensor, QParams]]:
         factor = factorize(hessian, options.damping, options.act_order)
         qparams = weight_qparams(together, spec)
         codes, losses = never_worse(together, hessian, factor, qparams, spec)
+        loss, rtn_loss = (losses / layer_loss(together, hessian).sum()).tolist()
+        task.notes.setdefault("stages", {})[" ".join(stage)] = {
+            "loss": loss,
+            "rtn_loss": rtn_loss,
+            "damping": factor.damping,
+        }
         together.copy_(dequantize(codes, spec.weight_granularity, qparams))
-        ours, rtn = (losses / together.square().sum()).tolist()
-        task.notes[" ".join(stage)] = {"loss": ours, "rtn_loss": rtn, "damping": factor.damping}
         sizes = [len(weight) for weight in weights]
         parts = [codes.split(sizes), qparams.scale.split(sizes), [None] * len(sizes)]
         if qparams.zero is not None:

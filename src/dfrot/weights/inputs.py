@@ -4,6 +4,7 @@ Weights are fitted to the inputs that they will meet: those that the rotated mod
 quantized already. Memory holds the hidden states of the calibration text, or a memory-mapped file does.
 """
 
+import contextlib
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ class CalibrationStream:
         token_ids: (sequences, seq_len).
         dtype: of the computation.
         spill: a directory for a memory-mapped file that holds the states; None keeps them in memory.
+        with_originals: also carry what the original model computes.
     """
 
     def __init__(
@@ -42,20 +44,29 @@ class CalibrationStream:
         dtype: torch.dtype,
         device: torch.device,
         spill: Path | None = None,
+        with_originals: bool = False,
     ) -> None:
         self.source, self.plan, self.device = source, plan, device
         shape = (*token_ids.shape, embedding.shape[1])
         self.states = _allocated(shape, dtype, spill)
         for state, ids in zip(self.states, token_ids, strict=True):
             state.copy_(embedding[ids])
+        self.originals = _allocated(shape, dtype, spill).copy_(self.states) if with_originals else None
+        self._spill = spill
+        self._heads: Tensor | None = None  # the heads' outputs in the block at hand, (sequences, seq_len, channels)
+        self._kept: set[int] = set()  # of these sequences
         self.run = BlockRunner(source, self.states[:1].to(device))
 
     @property
     def tokens(self) -> int:
         return self.states.shape[0] * self.states.shape[1]
 
-    def __iter__(self) -> Iterator[Float[Tensor, "1 seq_len hidden"]]:
-        return (state[None].to(self.device) for state in self.states)
+    def __len__(self) -> int:
+        return len(self.states)
+
+    def __getitem__(self, number: int) -> Float[Tensor, "1 seq_len hidden"]:
+        """The input that one sequence makes for the block at hand."""
+        return self.states[number : number + 1].to(self.device)
 
     def block(self, index: int, tensors: dict[str, Tensor], plan: RuntimePlan) -> nn.Module:
         """Block `index` as `plan` computes it."""
@@ -63,11 +74,63 @@ class CalibrationStream:
         install_linears_(block, self.source.graph, plan)
         return loaded(block, tensors).to(self.states.dtype).to(self.device)
 
+    def inputs(self, index: int, block: nn.Module, linear: str) -> Iterator[Float[Tensor, "1 seq_len in"]]:
+        """What one linear layer of the block at hand reads, for every sequence.
+
+        Layers are asked for in the order in which they run, weights before them being final: what the heads give is
+        kept from when the layer that reads it was asked for, so that attention is computed once.
+        """
+        layer = block.get_submodule(linear)
+        for number in range(len(self)):
+            with self._attention_kept(block, number):
+                x = self.run.until(layer, block, index, self[number])
+            if linear == self.source.graph.output:
+                if self._heads is None:
+                    self._heads = _allocated((*self.states.shape[:2], x.shape[-1]), x.dtype, self._spill)
+                self._heads[number] = x[0]
+                self._kept.add(number)
+            yield x
+
     def advance(self, index: int, tensors: dict[str, Tensor]) -> None:
         """Go through block `index` of the checkpoint; its activations are not quantized, as in the paper."""
         block = self.block(index, tensors, self.plan.without("activations"))
-        for state, output in zip(self.states, map(lambda x: self.run(block, index, x), self), strict=True):
-            state.copy_(output[0])
+        for number in range(len(self)):
+            with self._attention_kept(block, number):
+                self.states[number] = self.run(block, index, self[number])[0]
+        self._kept.clear()
+
+    def advance_originals(self, index: int, tensors: dict[str, Tensor]) -> None:
+        """Go through block `index` with weights that are not quantized; its outputs are what is to be reached."""
+        if self.originals is None:
+            return
+        block = self.block(index, tensors, self.plan.without("weights", "activations"))
+        for state in self.originals.split(1):
+            state.copy_(self.run(block, index, state.to(self.device)))
+
+    @contextlib.contextmanager
+    def _attention_kept(self, block: nn.Module, number: int) -> Iterator[None]:
+        """While open, the block takes the kept outputs of its heads, if they are there, and does not compute them."""
+        graph = self.source.graph
+        if number not in self._kept or self._heads is None:
+            yield
+            return
+        attention, output = block.get_submodule(graph.attention), block.get_submodule(graph.output)
+        block.set_submodule(graph.attention, _Attended(output, self._heads[number : number + 1].to(self.device)))
+        try:
+            yield
+        finally:
+            block.set_submodule(graph.attention, attention)
+
+
+class _Attended(nn.Module):
+    """An attention module whose heads are done."""
+
+    def __init__(self, output: nn.Module, heads: Tensor) -> None:
+        super().__init__()
+        self.output, self.heads = output, heads
+
+    def forward(self, **_: Any) -> tuple[Tensor, None]:
+        return self.output(self.heads), None
 
 
 def _allocated(shape: tuple[int, ...], dtype: torch.dtype, folder: Path | None) -> Tensor:
@@ -101,8 +164,7 @@ class BlockTask:
         assert self.stream is not None, "a recipe that fits weights has a stream"
         layer = self.module.get_submodule(linear)
         total: Tensor | None = None
-        for state in self.stream:
-            x = self.stream.run.until(layer, self.module, self.index, state)
+        for x in self.stream.inputs(self.index, self.module, linear):
             x = (layer.prepared(x) if isinstance(layer, QuantLinear) else x).flatten(0, -2)
             total = x.T @ x if total is None else total.addmm_(x.T, x)
         assert total is not None, "calibration has at least one sequence"
