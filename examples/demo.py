@@ -20,16 +20,25 @@ from dfrot.evaluation.run import evaluate
 from dfrot.results import Record, append_records
 
 MODEL, TEXT = "smollm2-135m", "pydoc"
-RECIPES = [(method, spec) for spec in ("w16a4kv16", "w4a4kv4") for method in ("none", "quarot", "dfrot")]
+CALIBRATION_TOKENS = 16384  # for the weights; rotations take the first sequence of 2048
+RECIPES = [
+    ("none", "rtn", "w16a4kv16"),
+    ("quarot", "rtn", "w16a4kv16"),
+    ("dfrot", "rtn", "w16a4kv16"),
+    ("none", "rtn", "w4a4kv4"),
+    ("quarot", "rtn", "w4a4kv4"),
+    ("quarot", "gptq", "w4a4kv4"),
+    ("dfrot", "gptq", "w4a4kv4"),
+]
 PROMPT = "The documentation of a function should"
 
 console = Console()
 
 
-def measured(out: Path, method: str, spec: str, max_tokens: int) -> Record:
+def measured(out: Path, method: str, weights: str, spec: str, max_tokens: int) -> Record:
     """Quantize with one recipe, load the checkpoint again, measure it."""
-    recipe = dfrot.Recipe.parse(method, spec=spec, calib=TEXT)
-    report = dfrot.quantize(MODEL, recipe, out / f"{method}-{spec}", overwrite=True)
+    recipe = dfrot.Recipe.parse(method, weights, spec, calib=TEXT, calib_tokens=CALIBRATION_TOKENS)
+    report = dfrot.quantize(MODEL, recipe, out / f"{method}-{weights}-{spec}", overwrite=True)
     record = evaluate(str(report.path), [TEXT], max_tokens=max_tokens)
     record.timings_s.update(report.timings_s)
     return record
@@ -37,11 +46,11 @@ def measured(out: Path, method: str, spec: str, max_tokens: int) -> Record:
 
 def table_of(records: list[Record]) -> Table:
     table = Table(title=f"{MODEL}, perplexity on {TEXT} (lower is better)", box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("spec", "method", "perplexity", "MB", "bits/weight", "KV B/token", "s"):
-        table.add_column(heading, justify="left" if heading in ("spec", "method") else "right", no_wrap=True)
+    for heading in ("spec", "method", "weights", "perplexity", "MB", "bits/weight", "KV B/token", "s"):
+        table.add_column(heading, justify="left" if heading in ("spec", "method", "weights") else "right", no_wrap=True)
     previous = None
     for record in records:
-        recipe = record.recipe or {"spec": "—", "method": "unquantized"}
+        recipe = record.recipe or {"spec": "—", "method": "unquantized", "weights": "—"}
         if previous not in (None, recipe["spec"]):
             table.add_section()
         previous = recipe["spec"]
@@ -49,6 +58,7 @@ def table_of(records: list[Record]) -> Table:
         table.add_row(
             recipe["spec"],
             recipe["method"],
+            recipe["weights"] if not recipe["spec"].startswith("w16") else "—",
             f"{perplexity:.2f}" if perplexity < 1000 else f"{perplexity:.0f}",
             f"{record.size['weight_bytes'] / 1e6:.0f}",
             f"{record.size['decoder_bits_per_weight']:.2f}",
@@ -68,16 +78,16 @@ def main() -> None:
     (out / "results.jsonl").unlink(missing_ok=True)
 
     started = time.perf_counter()
-    console.print(f"{MODEL} on {torch.get_num_threads()} threads; seven models to measure, some minutes.")
+    console.print(f"{MODEL} on {torch.get_num_threads()} threads; eight models to measure, some minutes.")
     records = [evaluate(MODEL, [TEXT], max_tokens=arguments.max_tokens)]
     append_records(out / "results.jsonl", records)
-    for number, (method, spec) in enumerate(RECIPES, start=1):
-        console.print(f"[{number}/{len(RECIPES)}] {method} {spec}", markup=False)
-        records.append(measured(out, method, spec, arguments.max_tokens))
+    for number, (method, weights, spec) in enumerate(RECIPES, start=1):
+        console.print(f"[{number}/{len(RECIPES)}] {method} {weights} {spec}", markup=False)
+        records.append(measured(out, method, weights, spec, arguments.max_tokens))
         append_records(out / "results.jsonl", records[-1:])
     console.print(table_of(records))
 
-    checkpoint = out / "dfrot-w4a4kv4"
+    checkpoint = out / "dfrot-gptq-w4a4kv4"
     model, tokenizer = dfrot.load(checkpoint)
     inputs = tokenizer(PROMPT, return_tensors="pt")
     tokens = model.generate(**inputs, max_new_tokens=24, do_sample=False, pad_token_id=tokenizer.eos_token_id)

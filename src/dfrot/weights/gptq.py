@@ -63,19 +63,20 @@ def factorize(hessian: Float[Tensor, "in in"], damping: float, act_order: bool) 
     Raises:
         ValueError: the Hessian holds NaN or infinities.
     """
-    if not torch.isfinite(hessian).all():
+    diagonal = hessian.diagonal()  # Σ x², so a NaN anywhere is here too
+    if not torch.isfinite(diagonal).all():
         raise ValueError("the Hessian holds NaN or infinite values: the model's activations overflowed.")
-    diagonal = hessian.diagonal()
     order = torch.arange(len(diagonal), device=hessian.device)
     if act_order:
         order = torch.argsort(diagonal, descending=True, stable=True)
     wide = hessian.double() if len(diagonal) <= _FLOAT64_UP_TO else hessian
     # H = V Vᵀ with V upper triangular is the usual factorisation read from the last row and column to the first
-    backwards = wide[order.flip(0)][:, order.flip(0)]
+    backwards = (wide[order][:, order] if act_order else wide).flip(0, 1)
     mean = float(diagonal.mean()) or 1.0  # a layer that saw nothing but zeros is rounded to nearest
     for _ in range(_RAISES):
         added = damping * mean
-        damped = backwards + torch.eye(len(order), dtype=wide.dtype, device=wide.device) * added
+        damped = backwards.clone()
+        damped.diagonal().add_(added)
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
             break

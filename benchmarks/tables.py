@@ -1,0 +1,203 @@
+"""Perplexity of a quantized model by recipe and seed, as tables.
+
+    python benchmarks/tables.py OUT --calib TEXT --ppl TEXT [TEXT ...] [--rows paper|released|weights|best]
+
+`paper`     what the rotation is worth: none, RO, RH, DFRot with γ = 1, 10, 100 and chosen by measurement, at w16a4kv16.
+`released`  the settings of DFRot's released scripts, on the tokens that they were run on: clip ratios 1; activations
+            asymmetric, w4a4kv4 by RTN, and activations symmetric.
+`weights`   w4a4kv4, none, QuaRot and DFRot by RTN, GPTQ and LWC; and what GPTQ alone is worth, at w4a16kv16.
+`best`      the best recipe at the specs of published numbers, on 20 480 tokens.
+
+Weights are fitted to 32 × 2048 tokens (LWC: 8 × 2048). Finished cells are lines of OUT/results.jsonl and are not measured
+again. The gap is that between a row's peer, QuaRot with the same grids or RTN, and the unquantized model.
+"""
+
+import argparse
+import json
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import dfrot
+from dfrot.evaluation.run import evaluate
+from dfrot.results import Record, append_records
+from dfrot.texts import text_label
+
+Words = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A recipe, the row it is compared with, and how many seeds it is worth."""
+
+    words: Words
+    peer: str | None = None
+    seeds: int = 3
+
+
+NONE: Words = {"method": "none"}
+RO: Words = {"method": "quarot", "rotation": "orthogonal"}
+RH: Words = {"method": "quarot"}
+DFROT: Words = {"method": "dfrot"}
+UNCLIPPED: Words = {"act_clip": 1.0, "kv_clip": 1.0}
+SYMMETRIC: Words = {"act_symmetric": True, **UNCLIPPED}
+RTN4: Words = {"spec": "w4a4kv4", "weights": "rtn"}
+GPTQ4: Words = {"spec": "w4a4kv4", "weights": "gptq"}
+# the papers' 20 epochs on 128 sequences, as far as two cores go
+LWC4: Words = {"spec": "w4a4kv4", "weights": "lwc", "epochs": 4, "learning_rate": 0.05, "calib_tokens": 16384}
+ASYMMETRIC: Words = {"weight_symmetric": False}
+BEST: Words = DFROT | ASYMMETRIC | {"weights": "gptq"}
+
+# Each table has its number of tokens and its rows.
+TABLES: dict[str, list[tuple[int, dict[str, Row]]]] = {
+    "paper": [
+        (
+            40960,
+            {
+                "none": Row(NONE, seeds=1),
+                "RO": Row(RO, "RH"),
+                "RH": Row(RH),
+                "DFRot auto": Row(DFROT, "RH"),
+                "DFRot γ=1": Row(DFROT | {"gamma": 1.0}, "RH"),
+                "DFRot γ=10": Row(DFROT | {"gamma": 10.0}, "RH"),
+                "DFRot γ=100": Row(DFROT | {"gamma": 100.0}, "RH"),
+            },
+        )
+    ],
+    "released": [
+        (
+            20480,
+            {
+                "RO": Row(RO | UNCLIPPED, "RH"),
+                "RH": Row(RH | UNCLIPPED),
+                "DFRot": Row(DFROT | UNCLIPPED, "RH"),
+                "RH w4a4kv4": Row(RH | UNCLIPPED | RTN4),
+                "DFRot w4a4kv4": Row(DFROT | UNCLIPPED | RTN4, "RH w4a4kv4"),
+            },
+        ),
+        (
+            10240,
+            {
+                "RH asymmetric": Row(RH | UNCLIPPED),
+                "RO symmetric": Row(RO | SYMMETRIC, "RH symmetric"),
+                "RH symmetric": Row(RH | SYMMETRIC),
+                "DFRot symmetric": Row(DFROT | SYMMETRIC, "RH symmetric"),
+            },
+        ),
+    ],
+    "weights": [
+        (
+            40960,
+            {
+                "QuaRot gptq": Row(RH | GPTQ4, "QuaRot rtn"),
+                "DFRot gptq": Row(DFROT | GPTQ4, "QuaRot gptq"),
+                "DFRot gptq asymmetric": Row(DFROT | GPTQ4 | ASYMMETRIC, "QuaRot gptq", seeds=1),
+                "QuaRot w4a16kv16 rtn": Row(RH | {"spec": "w4a16kv16", "weights": "rtn"}, seeds=1),
+                "QuaRot w4a16kv16 gptq": Row(
+                    RH | {"spec": "w4a16kv16", "weights": "gptq"}, "QuaRot w4a16kv16 rtn", seeds=1
+                ),
+                "none rtn": Row(NONE | RTN4, seeds=1),
+                "none gptq": Row(NONE | GPTQ4, "none rtn", seeds=1),
+                "none lwc": Row(NONE | LWC4, "none rtn", seeds=1),
+                "QuaRot rtn": Row(RH | RTN4, seeds=1),
+                "QuaRot lwc": Row(RH | LWC4, "QuaRot rtn", seeds=1),
+                "QuaRot rtn asymmetric": Row(RH | RTN4 | ASYMMETRIC, "QuaRot rtn", seeds=1),
+                "QuaRot gptq asymmetric": Row(RH | GPTQ4 | ASYMMETRIC, "QuaRot rtn", seeds=1),
+                "DFRot rtn": Row(DFROT | RTN4, "QuaRot rtn", seeds=1),
+                "DFRot rtn asymmetric": Row(DFROT | RTN4 | ASYMMETRIC, "QuaRot rtn", seeds=1),
+                "DFRot lwc": Row(DFROT | LWC4, "QuaRot rtn", seeds=1),
+            },
+        )
+    ],
+    "best": [
+        (
+            20480,
+            {
+                f"{spec}": Row(BEST | {"spec": spec}, seeds=1)
+                for spec in ("w4a4kv4", "w4a4kv16", "w4a16kv16", "w16a4kv16")
+            },
+        )
+    ],
+}
+
+
+class Cells:
+    """Measurements by row, seed and number of tokens, kept as lines of a file."""
+
+    def __init__(self, out: Path, model: str, calib: str, texts: list[str]) -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        self.out, self.model, self.calib, self.texts = out, model, calib, texts
+        self.results = out / "results.jsonl"
+        self.done: dict[tuple[str, int, int], Record] = {}
+        for line in self.results.read_text().splitlines() if self.results.is_file() else []:
+            self._keep(Record.from_json(json.loads(line)))
+
+    def _keep(self, record: Record) -> None:
+        self.done[record.conditions["row"], record.conditions["seed"], record.conditions["max_tokens"]] = record
+
+    def measure(self, row: str, seed: int, max_tokens: int, words: Words | None) -> None:
+        if (row, seed, max_tokens) in self.done:
+            return
+        model, timings = self.model, {}
+        if words is not None:
+            recipe = dfrot.Recipe.parse(**{"spec": "w16a4kv16", **words}, calib=self.calib, seed=seed)
+            report = dfrot.quantize(model, recipe, self.out / "checkpoint", overwrite=True)
+            model, timings = str(report.path), report.timings_s
+        record = evaluate(model, self.texts, max_tokens=max_tokens)
+        record.timings_s |= timings
+        record.conditions |= {"row": row, "seed": seed, "max_tokens": max_tokens}
+        append_records(self.results, [record])
+        self._keep(record)
+        print(row, seed, {key: round(value, 3) for key, value in record.metrics.items()}, flush=True)
+
+    def perplexities(self, row: str, max_tokens: int, text: str) -> list[float]:
+        return [
+            record.metrics[f"ppl/{text_label(text)}"]
+            for (name, _, tokens), record in self.done.items()
+            if (name, tokens) == (row, max_tokens)
+        ]
+
+
+def print_table(cells: Cells, text: str, max_tokens: int, rows: dict[str, Row]) -> None:
+    measured = cells.done["unquantized", 0, max_tokens].conditions["tokens"][text_label(text)]
+    print(f"\n{cells.model}, {text_label(text)}, {measured} tokens")
+    values = {row: cells.perplexities(row, max_tokens, text) for row in ["unquantized", *rows]}
+    mean = {row: statistics.mean(measured) for row, measured in values.items()}
+    for row, of_seeds in values.items():
+        spread = f"{min(of_seeds):.2f} … {max(of_seeds):.2f}" if len(of_seeds) > 1 else ""
+        peer = rows[row].peer if row in rows else None
+        closed = ""
+        if peer in mean:
+            closed = f"{(mean[peer] - mean[row]) / (mean[peer] - mean['unquantized']):+.1%} of the gap of {peer} closed"
+        print(f"{row:22} {mean[row]:10.2f}   {spread:20} {closed}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--calib", required=True)
+    parser.add_argument("--ppl", nargs="+", required=True)
+    parser.add_argument("--rows", choices=TABLES, default="paper")
+    parser.add_argument("--only", nargs="*", help="of these rows (default all)")
+    parser.add_argument("--seeds", type=int, default=3, help="at most; rows that vary little have one")
+    arguments = parser.parse_args()
+    cells = Cells(arguments.out, arguments.model, arguments.calib, arguments.ppl)
+    tables = [
+        (max_tokens, {name: row for name, row in rows.items() if not arguments.only or name in arguments.only})
+        for max_tokens, rows in TABLES[arguments.rows]
+    ]
+    for max_tokens, rows in tables:
+        cells.measure("unquantized", 0, max_tokens, None)
+        for seed in range(arguments.seeds):
+            for name, row in rows.items():
+                if seed < row.seeds:
+                    cells.measure(name, seed, max_tokens, row.words)
+    for max_tokens, rows in tables:
+        for text in arguments.ppl:
+            print_table(cells, text, max_tokens, rows)
+
+
+if __name__ == "__main__":
+    main()
