@@ -8,8 +8,8 @@
 `weights`   w4a4kv4, none, QuaRot and DFRot by RTN, GPTQ and LWC; and what GPTQ alone is worth, at w4a16kv16.
 `best`      the best recipe at the specs of published numbers, on 20 480 tokens.
 
-Weights are fitted to 32 × 2048 tokens (LWC: 8 × 2048). Finished cells are lines of OUT/results.jsonl and are not measured
-again. The gap is that between a row's peer, QuaRot with the same grids or RTN, and the unquantized model.
+Weights are fitted to 32 × 2048 tokens (LWC: 8 × 2048). Finished cells are lines of OUT/results.jsonl and are not
+measured again. The gap is that between a row's peer, QuaRot with the same grids or RTN, and the unquantized model.
 """
 
 import argparse
