@@ -1,4 +1,9 @@
-"""The orthogonal Procrustes problem: which rotation carries A closest to B."""
+"""The orthogonal Procrustes problem: which rotation R carries the rows of A closest to those of B.
+
+Σᵢ wᵢ ‖aᵢ R − bᵢ‖² is least at R = U Vᵀ, the polar factor of Aᵀ diag(w) B = U Σ Vᵀ (Schönemann 1966). Weights are those
+of the squared errors: a token whose error counts γ times has weight γ². The product is summed where A and B are made,
+piece by piece.
+"""
 
 import torch
 from jaxtyping import Float
@@ -19,17 +24,3 @@ def polar_factor(matrix: Float[Tensor, "size size"]) -> Float[Tensor, "size size
     for _ in range(1 if size <= _FLOAT64_UP_TO else 2):  # Newton–Schulz: an error ε becomes ε²
         q = 1.5 * q - 0.5 * q @ (q.T @ q)
     return q
-
-
-def procrustes(
-    a: Float[Tensor, "rows size"],
-    b: Float[Tensor, "rows size"],
-    weights: Float[Tensor, " rows"] | None = None,
-) -> Float[Tensor, "size size"]:
-    """The orthogonal R that minimises Σᵢ wᵢ ‖aᵢ R − bᵢ‖², in float64.
-
-    R = U Vᵀ with U Σ Vᵀ = svd(Aᵀ diag(w) B) (Schönemann 1966). Weights are those of the squared errors: a token
-    that the objective multiplies by γ² has weight γ².
-    """
-    weighted = a if weights is None else a * weights[:, None]
-    return polar_factor(weighted.T @ b)
