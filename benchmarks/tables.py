@@ -45,7 +45,7 @@ SYMMETRIC: Words = {"act_symmetric": True, **UNCLIPPED}
 RTN4: Words = {"spec": "w4a4kv4", "weights": "rtn"}
 GPTQ4: Words = {"spec": "w4a4kv4", "weights": "gptq"}
 # the papers' 20 epochs on 128 sequences, as far as two cores go
-LWC4: Words = {"spec": "w4a4kv4", "weights": "lwc", "epochs": 4, "learning_rate": 0.05, "calib_tokens": 16384}
+LWC4: Words = {"spec": "w4a4kv4", "weights": "lwc", "epochs": 4, "calib_tokens": 16384}
 ASYMMETRIC: Words = {"weight_symmetric": False}
 BEST: Words = DFROT | ASYMMETRIC | {"weights": "gptq"}
 

@@ -80,7 +80,7 @@ class Quantize:
     epochs: int | None = None
     """lwc: passes over the calibration text for every block (default 20)."""
     learning_rate: float | None = None
-    """lwc: of Adam, at the start (default 0.01)."""
+    """lwc: of Adam, at the start (default 0.05)."""
     weight_symmetric: bool | None = None
     """Override the preset."""
     act_symmetric: bool | None = None

@@ -213,7 +213,7 @@ class LWC:
 
     epochs: int = 20
     """Passes over the calibration text for every block."""
-    learning_rate: float = 0.01
+    learning_rate: float = 0.05
     """Of Adam, at the start; it falls to 0."""
 
     def __post_init__(self) -> None:
