@@ -9,7 +9,8 @@
 `best`      the best recipe at the specs of published numbers, on 20 480 tokens.
 
 Weights are fitted to 32 × 2048 tokens (LWC: 8 × 2048). Finished cells are lines of OUT/results.jsonl and are not
-measured again. The gap is that between a row's peer, QuaRot with the same grids or RTN, and the unquantized model.
+measured again, and OUT keeps the checkpoints. The gap is that between a row's peer, QuaRot with the same grids or RTN,
+and the unquantized model.
 """
 
 import argparse
@@ -102,10 +103,8 @@ TABLES: dict[str, list[tuple[int, dict[str, Row]]]] = {
                 "none lwc": Row(NONE | LWC4, "none rtn", seeds=1),
                 "QuaRot rtn": Row(RH | RTN4, seeds=1),
                 "QuaRot lwc": Row(RH | LWC4, "QuaRot rtn", seeds=1),
-                "QuaRot rtn asymmetric": Row(RH | RTN4 | ASYMMETRIC, "QuaRot rtn", seeds=1),
                 "QuaRot gptq asymmetric": Row(RH | GPTQ4 | ASYMMETRIC, "QuaRot rtn", seeds=1),
                 "DFRot rtn": Row(DFROT | RTN4, "QuaRot rtn", seeds=1),
-                "DFRot rtn asymmetric": Row(DFROT | RTN4 | ASYMMETRIC, "QuaRot rtn", seeds=1),
                 "DFRot lwc": Row(DFROT | LWC4, "QuaRot rtn", seeds=1),
             },
         )
@@ -142,8 +141,10 @@ class Cells:
         model, timings = self.model, {}
         if words is not None:
             recipe = dfrot.Recipe.parse(**{"spec": "w16a4kv16", **words}, calib=self.calib, seed=seed)
-            report = dfrot.quantize(model, recipe, self.out / "checkpoint", overwrite=True)
-            model, timings = str(report.path), report.timings_s
+            checkpoint = self.out / recipe.digest
+            if not (checkpoint / "config.json").is_file():
+                timings = dfrot.quantize(model, recipe, checkpoint, resume=checkpoint.is_dir()).timings_s
+            model = str(checkpoint)
         record = evaluate(model, self.texts, max_tokens=max_tokens)
         record.timings_s |= timings
         record.conditions |= {"row": row, "seed": seed, "max_tokens": max_tokens}
