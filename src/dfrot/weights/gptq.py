@@ -159,26 +159,22 @@ def gptq_block(task: BlockTask) -> dict[str, tuple[Tensor, QParams]]:
     options, spec = task.recipe.weights, task.recipe.spec.weights
     assert isinstance(options, GPTQ), "called with the options of another weight quantizer"
     quantized = {}
+    notes = task.notes["stages"] = {}
     for stage in task.source.graph.stages:
         layers = [task.module.get_submodule(name) for name in stage]
-        weights: list[Tensor] = [layer.weight.data for layer in layers]  # type: ignore[misc]
-        together = torch.cat(weights)  # they read the same input: one Hessian, one factorisation, one pass
+        # they read the same input: one Hessian, one factorisation, one pass
+        weight = torch.cat([layer.weight.data for layer in layers])  # type: ignore[misc]
         hessian = task.hessian(stage[0])
         factor = factorize(hessian, options.damping, options.act_order)
-        qparams = weight_qparams(together, spec)
-        codes, losses = never_worse(together, hessian, factor, qparams, spec)
-        loss, rtn_loss = (losses / layer_loss(together, hessian).sum()).tolist()
-        task.notes.setdefault("stages", {})[" ".join(stage)] = {
-            "loss": loss,
-            "rtn_loss": rtn_loss,
-            "damping": factor.damping,
-        }
-        together.copy_(dequantize(codes, spec.weight_granularity, qparams))
-        sizes = [len(weight) for weight in weights]
-        parts = [codes.split(sizes), qparams.scale.split(sizes), [None] * len(sizes)]
-        if qparams.zero is not None:
-            parts[2] = qparams.zero.split(sizes)
-        for name, layer, dense, code, scale, zero in zip(stage, layers, together.split(sizes), *parts, strict=True):
-            layer.weight.data = dense
-            quantized[name] = code, QParams(scale, zero)
+        qparams = weight_qparams(weight, spec)
+        codes, losses = never_worse(weight, hessian, factor, qparams, spec)
+        loss, rtn_loss = (losses / layer_loss(weight, hessian).sum()).tolist()
+        notes[" ".join(stage)] = {"loss": loss, "rtn_loss": rtn_loss, "damping": factor.damping}
+        rounded = dequantize(codes, spec.weight_granularity, qparams)
+        stop = 0
+        for name, layer in zip(stage, layers, strict=True):
+            start, stop = stop, stop + layer.out_features  # type: ignore[operator]
+            layer.weight.data = rounded[start:stop]
+            zero = None if qparams.zero is None else qparams.zero[start:stop]
+            quantized[name] = codes[start:stop], QParams(qparams.scale[start:stop], zero)
     return quantized

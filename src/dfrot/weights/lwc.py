@@ -107,7 +107,7 @@ def lwc_block(task: BlockTask) -> dict[str, tuple[Tensor, QParams]]:
     steps = options.epochs * len(stream)
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     generator = torch.Generator().manual_seed(task.recipe.seed)
-    unit = stream.originals.square().mean().item()
+    unit = stream.originals.norm().item() ** 2 / stream.originals.numel()  # the loss is relative to the output's size
     losses = []
     for _ in range(options.epochs):
         total = 0.0
