@@ -173,7 +173,7 @@ def gptq_block(task: BlockTask) -> dict[str, tuple[Tensor, QParams]]:
         rounded = dequantize(codes, spec.weight_granularity, qparams)
         stop = 0
         for name, layer in zip(stage, layers, strict=True):
-            start, stop = stop, stop + layer.out_features  # type: ignore[operator]
+            start, stop = stop, stop + len(layer.weight)  # type: ignore[arg-type]
             layer.weight.data = rounded[start:stop]
             zero = None if qparams.zero is None else qparams.zero[start:stop]
             quantized[name] = codes[start:stop], QParams(qparams.scale[start:stop], zero)
