@@ -122,56 +122,56 @@ TABLES: dict[str, list[tuple[int, dict[str, Row]]]] = {
 
 
 class Cells:
-    """Measurements by row, seed and number of tokens, kept as lines of a file."""
+    """Measurements by recipe and number of tokens, kept as lines of a file."""
 
     def __init__(self, out: Path, model: str, calib: str, texts: list[str]) -> None:
         out.mkdir(parents=True, exist_ok=True)
         self.out, self.model, self.calib, self.texts = out, model, calib, texts
         self.results = out / "results.jsonl"
-        self.done: dict[tuple[str, int, int], Record] = {}
+        self.done: dict[tuple[str, str | None, int], Record] = {}
         for line in self.results.read_text().splitlines() if self.results.is_file() else []:
             self._keep(Record.from_json(json.loads(line)))
 
     def _keep(self, record: Record) -> None:
-        self.done[record.conditions["row"], record.conditions["seed"], record.conditions["max_tokens"]] = record
+        recipe = None if record.recipe is None else dfrot.Recipe.from_json(record.recipe).digest
+        self.done[record.conditions["measured"], recipe, record.conditions["max_tokens"]] = record
 
-    def measure(self, row: str, seed: int, max_tokens: int, words: Words | None) -> None:
-        if (row, seed, max_tokens) in self.done:
-            return
-        model, timings = self.model, {}
+    def measure(self, row: str, seed: int, max_tokens: int, words: Words | None) -> dict[str, float]:
+        """Perplexities by text, measured now or before."""
+        recipe = digest = None
         if words is not None:
             recipe = dfrot.Recipe.parse(**{"spec": "w16a4kv16", **words}, calib=self.calib, seed=seed)
-            checkpoint = self.out / recipe.digest
-            if not (checkpoint / "config.json").is_file():
-                timings = dfrot.quantize(model, recipe, checkpoint, resume=checkpoint.is_dir()).timings_s
-            model = str(checkpoint)
-        record = evaluate(model, self.texts, max_tokens=max_tokens)
-        record.timings_s |= timings
-        record.conditions |= {"row": row, "seed": seed, "max_tokens": max_tokens}
-        append_records(self.results, [record])
-        self._keep(record)
-        print(row, seed, {key: round(value, 3) for key, value in record.metrics.items()}, flush=True)
+            digest = recipe.digest
+        if (self.model, digest, max_tokens) not in self.done:
+            model, timings = self.model, {}
+            if recipe is not None:
+                checkpoint = self.out / f"{Path(self.model).name}-{digest}"
+                if not (checkpoint / "config.json").is_file():
+                    timings = dfrot.quantize(model, recipe, checkpoint, resume=checkpoint.is_dir()).timings_s
+                model = str(checkpoint)
+            record = evaluate(model, self.texts, max_tokens=max_tokens)
+            record.timings_s |= timings
+            record.conditions |= {"measured": self.model, "row": row, "seed": seed, "max_tokens": max_tokens}
+            append_records(self.results, [record])
+            self._keep(record)
+            print(row, seed, {key: round(value, 3) for key, value in record.metrics.items()}, flush=True)
+        metrics = self.done[self.model, digest, max_tokens].metrics
+        return {text: metrics[f"ppl/{text_label(text)}"] for text in self.texts}
 
-    def perplexities(self, row: str, max_tokens: int, text: str) -> list[float]:
-        return [
-            record.metrics[f"ppl/{text_label(text)}"]
-            for (name, _, tokens), record in self.done.items()
-            if (name, tokens) == (row, max_tokens)
-        ]
 
-
-def print_table(cells: Cells, text: str, max_tokens: int, rows: dict[str, Row]) -> None:
-    measured = cells.done["unquantized", 0, max_tokens].conditions["tokens"][text_label(text)]
-    print(f"\n{cells.model}, {text_label(text)}, {measured} tokens")
-    values = {row: cells.perplexities(row, max_tokens, text) for row in ["unquantized", *rows]}
-    mean = {row: statistics.mean(measured) for row, measured in values.items()}
+def print_table(title: str, values: dict[str, list[float]], rows: dict[str, Row]) -> None:
+    """Mean and spread over seeds; gaps over the seeds that a row and its peer share."""
+    print(f"\n{title}")
+    (bottom,) = values["unquantized"]
     for row, of_seeds in values.items():
         spread = f"{min(of_seeds):.2f} … {max(of_seeds):.2f}" if len(of_seeds) > 1 else ""
         peer = rows[row].peer if row in rows else None
         closed = ""
-        if peer in mean:
-            closed = f"{(mean[peer] - mean[row]) / (mean[peer] - mean['unquantized']):+.1%} of the gap of {peer} closed"
-        print(f"{row:22} {mean[row]:10.2f}   {spread:20} {closed}")
+        if peer in values:
+            shared = list(zip(values[peer], of_seeds, strict=False))
+            gap, gained = sum(top - bottom for top, _ in shared), sum(top - own for top, own in shared)
+            closed = f"{gained / gap:+.1%} of the gap of {peer} closed, {len(shared)} seeds"
+        print(f"{row:22} {statistics.mean(of_seeds):10.2f}   {spread:20} {closed}")
 
 
 def main() -> None:
@@ -190,14 +190,14 @@ def main() -> None:
         for max_tokens, rows in TABLES[arguments.rows]
     ]
     for max_tokens, rows in tables:
-        cells.measure("unquantized", 0, max_tokens, None)
+        values = {"unquantized": [cells.measure("unquantized", 0, max_tokens, None)]}
         for seed in range(arguments.seeds):
             for name, row in rows.items():
                 if seed < row.seeds:
-                    cells.measure(name, seed, max_tokens, row.words)
-    for max_tokens, rows in tables:
+                    values.setdefault(name, []).append(cells.measure(name, seed, max_tokens, row.words))
         for text in arguments.ppl:
-            print_table(cells, text, max_tokens, rows)
+            title = f"{arguments.model}, {text_label(text)}, first {max_tokens} tokens or all"
+            print_table(title, {name: [cell[text] for cell in cells_] for name, cells_ in values.items()}, rows)
 
 
 if __name__ == "__main__":

@@ -76,6 +76,7 @@ def test_recipes_that_differ_have_different_digests() -> None:
             {"method": "none", "weights": "rtn", "rotation": "hadamard"},
             "'none' with 'rtn' weights has no option rotation; it takes no options",
         ),
+        ({"weights": "rtn", "samples": 4, "calib_tokens": 4096}, "samples=4 sequences of 2048 tokens need more than"),
         ({"weights": "gptq", "damping": -1.0}, "damping is a share of the mean diagonal, at least 0"),
         ({"gamma": 0.0}, "gamma is a positive weight or 'auto'"),
         ({"steps": 0}, "steps is at least 1"),
@@ -101,3 +102,11 @@ def test_json_of_something_else_is_refused(record: dict[str, object]) -> None:
 
 def test_what_is_not_given_has_its_default() -> None:
     assert Recipe.parse(gamma=None, steps=None).method == DFRot()
+
+
+def test_calibration_is_as_long_as_what_is_fitted_to_it() -> None:
+    tokens = [
+        Recipe.parse("dfrot", weights, samples=samples).calibration.tokens
+        for weights, samples in (("rtn", 1), ("rtn", 4), ("gptq", 4), ("gptq", 64))
+    ]
+    assert tokens == [2048, 4 * 2048, 32 * 2048, 64 * 2048]

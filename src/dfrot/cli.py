@@ -131,8 +131,8 @@ class Quantize:
             where = f", block {massive[0]['block']} position {massive[0]['position']} the first" if massive else ""
             out.print(f"{len(massive)} norm outputs with massive activations{where}; gamma {report.notes['gamma']:g}")
         stages = [s for block in report.notes.get("weights_by_block", []) for s in block.get("stages", {}).values()]
-        if stages:
-            kept = statistics.geometric_mean(s["loss"] / s["rtn_loss"] for s in stages)
+        if ratios := [s["loss"] / s["rtn_loss"] for s in stages if s["loss"] > 0]:
+            kept = statistics.geometric_mean(ratios)
             out.print(f"gptq leaves {kept:.0%} of the layers' squared error when rounded to nearest (geometric mean)")
         if raised := [s["damping"] for s in stages if s["damping"] > recipe.weights.damping]:  # type: ignore[union-attr]
             out.print(

@@ -6,6 +6,7 @@ size of the model, and a small model goes through the same loop.
 
 import contextlib
 import functools
+import hashlib
 import shutil
 import time
 import warnings
@@ -94,9 +95,9 @@ def quantize(
     _warn_of_few_tokens(source, recipe)
     source.tokenizer()  # a model without one is refused before the work, not after it
     report = Report(Path(out))
+    calibration = functools.cache(lambda: _calibration(source, recipe))
     run = {"model": source.fingerprint(), "recipe": recipe.to_json(), "dfrot": __version__}
     writer = CheckpointWriter(report.path, run, num_shards=source.num_blocks + 2, resume=resume, overwrite=overwrite)
-    calibration = functools.cache(lambda: _calibration(source, recipe))
     context = Context(source, recipe, calibration, there, report.notes)
     with report.stage("fit"):
         transforms = _fitted(context, writer)
@@ -112,14 +113,22 @@ def _fitted(context: Context, writer: CheckpointWriter) -> Transforms:
 
     Fitting again would not do: another number of threads rounds differently, and refinement amplifies that.
     """
+    text = None
+    if context.recipe.fits_weights:  # a resumed run reads the text again: it has to be the same
+        text = hashlib.sha256(context.calibration().numpy().tobytes()).hexdigest()
     if (kept := writer.load_fit()) is not None:
         record, tensors = kept
+        if record["text"] != text:
+            raise UserError(
+                f"{writer.path} holds an interrupted run whose calibration text was another, though it had the same "
+                "name. Resume with that text, choose another -o directory, or --overwrite it."
+            )
         context.notes.update(record["notes"])
         return Transforms.from_description(record["transforms"], tensors)
     transforms = METHODS[context.recipe.method_name](context)
     tensors = {}
     description = transforms.describe(tensors)
-    writer.save_fit({"transforms": description, "notes": context.notes}, tensors)
+    writer.save_fit({"transforms": description, "notes": context.notes, "text": text}, tensors)
     return transforms
 
 

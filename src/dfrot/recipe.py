@@ -263,6 +263,12 @@ class Recipe:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**63:
             raise UserError(f"a seed is between 0 and 2^63 − 1, got {self.seed}.")
+        drawn = self.calibration.tokens // self.calibration.seq_len
+        if isinstance(self.method, DFRot) and self.method.samples > drawn:
+            raise UserError(
+                f"samples={self.method.samples} sequences of {self.calibration.seq_len} tokens need more than the "
+                f"{self.calibration.tokens} calibration tokens that are asked for."
+            )
 
     @property
     def method_name(self) -> str:
@@ -331,7 +337,8 @@ class Recipe:
         _check_words(Recipe, {"dtype": dtype})
         fits = grids.weights.quantizes and weights != "rtn"
         if (tokens := calib_tokens) is None:
-            tokens = WEIGHT_TOKENS if fits else ROTATION_TOKENS
+            samples = taken[0].get("samples", 1) * (calib_seq_len or ROTATION_TOKENS)
+            tokens = max(WEIGHT_TOKENS if fits else ROTATION_TOKENS, samples)
         seq_len = calib_seq_len if calib_seq_len is not None else min(tokens, 2048)
         return Recipe(
             method=chosen[0](**taken[0]),

@@ -43,7 +43,7 @@ class Fold:
         """Pᵀ W diag(g) Q in float64; always a new tensor."""
         w = weight.to(torch.float64, copy=True)
         if self.gain is not None:
-            w = w * self.gain.double()
+            w = w * self.gain.to(w)
         if self.reads is not None:
             w = self.reads.apply(w)
         if self.writes is not None:

@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
+from dfrot.errors import UserError
 from dfrot.quant.affine import QParams, dequantize, quantize
 from dfrot.quant.grids import IntGrid, PerGroup
 from dfrot.recipe import GPTQ, TensorSpec
@@ -61,32 +62,32 @@ def factorize(hessian: Float[Tensor, "in in"], damping: float, act_order: bool) 
         act_order: take the columns in the order of falling Hᵢᵢ.
 
     Raises:
-        ValueError: the Hessian holds NaN or infinities.
+        UserError: the Hessian holds NaN or infinities, or no damping helps.
     """
     diagonal = hessian.diagonal()  # Σ x², so a NaN anywhere is here too
     if not torch.isfinite(diagonal).all():
-        raise ValueError("the Hessian holds NaN or infinite values: the model's activations overflowed.")
+        raise UserError("the Hessian holds NaN or infinite values: the model's activations overflowed.")
     order = torch.arange(len(diagonal), device=hessian.device)
     if act_order:
         order = torch.argsort(diagonal, descending=True, stable=True)
-    wide = hessian.double() if len(diagonal) <= _FLOAT64_UP_TO else hessian
-    # H = V Vᵀ with V upper triangular is the usual factorisation read from the last row and column to the first
-    backwards = (wide[order][:, order] if act_order else wide).flip(0, 1)
+    wide = torch.float64 if len(diagonal) <= _FLOAT64_UP_TO else hessian.dtype
     mean = float(diagonal.mean()) or 1.0  # a layer that saw nothing but zeros is rounded to nearest
     for _ in range(_RAISES):
+        # H = V Vᵀ with V upper triangular is the usual factorisation read from the last row and column to the first
+        backwards = order.flip(0)
+        damped = (hessian[backwards][:, backwards] if act_order else hessian.flip(0, 1)).to(wide)
         added = damping * mean
-        damped = backwards.clone()
         damped.diagonal().add_(added)
         lower, failed = torch.linalg.cholesky_ex(damped)
+        del damped
         if not failed:
             break
-        damping = max(damping * _RAISE, torch.finfo(wide.dtype).eps)
+        damping = max(damping * _RAISE, torch.finfo(hessian.dtype).eps)
     else:
-        raise ValueError(f"the Hessian is not positive semidefinite: damping it by {damping / _RAISE:g} did not help.")
-    upper = lower.flip(0, 1)
-    roots = upper.diagonal().clone()
-    upper = (upper / roots).to(hessian.dtype)
-    return Factor(upper, roots.square().to(hessian.dtype), order, added, damping)
+        raise UserError(f"the Hessian is not positive semidefinite: damping it by {damping / _RAISE:g} did not help.")
+    roots = lower.diagonal().flip(0).clone()
+    upper = lower.to(hessian.dtype).flip(0, 1)
+    return Factor(upper.div_(roots.to(upper)), roots.square().to(upper), order, added, damping)
 
 
 def gptq(
@@ -119,6 +120,7 @@ def gptq(
             wanted[last:stop].addmm_(factor.upper[first:last, last:stop].T, error[first:last])
         wanted[stop:].addmm_(factor.upper[start:stop, stop:].T, error[start:stop])
     loss = factor.diagonal @ wanted.square_() - factor.added * error.square_().sum(0)
+    loss.clamp_(min=0)  # a difference of rounded sums
     original = torch.empty_like(factor.order).scatter_(0, factor.order, torch.arange(in_features).to(factor.order))
     return codes[original].T.to(torch.int8 if grid.symmetric else torch.uint8), loss
 
@@ -165,10 +167,14 @@ def gptq_block(task: BlockTask) -> dict[str, tuple[Tensor, QParams]]:
         # they read the same input: one Hessian, one factorisation, one pass
         weight = torch.cat([layer.weight.data for layer in layers])  # type: ignore[misc]
         hessian = task.hessian(stage[0])
-        factor = factorize(hessian, options.damping, options.act_order)
+        try:
+            factor = factorize(hessian, options.damping, options.act_order)
+        except UserError as error:
+            raise UserError(f"block {task.index}, {', '.join(stage)}: {error}") from error
         qparams = weight_qparams(weight, spec)
         codes, losses = never_worse(weight, hessian, factor, qparams, spec)
-        loss, rtn_loss = (losses / layer_loss(weight, hessian).sum()).tolist()
+        size = layer_loss(weight, hessian).sum().clamp(min=torch.finfo(weight.dtype).tiny)  # 0 for a layer of zeros
+        loss, rtn_loss = (losses / size).tolist()
         notes[" ".join(stage)] = {"loss": loss, "rtn_loss": rtn_loss, "damping": factor.damping}
         rounded = dequantize(codes, spec.weight_granularity, qparams)
         stop = 0

@@ -5,6 +5,7 @@ quantized already. Memory holds the hidden states of the calibration text, or a 
 """
 
 import contextlib
+import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from dfrot.errors import EnvironmentFault
 from dfrot.models.source import Source, loaded
 from dfrot.models.stream import BlockRunner
 from dfrot.recipe import Recipe
@@ -92,8 +94,12 @@ class CalibrationStream:
             yield x
 
     def advance(self, index: int, tensors: dict[str, Tensor]) -> None:
-        """Go through block `index` of the checkpoint; its activations are not quantized, as in the paper."""
-        block = self.block(index, tensors, self.plan.without("activations"))
+        """Go through block `index` of the checkpoint.
+
+        As in the papers, GPTQ's stream does not quantize activations, and that of LWC, which has targets, does.
+        """
+        plan = self.plan.without("activations") if self.originals is None else self.plan
+        block = self.block(index, tensors, plan)
         for number in range(len(self)):
             with self._attention_kept(block, number):
                 self.states[number] = self.run(block, index, self[number])[0]
@@ -136,9 +142,18 @@ class _Attended(nn.Module):
 def _allocated(shape: tuple[int, ...], dtype: torch.dtype, folder: Path | None) -> Tensor:
     if folder is None:
         return torch.empty(shape, dtype=dtype)
-    with tempfile.NamedTemporaryFile(dir=folder) as file:  # without a name, but there, until the tensor is gone
-        size = torch.Size(shape).numel()
-        return torch.from_file(file.name, shared=True, size=size, dtype=dtype).view(shape)
+    size = torch.Size(shape).numel()
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder) as file:  # without a name, but there, until the tensor is gone
+            os.posix_fallocate(
+                file.fileno(), 0, size * dtype.itemsize
+            )  # a full disk is an error now, not a SIGBUS later
+            return torch.from_file(file.name, shared=True, size=size, dtype=dtype).view(shape)
+    except OSError as error:
+        raise EnvironmentFault(
+            f"the calibration text's hidden states, {size * dtype.itemsize / 1e9:.1f} GB, cannot be put into {folder}: "
+            f"{error}. Make room, or take fewer --calib-tokens."
+        ) from error
 
 
 @dataclass
