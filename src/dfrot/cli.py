@@ -39,14 +39,14 @@ class Quantize:
     """Hub id, directory with safetensors weights, .gguf file, or smollm2-135m."""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Checkpoint directory to make."""
-    method: Literal["none", "quarot", "dfrot"] = "dfrot"
+    method: Literal["none", "quarot", "dfrot", "duquant"] = "dfrot"
     """Which rotations."""
     weights: Literal["rtn", "gptq", "lwc"] | None = None
     """How weights are rounded (default gptq below 8 bits, else rtn)."""
     spec: str = "w4a4kv4"
     """w<bits>[g<group>]a<bits>kv<bits>; 16 leaves alone."""
-    preset: Literal["paper", "deploy"] = "paper"
-    """Symmetry and clip ratios: DFRot's command, or what stock servers compute."""
+    preset: Literal["paper", "deploy", "duquant"] = "paper"
+    """Symmetry and clip ratios: DFRot's command, what stock servers compute, or DuQuant's command."""
     calib: str = "wikitext2"
     """Calibration text: wikitext2, c4, pydoc, or a path."""
     calib_tokens: int | None = None
@@ -73,6 +73,18 @@ class Quantize:
     """dfrot: rule for massive tokens: small relative error (default), or error raised by a random rotation."""
     samples: int | None = None
     """dfrot: calibration samples that the rotation is refined on (default 1)."""
+    block: int | None = None
+    """duquant: size of the rotated blocks (default 128, or the largest power of two that divides)."""
+    greedy_steps: int | None = None
+    """duquant: steps of the search for a rotation (default 256)."""
+    permutations: int | None = None
+    """duquant: how often channels are permuted and rotated again (default 1)."""
+    smooth: bool | None = None
+    """duquant: smooth first (default yes)."""
+    alpha: float | None = None
+    """duquant: strength of smoothing (default 0.6; with lwc 0.5)."""
+    base: Literal["none", "quarot"] | None = None
+    """duquant: rotate the model as it is (default), or on top of QuaRot's folded rotations."""
     act_order: bool | None = None
     """gptq: quantize the columns with the largest inputs first (default yes)."""
     damping: float | None = None
@@ -83,6 +95,8 @@ class Quantize:
     """lwc: of Adam, at the start (default 0.05)."""
     weight_symmetric: bool | None = None
     """Override the preset."""
+    weight_clip: float | None = None
+    """Override the preset's clip ratio of weights (paper, deploy: searched for)."""
     act_symmetric: bool | None = None
     """Override the preset."""
     act_clip: float | None = None

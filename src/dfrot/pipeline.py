@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dfrot.checkpoint.load import usable_device
 from dfrot.checkpoint.save import CheckpointWriter
@@ -34,7 +34,7 @@ from dfrot.transform.invariance import InvarianceCheck
 from dfrot.transform.sites import Transforms, block_folds, fold_block_
 from dfrot.version import __version__
 from dfrot.weights import WEIGHTS
-from dfrot.weights.inputs import BlockTask, CalibrationStream
+from dfrot.weights.inputs import BlockTask, CalibrationStream, runtime_block
 
 # Folding the embedding or head in float64 takes this many rows at a time, so that no float64 copy of it exists.
 _VOCABULARY_ROWS = 8192
@@ -102,7 +102,8 @@ def quantize(
     with report.stage("fit"):
         transforms = _fitted(context, writer)
     with report.stage("quantize"):
-        plan = RuntimePlan.of(recipe, transforms.online(source.graph, source.config), transforms.keys)
+        online = transforms.online(source.graph, source.config)
+        plan = RuntimePlan.of(recipe, online, transforms.keys, transforms.blocks(source.graph))
         _quantize_blocks(context, transforms, plan, writer, report, Path(out) if spill else None)
         _finish(context, transforms, plan, writer)
     return report
@@ -164,15 +165,17 @@ def _quantize_blocks(
         if done and (stream is None or stream.originals is None):
             check.advance(index, block)
         else:
-            folds = block_folds(transforms, source.graph, source.config, block)
+            folds = block_folds(transforms, index, source.graph, source.config, block)
             error = check.block(index, block, folds, transforms.residual)
             report.invariance = max(report.invariance, error)
             block.to(context.device)
             fold_block_(block, folds, source.graph, working)
-        if stream is not None:
-            stream.advance_originals(index, block.state_dict())
+            state = block.state_dict()
+            rotations = transforms.online_tensors(index, source.graph, working)
+            if stream is not None:
+                stream.advance_originals(index, state | rotations)
         if not done:
-            tensors, notes = quantize_block(index, block, source, recipe, stream, stored)
+            tensors, notes = quantize_block(index, state, rotations, source, recipe, plan, stream, stored)
             writer.write(index + 1, {prefix + name: tensor for name, tensor in tensors.items()}, notes)
         if stream is not None:
             kept = writer.read(index + 1)
@@ -190,22 +193,24 @@ def _quantize_blocks(
 
 def quantize_block(
     index: int,
-    block: nn.Module,
+    folded: dict[str, Tensor],
+    rotations: dict[str, Tensor],
     source: Source,
     recipe: Recipe,
+    plan: RuntimePlan,
     stream: CalibrationStream | None,
     stored: torch.dtype,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors that a checkpoint keeps of a folded block, under the names of the runtime's modules, and notes."""
     spec = recipe.spec.weights
-    folded = block.state_dict()
-    tensors = {name: _narrowed(tensor, stored, name) for name, tensor in folded.items()}
+    tensors = {name: _narrowed(tensor, stored, name) for name, tensor in folded.items()} | rotations
     if not spec.quantizes:
         return tensors, {}
-    if stream is not None:  # what is not quantized is already as it will be stored
-        linears = {f"{name}.weight": folded[f"{name}.weight"] for name in source.graph.linears}
-        block = stream.block(index, tensors | linears, stream.plan.without("weights", "activations"))
-    task = BlockTask(index, block, source, recipe, stream)
+    # what is not quantized is already as it will be stored
+    linears = {f"{name}.weight": folded[f"{name}.weight"] for name in source.graph.linears}
+    wide = linears[f"{source.graph.down}.weight"]
+    module = runtime_block(source, index, tensors | linears, plan.without("weights", "activations")).to(wide.dtype)
+    task = BlockTask(index, module.to(wide.device), source, recipe, stream)
     for name, (codes, qparams) in WEIGHTS[recipe.weights_name](task).items():
         del tensors[f"{name}.weight"]
         tensors |= {f"{name}.{key}": tensor for key, tensor in packed_tensors(codes, qparams, spec).items()}

@@ -81,6 +81,7 @@ class Spec:
         preset: str = "paper",
         *,
         weight_symmetric: bool | None = None,
+        weight_clip: float | None = None,
         act_symmetric: bool | None = None,
         act_clip: float | None = None,
         kv_clip: float | None = None,
@@ -101,7 +102,12 @@ class Spec:
             return default if given is None else given
 
         return Spec(
-            weights=TensorSpec(int(match["w"]), over(weight_symmetric, chosen.weight_symmetric), None, group),
+            weights=TensorSpec(
+                int(match["w"]),
+                over(weight_symmetric, chosen.weight_symmetric),
+                over(weight_clip, chosen.weight_clip),
+                group,
+            ),
             activations=TensorSpec(
                 int(match["a"]),
                 over(act_symmetric, chosen.act_symmetric),
@@ -116,19 +122,22 @@ class Preset:
     """Symmetry and clip ratios that the spec's text leaves open."""
 
     weight_symmetric: bool
+    weight_clip: float | None  # None: searched for
     act_symmetric: bool
     act_clip: float
     kv_clip: float
 
 
 # Words of `Spec.parse` that override the preset.
-OVERRIDES = ("weight_symmetric", "act_symmetric", "act_clip", "kv_clip")
+OVERRIDES = ("weight_symmetric", "weight_clip", "act_symmetric", "act_clip", "kv_clip")
 
 PRESETS = {
     # DFRot's command: activations and KV cache asymmetric, clipped at 0.9 and 0.95.
-    "paper": Preset(weight_symmetric=True, act_symmetric=False, act_clip=0.9, kv_clip=0.95),
+    "paper": Preset(weight_symmetric=True, weight_clip=None, act_symmetric=False, act_clip=0.9, kv_clip=0.95),
     # What stock servers compute: symmetric integers on both sides of the product.
-    "deploy": Preset(weight_symmetric=True, act_symmetric=True, act_clip=0.9, kv_clip=0.95),
+    "deploy": Preset(weight_symmetric=True, weight_clip=None, act_symmetric=True, act_clip=0.9, kv_clip=0.95),
+    # DuQuant's command: everything asymmetric, fixed clip ratios 0.8 and 0.9.
+    "duquant": Preset(weight_symmetric=False, weight_clip=0.8, act_symmetric=False, act_clip=0.9, kv_clip=0.9),
 }
 
 
@@ -223,7 +232,34 @@ class LWC:
             raise UserError(f"a learning rate is positive, got {self.learning_rate}.")
 
 
-METHOD_OPTIONS: dict[str, type] = {"none": NoRotation, "quarot": QuaRot, "dfrot": DFRot}
+@dataclass(frozen=True)
+class DuQuant:
+    """`duquant` (arXiv 2406.01721)."""
+
+    block: int = 128
+    """Size of the rotated blocks; where it does not divide, the largest power of two that does and is smaller."""
+    greedy_steps: int = 256
+    """Of the search for a rotation; the best prefix is kept."""
+    permutations: int = 1
+    """How often channels are permuted and rotated again; 0 rotates once."""
+    smooth: bool = True
+    """Move part of the channels' sizes into the weights first."""
+    alpha: float | None = None
+    """How much of it: s = max|x|^α / max|w|^(1 − α). None: 0.6, with learned clipping 0.5."""
+    base: Literal["none", "quarot"] = "none"
+    """Rotate the model as it is, or on top of QuaRot's folded rotations R1 and R2."""
+
+    def __post_init__(self) -> None:
+        if self.block < 2 or self.greedy_steps < 1 or self.permutations < 0:
+            raise UserError(
+                f"block is at least 2, greedy-steps at least 1 and permutations at least 0, got {self.block}, "
+                f"{self.greedy_steps} and {self.permutations}."
+            )
+        if self.alpha is not None and not 0 <= self.alpha <= 1:
+            raise UserError(f"alpha is between 0 and 1, got {self.alpha}.")
+
+
+METHOD_OPTIONS: dict[str, type] = {"none": NoRotation, "quarot": QuaRot, "dfrot": DFRot, "duquant": DuQuant}
 WEIGHT_OPTIONS: dict[str, type] = {"rtn": RTN, "gptq": GPTQ, "lwc": LWC}
 ROTATION_TOKENS = 2048  # calibration of a recipe that rounds weights without data: the papers' one sample
 WEIGHT_TOKENS = 32 * 2048  # of one that fits them to data; the papers take 128 sequences
@@ -252,7 +288,7 @@ class Calibration:
 class Recipe:
     """What `dfrot.quantize` does to a model. Make one with `Recipe.parse`."""
 
-    method: NoRotation | QuaRot | DFRot
+    method: NoRotation | QuaRot | DFRot | DuQuant
     weights: RTN | GPTQ | LWC
     spec: Spec
     calibration: Calibration
@@ -300,14 +336,14 @@ class Recipe:
         """A recipe from the words of the command line.
 
         Args:
-            method: none, quarot or dfrot.
+            method: none, quarot, dfrot or duquant.
             weights: rtn, gptq or lwc; None takes gptq below 8 bits, rtn from there on.
             spec: such as w4a4kv4.
-            preset: paper or deploy.
+            preset: paper, deploy or duquant.
             calib: wikitext2, c4, pydoc, or a path.
             calib_tokens: tokens of calibration text in total; None takes 65 536 where weights are fitted, else 2048.
-            options: overrides of the preset (weight_symmetric, act_symmetric, act_clip, kv_clip) and fields of the
-                method's options (`QuaRot`, `DFRot`) and the weight quantizer's (`GPTQ`, `LWC`); None means not given.
+            options: overrides of the preset (`OVERRIDES`), options of the method (`QuaRot`, `DFRot`, `DuQuant`) and of
+                the weight quantizer (`GPTQ`, `LWC`); None means not given.
 
         Raises:
             UserError: anything that is not known or does not fit; the message says what would.

@@ -22,6 +22,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "quarot-ro": {"method": "quarot", "rotation": "orthogonal"},
     "quarot-heads": {"method": "quarot", "head_mixing": True},
     "dfrot": {"method": "dfrot", "steps": 3, "calib_tokens": 64, "calib_seq_len": 32},
+    "duquant": {"method": "duquant", "block": 8, "greedy_steps": 4, "calib_tokens": 64, "calib_seq_len": 32},
+    "duquant-quarot": {"method": "duquant", "base": "quarot", "permutations": 2, "greedy_steps": 4, "calib_tokens": 64},
 }
 WEIGHTS: dict[str, dict[str, Any]] = {
     "rtn": {},

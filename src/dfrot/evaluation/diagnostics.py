@@ -83,8 +83,7 @@ def massive_unquantized(checkpoint: Any, masks: Masks) -> Iterator[None]:
 
 def _passing_by(mask: Bool[Tensor, " tokens"]) -> Any:
     def hook(layer: QuantLinear, args: tuple[Tensor], output: Tensor) -> Tensor:
-        x = args[0][:, mask]
-        x = x if layer.rotation is None else layer.rotation.apply(x)
+        x = layer.rotated(args[0][:, mask])
         output[:, mask] = nn.functional.linear(x, layer.dense_weight(x.dtype), layer.bias)
         return output
 

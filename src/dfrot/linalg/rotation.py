@@ -235,6 +235,16 @@ def block_diagonal(block: Rotation, count: int) -> Rotation:
     return Kronecker(Identity(count), block)
 
 
+def block_rotation(matrices: Float[Tensor, "count block block"], orders: Int[Tensor, "between size"]) -> Rotation:
+    """B₁ P₁ B₂ P₂ … B_count: each B repeats one block along its diagonal, permutations stand between them."""
+    count = orders.shape[-1] // matrices.shape[-1]
+    parts: list[Rotation] = []
+    for number, matrix in enumerate(matrices):
+        parts += [Permutation(orders[number - 1])] if number else []
+        parts.append(block_diagonal(Dense(matrix), count))
+    return Compose(tuple(parts))
+
+
 def rotation_from(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Rotation:
     """The rotation that `Rotation.describe` described.
 

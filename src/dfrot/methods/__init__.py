@@ -4,8 +4,14 @@ from collections.abc import Callable
 
 from dfrot.methods.context import Context
 from dfrot.methods.dfrot import dfrot
+from dfrot.methods.duquant import duquant
 from dfrot.methods.none import none
 from dfrot.methods.quarot import quarot
 from dfrot.transform.sites import Transforms
 
-METHODS: dict[str, Callable[[Context], Transforms]] = {"none": none, "quarot": quarot, "dfrot": dfrot}
+METHODS: dict[str, Callable[[Context], Transforms]] = {
+    "none": none,
+    "quarot": quarot,
+    "dfrot": dfrot,
+    "duquant": duquant,
+}

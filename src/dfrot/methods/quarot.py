@@ -48,17 +48,22 @@ def random_rotation(context: Context, kind: str) -> Rotation:
 def around(residual: Rotation, context: Context, *, head_mixing: bool = False) -> Transforms:
     """QuaRot's other rotations around a given R1. Keys are rotated only if they are quantized."""
     config, spec = context.source.config, context.recipe.spec
-    keys = _hadamard("one head", head_dim(config)) if spec.kv.quantizes else None
+    keys = hadamard("one head", head_dim(config)) if spec.kv.quantizes else None
     return Transforms(
         residual=residual,
-        values=_hadamard("one head", head_dim(config)),
+        values=hadamard("one head", head_dim(config)),
         keys=keys,
-        ffn=_hadamard("the input of down_proj", config.intermediate_size),
-        heads=_hadamard("head mixing", config.num_attention_heads) if head_mixing else None,
+        ffn=hadamard("the input of down_proj", config.intermediate_size),
+        heads=hadamard("head mixing", config.num_attention_heads) if head_mixing else None,
     )
 
 
-def _hadamard(site: str, size: int) -> Hadamard:
+def hadamard(site: str, size: int) -> Hadamard:
+    """The plain Hadamard matrix of a site.
+
+    Raises:
+        UserError: none of that size is known.
+    """
     try:
         return Hadamard(size)
     except ValueError as error:

@@ -18,7 +18,7 @@ GRAPHS: dict[str, ModelGraph] = {
     "mistral": ModelGraph("Mistral", _SEPARATE),
     "qwen2": ModelGraph("Qwen2, Qwen2.5", _SEPARATE),
     "qwen3": ModelGraph("Qwen3", _SEPARATE, head_norms=("self_attn.q_norm", "self_attn.k_norm")),
-    "phi3": ModelGraph("Phi-3, Phi-4-mini", _FUSED, value="self_attn.qkv_proj"),
+    "phi3": ModelGraph("Phi-3, Phi-4-mini", _FUSED, value="self_attn.qkv_proj", up="mlp.gate_up_proj"),
 }
 
 

@@ -22,6 +22,7 @@ class ModelGraph:
         attention: the attention module of a block.
         value: the linear layer whose last rows (all of them unless q, k and v are fused) make the values.
         output: the linear layer that reads the heads' outputs.
+        up: the linear layer whose last rows (all of them unless gate and up are fused) are multiplied with the gate's.
         down: the linear layer that reads the feed-forward activations.
         head_norms: norms over head_dim (QK-norm); no rotation touches them.
     """
@@ -32,6 +33,7 @@ class ModelGraph:
     attention: str = "self_attn"
     value: str = "self_attn.v_proj"
     output: str = "self_attn.o_proj"
+    up: str = "mlp.up_proj"
     down: str = "mlp.down_proj"
     head_norms: tuple[str, ...] = ()
     embedding: str = "model.embed_tokens"

@@ -3,9 +3,11 @@
 import torch
 from torch import nn
 
+from dfrot.linalg.rotation import Rotation
 from dfrot.models.families import graph_for
 from dfrot.models.graph import ModelGraph
 from dfrot.models.source import use_torch_norms_
+from dfrot.runtime.blocks import BlockRotation, RotatedNorm
 from dfrot.runtime.kv import install_kv_
 from dfrot.runtime.linear import QuantLinear
 from dfrot.runtime.plan import RuntimePlan
@@ -27,8 +29,17 @@ def install_(model: nn.Module, plan: RuntimePlan) -> None:
 
 def install_linears_(block: nn.Module, graph: ModelGraph, plan: RuntimePlan) -> None:
     """Replace the linear layers of a decoder block for which the plan has something to do, on the meta device."""
+    rotations: dict[str, Rotation | BlockRotation] = dict(plan.online)
+    for site, (size, count) in plan.blocks.items():
+        module = block.get_submodule(site)
+        with torch.device("meta"):
+            blocks = BlockRotation(module.weight.shape[-1], size, count, module.weight.dtype)  # type: ignore
+        if isinstance(module, nn.RMSNorm):
+            block.set_submodule(site, RotatedNorm(module, blocks))
+        else:
+            rotations[site] = blocks
     for name in graph.linears:
-        rotation = plan.online.get(name)
+        rotation = rotations.get(name)
         if rotation is None and not plan.weights.quantizes and not plan.activations.quantizes:
             continue
         linear = block.get_submodule(name)

@@ -8,6 +8,7 @@ from dfrot.linalg.rotation import Rotation
 from dfrot.quant.affine import SCALE_DTYPE, QParams, dequantize, fake_quantize
 from dfrot.quant.packing import pack, packed_width, unpack
 from dfrot.recipe import TensorSpec
+from dfrot.runtime.blocks import BlockRotation
 
 
 class QuantLinear(nn.Module):
@@ -33,7 +34,7 @@ class QuantLinear(nn.Module):
         bias: bool,
         weights: TensorSpec,
         activations: TensorSpec,
-        rotation: Rotation | None,
+        rotation: Rotation | BlockRotation | None,
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
@@ -57,14 +58,19 @@ class QuantLinear(nn.Module):
 
     def prepared(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch in"]:
         """What the weight is multiplied by: the input rotated and quantized."""
-        if self.rotation is not None:
-            x = self.rotation.apply(x)
+        x = self.rotated(x)
         if self.activations.quantizes:
             assert self.activations.clip is not None, "activations have a fixed clip ratio"
             grid, granularity = self.activations.grid, self.activations.token_granularity
             q = fake_quantize(x.detach(), grid, granularity, self.activations.clip)
             x = x + (q - x).detach() if x.requires_grad else q  # rounding passes gradients straight through
         return x
+
+    def rotated(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch in"]:
+        """The input in the basis of the weight."""
+        if self.rotation is None:
+            return x
+        return self.rotation(x) if isinstance(self.rotation, BlockRotation) else self.rotation.apply(x)
 
     def dense_weight(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
         """The weight that the integers stand for."""

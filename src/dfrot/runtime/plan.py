@@ -22,6 +22,8 @@ class RuntimePlan:
         weights, activations, kv: the grids.
         online: linear layer of a block → the rotation of its input.
         keys: the rotation of queries and keys after RoPE, if keys are rotated.
+        blocks: norm or linear layer of a block → size of the blocks, and count, of the block rotations of its output
+            or input. Unlike `online` ones they differ from block to block and are tensors of the checkpoint.
     """
 
     weights: TensorSpec
@@ -29,11 +31,17 @@ class RuntimePlan:
     kv: TensorSpec
     online: Mapping[str, Rotation]
     keys: Rotation | None
+    blocks: Mapping[str, tuple[int, int]]
 
     @staticmethod
-    def of(recipe: Recipe, online: Mapping[str, Rotation], keys: Rotation | None) -> "RuntimePlan":
+    def of(
+        recipe: Recipe,
+        online: Mapping[str, Rotation],
+        keys: Rotation | None,
+        blocks: Mapping[str, tuple[int, int]],
+    ) -> "RuntimePlan":
         spec = recipe.spec
-        return RuntimePlan(spec.weights, spec.activations, spec.kv, dict(online), keys)
+        return RuntimePlan(spec.weights, spec.activations, spec.kv, dict(online), keys, dict(blocks))
 
     def without(self, *kinds: Literal["weights", "activations", "kv"]) -> "RuntimePlan":
         """The plan that leaves these kinds of tensors alone."""
@@ -49,6 +57,7 @@ class RuntimePlan:
             "recipe": recipe.to_json(),
             "online": {name: rotation.describe(tensors, name) for name, rotation in self.online.items()},
             "keys": None if self.keys is None else self.keys.describe(tensors, "keys"),
+            "blocks": {site: list(sizes) for site, sizes in self.blocks.items()},
         }
         assert not tensors, f"format {FORMAT} has no place for the tensors of online rotations: {sorted(tensors)}"
         return record
@@ -64,6 +73,7 @@ class RuntimePlan:
         try:
             online = {name: rotation_from(rotation, {}) for name, rotation in record["online"].items()}
             keys = None if record["keys"] is None else rotation_from(record["keys"], {})
-            return RuntimePlan.of(Recipe.from_json(record["recipe"]), online, keys)
+            blocks = {site: (int(size), int(count)) for site, (size, count) in record["blocks"].items()}
+            return RuntimePlan.of(Recipe.from_json(record["recipe"]), online, keys, blocks)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise UserError(f"this is not the configuration of a dfrot checkpoint: {error}") from error

@@ -9,6 +9,11 @@ so the folded weight is Pᵀ W Q and the folded bias b P. If a norm's gain g sto
 replaced by W diag(g) first: RMSNorm without gain commutes with Q, since ‖x Q‖ = ‖x‖; with a gain it does not. There is
 nothing to centre: RMSNorm subtracts no mean, and subtracting the embedding's is a known mistake.
 
+Smoothing divides the input, rotated so far, by s channel by channel, and what comes next rotates it online, R. The
+layer before, or the norm's gain, does the dividing: it shrinks its output by s, and
+
+    y P = ((x Q) diag(1/s) R) (Pᵀ W Q diag(s) R)ᵀ + b P.
+
 Everything is computed in float64 and cast once, by the caller.
 """
 
@@ -27,27 +32,37 @@ class Fold:
 
     Attributes:
         gain: the gain (in,) of the norm before it.
-        reads: Q, how its input arrives rotated; offline and online rotations together.
-        online: the part of `reads` that the runtime applies to the input just before the layer.
+        reads: Q, how its input arrives rotated.
+        smooth: s (in,), by which its input, so rotated, arrives divided.
+        online: R, which the runtime applies to that just before the layer.
         writes: P, how its output is to leave rotated.
         first_row: `writes` acts on the output rows from here on (the values are the last rows of a fused qkv).
+        shrink: what its last output rows, so rotated, are to leave divided by.
     """
 
     gain: Float[Tensor, " in"] | None = None
     reads: Rotation | None = None
+    smooth: Float[Tensor, " in"] | None = None
     online: Rotation | None = None
     writes: Rotation | None = None
     first_row: int = 0
+    shrink: Float[Tensor, " rows"] | None = None
 
     def weight(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
-        """Pᵀ W diag(g) Q in float64; always a new tensor."""
+        """Pᵀ W diag(g) Q diag(s) R in float64, its last rows shrunk; always a new tensor."""
         w = weight.to(torch.float64, copy=True)
         if self.gain is not None:
             w = w * self.gain.to(w)
         if self.reads is not None:
             w = self.reads.apply(w)
+        if self.smooth is not None:
+            w = w * self.smooth.to(w)
+        if self.online is not None:
+            w = self.online.apply(w)
         if self.writes is not None:
             w[self.first_row :] = self.writes.apply(w[self.first_row :].T).T
+        if self.shrink is not None:
+            w[-len(self.shrink) :] /= self.shrink.to(w)[:, None]
         return w
 
     def bias(self, bias: Float[Tensor, " out"]) -> Float[Tensor, " out"]:
@@ -55,4 +70,11 @@ class Fold:
         b = bias.to(torch.float64, copy=True)
         if self.writes is not None:
             b[self.first_row :] = self.writes.apply(b[self.first_row :])
+        if self.shrink is not None:
+            b[-len(self.shrink) :] /= self.shrink.to(b)
         return b
+
+    def norm_gain(self, gain: Float[Tensor, " in"]) -> Float[Tensor, " in"]:
+        """What is left, in float64, of the gain of the norm before it: ones if it is folded; divided by s."""
+        left = torch.ones_like(gain, dtype=torch.float64) if self.gain is not None else gain.double()
+        return left if self.smooth is None else left / self.smooth.to(left)

@@ -69,20 +69,20 @@ class InvarianceCheck:
         Raises:
             InvarianceError: the folded block computes something else.
         """
-        fused = {norm for norm, readers in self._source.graph.norms.items() if folds[readers[0]].gain is not None}
+        before = {norm: folds[readers[0]] for norm, readers in self._source.graph.norms.items()}
         start = self._hidden if residual is None else residual.apply(self._hidden)
         self.advance(index, block)
         expected = self._hidden if residual is None else residual.apply(self._hidden)
         errors = {}
         for dtype, run in self._run.items():
-            folded = _rebuilt(block, folds, fused, dtype)
+            folded = _rebuilt(block, folds, before, dtype)
             errors[dtype] = _relative(run(folded, index, start.to(dtype)), expected)
         require_fall(f"block {index}", errors[torch.float32], errors[torch.float64])
         return errors[torch.float64]
 
     def advance(self, index: int, block: nn.Module) -> None:
         """Carry the original's hidden states through a block."""
-        original = _rebuilt(block, {name: Fold() for name in self._source.graph.linears}, set(), torch.float64)
+        original = _rebuilt(block, {name: Fold() for name in self._source.graph.linears}, {}, torch.float64)
         self._hidden = self._run[torch.float64](original, index, self._hidden)
 
     def head(
@@ -98,7 +98,7 @@ class InvarianceCheck:
             InvarianceError: the folded head computes something else.
         """
         head = head[:: max(1, head.shape[0] // 1024)]
-        weight = torch.ones_like(norm.weight) if fold.gain is not None else norm.weight
+        weight = fold.norm_gain(norm.weight)
         rotated = self._hidden if residual is None else residual.apply(self._hidden)
         shape, eps = norm.normalized_shape, norm.eps
         expected = nn.functional.rms_norm(self._hidden, shape, norm.weight.double(), eps) @ head.double().T
@@ -110,7 +110,7 @@ class InvarianceCheck:
         return errors[torch.float64]
 
 
-def _rebuilt(block: nn.Module, folds: Mapping[str, Fold], fused: set[str], dtype: torch.dtype) -> nn.Module:
+def _rebuilt(block: nn.Module, folds: Mapping[str, Fold], before: Mapping[str, Fold], dtype: torch.dtype) -> nn.Module:
     """A shallow copy of the block that folds as it runs; the weights are shared with the original."""
     memo = {id(parameter): parameter for parameter in block.parameters()}
     rebuilt = copy.deepcopy(block, memo)
@@ -118,8 +118,9 @@ def _rebuilt(block: nn.Module, folds: Mapping[str, Fold], fused: set[str], dtype
         rebuilt.set_submodule(name, _Folded(rebuilt.get_submodule(name), fold))
     for name in {*(n for n, m in block.named_modules() if isinstance(m, nn.RMSNorm))}:
         norm = copy.deepcopy(block.get_submodule(name)).to(dtype)
-        if name in fused:
-            nn.init.ones_(norm.weight)  # type: ignore[arg-type]
+        if name in before:
+            gain = before[name].norm_gain(block.get_submodule(name).weight)  # type: ignore[arg-type]
+            norm.weight = nn.Parameter(gain.to(dtype), requires_grad=False)
         rebuilt.set_submodule(name, norm)
     return rebuilt
 

@@ -7,20 +7,44 @@
 | queries and keys after RoPE, per head | R3 | online | nothing: scores are unchanged |
 | input of down_proj | R4 | online | down_proj |
 | across heads before o_proj | QuaRot's only | online | o_proj |
+| input of every linear layer | DuQuant's | online; its smoothing folded | that layer; the norm or layer before |
 
 A method fits a `Transforms`; this module says what it means for each linear layer of a block.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dfrot.linalg.rotation import Identity, Kronecker, Rotation, block_diagonal, rotation_from
+from dfrot.linalg.rotation import Identity, Kronecker, Rotation, block_diagonal, block_rotation, rotation_from
 from dfrot.models.graph import Config, ModelGraph, head_dim, value_width
 from dfrot.transform.fold import Fold
+
+SITES = ("residual", "values", "keys", "ffn", "heads")
+_PARTS = ("smooth", "matrices", "orders")
+
+
+@dataclass(frozen=True, eq=False)
+class InputTransform:
+    """x ↦ (x / s) B₁ P₁ B₂ … for the layers that read one input: DuQuant's.
+
+    Attributes:
+        smooth: s, (in,).
+        matrices: (count, block, block), each a block that is repeated along the diagonal of one B.
+        orders: (count − 1, in), the permutations between them.
+    """
+
+    smooth: Float[Tensor, " in"] | None
+    matrices: Float[Tensor, "count block block"]
+    orders: Int[Tensor, "between in"]
+
+    @property
+    def rotation(self) -> Rotation:
+        return block_rotation(self.matrices, self.orders)
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +57,7 @@ class Transforms:
         keys: R3, of size head_dim, applied at run time to queries and keys.
         ffn: R4, of size intermediate_size, applied at run time.
         heads: the rotation over the head index, of size num_attention_heads, applied at run time.
+        inputs: for each block, the first layer of a stage → what is done to the input of the stage's layers.
     """
 
     residual: Rotation | None = None
@@ -40,16 +65,48 @@ class Transforms:
     keys: Rotation | None = None
     ffn: Rotation | None = None
     heads: Rotation | None = None
+    inputs: tuple[Mapping[str, InputTransform], ...] = ()
 
     def describe(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
         """JSON that `from_description` turns back into this; tensors are put into `tensors`."""
-        rotations = {site.name: getattr(self, site.name) for site in fields(self)}
-        return {site: rotation and rotation.describe(tensors, site) for site, rotation in rotations.items()}
+        described: dict[str, Any] = {}
+        for site in SITES:
+            rotation = getattr(self, site)
+            described[site] = rotation and rotation.describe(tensors, site)
+        for index, stages in enumerate(self.inputs):
+            for stage, transform in stages.items():
+                parts = {part: getattr(transform, part) for part in _PARTS}
+                tensors.update(
+                    {f"{index}.{stage}.{part}": tensor for part, tensor in parts.items() if tensor is not None}
+                )
+        return {**described, "inputs": [list(stages) for stages in self.inputs]}
 
     @staticmethod
     def from_description(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "Transforms":
         """Raises ValueError if it describes no transforms."""
-        return Transforms(**{site: record and rotation_from(record, tensors) for site, record in description.items()})
+        rotations = {site: (record := description[site]) and rotation_from(record, tensors) for site in SITES}
+        inputs = tuple(
+            {stage: InputTransform(*(tensors.get(f"{index}.{stage}.{part}") for part in _PARTS)) for stage in stages}  # type: ignore[arg-type]
+            for index, stages in enumerate(description["inputs"])
+        )
+        return Transforms(**rotations, inputs=inputs)
+
+    def blocks(self, graph: ModelGraph) -> dict[str, tuple[int, int]]:
+        """Where the runtime applies the rotations of `inputs`: size of the blocks and how many, by norm or layer."""
+        stages = self.inputs[0] if self.inputs else {}
+        return {
+            graph.norm_before(stage) or stage: (transform.matrices.shape[-1], len(transform.matrices))
+            for stage, transform in stages.items()
+        }
+
+    def online_tensors(self, index: int, graph: ModelGraph, dtype: torch.dtype) -> dict[str, Tensor]:
+        """What the checkpoint keeps of the rotations of one block's inputs, by the names of the runtime's modules."""
+        tensors = {}
+        for stage, transform in (self.inputs[index] if self.inputs else {}).items():
+            site = f"{graph.norm_before(stage) or stage}.rotation"
+            tensors[f"{site}.matrices"] = transform.matrices.to(dtype)
+            tensors[f"{site}.orders"] = transform.orders.to(torch.int32)
+        return tensors
 
     def online(self, graph: ModelGraph, config: Config) -> dict[str, Rotation]:
         """The rotations that the runtime applies to the inputs of linear layers."""
@@ -60,13 +117,21 @@ class Transforms:
             found[graph.output] = Kronecker(self.heads, Identity(head_dim(config)))
         return found
 
-    def folds(self, graph: ModelGraph, config: Config, gains: Mapping[str, Tensor]) -> dict[str, Fold]:
-        """What every linear layer of a block absorbs.
+    def folds(self, index: int, graph: ModelGraph, config: Config, gains: Mapping[str, Tensor]) -> dict[str, Fold]:
+        """What every linear layer of block `index` absorbs.
 
         Args:
             gains: the gain of each norm of the block.
         """
         online = self.online(graph, config)
+        smooth: dict[str, Tensor | None] = {}
+        for stage in graph.stages if self.inputs else ():
+            transform = self.inputs[index][stage[0]]
+            online |= dict.fromkeys(stage, transform.rotation)
+            smooth |= dict.fromkeys(stage, transform.smooth)
+        shrink = {graph.up: smooth.get(graph.down)}
+        if (of_heads := smooth.get(graph.output)) is not None:  # the same for all heads that read one value head
+            shrink[graph.value] = of_heads.view(config.num_key_value_heads, -1, head_dim(config))[:, 0].flatten()
         per_head = None
         if self.values is not None:
             per_head = block_diagonal(self.values, config.num_attention_heads)
@@ -80,34 +145,32 @@ class Transforms:
                 first_row = -value_width(config)
             folds[name] = Fold(
                 gain=gains[norm] if norm and self.residual is not None else None,
-                reads=_product(offline, online.get(name)),
+                reads=offline,
+                smooth=smooth.get(name),
                 online=online.get(name),
                 writes=writes,
                 first_row=first_row,
+                shrink=shrink.get(name),
             )
         return folds
 
 
-def _product(first: Rotation | None, second: Rotation | None) -> Rotation | None:
-    if first is None or second is None:
-        return first or second
-    return first @ second
-
-
-def block_folds(transforms: Transforms, graph: ModelGraph, config: Config, block: nn.Module) -> dict[str, Fold]:
+def block_folds(
+    transforms: Transforms, index: int, graph: ModelGraph, config: Config, block: nn.Module
+) -> dict[str, Fold]:
     """The folds of one block, its norms' gains included."""
     gains: dict[str, Tensor] = {norm: block.get_submodule(norm).weight for norm in graph.norms}  # type: ignore[misc]
-    return transforms.folds(graph, config, gains)
+    return transforms.folds(index, graph, config, gains)
 
 
 def fold_block_(block: nn.Module, folds: Mapping[str, Fold], graph: ModelGraph, dtype: torch.dtype) -> None:
-    """Fold everything into a block's weights: computed in float64, cast once to `dtype`; folded gains become 1."""
+    """Fold everything into a block's weights and norms: computed in float64, cast once to `dtype`."""
     for name, fold in folds.items():
         linear = block.get_submodule(name)
         linear.weight = nn.Parameter(fold.weight(linear.weight.data).to(dtype), requires_grad=False)  # type: ignore[arg-type]
         if linear.bias is not None:
             linear.bias = nn.Parameter(fold.bias(linear.bias.data).to(dtype), requires_grad=False)  # type: ignore[arg-type]
-    for norm, readers in graph.norms.items():
-        if folds[readers[0]].gain is not None:
-            nn.init.ones_(block.get_submodule(norm).weight)  # type: ignore[arg-type]
+    for name, readers in graph.norms.items():
+        norm = block.get_submodule(name)
+        norm.weight = nn.Parameter(folds[readers[0]].norm_gain(norm.weight), requires_grad=False)  # type: ignore[arg-type]
     block.to(dtype)

@@ -72,9 +72,7 @@ class CalibrationStream:
 
     def block(self, index: int, tensors: dict[str, Tensor], plan: RuntimePlan) -> nn.Module:
         """Block `index` as `plan` computes it."""
-        block = self.source.empty_block(index)
-        install_linears_(block, self.source.graph, plan)
-        return loaded(block, tensors).to(self.states.dtype).to(self.device)
+        return runtime_block(self.source, index, tensors, plan).to(self.states.dtype).to(self.device)
 
     def inputs(self, index: int, block: nn.Module, linear: str) -> Iterator[Float[Tensor, "1 seq_len in"]]:
         """What one linear layer of the block at hand reads, for every sequence.
@@ -126,6 +124,13 @@ class CalibrationStream:
             yield
         finally:
             block.set_submodule(graph.attention, attention)
+
+
+def runtime_block(source: Source, index: int, tensors: dict[str, Tensor], plan: RuntimePlan) -> nn.Module:
+    """Block `index` with the runtime's modules."""
+    block = source.empty_block(index)
+    install_linears_(block, source.graph, plan)
+    return loaded(block, tensors)
 
 
 class _Attended(nn.Module):

@@ -1,0 +1,164 @@
+"""DuQuant: distributing outliers via dual transformation (Lin et al. 2024, arXiv 2406.01721).
+
+Outliers sit in few channels, and where they sit is known from a sample of text. So for the input x (tokens, in) of
+every linear layer, first move part of the channels' sizes into the weight, then rotate so that the largest channel is
+spread over its block, deal the channels to the blocks so that all blocks get their share, and rotate again (§3.2):
+
+    x Wᵀ = (x Λ⁻¹ B₁ P B₂) (W Λ B₁ P B₂)ᵀ.
+
+Λ        smoothing, s_j = max|x_j|^α / max|w_j|^(1−α), divided out by the norm or the layer before.
+B₁, B₂   block-diagonal, one orthogonal matrix for all blocks, found greedily: again and again the channel with the
+         largest entry is spread evenly over the block, at most 256 times; the steps up to the smallest peak are kept.
+P        the zigzag permutation: channels sorted by their largest entry are dealt to blocks 1 … K, K … 1, 1 … K.
+
+The rotations run online, once for the layers that read the same input. Smoothing costs nothing.
+
+Divergences. The released code takes the token (row) of the largest entry for the channel to spread; the paper means the
+channel (column), and so do we. It gives up on smoothing grouped-query values silently; here the heads that share a
+value head share its s. Its online Hadamard of queries and keys mixes neighbouring tokens where heads are smaller than
+128; ours is QuaRot's, per head. Everything is fitted to the first calibration sequence.
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dfrot.linalg.rotation import Dense, block_diagonal, random_orthogonal
+from dfrot.methods.context import Context
+from dfrot.methods.quarot import hadamard, random_rotation
+from dfrot.models.graph import head_dim
+from dfrot.models.stream import BlockRunner, captured_inputs
+from dfrot.progress import track
+from dfrot.recipe import LWC, DuQuant
+from dfrot.transform.sites import InputTransform, Transforms, block_folds, fold_block_
+
+SMALLEST = 1e-5  # of a smoothing factor: a channel that is never used
+
+
+def duquant(context: Context) -> Transforms:
+    """Smoothing and block rotations for the inputs of all linear layers, around QuaRot's R3.
+
+    Raises:
+        UserError: no Hadamard matrix has the size of a head, and keys are to be quantized.
+    """
+    options, source, device = context.recipe.method, context.source, context.device
+    assert isinstance(options, DuQuant), "fitted with the options of another method"
+    keys = hadamard("one head", head_dim(source.config)) if context.recipe.spec.kv.quantizes else None
+    base = Transforms(keys=keys)
+    if options.base == "quarot":
+        base = Transforms(random_rotation(context, "hadamard"), hadamard("one head", head_dim(source.config)), keys)
+    alpha = options.alpha if options.alpha is not None else 0.5 if isinstance(context.recipe.weights, LWC) else 0.6
+
+    graph, config, generator = source.graph, source.config, context.generator()
+    token_ids = context.calibration()[:1]
+    hidden = source.embedding()[token_ids].double()
+    hidden = (hidden if base.residual is None else base.residual.apply(hidden)).float().to(device)
+    run = BlockRunner(source, hidden)
+    inputs, peaks = [], []
+    for index in track(range(source.num_blocks), "fitting rotations"):
+        block = source.block(index).to(device)
+        fold_block_(block, block_folds(base, index, graph, config, block), graph, torch.float32)
+        with captured_inputs({stage[0]: block.get_submodule(stage[0]) for stage in graph.stages}) as seen:
+            hidden = run(block, index, hidden)
+        transforms = {}
+        for stage in graph.stages:
+            x = torch.cat(seen[stage[0]]).flatten(0, -2)  # (tokens, in)
+            w = torch.cat([block.get_submodule(name).weight for name in stage])  # type: ignore[misc]
+            shared = config.num_key_value_heads if stage[0] == graph.output else None
+            smooth = smoothing(x, w, alpha, shared, head_dim(config)) if options.smooth else None
+            x = x if smooth is None else x / smooth
+            transforms[stage[0]] = InputTransform(smooth, *block_rotations(x, options, generator))
+            rotated = transforms[stage[0]].rotation.apply(x)
+            peaks.append(
+                {
+                    "block": index,
+                    "input": stage[0],
+                    "block_size": transforms[stage[0]].matrices.shape[-1],
+                    "before": float(x.abs().max()),
+                    "after": float(rotated.abs().max()),
+                }
+            )
+        inputs.append(transforms)
+    context.notes["peaks"] = peaks
+    return Transforms(base.residual, base.values, base.keys, inputs=tuple(inputs))
+
+
+def smoothing(
+    x: Float[Tensor, "tokens in"], w: Float[Tensor, "out in"], alpha: float, groups: int | None, head: int
+) -> Float[Tensor, " in"]:
+    """s_j = max|x_j|^α / max|w_j|^(1−α) (SmoothQuant, arXiv 2211.10438, Eq. 4).
+
+    Args:
+        groups: if x are the outputs of heads, how many value heads there are; heads that read the same share s.
+    """
+    of_x, of_w = x.abs().amax(0), w.abs().amax(0)
+    if groups is not None:
+        of_x, of_w = (peak.view(groups, -1, head).amax(1) for peak in (of_x, of_w))  # (groups, head)
+    s = (of_x.clamp(min=SMALLEST) ** alpha / of_w.clamp(min=SMALLEST) ** (1 - alpha)).clamp(min=SMALLEST)
+    return s if groups is None else s[:, None].expand(-1, x.shape[1] // s.numel(), -1).flatten()
+
+
+def block_rotations(
+    x: Float[Tensor, "tokens in"], options: DuQuant, generator: torch.Generator
+) -> tuple[Float[Tensor, "count block block"], Int[Tensor, "between in"]]:
+    """B₁, B₂, … and the permutations between them."""
+    width = x.shape[1]
+    size = block_size(width, options.block)
+    matrices, orders = [], []
+    for number in range(options.permutations + 1):
+        if number:
+            orders.append(zigzag(x.abs().amax(0), width // size))
+            x = x[:, orders[-1]]
+        matrices.append(greedy_rotation(x.unflatten(-1, (-1, size)).flatten(0, 1), options.greedy_steps, generator))
+        x = block_diagonal(Dense(matrices[-1]), width // size).apply(x)
+    empty = torch.empty(0, width, dtype=torch.int64, device=x.device)
+    return torch.stack(matrices), torch.stack(orders) if orders else empty
+
+
+def block_size(width: int, wanted: int) -> int:
+    """`wanted` if it divides the width, else the largest power of two that does and is smaller."""
+    if width % wanted == 0:
+        return wanted
+    return min(width & -width, 1 << (wanted.bit_length() - 1))
+
+
+def zigzag(peaks: Float[Tensor, " in"], blocks: int) -> Int[Tensor, " in"]:
+    """The order that deals channels, largest first, to blocks 1 … K, K … 1, and so on; y[j] = x[order[j]]."""
+    dealt = torch.argsort(peaks, descending=True, stable=True).view(-1, blocks)  # (round, block)
+    dealt[1::2] = dealt[1::2].flip(1)
+    return dealt.T.flatten()
+
+
+def greedy_rotation(
+    x: Float[Tensor, "rows block"], steps: int, generator: torch.Generator
+) -> Float[Tensor, "block block"]:
+    """The product of the first so many spreading steps that leaves the smallest max |x B|, in float64."""
+    size = x.shape[1]
+    best = product = torch.eye(size, dtype=torch.float64, device=x.device)
+    least = x.abs().max()
+    # A rotated row has an entry of at least its norm / √size, so rows shorter than that of the longest never matter.
+    lengths = x.norm(dim=1)
+    x = x[lengths >= lengths.max() / size**0.5 * (1 - 1e-6)]
+    spread = spreading(size, generator).to(x.device)
+    for _ in range(steps):
+        channel = int(x.abs().amax(0).argmax())
+        step = spread.clone()
+        step[[0, channel]] = step[[channel, 0]]
+        step[:, [0, channel]] = step[:, [channel, 0]]
+        x, product = x @ step.to(x.dtype), product @ step
+        if (peak := x.abs().max()) < least:
+            best, least = product, peak
+    return best
+
+
+def spreading(size: int, generator: torch.Generator) -> Float[Tensor, "size size"]:
+    """An orthogonal matrix whose first row is 1/√size everywhere, random otherwise; float64.
+
+    The reflection that takes the first axis to the diagonal, after a random rotation of all the other axes.
+    """
+    normal = torch.full((size,), -(size**-0.5), dtype=torch.float64)
+    normal[0] += 1
+    reflection = torch.eye(size, dtype=torch.float64) - 2 * torch.outer(normal, normal) / normal.dot(normal)
+    others = torch.eye(size, dtype=torch.float64)
+    others[1:, 1:] = random_orthogonal(size - 1, generator).as_matrix()
+    return others @ reflection
