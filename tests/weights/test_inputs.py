@@ -57,15 +57,24 @@ def inputs_of(model: nn.Module, name: str, tokens: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)
+@pytest.mark.parametrize("method", ["quarot", "duquant"])
 @pytest.mark.parametrize(
     ("weights", "spec"), [("gptq", "w4a16kv16"), ("lwc", "w4a4kv16")], ids=["gptq-w4a16", "lwc-w4a4"]
 )
 def test_the_stream_ends_where_the_checkpoint_does(
-    tiny: Tiny, tmp_path: Path, text_file: Path, seen: dict[str, Any], architecture: str, weights: str, spec: str
+    tiny: Tiny,
+    tmp_path: Path,
+    text_file: Path,
+    seen: dict[str, Any],
+    architecture: str,
+    method: str,
+    weights: str,
+    spec: str,
 ) -> None:
     """GPTQ's stream leaves activations alone, so the checkpoint it is compared with does; that of LWC does not."""
-    options = {"epochs": 1} if weights == "lwc" else {}
-    run(tiny, text_file, tmp_path / "out", architecture, method="quarot", weights=weights, spec=spec, **options)
+    options: dict[str, Any] = {"epochs": 1} if weights == "lwc" else {}
+    options |= {"greedy_steps": 4} if method == "duquant" else {}
+    run(tiny, text_file, tmp_path / "out", architecture, method=method, weights=weights, spec=spec, **options)
     model, _ = dfrot.load(tmp_path / "out")
     torch.testing.assert_close(seen["stream"].states, inputs_of(model, "model.norm", seen["tokens"]))
 
