@@ -22,6 +22,7 @@ from typing import Any
 
 import dfrot
 from dfrot.evaluation.run import evaluate
+from dfrot.memory import keep_freed_memory
 from dfrot.results import Record, append_records
 from dfrot.texts import text_label
 
@@ -184,6 +185,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="of these rows (default all)")
     parser.add_argument("--seeds", type=int, default=3, help="at most; rows that vary little have one")
     arguments = parser.parse_args()
+    keep_freed_memory()
     cells = Cells(arguments.out, arguments.model, arguments.calib, arguments.ppl)
     tables = [
         (max_tokens, {name: row for name, row in rows.items() if not arguments.only or name in arguments.only})

@@ -17,6 +17,7 @@ from rich.table import Table
 
 import dfrot
 from dfrot.evaluation.run import evaluate
+from dfrot.memory import keep_freed_memory
 from dfrot.results import Record, append_records
 
 MODEL, TEXT = "smollm2-135m", "pydoc"
@@ -73,6 +74,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="directory for checkpoints and results")
     parser.add_argument("--max-tokens", type=int, default=8192, help="tokens of text to measure on (default 8192)")
     arguments = parser.parse_args()
+    keep_freed_memory()
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.jsonl").unlink(missing_ok=True)

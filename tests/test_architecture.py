@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "dfrot"
 # A module may import from its own floor's packages only itself, and anything from the floors below.
 FLOORS = [
-    {"errors", "progress", "version", "linalg", "quant"},
+    {"errors", "memory", "progress", "version", "linalg", "quant"},
     {"recipe"},
     {"models"},
     {"texts", "transform", "runtime"},

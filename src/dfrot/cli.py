@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dfrot.errors import EnvironmentFault, UserError
+from dfrot.memory import keep_freed_memory
 from dfrot.version import __version__
 
 if TYPE_CHECKING:
@@ -265,6 +266,7 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments == ["--version"]:
         out.print(f"dfrot {__version__}")
         return 0
+    keep_freed_memory()
     warnings.showwarning = _show_warning  # type: ignore[assignment]
     command: Any = tyro.extras.subcommand_cli_from_dict(
         COMMANDS,  # type: ignore[arg-type]

@@ -1,6 +1,7 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -79,7 +80,7 @@ def test_a_block_that_does_not_divide_becomes_the_largest_power_of_two_that_does
 
 
 def test_peaks_before_and_after_are_in_the_notes(tiny: Callable[[str], Path], text_file: Path, tmp_path: Path) -> None:
-    words = {"calib": str(text_file), "calib_tokens": 32, "block": 16}
+    words: dict[str, Any] = {"calib": str(text_file), "calib_tokens": 32, "block": 16}
     report = dfrot.quantize(tiny("llama"), Recipe.parse("duquant", "rtn", preset="duquant", **words), tmp_path / "out")
     assert len(report.notes["peaks"]) == 2 * 4
     assert all(peak["after"] <= peak["before"] for peak in report.notes["peaks"])
