@@ -11,7 +11,7 @@ if sys.argv[1] == "keep":
     keep_freed_memory()
 before = None
 for _ in range(20):
-    torch.ones(4 << 20)  # 16 MB
+    torch.ones(16 << 20)  # 64 MB
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt if before is None else before
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
