@@ -47,19 +47,19 @@ def measured(out: Path, method: str, weights: str, spec: str, max_tokens: int) -
 
 def table_of(records: list[Record]) -> Table:
     table = Table(title=f"{MODEL}, perplexity on {TEXT} (lower is better)", box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("spec", "method", "weights", "perplexity", "MB", "bits/weight", "KV B/token", "s"):
-        table.add_column(heading, justify="left" if heading in ("spec", "method", "weights") else "right", no_wrap=True)
+    for heading in ("spec", "recipe", "perplexity", "MB", "bits/weight", "KV B/token", "s"):
+        table.add_column(heading, justify="left" if heading in ("spec", "recipe") else "right", no_wrap=True)
     previous = None
     for record in records:
-        recipe = record.recipe or {"spec": "—", "method": "unquantized", "weights": "—"}
+        recipe = record.recipe or {"spec": "—", "method": "unquantized", "weights": None}
+        weights = "" if recipe["weights"] is None or recipe["spec"].startswith("w16") else f" {recipe['weights']}"
         if previous not in (None, recipe["spec"]):
             table.add_section()
         previous = recipe["spec"]
         perplexity = record.metrics[f"ppl/{TEXT}"]
         table.add_row(
             recipe["spec"],
-            recipe["method"],
-            recipe["weights"] if not recipe["spec"].startswith("w16") else "—",
+            recipe["method"] + weights,
             f"{perplexity:.2f}" if perplexity < 1000 else f"{perplexity:.0f}",
             f"{record.size['weight_bytes'] / 1e6:.0f}",
             f"{record.size['decoder_bits_per_weight']:.2f}",
