@@ -112,7 +112,8 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
 def test_interrupting_says_how_to_resume_and_resuming_finishes(tiny: Tiny, tmp_path: Path) -> None:
     """Ctrl-C in the middle, sent to a real process that has written its first shard."""
     pause = (
-        "import time, sys\n"
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job in the background inherits that it is ignored
         "from dfrot import cli, pipeline\n"
         "pipeline.quantize_block = lambda *_: time.sleep(60)\n"
         "sys.exit(cli.main(sys.argv[1:]))\n"
