@@ -113,7 +113,7 @@ def test_interrupting_says_how_to_resume_and_resuming_finishes(tiny: Tiny, tmp_p
     """Ctrl-C in the middle, sent to a real process that has written its first shard."""
     pause = (
         "import signal, sys, time\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job in the background inherits that it is ignored
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # background jobs inherit that it is ignored
         "from dfrot import cli, pipeline\n"
         "pipeline.quantize_block = lambda *_: time.sleep(60)\n"
         "sys.exit(cli.main(sys.argv[1:]))\n"
