@@ -1,6 +1,6 @@
 """The command line: parse, call one library function, print.
 
-Everything heavy is imported inside the commands, so that `dfrot --help` answers at once.
+What only one command needs is imported inside it.
 """
 
 import json

@@ -184,8 +184,7 @@ def _quantize_blocks(
     fuses = transforms.residual is not None
     fold = Fold(gain=norm.weight if fuses else None, reads=transforms.residual)
     report.invariance = max(report.invariance, check.head(norm, head, fold, transforms.residual))
-    gain: Tensor = torch.ones_like(norm.weight) if fuses else norm.weight
-    last = {f"{source.graph.final_norm}.weight": gain.to(stored)}
+    last = {f"{source.graph.final_norm}.weight": fold.norm_gain(norm.weight).to(stored)}
     if not _stays_tied(source, transforms):
         last[f"{source.graph.head}.weight"] = _fold_rows(head, fold, stored, context.device)
     writer.write(source.num_blocks + 1, last)

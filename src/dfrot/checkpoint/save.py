@@ -82,7 +82,7 @@ class CheckpointWriter:
     def read(self, number: int) -> dict[str, Tensor]:
         """The tensors of a shard that is there."""
         with open_safetensors(self._shard(number)) as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 — safe_open is no mapping
+            return _tensors(file)
 
     def write(self, number: int, tensors: dict[str, Tensor], notes: dict[str, Any] | None = None) -> None:
         """Write one shard, durably, under its final name.
@@ -96,11 +96,14 @@ class CheckpointWriter:
         self._begin()
         if notes:
             write_json(self._notes(number), notes)
+        self._save(self._shard(number), tensors, {"format": "pt"})
+
+    def _save(self, path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
         ready = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        temporary = self._shard(number).with_suffix(".tmp")
+        temporary = path.with_suffix(".tmp")
         with _faults(self.path, temporary):
-            save_file(ready, temporary, metadata={"format": "pt"})
-            _publish(temporary, self._shard(number))
+            save_file(ready, temporary, metadata=metadata)
+            _publish(temporary, path)
 
     def _begin(self) -> None:
         """Make the directory, or clear it if it is to be replaced, and say in it which run it belongs to."""
@@ -122,11 +125,7 @@ class CheckpointWriter:
             EnvironmentFault: it cannot be written.
         """
         self._begin()
-        ready = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        temporary = self.path / f"{FIT_FILE}.tmp"
-        with _faults(self.path, temporary):
-            save_file(ready, temporary, metadata={"record": json.dumps(record)})
-            _publish(temporary, self.path / FIT_FILE)
+        self._save(self.path / FIT_FILE, tensors, {"record": json.dumps(record)})
 
     def load_fit(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         """What `save_fit` kept, if this run resumes one that got so far."""
@@ -134,7 +133,7 @@ class CheckpointWriter:
         if self._replaced or not path.is_file():
             return None
         with open_safetensors(path) as file:
-            return json.loads(file.metadata()["record"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return json.loads(file.metadata()["record"]), _tensors(file)
 
     def finish(self, config: dict[str, Any], notes: dict[str, Any]) -> None:
         """Write notes (if any), index and config; only now the directory is a checkpoint.
@@ -154,6 +153,10 @@ class CheckpointWriter:
         write_json(self.path / "config.json", config)
         for path in (*map(self._notes, range(self._num_shards)), self.path / FIT_FILE, self.path / RUN_FILE):
             path.unlink(missing_ok=True)
+
+
+def _tensors(file: Any) -> dict[str, Tensor]:
+    return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 — safe_open is no mapping
 
 
 def is_ours(path: Path) -> bool:

@@ -121,8 +121,7 @@ def gptq(
         wanted[stop:].addmm_(factor.upper[start:stop, stop:].T, error[start:stop])
     loss = factor.diagonal @ wanted.square_() - factor.added * error.square_().sum(0)
     loss.clamp_(min=0)  # a difference of rounded sums
-    original = torch.empty_like(factor.order).scatter_(0, factor.order, torch.arange(in_features).to(factor.order))
-    return codes[original].T.to(torch.int8 if grid.symmetric else torch.uint8), loss
+    return codes[torch.argsort(factor.order)].T.to(torch.int8 if grid.symmetric else torch.uint8), loss
 
 
 def _nearest(w: Tensor, scale: Tensor, zero: Tensor | None, grid: IntGrid, code: Tensor) -> Tensor:

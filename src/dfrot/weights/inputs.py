@@ -59,10 +59,6 @@ class CalibrationStream:
         self._kept: set[int] = set()  # of these sequences
         self.run = BlockRunner(source, self.states[:1].to(device))
 
-    @property
-    def tokens(self) -> int:
-        return self.states.shape[0] * self.states.shape[1]
-
     def __len__(self) -> int:
         return len(self.states)
 
@@ -150,9 +146,8 @@ def _allocated(shape: tuple[int, ...], dtype: torch.dtype, folder: Path | None) 
     size = torch.Size(shape).numel()
     try:
         with tempfile.NamedTemporaryFile(dir=folder) as file:  # without a name, but there, until the tensor is gone
-            os.posix_fallocate(
-                file.fileno(), 0, size * dtype.itemsize
-            )  # a full disk is an error now, not a SIGBUS later
+            # a full disk is an error now, not a SIGBUS later
+            os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)
             return torch.from_file(file.name, shared=True, size=size, dtype=dtype).view(shape)
     except OSError as error:
         raise EnvironmentFault(
