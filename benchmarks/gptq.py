@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dfrot.progress import track
 from dfrot.quant.affine import QParams, choose_qparams, dequantize, quantize
-from dfrot.recipe import TensorSpec
+from dfrot.spec import TensorSpec
 from dfrot.weights.gptq import factorize, gptq, layer_loss
 
 SPEC, DAMPING = TensorSpec(4, symmetric=True), 0.01

@@ -20,8 +20,8 @@ from dfrot.methods.context import Context
 from dfrot.methods.dfrot import ORDINARY_TOKENS, SOLVERS, refine, squared_errors
 from dfrot.methods.sample import Sample, Sampler, sample_norm_outputs
 from dfrot.models.source import open_source
-from dfrot.recipe import TensorSpec
 from dfrot.results import peak_rss_bytes
+from dfrot.spec import TensorSpec
 from dfrot.texts import calibration_blocks, read_text
 
 QUANTIZER = TensorSpec(4, symmetric=False, clip=0.9)

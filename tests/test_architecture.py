@@ -13,6 +13,7 @@ PACKAGE = ROOT / "src" / "dfrot"
 # A module may import from its own floor's packages only itself, and anything from the floors below.
 FLOORS = [
     {"errors", "memory", "progress", "version", "linalg", "quant"},
+    {"spec"},
     {"recipe"},
     {"models"},
     {"texts", "transform", "runtime"},

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dfrot.errors import UserError
-from dfrot.recipe import DFRot, Recipe, Spec
+from dfrot.recipe import DFRot, Recipe
+from dfrot.spec import Spec
 
 BITS = st.sampled_from([2, 3, 4, 5, 6, 7, 8, 16])
 

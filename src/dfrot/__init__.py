@@ -7,7 +7,8 @@ from dfrot.checkpoint.load import load
 from dfrot.errors import EnvironmentFault, UserError
 from dfrot.evaluation.perplexity import perplexity
 from dfrot.pipeline import Report, quantize
-from dfrot.recipe import Recipe, Spec
+from dfrot.recipe import Recipe
+from dfrot.spec import Spec
 
 __all__ = [
     "EnvironmentFault",

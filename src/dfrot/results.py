@@ -17,7 +17,8 @@ from dfrot.errors import UserError
 from dfrot.models.graph import head_dim
 from dfrot.models.source import read_config, stored_tensors, weight_files
 from dfrot.quant.packing import packed_width
-from dfrot.recipe import Recipe, TensorSpec
+from dfrot.recipe import Recipe
+from dfrot.spec import TensorSpec
 from dfrot.version import __version__
 
 SCHEMA = 1

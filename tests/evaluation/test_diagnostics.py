@@ -7,7 +7,7 @@ import torch
 
 import dfrot
 from dfrot.evaluation.diagnostics import massive_positions, massive_unquantized, perplexity_with_massive_unquantized
-from dfrot.recipe import TensorSpec
+from dfrot.spec import TensorSpec
 
 Tiny = Callable[[str], Path]
 BLOCKS = torch.randint(1, 96, (2, 30), generator=torch.Generator().manual_seed(2))

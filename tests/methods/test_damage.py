@@ -9,7 +9,7 @@ from dfrot.linalg.rotation import random_hadamard
 from dfrot.methods.context import Context
 from dfrot.methods.damage import kl_divergences
 from dfrot.models.source import open_source
-from dfrot.recipe import TensorSpec
+from dfrot.spec import TensorSpec
 
 Tiny = Callable[[str], Path]
 TOKENS = torch.randint(1, 96, (2, 24), generator=torch.Generator().manual_seed(7))

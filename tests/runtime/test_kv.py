@@ -11,9 +11,9 @@ from dfrot.linalg.rotation import Hadamard
 from dfrot.models.source import read_config
 from dfrot.quant.affine import fake_quantize
 from dfrot.quant.grids import IntGrid, PerToken
-from dfrot.recipe import TensorSpec
 from dfrot.results import kv_bytes_per_token
 from dfrot.runtime.kv import KVQuantizer, QuantizedLayer
+from dfrot.spec import TensorSpec
 
 Tiny = Callable[[str], Path]
 SPEC = TensorSpec(4, symmetric=False, clip=0.95)

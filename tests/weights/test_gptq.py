@@ -8,7 +8,8 @@ from torch import Tensor
 import dfrot
 from dfrot.errors import UserError
 from dfrot.quant.affine import QParams, dequantize, quantize
-from dfrot.recipe import Recipe, TensorSpec
+from dfrot.recipe import Recipe
+from dfrot.spec import TensorSpec
 from dfrot.weights.gptq import factorize, gptq, layer_loss, never_worse
 from dfrot.weights.rtn import weight_qparams
 

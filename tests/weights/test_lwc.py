@@ -7,7 +7,8 @@ import torch
 
 import dfrot
 from dfrot.quant.affine import SCALE_DTYPE, dequantize
-from dfrot.recipe import Recipe, TensorSpec
+from dfrot.recipe import Recipe
+from dfrot.spec import TensorSpec
 from dfrot.weights.lwc import ClippedWeight
 from dfrot.weights.rtn import rtn
 

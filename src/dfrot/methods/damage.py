@@ -17,7 +17,7 @@ from dfrot.methods.context import Context
 from dfrot.models.stream import BlockRunner
 from dfrot.progress import track
 from dfrot.quant.affine import fake_quantize
-from dfrot.recipe import TensorSpec
+from dfrot.spec import TensorSpec
 
 _LOGIT_POSITIONS = 256
 

@@ -51,7 +51,8 @@ from dfrot.methods.quarot import around, random_rotation
 from dfrot.methods.sample import Sample, sample_norm_outputs
 from dfrot.progress import track
 from dfrot.quant.affine import fake_quantize
-from dfrot.recipe import DFRot, TensorSpec
+from dfrot.recipe import DFRot
+from dfrot.spec import TensorSpec
 from dfrot.transform.sites import Transforms
 
 PAPER_QUANTIZER = TensorSpec(bits=4, symmetric=True, clip=1.0)

@@ -26,7 +26,7 @@ from transformers.masking_utils import sdpa_mask
 from dfrot.linalg.rotation import Rotation
 from dfrot.quant.affine import SCALE_DTYPE, QParams, choose_qparams, dequantize, quantize
 from dfrot.quant.packing import pack, unpack
-from dfrot.recipe import TensorSpec
+from dfrot.spec import TensorSpec
 
 ATTENTION = "dfrot"
 

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from dfrot.linalg.rotation import Rotation
 from dfrot.quant.affine import SCALE_DTYPE, QParams, dequantize, fake_quantize
 from dfrot.quant.packing import pack, packed_width, unpack
-from dfrot.recipe import TensorSpec
 from dfrot.runtime.blocks import BlockRotation
+from dfrot.spec import TensorSpec
 
 
 class QuantLinear(nn.Module):

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from dfrot.errors import UserError
 from dfrot.linalg.rotation import Rotation, rotation_from
-from dfrot.recipe import UNQUANTIZED, Recipe, TensorSpec
+from dfrot.recipe import Recipe
+from dfrot.spec import UNQUANTIZED, TensorSpec
 
 FORMAT = 2  # raised when older readers would misread a checkpoint
 

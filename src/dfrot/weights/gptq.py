@@ -25,7 +25,8 @@ from torch import Tensor
 from dfrot.errors import UserError
 from dfrot.quant.affine import QParams, dequantize, quantize
 from dfrot.quant.grids import IntGrid, PerGroup
-from dfrot.recipe import GPTQ, TensorSpec
+from dfrot.recipe import GPTQ
+from dfrot.spec import TensorSpec
 from dfrot.weights.inputs import BlockTask
 from dfrot.weights.rtn import weight_qparams
 

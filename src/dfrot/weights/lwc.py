@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from dfrot.quant.affine import SCALE_DTYPE, QParams, grouped, qparams_of_range, quantize, value_range
 from dfrot.quant.grids import IntGrid
-from dfrot.recipe import LWC, TensorSpec
+from dfrot.recipe import LWC
+from dfrot.spec import TensorSpec
 from dfrot.weights.inputs import BlockTask
 from dfrot.weights.rtn import weight_qparams
 

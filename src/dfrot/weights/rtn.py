@@ -5,7 +5,7 @@ from torch import Tensor
 
 from dfrot.quant.affine import SCALE_DTYPE, QParams, choose_qparams, quantize
 from dfrot.quant.clip import search_clip
-from dfrot.recipe import TensorSpec
+from dfrot.spec import TensorSpec
 from dfrot.weights.inputs import BlockTask
 
 

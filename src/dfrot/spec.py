@@ -1,0 +1,132 @@
+"""The grids of a model, from a text such as w4a4kv4 and a preset."""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from dfrot.errors import UserError
+from dfrot.quant.grids import Granularity, IntGrid, PerChannel, PerGroup, PerToken
+
+UNQUANTIZED = 16  # the bits of what is left alone
+
+_SPEC = re.compile(r"w(?P<w>\d+)(?:g(?P<g>\d+))?a(?P<a>\d+)kv(?P<kv>\d+)")
+_GRAMMAR = "w<bits>[g<group>]a<bits>kv<bits>, bits 2 to 8 or 16 for 'left alone', such as w4a4kv4 or w4g128a8kv16"
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """How one kind of tensor is quantized.
+
+    Attributes:
+        bits: 2 to 8, or 16 for not at all.
+        symmetric: whether the zero point is 0.
+        clip: the share of the range that is kept; None means that it is searched for (weights only).
+        group: entries that share a scale; None means a whole row (an output channel, a token, a head).
+    """
+
+    bits: int
+    symmetric: bool
+    clip: float | None = 1.0
+    group: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.bits != UNQUANTIZED and not 2 <= self.bits <= 8:
+            raise UserError(f"bits are 2 to 8, or 16 for 'left alone', got {self.bits}. The grammar is {_GRAMMAR}.")
+        if self.clip is not None and not 0 < self.clip <= 1:
+            raise UserError(f"a clip ratio is above 0 and at most 1, got {self.clip}.")
+        if self.group is not None and self.group < 1:
+            raise UserError(f"a group has at least one entry, got {self.group}.")
+
+    @property
+    def quantizes(self) -> bool:
+        return self.bits != UNQUANTIZED
+
+    @property
+    def grid(self) -> IntGrid:
+        return IntGrid(self.bits, self.symmetric)
+
+    @property
+    def weight_granularity(self) -> Granularity:
+        return PerChannel() if self.group is None else PerGroup(self.group)
+
+    @property
+    def token_granularity(self) -> Granularity:
+        return PerToken() if self.group is None else PerGroup(self.group)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """The grids of a model: decoder weights, activations before every decoder linear, keys and values."""
+
+    weights: TensorSpec
+    activations: TensorSpec
+    kv: TensorSpec
+
+    def __str__(self) -> str:
+        group = "" if self.weights.group is None else f"g{self.weights.group}"
+        return f"w{self.weights.bits}{group}a{self.activations.bits}kv{self.kv.bits}"
+
+    @staticmethod
+    def parse(
+        text: str,
+        preset: str = "paper",
+        *,
+        weight_symmetric: bool | None = None,
+        weight_clip: float | None = None,
+        act_symmetric: bool | None = None,
+        act_clip: float | None = None,
+        kv_clip: float | None = None,
+    ) -> "Spec":
+        """The spec `text` with the symmetry and clip ratios of a preset, each of which can be overridden.
+
+        Raises:
+            UserError: the text does not parse, the preset is unknown, a number is out of range.
+        """
+        if (match := _SPEC.fullmatch(text)) is None:
+            raise UserError(f"the spec '{text}' does not parse. The grammar is {_GRAMMAR}.")
+        if preset not in PRESETS:
+            raise UserError(f"there is no preset '{preset}'. Presets: {', '.join(PRESETS)}.")
+        chosen = PRESETS[preset]
+        group = None if match["g"] is None else int(match["g"])
+
+        def over(given: Any, default: Any) -> Any:
+            return default if given is None else given
+
+        return Spec(
+            weights=TensorSpec(
+                int(match["w"]),
+                over(weight_symmetric, chosen.weight_symmetric),
+                over(weight_clip, chosen.weight_clip),
+                group,
+            ),
+            activations=TensorSpec(
+                int(match["a"]),
+                over(act_symmetric, chosen.act_symmetric),
+                over(act_clip, chosen.act_clip),
+            ),
+            kv=TensorSpec(int(match["kv"]), False, over(kv_clip, chosen.kv_clip)),
+        )
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Symmetry and clip ratios that the spec's text leaves open."""
+
+    weight_symmetric: bool
+    weight_clip: float | None  # None: searched for
+    act_symmetric: bool
+    act_clip: float
+    kv_clip: float
+
+
+# Words of `Spec.parse` that override the preset.
+OVERRIDES = ("weight_symmetric", "weight_clip", "act_symmetric", "act_clip", "kv_clip")
+
+PRESETS = {
+    # DFRot's command: activations and KV cache asymmetric, clipped at 0.9 and 0.95.
+    "paper": Preset(weight_symmetric=True, weight_clip=None, act_symmetric=False, act_clip=0.9, kv_clip=0.95),
+    # What stock servers compute: symmetric integers on both sides of the product.
+    "deploy": Preset(weight_symmetric=True, weight_clip=None, act_symmetric=True, act_clip=0.9, kv_clip=0.95),
+    # DuQuant's command: everything asymmetric, fixed clip ratios 0.8 and 0.9.
+    "duquant": Preset(weight_symmetric=False, weight_clip=0.8, act_symmetric=False, act_clip=0.9, kv_clip=0.9),
+}
