@@ -37,6 +37,15 @@ def test_presets_fill_in_what_the_spec_leaves_open() -> None:
     assert (paper.kv.symmetric, paper.kv.clip) == (False, 0.95)
     assert (paper.weights.symmetric, paper.weights.clip) == (True, None)
     assert deploy.activations.symmetric
+    assert not paper.queries.quantizes
+    duquant = Spec.parse("w4a4kv4", "duquant")
+    assert duquant.queries == duquant.kv
+    assert not Spec.parse("w4a4kv16", "duquant").queries.quantizes
+
+
+def test_queries_are_not_quantized_without_keys() -> None:
+    with pytest.raises(UserError, match="queries take the grid of the keys, and 'w4a4kv16' leaves keys alone"):
+        Spec.parse("w4a4kv16", quantize_queries=True)
 
 
 def test_a_preset_can_be_overridden() -> None:

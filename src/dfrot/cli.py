@@ -104,6 +104,8 @@ class Quantize:
     """Override the preset's clip ratio of activations."""
     kv_clip: float | None = None
     """Override the preset's clip ratio of keys and values."""
+    quantize_queries: bool | None = None
+    """Override the preset: whether queries are quantized on the grid of the keys."""
     device: str = "cpu"
     """Where to compute: cpu, cuda."""
     resume: bool = False

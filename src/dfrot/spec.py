@@ -54,13 +54,24 @@ class TensorSpec:
         return PerToken() if self.group is None else PerGroup(self.group)
 
 
+LEFT_ALONE = TensorSpec(UNQUANTIZED, symmetric=True)
+
+
 @dataclass(frozen=True)
 class Spec:
-    """The grids of a model: decoder weights, activations before every decoder linear, keys and values."""
+    """The grids of a model.
+
+    Attributes:
+        weights: of the decoder's linear layers.
+        activations: before every one of them.
+        kv: keys, after RoPE, and values, per head and token.
+        queries: after RoPE, per head and token; the grid of the keys, or left alone.
+    """
 
     weights: TensorSpec
     activations: TensorSpec
     kv: TensorSpec
+    queries: TensorSpec = LEFT_ALONE
 
     def __str__(self) -> str:
         group = "" if self.weights.group is None else f"g{self.weights.group}"
@@ -76,11 +87,13 @@ class Spec:
         act_symmetric: bool | None = None,
         act_clip: float | None = None,
         kv_clip: float | None = None,
+        quantize_queries: bool | None = None,
     ) -> "Spec":
         """The spec `text` with the symmetry and clip ratios of a preset, each of which can be overridden.
 
         Raises:
-            UserError: the text does not parse, the preset is unknown, a number is out of range.
+            UserError: the text does not parse, the preset is unknown, a number is out of range, queries are to be
+                quantized without keys.
         """
         if (match := _SPEC.fullmatch(text)) is None:
             raise UserError(f"the spec '{text}' does not parse. The grammar is {_GRAMMAR}.")
@@ -92,6 +105,10 @@ class Spec:
         def over(given: Any, default: Any) -> Any:
             return default if given is None else given
 
+        kv = TensorSpec(int(match["kv"]), False, over(kv_clip, chosen.kv_clip))
+        if quantize_queries and not kv.quantizes:
+            raise UserError(f"queries take the grid of the keys, and '{text}' leaves keys alone.")
+        with_queries = kv.quantizes and over(quantize_queries, chosen.quantize_queries)
         return Spec(
             weights=TensorSpec(
                 int(match["w"]),
@@ -104,7 +121,8 @@ class Spec:
                 over(act_symmetric, chosen.act_symmetric),
                 over(act_clip, chosen.act_clip),
             ),
-            kv=TensorSpec(int(match["kv"]), False, over(kv_clip, chosen.kv_clip)),
+            kv=kv,
+            queries=kv if with_queries else LEFT_ALONE,
         )
 
 
@@ -117,16 +135,19 @@ class Preset:
     act_symmetric: bool
     act_clip: float
     kv_clip: float
+    quantize_queries: bool = False  # with the keys
 
 
 # Words of `Spec.parse` that override the preset.
-OVERRIDES = ("weight_symmetric", "weight_clip", "act_symmetric", "act_clip", "kv_clip")
+OVERRIDES = ("weight_symmetric", "weight_clip", "act_symmetric", "act_clip", "kv_clip", "quantize_queries")
 
 PRESETS = {
     # DFRot's command: activations and KV cache asymmetric, clipped at 0.9 and 0.95.
     "paper": Preset(weight_symmetric=True, weight_clip=None, act_symmetric=False, act_clip=0.9, kv_clip=0.95),
     # What stock servers compute: symmetric integers on both sides of the product.
     "deploy": Preset(weight_symmetric=True, weight_clip=None, act_symmetric=True, act_clip=0.9, kv_clip=0.95),
-    # DuQuant's command: everything asymmetric, fixed clip ratios 0.8 and 0.9.
-    "duquant": Preset(weight_symmetric=False, weight_clip=0.8, act_symmetric=False, act_clip=0.9, kv_clip=0.9),
+    # DuQuant's command: everything asymmetric, fixed clip ratios 0.8 and 0.9, both inputs of the attention's products.
+    "duquant": Preset(
+        weight_symmetric=False, weight_clip=0.8, act_symmetric=False, act_clip=0.9, kv_clip=0.9, quantize_queries=True
+    ),
 }

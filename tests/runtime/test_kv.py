@@ -38,6 +38,28 @@ def test_rotating_queries_and_keys_leaves_scores_unchanged() -> None:
     torch.testing.assert_close(scores, q @ k.mT, rtol=0, atol=1e-13)
 
 
+def test_queries_are_quantized_per_head_and_token_after_rotation() -> None:
+    q = torch.randn(2, 3, 5, 12, dtype=torch.float64)
+    rotated = q @ Hadamard(12).as_matrix()
+    left_alone = KVQuantizer(SPEC, Hadamard(12), 12)
+    torch.testing.assert_close(left_alone.prepared(q), rotated, rtol=0, atol=1e-14)
+    low, high = (0.95 * rotated.clamp(max=0).amin(-1, True)), (0.95 * rotated.clamp(min=0).amax(-1, True))
+    step = (high - low) / 15
+    codes = ((rotated / step).round() + (-low / step).round()).clamp(0, 15)
+    expected = (codes - (-low / step).round()) * step
+    quantized = KVQuantizer(SPEC, Hadamard(12), 12, queries=SPEC).prepared(q)
+    torch.testing.assert_close(quantized, expected, rtol=0, atol=1e-12)
+
+
+def test_a_checkpoint_quantizes_queries_where_its_recipe_does(model: Any, tiny: Tiny, tmp_path: Path) -> None:
+    recipe = dfrot.Recipe.parse("quarot", spec="w16a16kv4", quantize_queries=True)
+    with_queries = dfrot.load(dfrot.quantize(tiny("llama"), recipe, tmp_path / "queries").path)[0]
+    assert not torch.equal(logits(with_queries, TOKENS), logits(model, TOKENS))
+    for attention in (block.self_attn for block in with_queries.model.layers):
+        attention.kv_quantizer.queries = TensorSpec(16, symmetric=True)
+    assert torch.equal(logits(with_queries, TOKENS), logits(model, TOKENS))
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_unpacking_gives_what_quantizing_leaves(bits: int) -> None:
     quantizer = KVQuantizer(TensorSpec(bits, False, 0.95), None, 16)

@@ -24,7 +24,7 @@ def install_(model: nn.Module, plan: RuntimePlan) -> None:
         install_linears_(block, graph, plan)
         attentions.append(block.get_submodule(graph.attention))
     if plan.kv.quantizes:
-        install_kv_(model.get_submodule(graph.decoder), attentions, plan.kv, plan.keys)
+        install_kv_(model.get_submodule(graph.decoder), attentions, plan.kv, plan.queries, plan.keys)
 
 
 def install_linears_(block: nn.Module, graph: ModelGraph, plan: RuntimePlan) -> None:

@@ -1,7 +1,8 @@
 """Keys and values in few bits: the quantizer, the cache, and the attention that reads it.
 
 Keys are rotated (R3) and quantized after RoPE, values as v_proj makes them (R2 is folded into it); each head of each
-token has its own scale and zero point. Queries are rotated too, so that scores are unchanged. Three of transformers'
+token has its own scale and zero point. Queries are rotated too, so that scores are unchanged, and on demand quantized
+on the same grid, as DuQuant has it: then both inputs of Q Kᵀ are in few bits. Three of transformers'
 extension points carry this, and nothing is patched:
 
 * an attention function, registered as "dfrot", which quantizes keys and values that arrive as plain tensors and
@@ -24,9 +25,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from dfrot.linalg.rotation import Rotation
-from dfrot.quant.affine import SCALE_DTYPE, QParams, choose_qparams, dequantize, quantize
+from dfrot.quant.affine import SCALE_DTYPE, QParams, choose_qparams, dequantize, fake_quantize, quantize
 from dfrot.quant.packing import pack, unpack
-from dfrot.spec import TensorSpec
+from dfrot.spec import LEFT_ALONE, TensorSpec
 
 ATTENTION = "dfrot"
 
@@ -56,15 +57,26 @@ class KVQuantizer(nn.Module):
         spec: the grid, asymmetric, one group per head.
         rotation: R3, or None.
         head_dim: channels of a head.
+        queries: the grid of queries.
     """
 
-    def __init__(self, spec: TensorSpec, rotation: Rotation | None, head_dim: int) -> None:
+    def __init__(
+        self, spec: TensorSpec, rotation: Rotation | None, head_dim: int, queries: TensorSpec = LEFT_ALONE
+    ) -> None:
         super().__init__()
-        self.spec, self.rotation, self.head_dim = spec, rotation, head_dim
+        self.spec, self.rotation, self.head_dim, self.queries = spec, rotation, head_dim, queries
 
     def rotate(self, x: Float[Tensor, "batch heads tokens head_dim"]) -> Float[Tensor, "batch heads tokens head_dim"]:
         """Queries or keys, rotated by R3."""
         return x if self.rotation is None else self.rotation.apply(x)
+
+    def prepared(self, x: Float[Tensor, "batch heads tokens head_dim"]) -> Float[Tensor, "batch heads tokens head_dim"]:
+        """Queries as keys meet them: rotated, and quantized if that is asked for."""
+        x = self.rotate(x)
+        if not self.queries.quantizes:
+            return x
+        assert self.queries.clip is not None, "queries have a fixed clip ratio"
+        return fake_quantize(x, self.queries.grid, self.queries.token_granularity, self.queries.clip)
 
     def pack(self, x: Float[Tensor, "batch heads tokens head_dim"]) -> Packed:
         assert self.spec.clip is not None, "keys and values have a fixed clip ratio"
@@ -166,7 +178,7 @@ def quantized_attention(
     values = value if isinstance(value, Packed) else quantizer.pack(value)
     return sdpa_attention_forward(
         module,
-        quantizer.rotate(query),
+        quantizer.prepared(query),
         quantizer.unpack(keys, query.dtype),
         quantizer.unpack(values, query.dtype),
         attention_mask,
@@ -192,11 +204,13 @@ def _quantize_empty_cache(quantizers: list[KVQuantizer]) -> Any:
     return hook
 
 
-def install_kv_(decoder: nn.Module, attentions: list[nn.Module], spec: TensorSpec, keys: Rotation | None) -> None:
+def install_kv_(
+    decoder: nn.Module, attentions: list[nn.Module], kv: TensorSpec, queries: TensorSpec, keys: Rotation | None
+) -> None:
     """Give every attention module its quantizer, and `generate` its cache."""
     quantizers = []
     for attention in attentions:
-        attention.kv_quantizer = KVQuantizer(spec, keys, attention.head_dim)  # type: ignore[arg-type]
+        attention.kv_quantizer = KVQuantizer(kv, keys, attention.head_dim, queries)  # type: ignore[arg-type]
         quantizers.append(attention.kv_quantizer)
     decoder.register_forward_pre_hook(_quantize_empty_cache(quantizers), with_kwargs=True)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from dfrot.errors import UserError
 from dfrot.linalg.rotation import Rotation, rotation_from
 from dfrot.recipe import Recipe
-from dfrot.spec import UNQUANTIZED, TensorSpec
+from dfrot.spec import LEFT_ALONE, TensorSpec
 
 FORMAT = 2  # raised when older readers would misread a checkpoint
 
@@ -20,7 +20,7 @@ class RuntimePlan:
     """How a checkpoint computes.
 
     Attributes:
-        weights, activations, kv: the grids.
+        weights, activations, kv, queries: the grids.
         online: linear layer of a block → the rotation of its input.
         keys: the rotation of queries and keys after RoPE, if keys are rotated.
         blocks: norm or linear layer of a block → size of the blocks, and count, of the block rotations of its output
@@ -30,6 +30,7 @@ class RuntimePlan:
     weights: TensorSpec
     activations: TensorSpec
     kv: TensorSpec
+    queries: TensorSpec
     online: Mapping[str, Rotation]
     keys: Rotation | None
     blocks: Mapping[str, tuple[int, int]]
@@ -42,11 +43,11 @@ class RuntimePlan:
         blocks: Mapping[str, tuple[int, int]],
     ) -> "RuntimePlan":
         spec = recipe.spec
-        return RuntimePlan(spec.weights, spec.activations, spec.kv, dict(online), keys, dict(blocks))
+        return RuntimePlan(spec.weights, spec.activations, spec.kv, spec.queries, dict(online), keys, dict(blocks))
 
-    def without(self, *kinds: Literal["weights", "activations", "kv"]) -> "RuntimePlan":
+    def without(self, *kinds: Literal["weights", "activations"]) -> "RuntimePlan":
         """The plan that leaves these kinds of tensors alone."""
-        alone: dict[str, Any] = dict.fromkeys(kinds, TensorSpec(UNQUANTIZED, symmetric=True))
+        alone: dict[str, Any] = dict.fromkeys(kinds, LEFT_ALONE)
         return dataclasses.replace(self, **alone)
 
     def to_json(self, recipe: Recipe) -> dict[str, Any]:
