@@ -135,19 +135,21 @@ def greedy_rotation(
     """The product of the first so many spreading steps that leaves the smallest max |x B|, in float64."""
     size = x.shape[1]
     best = product = torch.eye(size, dtype=torch.float64, device=x.device)
-    least = x.abs().max()
     # A rotated row has an entry of at least its norm / √size, so rows shorter than that of the longest never matter.
     lengths = x.norm(dim=1)
-    x = x[lengths >= lengths.max() / size**0.5 * (1 - 1e-6)]
+    channels = x[lengths >= lengths.max() / size**0.5 * (1 - 1e-6)].T.contiguous()  # (block, rows)
+    peaks = torch.maximum(channels.amax(1), -channels.amin(1))
+    least = peaks.max()
     spread = spreading(size, generator).to(x.device)
     for _ in range(steps):
-        channel = int(x.abs().amax(0).argmax())
+        largest = int(peaks.argmax())
         step = spread.clone()
-        step[[0, channel]] = step[[channel, 0]]
-        step[:, [0, channel]] = step[:, [channel, 0]]
-        x, product = x @ step.to(x.dtype), product @ step
-        if (peak := x.abs().max()) < least:
-            best, least = product, peak
+        step[[0, largest]] = step[[largest, 0]]
+        step[:, [0, largest]] = step[:, [largest, 0]]
+        channels, product = step.T.to(x.dtype) @ channels, product @ step
+        peaks = torch.maximum(channels.amax(1), -channels.amin(1))
+        if peaks.max() < least:
+            best, least = product, peaks.max()
     return best
 
 
