@@ -80,6 +80,8 @@ class Quantize:
     """duquant: steps of the search for a rotation (default 256)."""
     permutations: int | None = None
     """duquant: how often channels are permuted and rotated again (default 1)."""
+    order: Literal["zigzag", "random", "none"] | None = None
+    """duquant: how channels are dealt to the blocks in between (default zigzag)."""
     smooth: bool | None = None
     """duquant: smooth first (default yes)."""
     alpha: float | None = None

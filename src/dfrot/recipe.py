@@ -117,6 +117,8 @@ class DuQuant:
     """Of the search for a rotation; the best prefix is kept."""
     permutations: int = 1
     """How often channels are permuted and rotated again; 0 rotates once."""
+    order: Literal["zigzag", "random", "none"] = "zigzag"
+    """How channels are dealt to the blocks: the largest in turn, at random, or left where they are."""
     smooth: bool = True
     """Move part of the channels' sizes into the weights first."""
     alpha: float | None = None

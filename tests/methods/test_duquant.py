@@ -60,6 +60,20 @@ def test_each_transformation_lowers_the_peak_of_a_planted_outlier(generator: tor
     assert 100 / math.sqrt(64) <= peaks[2] <= 2 * 100 / math.sqrt(64)
 
 
+def test_without_an_order_two_rotations_leave_an_outlier_in_its_block(generator: torch.Generator) -> None:
+    x = torch.zeros(1, 64)
+    x[0, 5] = 100
+    peaks = {}
+    for order in ("none", "random", "zigzag"):
+        options = DuQuant(block=8, order=order)
+        matrices, orders = block_rotations(x, options, torch.Generator().manual_seed(0))
+        assert sorted(orders[0].tolist()) == list(range(64))
+        peaks[order] = InputTransform(None, matrices, orders).rotation.apply(x).abs().max().item()
+    assert peaks["none"] >= 100 / math.sqrt(8) * (1 - 1e-6)
+    assert peaks["random"] < peaks["none"]
+    assert peaks["zigzag"] == pytest.approx(100 / math.sqrt(64), rel=1e-5)
+
+
 def test_smoothing_is_smoothquants_and_shared_by_the_heads_that_read_one_value_head(generator: torch.Generator) -> None:
     x, w = torch.randn(20, 24, generator=generator), torch.randn(5, 24, generator=generator)
     expected = [max(x[:, j].abs()) ** 0.6 / max(w[:, j].abs()) ** 0.4 for j in range(24)]

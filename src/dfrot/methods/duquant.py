@@ -107,8 +107,15 @@ def block_rotations(
     matrices, orders = [], []
     for number in range(options.permutations + 1):
         if number:
-            orders.append(zigzag(x.abs().amax(0), width // size))
-            x = x[:, orders[-1]]
+            match options.order:
+                case "zigzag":
+                    order = zigzag(x.abs().amax(0), width // size)
+                case "random":
+                    order = torch.randperm(width, generator=generator).to(x.device)
+                case "none":
+                    order = torch.arange(width, device=x.device)
+            orders.append(order)
+            x = x[:, order]
         matrices.append(greedy_rotation(x.unflatten(-1, (-1, size)).flatten(0, 1), options.greedy_steps, generator))
         x = block_diagonal(Dense(matrices[-1]), width // size).apply(x)
     empty = torch.empty(0, width, dtype=torch.int64, device=x.device)
