@@ -1,20 +1,24 @@
 """Perplexity of a quantized model by recipe and seed, as tables.
 
-    python benchmarks/tables.py OUT --calib TEXT --ppl TEXT [TEXT ...] [--rows paper|released|weights|best]
+    python benchmarks/tables.py OUT --calib TEXT --ppl TEXT [TEXT ...] [--rows paper|released|weights|best|duquant]
 
 `paper`     what the rotation is worth: none, RO, RH, DFRot with γ = 1, 10, 100 and chosen by measurement, at w16a4kv16.
 `released`  the settings of DFRot's released scripts, on the tokens that they were run on: clip ratios 1; activations
             asymmetric, w4a4kv4 by RTN, and activations symmetric.
 `weights`   w4a4kv4, none, QuaRot and DFRot by RTN, GPTQ and LWC; and what GPTQ alone is worth, at w4a16kv16.
 `best`      the best recipe at the specs of published numbers, on 20 480 tokens.
+`duquant`   none, QuaRot, DFRot and DuQuant by RTN, LWC and GPTQ, at w4a4kv4 and w4a4kv16; DuQuant on top of QuaRot's
+            folded rotations; and on 20 480 tokens its released settings and what each of its parts is worth there.
 
 Weights are fitted to 32 × 2048 tokens (LWC: 8 × 2048). Finished cells are lines of OUT/results.jsonl and are not
-measured again, and OUT keeps the checkpoints. The gap is that between a row's peer, QuaRot with the same grids or RTN,
-and the unquantized model.
+measured again, and OUT keeps the checkpoints; those that differ in the cache alone share their tensors. The gap is that
+between a row's peer, QuaRot with the same grids or RTN, and the unquantized model.
 """
 
 import argparse
 import json
+import os
+import shutil
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +54,23 @@ GPTQ4: Words = {"spec": "w4a4kv4", "weights": "gptq"}
 LWC4: Words = {"spec": "w4a4kv4", "weights": "lwc", "epochs": 2, "calib_tokens": 16384}
 ASYMMETRIC: Words = {"weight_symmetric": False}
 BEST: Words = DFROT | ASYMMETRIC | {"weights": "gptq"}
+DUQUANT: Words = {"method": "duquant", "preset": "duquant"}
+# the largest power of two that divides all widths, which is what the released code can take
+RELEASED_DUQUANT: Words = DUQUANT | RTN4 | {"block": 64}
+
+
+def grid(spec: str) -> dict[str, Row]:
+    """Every method by every weight quantizer."""
+    methods = {"none": NONE, "QuaRot": RH, "DFRot": DFROT, "DuQuant": DUQUANT}
+    weights = {"rtn": RTN4, "lwc": LWC4, "gptq": GPTQ4}
+    return {
+        f"{method} {quantizer} {spec}": Row(
+            methods[method] | weights[quantizer] | {"spec": spec}, peer=f"QuaRot {quantizer} {spec}", seeds=1
+        )
+        for method in methods
+        for quantizer in weights
+    }
+
 
 # Each table has its number of tokens and its rows.
 TABLES: dict[str, list[tuple[int, dict[str, Row]]]] = {
@@ -119,6 +140,29 @@ TABLES: dict[str, list[tuple[int, dict[str, Row]]]] = {
             },
         )
     ],
+    "duquant": [
+        (
+            20480,
+            {
+                "released settings": Row(RELEASED_DUQUANT, seeds=1),
+                "queries left alone": Row(RELEASED_DUQUANT | {"quantize_queries": False}, "released settings", 1),
+                "no smoothing": Row(RELEASED_DUQUANT | {"smooth": False}, "released settings", 1),
+                "one rotation": Row(RELEASED_DUQUANT | {"permutations": 0}, "released settings", 1),
+                "three rotations": Row(RELEASED_DUQUANT | {"permutations": 2}, "released settings", 1),
+                "no permutation": Row(RELEASED_DUQUANT | {"order": "none"}, "released settings", 1),
+                "random permutation": Row(RELEASED_DUQUANT | {"order": "random"}, "released settings", 1),
+            },
+        ),
+        (
+            40960,
+            {
+                **grid("w4a4kv4"),
+                "DuQuant on QuaRot rtn": Row(DUQUANT | RTN4 | {"base": "quarot"}, "QuaRot rtn w4a4kv4", 1),
+                "DuQuant on QuaRot gptq": Row(DUQUANT | GPTQ4 | {"base": "quarot"}, "QuaRot gptq w4a4kv4", 1),
+            },
+        ),
+        (40960, grid("w4a4kv16")),
+    ],
 }
 
 
@@ -137,16 +181,23 @@ class Cells:
         recipe = None if record.recipe is None else dfrot.Recipe.from_json(record.recipe).digest
         self.done[record.conditions["measured"], recipe, record.conditions["max_tokens"]] = record
 
+    def _path(self, recipe: dfrot.Recipe) -> Path:
+        return self.out / f"{Path(self.model).name}-{recipe.digest}"
+
     def measure(self, row: str, seed: int, max_tokens: int, words: Words | None) -> dict[str, float]:
         """Perplexities by text, measured now or before."""
         recipe = digest = None
         if words is not None:
-            recipe = dfrot.Recipe.parse(**{"spec": "w16a4kv16", **words}, calib=self.calib, seed=seed)
+            recipe_words = {"spec": "w16a4kv16", **words, "calib": self.calib, "seed": seed}
+            recipe = dfrot.Recipe.parse(**recipe_words)
             digest = recipe.digest
         if (self.model, digest, max_tokens) not in self.done:
             model, timings = self.model, {}
             if recipe is not None:
-                checkpoint = self.out / f"{Path(self.model).name}-{digest}"
+                checkpoint = self._path(recipe)
+                cached = self._path(dfrot.Recipe.parse(**(recipe_words | {"spec": "w4a4kv4"})))
+                if str(recipe.spec) == "w4a4kv16" and (cached / "config.json").is_file():
+                    with_16_bit_cache(cached, recipe, checkpoint)
                 if not (checkpoint / "config.json").is_file():
                     timings = dfrot.quantize(model, recipe, checkpoint, resume=checkpoint.is_dir()).timings_s
                 model = str(checkpoint)
@@ -158,6 +209,16 @@ class Cells:
             print(row, seed, {key: round(value, 3) for key, value in record.metrics.items()}, flush=True)
         metrics = self.done[self.model, digest, max_tokens].metrics
         return {text: metrics[f"ppl/{text_label(text)}"] for text in self.texts}
+
+
+def with_16_bit_cache(checkpoint: Path, recipe: dfrot.Recipe, out: Path) -> None:
+    """What `recipe` would make, from a checkpoint whose recipe differs in keys and values alone: the same tensors."""
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.copytree(checkpoint, out, copy_function=os.link)
+    config = json.loads((out / "config.json").read_text())
+    config["quantization_config"] |= {"recipe": recipe.to_json(), "keys": None}
+    (out / "config.json").unlink()  # it is a link
+    (out / "config.json").write_text(json.dumps(config))
 
 
 def print_table(title: str, values: dict[str, list[float]], rows: dict[str, Row]) -> None:

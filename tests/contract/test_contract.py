@@ -84,6 +84,20 @@ def test_the_same_seed_gives_the_same_bytes(
     assert all((first / name).read_bytes() == (second / name).read_bytes() for name in names)
 
 
+@pytest.mark.parametrize("method", ["dfrot", "duquant"])
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_no_tensor_depends_on_how_keys_and_values_are_kept(
+    tiny: Tiny, tmp_path: Path, text_file: Path, method: str, weights: str
+) -> None:
+    words = {"weights": weights, **WEIGHTS[weights]}
+    packed, plain = (
+        make(tiny, tmp_path / spec, "llama", method, text_file, spec=spec, **words) for spec in ("w4a4kv4", "w4a4kv16")
+    )
+    shards = [file.name for file in packed.glob("*.safetensors")]
+    assert len(shards) > 2
+    assert all((packed / name).read_bytes() == (plain / name).read_bytes() for name in shards)
+
+
 @every_architecture
 @pytest.mark.parametrize("spec", ["w4a4kv4", "w3g16a8kv2"])
 def test_generating_with_the_quantized_cache_equals_generating_without_a_cache(
