@@ -157,6 +157,9 @@ TABLES: dict[str, list[tuple[int, dict[str, Row]]]] = {
             40960,
             {
                 **grid("w4a4kv4"),
+                "DuQuant gptq, clip ratios searched": Row(
+                    DUQUANT | GPTQ4 | {"weight_clip": "search"}, "QuaRot gptq w4a4kv4", 1
+                ),
                 "DuQuant on QuaRot rtn": Row(DUQUANT | RTN4 | {"base": "quarot"}, "QuaRot rtn w4a4kv4", 1),
                 "DuQuant on QuaRot gptq": Row(DUQUANT | GPTQ4 | {"base": "quarot"}, "QuaRot gptq w4a4kv4", 1),
             },
@@ -233,7 +236,7 @@ def print_table(title: str, values: dict[str, list[float]], rows: dict[str, Row]
             shared = list(zip(values[peer], of_seeds, strict=False))
             gap, gained = sum(top - bottom for top, _ in shared), sum(top - own for top, own in shared)
             closed = f"{gained / gap:+.1%} of the gap of {peer} closed, {len(shared)} seeds"
-        print(f"{row:22} {statistics.mean(of_seeds):10.2f}   {spread:20} {closed}")
+        print(f"{row:34} {statistics.mean(of_seeds):10.2f}   {spread:20} {closed}")
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ device=${3:-cuda}
 mkdir -p "$out"
 
 dfrot eval "$model" --ppl wikitext2 c4 --device "$device" --json "$out/unquantized.json"
-for weights in "rtn" "lwc --calib-tokens 262144" "gptq --calib-tokens 262144 --weight-clip 1.0"; do
+for weights in "rtn" "lwc --calib-tokens 262144" "gptq --calib-tokens 262144 --weight-clip search"; do
   for base in none quarot; do
     name=duquant-$base-${weights%% *}
     # shellcheck disable=SC2086 — the words of the weight quantizer are meant to be split

@@ -54,6 +54,13 @@ def test_a_preset_can_be_overridden() -> None:
     assert not spec.weights.symmetric
 
 
+def test_a_fixed_clip_ratio_of_weights_can_be_overridden_by_a_search() -> None:
+    assert Spec.parse("w4a4kv4", "duquant").weights.clip == 0.8
+    assert Spec.parse("w4a4kv4", "duquant", weight_clip="search").weights.clip is None
+    with pytest.raises(UserError, match="weight_clip is a clip ratio or 'search', got 'best'"):
+        Spec.parse("w4a4kv4", weight_clip="best")
+
+
 RECIPES = [
     Recipe.parse("none", spec="w16a16kv16"),
     Recipe.parse("quarot", rotation="orthogonal", head_mixing=True, seed=3),

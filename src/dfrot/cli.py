@@ -98,8 +98,8 @@ class Quantize:
     """lwc: of Adam, at the start (default 0.05)."""
     weight_symmetric: bool | None = None
     """Override the preset."""
-    weight_clip: float | None = None
-    """Override the preset's clip ratio of weights (paper, deploy: searched for)."""
+    weight_clip: float | Literal["search"] | None = None
+    """Override the preset's clip ratio of weights (paper, deploy: searched for; duquant: 0.8)."""
     act_symmetric: bool | None = None
     """Override the preset."""
     act_clip: float | None = None

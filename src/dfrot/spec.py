@@ -83,13 +83,16 @@ class Spec:
         preset: str = "paper",
         *,
         weight_symmetric: bool | None = None,
-        weight_clip: float | None = None,
+        weight_clip: float | str | None = None,
         act_symmetric: bool | None = None,
         act_clip: float | None = None,
         kv_clip: float | None = None,
         quantize_queries: bool | None = None,
     ) -> "Spec":
         """The spec `text` with the symmetry and clip ratios of a preset, each of which can be overridden.
+
+        Args:
+            weight_clip: a ratio, or "search" for the best one of every channel or group.
 
         Raises:
             UserError: the text does not parse, the preset is unknown, a number is out of range, queries are to be
@@ -108,12 +111,14 @@ class Spec:
         kv = TensorSpec(int(match["kv"]), False, over(kv_clip, chosen.kv_clip))
         if quantize_queries and not kv.quantizes:
             raise UserError(f"queries take the grid of the keys, and '{text}' leaves keys alone.")
+        if isinstance(weight_clip, str) and weight_clip != "search":
+            raise UserError(f"weight_clip is a clip ratio or 'search', got '{weight_clip}'.")
         with_queries = kv.quantizes and over(quantize_queries, chosen.quantize_queries)
         return Spec(
             weights=TensorSpec(
                 int(match["w"]),
                 over(weight_symmetric, chosen.weight_symmetric),
-                over(weight_clip, chosen.weight_clip),
+                None if isinstance(weight_clip, str) else over(weight_clip, chosen.weight_clip),
                 group,
             ),
             activations=TensorSpec(
