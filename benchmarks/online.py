@@ -32,9 +32,11 @@ def without_rotations(model: nn.Module) -> Iterator[None]:
     kept = [module.rotation for module in rotating]
     for module in rotating:
         module.rotation = nn.Identity() if isinstance(module, RotatedNorm) else None
-    yield
-    for module, rotation in zip(rotating, kept, strict=True):
-        module.rotation = rotation
+    try:
+        yield
+    finally:
+        for module, rotation in zip(rotating, kept, strict=True):
+            module.rotation = rotation
 
 
 def seconds(model: Any, token_ids: torch.Tensor) -> float:

@@ -59,13 +59,15 @@ DUQUANT: Words = {"method": "duquant", "preset": "duquant"}
 RELEASED_DUQUANT: Words = DUQUANT | RTN4 | {"block": 64}
 
 
-def grid(spec: str) -> dict[str, Row]:
-    """Every method by every weight quantizer."""
+def every_method(spec: str) -> dict[str, Row]:
+    """Rows for every method by every weight quantizer; the peers are QuaRot's."""
     methods = {"none": NONE, "QuaRot": RH, "DFRot": DFROT, "DuQuant": DUQUANT}
     weights = {"rtn": RTN4, "lwc": LWC4, "gptq": GPTQ4}
     return {
         f"{method} {quantizer} {spec}": Row(
-            methods[method] | weights[quantizer] | {"spec": spec}, peer=f"QuaRot {quantizer} {spec}", seeds=1
+            methods[method] | weights[quantizer] | {"spec": spec},
+            peer=None if method == "QuaRot" else f"QuaRot {quantizer} {spec}",
+            seeds=1,
         )
         for method in methods
         for quantizer in weights
@@ -156,7 +158,7 @@ TABLES: dict[str, list[tuple[int, dict[str, Row]]]] = {
         (
             40960,
             {
-                **grid("w4a4kv4"),
+                **every_method("w4a4kv4"),
                 "DuQuant gptq, clip ratios searched": Row(
                     DUQUANT | GPTQ4 | {"weight_clip": "search"}, "QuaRot gptq w4a4kv4", 1
                 ),
@@ -164,7 +166,7 @@ TABLES: dict[str, list[tuple[int, dict[str, Row]]]] = {
                 "DuQuant on QuaRot gptq": Row(DUQUANT | GPTQ4 | {"base": "quarot"}, "QuaRot gptq w4a4kv4", 1),
             },
         ),
-        (40960, grid("w4a4kv16")),
+        (40960, every_method("w4a4kv16")),
     ],
 }
 
@@ -187,23 +189,26 @@ class Cells:
     def _path(self, recipe: dfrot.Recipe) -> Path:
         return self.out / f"{Path(self.model).name}-{recipe.digest}"
 
+    def _checkpoint(self, words: Words) -> tuple[str, dict[str, float]]:
+        """A checkpoint, made now or before, and the seconds that it took now."""
+        recipe = dfrot.Recipe.parse(**words)
+        path = self._path(recipe)
+        packed = self._path(dfrot.Recipe.parse(**(words | {"spec": "w4a4kv4"})))
+        if words["spec"] == "w4a4kv16" and (packed / "config.json").is_file():
+            with_16_bit_cache(packed, recipe, path)
+        if (path / "config.json").is_file():
+            return str(path), {}
+        return str(path), dfrot.quantize(self.model, recipe, path, resume=path.is_dir()).timings_s
+
     def measure(self, row: str, seed: int, max_tokens: int, words: Words | None) -> dict[str, float]:
         """Perplexities by text, measured now or before."""
         recipe = digest = None
         if words is not None:
-            recipe_words = {"spec": "w16a4kv16", **words, "calib": self.calib, "seed": seed}
-            recipe = dfrot.Recipe.parse(**recipe_words)
+            words = {"spec": "w16a4kv16", **words, "calib": self.calib, "seed": seed}
+            recipe = dfrot.Recipe.parse(**words)
             digest = recipe.digest
         if (self.model, digest, max_tokens) not in self.done:
-            model, timings = self.model, {}
-            if recipe is not None:
-                checkpoint = self._path(recipe)
-                cached = self._path(dfrot.Recipe.parse(**(recipe_words | {"spec": "w4a4kv4"})))
-                if str(recipe.spec) == "w4a4kv16" and (cached / "config.json").is_file():
-                    with_16_bit_cache(cached, recipe, checkpoint)
-                if not (checkpoint / "config.json").is_file():
-                    timings = dfrot.quantize(model, recipe, checkpoint, resume=checkpoint.is_dir()).timings_s
-                model = str(checkpoint)
+            model, timings = self._checkpoint(words) if words is not None else (self.model, dict[str, float]())
             record = evaluate(model, self.texts, max_tokens=max_tokens)
             record.timings_s |= timings
             record.conditions |= {"measured": self.model, "row": row, "seed": seed, "max_tokens": max_tokens}

@@ -7,7 +7,7 @@ import torch
 
 import dfrot
 from dfrot.evaluation.diagnostics import massive_positions, massive_unquantized, perplexity_with_massive_unquantized
-from dfrot.spec import TensorSpec
+from dfrot.spec import LEFT_ALONE
 
 Tiny = Callable[[str], Path]
 BLOCKS = torch.randint(1, 96, (2, 30), generator=torch.Generator().manual_seed(2))
@@ -29,8 +29,8 @@ def test_with_every_token_passing_by_the_readers_are_not_quantized(models: tuple
     quantized = checkpoint(BLOCKS[:1], use_cache=False).logits
     for block in checkpoint.model.layers:
         for reader in ("q_proj", "k_proj", "v_proj"):
-            block.self_attn.get_submodule(reader).activations = TensorSpec(16, True)
-        block.mlp.gate_proj.activations = block.mlp.up_proj.activations = TensorSpec(16, True)
+            block.self_attn.get_submodule(reader).activations = LEFT_ALONE
+        block.mlp.gate_proj.activations = block.mlp.up_proj.activations = LEFT_ALONE
     torch.testing.assert_close(passing, checkpoint(BLOCKS[:1], use_cache=False).logits, rtol=0, atol=1e-5)
     assert not torch.equal(passing, quantized)
 

@@ -9,7 +9,7 @@ from dfrot.linalg.rotation import random_hadamard
 from dfrot.methods.context import Context
 from dfrot.methods.damage import kl_divergences
 from dfrot.models.source import open_source
-from dfrot.spec import TensorSpec
+from dfrot.spec import LEFT_ALONE, TensorSpec
 
 Tiny = Callable[[str], Path]
 TOKENS = torch.randint(1, 96, (2, 24), generator=torch.Generator().manual_seed(7))
@@ -27,7 +27,7 @@ def test_the_divergence_is_that_of_the_quantized_checkpoint(tiny: Tiny, tmp_path
     model, _ = dfrot.load(dfrot.quantize(tiny(architecture), recipe, tmp_path / "out").path)
     for name in ("o_proj", "down_proj"):
         for block in model.model.layers:
-            (block.self_attn if name == "o_proj" else block.mlp).get_submodule(name).activations = TensorSpec(16, True)
+            (block.self_attn if name == "o_proj" else block.mlp).get_submodule(name).activations = LEFT_ALONE
     original, _ = dfrot.load(tiny(architecture))
     with torch.no_grad():
         p, q = (m(TOKENS, use_cache=False).logits[:, 6:].double().log_softmax(-1) for m in (original, model))

@@ -9,10 +9,8 @@ from dfrot.linalg.rotation import Hadamard, Rotation
 from dfrot.quant.affine import dequantize, fake_quantize
 from dfrot.quant.grids import IntGrid, PerToken
 from dfrot.runtime.linear import QuantLinear, packed_tensors
-from dfrot.spec import TensorSpec
+from dfrot.spec import LEFT_ALONE, TensorSpec
 from dfrot.weights.rtn import rtn
-
-LEFT_ALONE = TensorSpec(16, symmetric=True)
 
 
 def layer(

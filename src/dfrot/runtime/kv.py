@@ -2,8 +2,8 @@
 
 Keys are rotated (R3) and quantized after RoPE, values as v_proj makes them (R2 is folded into it); each head of each
 token has its own scale and zero point. Queries are rotated too, so that scores are unchanged, and on demand quantized
-on the same grid, as DuQuant has it: then both inputs of Q Kᵀ are in few bits. Three of transformers'
-extension points carry this, and nothing is patched:
+on the same grid, as DuQuant has it: then both inputs of Q Kᵀ are in few bits. Three of transformers' extension points
+carry this, and nothing is patched:
 
 * an attention function, registered as "dfrot", which quantizes keys and values that arrive as plain tensors and
   unpacks those that arrive packed, then leaves the rest to SDPA;
