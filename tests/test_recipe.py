@@ -34,12 +34,14 @@ def test_a_spec_out_of_range_is_refused(text: str) -> None:
 def test_presets_fill_in_what_the_spec_leaves_open() -> None:
     paper, deploy = Spec.parse("w4a4kv4", "paper"), Spec.parse("w4a4kv4", "deploy")
     assert (paper.activations.symmetric, paper.activations.clip) == (False, 0.9)
-    assert (paper.kv.symmetric, paper.kv.clip) == (False, 0.95)
+    assert (paper.keys.symmetric, paper.keys.clip) == (False, 0.95)
+    assert paper.values == paper.keys
     assert (paper.weights.symmetric, paper.weights.clip) == (True, None)
     assert deploy.activations.symmetric
     assert not paper.queries.quantizes
     duquant = Spec.parse("w4a4kv4", "duquant")
-    assert duquant.queries == duquant.kv
+    assert duquant.queries == duquant.keys
+    assert (duquant.keys.clip, duquant.values.clip) == (0.9, 1.0)
     assert not Spec.parse("w4a4kv16", "duquant").queries.quantizes
 
 
@@ -50,7 +52,8 @@ def test_queries_are_not_quantized_without_keys() -> None:
 
 def test_a_preset_can_be_overridden() -> None:
     spec = Spec.parse("w4a4kv4", act_symmetric=True, act_clip=1.0, kv_clip=1.0, weight_symmetric=False)
-    assert (spec.activations.symmetric, spec.activations.clip, spec.kv.clip) == (True, 1.0, 1.0)
+    assert (spec.activations.symmetric, spec.activations.clip, spec.keys.clip) == (True, 1.0, 1.0)
+    assert spec.values == spec.keys
     assert not spec.weights.symmetric
 
 

@@ -105,7 +105,9 @@ class Quantize:
     act_clip: float | None = None
     """Override the preset's clip ratio of activations."""
     kv_clip: float | None = None
-    """Override the preset's clip ratio of keys and values."""
+    """Override the preset's clip ratio of keys, values and queries."""
+    value_clip: float | None = None
+    """Override the preset's clip ratio of values."""
     quantize_queries: bool | None = None
     """Override the preset: whether queries are quantized on the grid of the keys."""
     device: str = "cpu"

@@ -103,7 +103,7 @@ def quantize(
         transforms = _fitted(context, writer)
     with report.stage("quantize"):
         online = transforms.online(source.graph, source.config)
-        plan = RuntimePlan.of(recipe, online, transforms.keys, transforms.blocks(source.graph))
+        plan = RuntimePlan(recipe.spec, online, transforms.keys, transforms.blocks(source.graph))
         _quantize_blocks(context, transforms, plan, writer, report, Path(out) if spill else None)
         _finish(context, transforms, plan, writer)
     return report

@@ -123,7 +123,7 @@ def model_size(path: Path) -> dict[str, int | float]:
             elif name.endswith(".weight"):
                 decoder_weights += shape.numel()
     unquantized_kv = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim(config) * 2
-    kv = unquantized_kv if spec is None else kv_bytes_per_token(config, spec.kv)
+    kv = unquantized_kv if spec is None else kv_bytes_per_token(config, spec.keys)
     return {
         "weight_bytes": total,
         "decoder_bits_per_weight": 8 * decoder_bytes / decoder_weights,

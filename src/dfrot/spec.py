@@ -1,7 +1,7 @@
 """The grids of a model, from a text such as w4a4kv4 and a preset."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dfrot.errors import UserError
@@ -64,18 +64,20 @@ class Spec:
     Attributes:
         weights: of the decoder's linear layers.
         activations: before every one of them.
-        kv: keys, after RoPE, and values, per head and token.
+        keys: after RoPE, per head and token.
+        values: per head and token; bits of the keys, but with a clip ratio of their own.
         queries: after RoPE, per head and token; the grid of the keys, or left alone.
     """
 
     weights: TensorSpec
     activations: TensorSpec
-    kv: TensorSpec
+    keys: TensorSpec
+    values: TensorSpec
     queries: TensorSpec = LEFT_ALONE
 
     def __str__(self) -> str:
         group = "" if self.weights.group is None else f"g{self.weights.group}"
-        return f"w{self.weights.bits}{group}a{self.activations.bits}kv{self.kv.bits}"
+        return f"w{self.weights.bits}{group}a{self.activations.bits}kv{self.keys.bits}"
 
     @staticmethod
     def parse(
@@ -87,12 +89,15 @@ class Spec:
         act_symmetric: bool | None = None,
         act_clip: float | None = None,
         kv_clip: float | None = None,
+        value_clip: float | None = None,
         quantize_queries: bool | None = None,
     ) -> "Spec":
         """The spec `text` with the symmetry and clip ratios of a preset, each of which can be overridden.
 
         Args:
             weight_clip: a ratio, or "search" for the best one of every channel or group.
+            kv_clip: of keys, values and queries.
+            value_clip: of values, if it is another one.
 
         Raises:
             UserError: the text does not parse, the preset is unknown, a number is out of range, queries are to be
@@ -108,12 +113,13 @@ class Spec:
         def over(given: Any, default: Any) -> Any:
             return default if given is None else given
 
-        kv = TensorSpec(int(match["kv"]), False, over(kv_clip, chosen.kv_clip))
-        if quantize_queries and not kv.quantizes:
+        keys = TensorSpec(int(match["kv"]), False, over(kv_clip, chosen.kv_clip))
+        values = replace(keys, clip=over(value_clip, over(kv_clip, chosen.value_clip)))
+        if quantize_queries and not keys.quantizes:
             raise UserError(f"queries take the grid of the keys, and '{text}' leaves keys alone.")
         if isinstance(weight_clip, str) and weight_clip != "search":
             raise UserError(f"weight_clip is a clip ratio or 'search', got '{weight_clip}'.")
-        with_queries = kv.quantizes and over(quantize_queries, chosen.quantize_queries)
+        with_queries = keys.quantizes and over(quantize_queries, chosen.quantize_queries)
         return Spec(
             weights=TensorSpec(
                 int(match["w"]),
@@ -126,8 +132,9 @@ class Spec:
                 over(act_symmetric, chosen.act_symmetric),
                 over(act_clip, chosen.act_clip),
             ),
-            kv=kv,
-            queries=kv if with_queries else LEFT_ALONE,
+            keys=keys,
+            values=values,
+            queries=keys if with_queries else LEFT_ALONE,
         )
 
 
@@ -140,19 +147,33 @@ class Preset:
     act_symmetric: bool
     act_clip: float
     kv_clip: float
+    value_clip: float
     quantize_queries: bool = False  # with the keys
 
 
 # Words of `Spec.parse` that override the preset.
-OVERRIDES = ("weight_symmetric", "weight_clip", "act_symmetric", "act_clip", "kv_clip", "quantize_queries")
+OVERRIDES = (
+    *("weight_symmetric", "weight_clip", "act_symmetric", "act_clip"),
+    *("kv_clip", "value_clip", "quantize_queries"),
+)
 
 PRESETS = {
     # DFRot's command: activations and KV cache asymmetric, clipped at 0.9 and 0.95.
-    "paper": Preset(weight_symmetric=True, weight_clip=None, act_symmetric=False, act_clip=0.9, kv_clip=0.95),
+    "paper": Preset(
+        weight_symmetric=True, weight_clip=None, act_symmetric=False, act_clip=0.9, kv_clip=0.95, value_clip=0.95
+    ),
     # What stock servers compute: symmetric integers on both sides of the product.
-    "deploy": Preset(weight_symmetric=True, weight_clip=None, act_symmetric=True, act_clip=0.9, kv_clip=0.95),
-    # DuQuant's command: everything asymmetric, fixed clip ratios 0.8 and 0.9, both inputs of the attention's products.
+    "deploy": Preset(
+        weight_symmetric=True, weight_clip=None, act_symmetric=True, act_clip=0.9, kv_clip=0.95, value_clip=0.95
+    ),
+    # DuQuant's command: everything asymmetric, fixed clip ratios 0.8 and 0.9, queries too; values are not clipped.
     "duquant": Preset(
-        weight_symmetric=False, weight_clip=0.8, act_symmetric=False, act_clip=0.9, kv_clip=0.9, quantize_queries=True
+        weight_symmetric=False,
+        weight_clip=0.8,
+        act_symmetric=False,
+        act_clip=0.9,
+        kv_clip=0.9,
+        value_clip=1.0,
+        quantize_queries=True,
     ),
 }

@@ -32,7 +32,7 @@ def logits(model: Any, tokens: torch.Tensor, **arguments: Any) -> torch.Tensor:
 
 
 def test_rotating_queries_and_keys_leaves_scores_unchanged() -> None:
-    quantizer = KVQuantizer(SPEC, Hadamard(12), 12)
+    quantizer = KVQuantizer(SPEC, SPEC, Hadamard(12), 12)
     q, k = torch.randn(2, 1, 3, 5, 12, dtype=torch.float64)
     scores = quantizer.rotate(q) @ quantizer.rotate(k).mT
     torch.testing.assert_close(scores, q @ k.mT, rtol=0, atol=1e-13)
@@ -41,13 +41,13 @@ def test_rotating_queries_and_keys_leaves_scores_unchanged() -> None:
 def test_queries_are_quantized_per_head_and_token_after_rotation() -> None:
     q = torch.randn(2, 3, 5, 12, dtype=torch.float64)
     rotated = q @ Hadamard(12).as_matrix()
-    left_alone = KVQuantizer(SPEC, Hadamard(12), 12)
+    left_alone = KVQuantizer(SPEC, SPEC, Hadamard(12), 12)
     torch.testing.assert_close(left_alone.prepared(q), rotated, rtol=0, atol=1e-14)
     low, high = (0.95 * rotated.clamp(max=0).amin(-1, True)), (0.95 * rotated.clamp(min=0).amax(-1, True))
     step = (high - low) / 15
     codes = ((rotated / step).round() + (-low / step).round()).clamp(0, 15)
     expected = (codes - (-low / step).round()) * step
-    quantized = KVQuantizer(SPEC, Hadamard(12), 12, queries=SPEC).prepared(q)
+    quantized = KVQuantizer(SPEC, SPEC, Hadamard(12), 12, queries=SPEC).prepared(q)
     torch.testing.assert_close(quantized, expected, rtol=0, atol=1e-12)
 
 
@@ -62,9 +62,10 @@ def test_a_checkpoint_quantizes_queries_where_its_recipe_does(model: Any, tiny: 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_unpacking_gives_what_quantizing_leaves(bits: int) -> None:
-    quantizer = KVQuantizer(TensorSpec(bits, False, 0.95), None, 16)
+    spec = TensorSpec(bits, False, 0.95)
+    quantizer = KVQuantizer(spec, spec, None, 16)
     x = torch.randn(2, 3, 7, 16)
-    packed = quantizer.pack(x)
+    packed = quantizer.pack_values(x)
     assert packed.codes.shape == (2, 3, 7, 2 * bits)
     error = (quantizer.unpack(packed, torch.float32) - x).abs()
     ideal = (fake_quantize(x, IntGrid(bits, False), PerToken(), 0.95) - x).abs()
@@ -138,9 +139,9 @@ def test_another_attention_is_refused(model: Any) -> None:
 
 
 def test_nan_keys_are_not_hidden() -> None:
-    quantizer = KVQuantizer(SPEC, None, 16)
+    quantizer = KVQuantizer(SPEC, SPEC, None, 16)
     x = torch.randn(1, 1, 2, 16)
     x[0, 0, 1, 3] = torch.nan
-    restored = quantizer.unpack(quantizer.pack(x), torch.float32)
+    restored = quantizer.unpack(quantizer.pack_values(x), torch.float32)
     assert restored[0, 0, 0].isfinite().all()
     assert restored[0, 0, 1].isnan().all()

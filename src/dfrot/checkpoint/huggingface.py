@@ -45,7 +45,7 @@ class DfrotQuantizer(HfQuantizer):
             raise ValueError("dfrot quantizes with dfrot.quantize(model, recipe, out); from_pretrained only loads.")
 
     def update_attn_implementation(self, config: Any) -> Any:
-        if self.quantization_config.plan.kv.quantizes:
+        if self.quantization_config.plan.spec.keys.quantizes:
             config._attn_implementation = ATTENTION
         return config
 

@@ -43,7 +43,7 @@ def duquant(context: Context) -> Transforms:
     """
     options, source, device = context.recipe.method, context.source, context.device
     assert isinstance(options, DuQuant), "fitted with the options of another method"
-    keys = hadamard("one head", head_dim(source.config)) if context.recipe.spec.kv.quantizes else None
+    keys = hadamard("one head", head_dim(source.config)) if context.recipe.spec.keys.quantizes else None
     base = Transforms(keys=keys)
     if options.base == "quarot":
         base = Transforms(random_rotation(context, "hadamard"), hadamard("one head", head_dim(source.config)), keys)

@@ -48,7 +48,7 @@ def random_rotation(context: Context, kind: str) -> Rotation:
 def around(residual: Rotation, context: Context, *, head_mixing: bool = False) -> Transforms:
     """QuaRot's other rotations around a given R1. Keys are rotated only if they are quantized."""
     config, spec = context.source.config, context.recipe.spec
-    keys = hadamard("one head", head_dim(config)) if spec.kv.quantizes else None
+    keys = hadamard("one head", head_dim(config)) if spec.keys.quantizes else None
     return Transforms(
         residual=residual,
         values=hadamard("one head", head_dim(config)),

@@ -23,8 +23,8 @@ def install_(model: nn.Module, plan: RuntimePlan) -> None:
         block = model.get_submodule(f"{graph.blocks}.{index}")
         install_linears_(block, graph, plan)
         attentions.append(block.get_submodule(graph.attention))
-    if plan.kv.quantizes:
-        install_kv_(model.get_submodule(graph.decoder), attentions, plan.kv, plan.queries, plan.keys)
+    if plan.spec.keys.quantizes:
+        install_kv_(model.get_submodule(graph.decoder), attentions, plan.spec, plan.keys)
 
 
 def install_linears_(block: nn.Module, graph: ModelGraph, plan: RuntimePlan) -> None:
@@ -40,7 +40,7 @@ def install_linears_(block: nn.Module, graph: ModelGraph, plan: RuntimePlan) -> 
             rotations[site] = blocks
     for name in graph.linears:
         rotation = rotations.get(name)
-        if rotation is None and not plan.weights.quantizes and not plan.activations.quantizes:
+        if rotation is None and not plan.spec.weights.quantizes and not plan.spec.activations.quantizes:
             continue
         linear = block.get_submodule(name)
         assert isinstance(linear, nn.Linear), f"{name} is a {type(linear).__name__}"
@@ -49,8 +49,8 @@ def install_linears_(block: nn.Module, graph: ModelGraph, plan: RuntimePlan) -> 
                 linear.in_features,
                 linear.out_features,
                 bias=linear.bias is not None,
-                weights=plan.weights,
-                activations=plan.activations,
+                weights=plan.spec.weights,
+                activations=plan.spec.activations,
                 rotation=rotation,
                 dtype=linear.weight.dtype,
             )

@@ -27,7 +27,7 @@ from transformers.masking_utils import sdpa_mask
 from dfrot.linalg.rotation import Rotation
 from dfrot.quant.affine import SCALE_DTYPE, QParams, choose_qparams, dequantize, fake_quantize, quantize
 from dfrot.quant.packing import pack, unpack
-from dfrot.spec import LEFT_ALONE, TensorSpec
+from dfrot.spec import LEFT_ALONE, Spec, TensorSpec
 
 ATTENTION = "dfrot"
 
@@ -54,17 +54,22 @@ class KVQuantizer(nn.Module):
     """Quantizes the keys and values of one attention module; has no weights.
 
     Args:
-        spec: the grid, asymmetric, one group per head.
+        keys, values, queries: the grids, asymmetric, one group per head; keys and values have the same bits.
         rotation: R3, or None.
         head_dim: channels of a head.
-        queries: the grid of queries.
     """
 
     def __init__(
-        self, spec: TensorSpec, rotation: Rotation | None, head_dim: int, queries: TensorSpec = LEFT_ALONE
+        self,
+        keys: TensorSpec,
+        values: TensorSpec,
+        rotation: Rotation | None,
+        head_dim: int,
+        queries: TensorSpec = LEFT_ALONE,
     ) -> None:
         super().__init__()
-        self.spec, self.rotation, self.head_dim, self.queries = spec, rotation, head_dim, queries
+        self.keys, self.values, self.queries = keys, values, queries
+        self.rotation, self.head_dim = rotation, head_dim
 
     def rotate(self, x: Float[Tensor, "batch heads tokens head_dim"]) -> Float[Tensor, "batch heads tokens head_dim"]:
         """Queries or keys, rotated by R3."""
@@ -78,21 +83,28 @@ class KVQuantizer(nn.Module):
         assert self.queries.clip is not None, "queries have a fixed clip ratio"
         return fake_quantize(x, self.queries.grid, self.queries.token_granularity, self.queries.clip)
 
-    def pack(self, x: Float[Tensor, "batch heads tokens head_dim"]) -> Packed:
-        assert self.spec.clip is not None, "keys and values have a fixed clip ratio"
+    def pack_keys(self, x: Float[Tensor, "batch heads tokens head_dim"]) -> Packed:
+        """Keys, rotated and quantized."""
+        return self._pack(self.rotate(x), self.keys)
+
+    def pack_values(self, x: Float[Tensor, "batch heads tokens head_dim"]) -> Packed:
+        return self._pack(x, self.values)
+
+    def _pack(self, x: Float[Tensor, "batch heads tokens head_dim"], spec: TensorSpec) -> Packed:
+        assert spec.clip is not None, "keys and values have a fixed clip ratio"
         wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-        grid, granularity = self.spec.grid, self.spec.token_granularity
-        qparams = choose_qparams(wide, grid, granularity, self.spec.clip, SCALE_DTYPE)
+        grid, granularity = spec.grid, spec.token_granularity
+        qparams = choose_qparams(wide, grid, granularity, spec.clip, SCALE_DTYPE)
         codes = quantize(wide, grid, granularity, qparams)
         assert qparams.zero is not None, "keys and values have an asymmetric grid"
         zero = torch.nan_to_num(qparams.zero).to(torch.uint8)  # a NaN lives on in the scale
-        return Packed(pack(codes, self.spec.bits), qparams.scale.to(SCALE_DTYPE), zero)
+        return Packed(pack(codes, spec.bits), qparams.scale.to(SCALE_DTYPE), zero)
 
     def unpack(self, packed: Packed, dtype: torch.dtype) -> Float[Tensor, "batch heads tokens head_dim"]:
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        codes = unpack(packed.codes, self.spec.bits, self.head_dim)
+        codes = unpack(packed.codes, self.keys.bits, self.head_dim)
         qparams = QParams(packed.scale.to(wide), packed.zero.to(wide))
-        return dequantize(codes, self.spec.token_granularity, qparams).to(dtype)
+        return dequantize(codes, self.keys.token_granularity, qparams).to(dtype)
 
 
 class QuantizedLayer(DynamicLayer):
@@ -116,7 +128,7 @@ class QuantizedLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         quantizer = self._quantizer
-        new = quantizer.pack(quantizer.rotate(key_states)), quantizer.pack(value_states)
+        new = quantizer.pack_keys(key_states), quantizer.pack_values(value_states)
         if self._packed is not None:
             new = tuple(  # type: ignore[assignment]
                 Packed(*(torch.cat(parts, dim=-2) for parts in zip(old, fresh, strict=True)))
@@ -174,8 +186,8 @@ def quantized_attention(
     quantizer = getattr(module, "kv_quantizer", None)
     if not isinstance(quantizer, KVQuantizer):
         raise ValueError(f"the attention '{ATTENTION}' belongs to checkpoints of dfrot that quantize keys and values")
-    keys = key if isinstance(key, Packed) else quantizer.pack(quantizer.rotate(key))
-    values = value if isinstance(value, Packed) else quantizer.pack(value)
+    keys = key if isinstance(key, Packed) else quantizer.pack_keys(key)
+    values = value if isinstance(value, Packed) else quantizer.pack_values(value)
     return sdpa_attention_forward(
         module,
         quantizer.prepared(query),
@@ -204,13 +216,12 @@ def _quantize_empty_cache(quantizers: list[KVQuantizer]) -> Any:
     return hook
 
 
-def install_kv_(
-    decoder: nn.Module, attentions: list[nn.Module], kv: TensorSpec, queries: TensorSpec, keys: Rotation | None
-) -> None:
-    """Give every attention module its quantizer, and `generate` its cache."""
+def install_kv_(decoder: nn.Module, attentions: list[nn.Module], spec: Spec, rotation: Rotation | None) -> None:
+    """Give every attention module its quantizer, with `rotation` for R3, and `generate` its cache."""
     quantizers = []
     for attention in attentions:
-        attention.kv_quantizer = KVQuantizer(kv, keys, attention.head_dim, queries)  # type: ignore[arg-type]
+        head_dim: int = attention.head_dim  # type: ignore[assignment]
+        attention.kv_quantizer = KVQuantizer(spec.keys, spec.values, rotation, head_dim, spec.queries)
         quantizers.append(attention.kv_quantizer)
     decoder.register_forward_pre_hook(_quantize_empty_cache(quantizers), with_kwargs=True)
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from dfrot.errors import UserError
 from dfrot.linalg.rotation import Rotation, rotation_from
 from dfrot.recipe import Recipe
-from dfrot.spec import LEFT_ALONE, TensorSpec
+from dfrot.spec import LEFT_ALONE, Spec
 
-FORMAT = 2  # raised when older readers would misread a checkpoint
+FORMAT = 3  # raised when older readers would misread a checkpoint
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,35 +20,22 @@ class RuntimePlan:
     """How a checkpoint computes.
 
     Attributes:
-        weights, activations, kv, queries: the grids.
+        spec: the grids.
         online: linear layer of a block → the rotation of its input.
-        keys: the rotation of queries and keys after RoPE, if keys are rotated.
+        keys: the rotation of queries and keys after RoPE (R3), if keys are rotated.
         blocks: norm or linear layer of a block → size of the blocks, and count, of the block rotations of its output
             or input. Unlike `online` ones they differ from block to block and are tensors of the checkpoint.
     """
 
-    weights: TensorSpec
-    activations: TensorSpec
-    kv: TensorSpec
-    queries: TensorSpec
+    spec: Spec
     online: Mapping[str, Rotation]
     keys: Rotation | None
     blocks: Mapping[str, tuple[int, int]]
 
-    @staticmethod
-    def of(
-        recipe: Recipe,
-        online: Mapping[str, Rotation],
-        keys: Rotation | None,
-        blocks: Mapping[str, tuple[int, int]],
-    ) -> "RuntimePlan":
-        spec = recipe.spec
-        return RuntimePlan(spec.weights, spec.activations, spec.kv, spec.queries, dict(online), keys, dict(blocks))
-
     def without(self, *kinds: Literal["weights", "activations"]) -> "RuntimePlan":
         """The plan that leaves these kinds of tensors alone."""
         alone: dict[str, Any] = dict.fromkeys(kinds, LEFT_ALONE)
-        return dataclasses.replace(self, **alone)
+        return dataclasses.replace(self, spec=dataclasses.replace(self.spec, **alone))
 
     def to_json(self, recipe: Recipe) -> dict[str, Any]:
         """The `quantization_config` of a checkpoint; the grids are those of the recipe."""
@@ -76,6 +63,6 @@ class RuntimePlan:
             online = {name: rotation_from(rotation, {}) for name, rotation in record["online"].items()}
             keys = None if record["keys"] is None else rotation_from(record["keys"], {})
             blocks = {site: (int(size), int(count)) for site, (size, count) in record["blocks"].items()}
-            return RuntimePlan.of(Recipe.from_json(record["recipe"]), online, keys, blocks)
+            return RuntimePlan(Recipe.from_json(record["recipe"]).spec, online, keys, blocks)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise UserError(f"this is not the configuration of a dfrot checkpoint: {error}") from error
