@@ -146,7 +146,7 @@ TABLES: dict[str, list[tuple[int, dict[str, Row]]]] = {
         (
             20480,
             {
-                "released settings": Row(RELEASED_DUQUANT, seeds=1),
+                "released settings": Row(RELEASED_DUQUANT),
                 "queries left alone": Row(RELEASED_DUQUANT | {"quantize_queries": False}, "released settings", 1),
                 "no smoothing": Row(RELEASED_DUQUANT | {"smooth": False}, "released settings", 1),
                 "one rotation": Row(RELEASED_DUQUANT | {"permutations": 0}, "released settings", 1),
