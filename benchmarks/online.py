@@ -11,32 +11,25 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
 
 import dfrot
+from dfrot.kernels.library import backend
 from dfrot.memory import keep_freed_memory
 from dfrot.runtime.blocks import RotatedNorm
 from dfrot.runtime.kv import KVQuantizer
 from dfrot.runtime.linear import QuantLinear
 
 
-@contextmanager
-def without_rotations(model: nn.Module) -> Iterator[None]:
-    """Inside, nothing is rotated at run time."""
-    rotating: list[Any] = [m for m in model.modules() if isinstance(m, (QuantLinear, RotatedNorm, KVQuantizer))]
-    kept = [module.rotation for module in rotating]
-    for module in rotating:
-        module.rotation = nn.Identity() if isinstance(module, RotatedNorm) else None
-    try:
-        yield
-    finally:
-        for module, rotation in zip(rotating, kept, strict=True):
-            module.rotation = rotation
+def load(checkpoint: str, *, rotates: bool) -> Any:
+    """A checkpoint, or what is left of it when nothing is rotated at run time."""
+    model, _ = dfrot.load(checkpoint)
+    for module in list(model.modules()):
+        if not rotates and isinstance(module, (QuantLinear, RotatedNorm, KVQuantizer)):
+            module.rotation = None
+    return model
 
 
 def seconds(model: Any, token_ids: torch.Tensor) -> float:
@@ -53,20 +46,19 @@ def main() -> None:
     arguments = parser.parse_args()
     keep_freed_memory()
     print(f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(backend())
     for checkpoint in arguments.checkpoints:
-        model, _ = dfrot.load(checkpoint)
+        model, plain = load(checkpoint, rotates=True), load(checkpoint, rotates=False)
         recipe = model.config.quantization_config.record["recipe"]
         for tokens in arguments.tokens:
             generator = torch.Generator().manual_seed(0)
             token_ids = torch.randint(model.config.vocab_size, (1, tokens), generator=generator)
             shares = []
             with torch.no_grad():
-                seconds(model, token_ids)  # unpacks the weights
-                for _ in range(arguments.rounds):
-                    whole = seconds(model, token_ids)
-                    with without_rotations(model):
-                        rest = seconds(model, token_ids)
-                    shares.append(1 - rest / whole)
+                for number in range(arguments.rounds + 1):
+                    whole, rest = seconds(model, token_ids), seconds(plain, token_ids)
+                    if number:  # the first one warms up
+                        shares.append(1 - rest / whole)
             low, median, high = statistics.quantiles(shares, n=4)
             label = f"{recipe['method']} {recipe['weights']} {recipe['spec']}"
             print(f"{label:24} {tokens:5} tokens: {median:6.1%} of a forward pass ({low:.1%} … {high:.1%})", flush=True)

@@ -12,9 +12,9 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "dfrot"
 # A module may import from its own floor's packages only itself, and anything from the floors below.
 FLOORS = [
-    {"errors", "memory", "progress", "version", "linalg", "quant"},
+    {"errors", "memory", "cache", "progress", "version", "linalg", "quant"},
     {"spec"},
-    {"recipe"},
+    {"recipe", "kernels"},
     {"models"},
     {"texts", "transform", "runtime"},
     {"methods", "weights", "checkpoint"},
@@ -87,7 +87,7 @@ def test_no_file_is_named_after_helpfulness() -> None:
 
 
 def test_the_core_keeps_the_line_budget_that_the_readme_names() -> None:
-    budget = re.search(r"Core under ([\d,]+) lines", (ROOT / "README.md").read_text())
+    budget = re.search(r"Core under ([\d,]+) lines of Python", (ROOT / "README.md").read_text())
     assert budget is not None
     lines = sum(len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py"))
     assert lines < int(budget[1].replace(",", ""))

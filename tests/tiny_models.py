@@ -41,10 +41,15 @@ CONFIGS: dict[str, PreTrainedConfig] = {
 }
 
 
-def write_tiny_model(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
-    """Write the tiny model `name` with a tokenizer of single characters."""
+def write_tiny_model(name: str, folder: Path, dtype: torch.dtype = torch.float32, head_dim: int | None = None) -> Path:
+    """Write the tiny model `name`, or one like it with larger heads, with a tokenizer of single characters."""
     generator = torch.Generator().manual_seed(1)
-    model = AutoModelForCausalLM.from_config(CONFIGS[name])
+    config = CONFIGS[name]
+    if head_dim is not None:
+        kind = type(config)
+        width = {"hidden_size": 4 * head_dim} if kind in (Qwen2Config, Phi3Config) else {}
+        config = kind(**{**config.to_diff_dict(), "head_dim": head_dim, **width})
+    model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)

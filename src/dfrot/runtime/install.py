@@ -2,15 +2,17 @@
 
 import torch
 from torch import nn
+from transformers.activations import SiLUActivation
 
 from dfrot.linalg.rotation import Rotation
 from dfrot.models.families import graph_for
 from dfrot.models.graph import ModelGraph
 from dfrot.models.source import use_torch_norms_
-from dfrot.runtime.blocks import BlockRotation, RotatedNorm
+from dfrot.runtime.blocks import BlockRotation, RotatedNorm, WideNorm, WideSiLU
 from dfrot.runtime.kv import install_kv_
 from dfrot.runtime.linear import QuantLinear
 from dfrot.runtime.plan import RuntimePlan
+from dfrot.runtime.step import accelerate_
 
 
 def install_(model: nn.Module, plan: RuntimePlan) -> None:
@@ -21,14 +23,16 @@ def install_(model: nn.Module, plan: RuntimePlan) -> None:
     attentions = []
     for index in range(config.num_hidden_layers):  # type: ignore[union-attr,arg-type]
         block = model.get_submodule(f"{graph.blocks}.{index}")
-        install_linears_(block, graph, plan)
+        install_block_(block, graph, plan)
         attentions.append(block.get_submodule(graph.attention))
     if plan.spec.keys.quantizes:
         install_kv_(model.get_submodule(graph.decoder), attentions, plan.spec, plan.keys)
+    for index in range(config.num_hidden_layers):  # type: ignore[union-attr,arg-type]
+        accelerate_(model.get_submodule(f"{graph.blocks}.{index}"), graph, config)
 
 
-def install_linears_(block: nn.Module, graph: ModelGraph, plan: RuntimePlan) -> None:
-    """Replace the linear layers of a decoder block for which the plan has something to do, on the meta device."""
+def install_block_(block: nn.Module, graph: ModelGraph, plan: RuntimePlan) -> None:
+    """Replace what a decoder block computes otherwise, and the linear layers for which the plan has something to do."""
     rotations: dict[str, Rotation | BlockRotation] = dict(plan.online)
     for site, (size, count) in plan.blocks.items():
         module = block.get_submodule(site)
@@ -38,6 +42,11 @@ def install_linears_(block: nn.Module, graph: ModelGraph, plan: RuntimePlan) -> 
             block.set_submodule(site, RotatedNorm(module, blocks))
         else:
             rotations[site] = blocks
+    for name, module in list(block.named_modules()):
+        if type(module) is nn.RMSNorm:
+            block.set_submodule(name, WideNorm(module))
+        elif isinstance(module, SiLUActivation):
+            block.set_submodule(name, WideSiLU())
     for name in graph.linears:
         rotation = rotations.get(name)
         if rotation is None and not plan.spec.weights.quantizes and not plan.spec.activations.quantizes:

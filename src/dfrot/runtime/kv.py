@@ -24,12 +24,16 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from dfrot.kernels import attention
+from dfrot.kernels.transform import NO_PASSES, Passes, passes_of
 from dfrot.linalg.rotation import Rotation
 from dfrot.quant.affine import SCALE_DTYPE, QParams, choose_qparams, dequantize, fake_quantize, quantize
-from dfrot.quant.packing import pack, unpack
+from dfrot.quant.packing import pack, packed_width, unpack
+from dfrot.runtime.blocks import wide
 from dfrot.spec import LEFT_ALONE, Spec, TensorSpec
 
 ATTENTION = "dfrot"
+_ROOM = 64  # tokens by which a cache grows at least
 
 
 class Packed(NamedTuple):
@@ -48,6 +52,15 @@ class Packed(NamedTuple):
     @property
     def nbytes(self) -> int:
         return sum(part.nbytes for part in self)
+
+    def first(self, tokens: int) -> "Packed":
+        """A view of the first tokens."""
+        return Packed(*(part[:, :, :tokens] for part in self))
+
+    def put(self, new: "Packed", at: int) -> None:
+        """Overwrite tokens from position `at` on."""
+        for part, of_new in zip(self, new, strict=True):
+            part[:, :, at : at + of_new.shape[2]] = of_new
 
 
 class KVQuantizer(nn.Module):
@@ -70,10 +83,11 @@ class KVQuantizer(nn.Module):
         super().__init__()
         self.keys, self.values, self.queries = keys, values, queries
         self.rotation, self.head_dim = rotation, head_dim
+        self._passes: tuple[Rotation | None, Passes | None] | None = None
 
     def rotate(self, x: Float[Tensor, "batch heads tokens head_dim"]) -> Float[Tensor, "batch heads tokens head_dim"]:
         """Queries or keys, rotated by R3."""
-        return x if self.rotation is None else self.rotation.apply(x)
+        return x if self.rotation is None else wide(self.rotation.apply, x)
 
     def prepared(self, x: Float[Tensor, "batch heads tokens head_dim"]) -> Float[Tensor, "batch heads tokens head_dim"]:
         """Queries as keys meet them: rotated, and quantized if that is asked for."""
@@ -82,6 +96,31 @@ class KVQuantizer(nn.Module):
             return x
         assert self.queries.clip is not None, "queries have a fixed clip ratio"
         return fake_quantize(x, self.queries.grid, self.queries.token_granularity, self.queries.clip)
+
+    def native(self, x: Tensor) -> bool:
+        """Whether the kernels can do their part for such heads."""
+        return attention.supported(x, self.keys) and self.passes is not None
+
+    @property
+    def passes(self) -> Passes | None:
+        """R3 as the kernels take it, if they can."""
+        if self._passes is None or self._passes[0] is not self.rotation:
+            self._passes = self.rotation, NO_PASSES if self.rotation is None else passes_of(self.rotation)
+        return self._passes[1]
+
+    def write_keys(self, x: Float[Tensor, "batch heads tokens head_dim"], room: Packed, at: int) -> None:
+        """Keys, rotated and quantized, into `room`, from position `at` on."""
+        if self.native(x):
+            assert self.passes is not None, "native() has seen to it"
+            attention.append(x, room, at, self.passes, self.keys)
+        else:
+            room.put(self.pack_keys(x), at)
+
+    def write_values(self, x: Float[Tensor, "batch heads tokens head_dim"], room: Packed, at: int) -> None:
+        if self.native(x):
+            attention.append(x, room, at, NO_PASSES, self.values)
+        else:
+            room.put(self.pack_values(x), at)
 
     def pack_keys(self, x: Float[Tensor, "batch heads tokens head_dim"]) -> Packed:
         """Keys, rotated and quantized."""
@@ -98,9 +137,12 @@ class KVQuantizer(nn.Module):
         codes = quantize(wide, grid, granularity, qparams)
         assert qparams.zero is not None, "keys and values have an asymmetric grid"
         zero = torch.nan_to_num(qparams.zero).to(torch.uint8)  # a NaN lives on in the scale
-        return Packed(pack(codes, spec.bits), qparams.scale.to(SCALE_DTYPE), zero)
+        parts = pack(codes, spec.bits), qparams.scale.to(SCALE_DTYPE), zero
+        return Packed(*(part.contiguous() for part in parts))
 
     def unpack(self, packed: Packed, dtype: torch.dtype) -> Float[Tensor, "batch heads tokens head_dim"]:
+        if attention.supported(torch.empty(0, self.head_dim, dtype=dtype, device=packed.codes.device), self.keys):
+            return attention.unpack(packed, self.keys, dtype)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         codes = unpack(packed.codes, self.keys.bits, self.head_dim)
         qparams = QParams(packed.scale.to(wide), packed.zero.to(wide))
@@ -118,6 +160,7 @@ class QuantizedLayer(DynamicLayer):
     def __init__(self, quantizer: KVQuantizer) -> None:
         super().__init__()
         self._quantizer = quantizer
+        self._room: tuple[Packed, Packed] | None = None  # of which the first tokens are used
         self._packed: tuple[Packed, Packed] | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -127,19 +170,46 @@ class QuantizedLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        quantizer = self._quantizer
-        new = quantizer.pack_keys(key_states), quantizer.pack_values(value_states)
+        batch, heads, tokens, _ = key_states.shape
+        (keys, values), length = self.reserve(batch, heads, tokens), self.get_seq_length()
+        self._quantizer.write_keys(key_states, keys, length)
+        self._quantizer.write_values(value_states, values, length)
+        return self.advance(tokens)
+
+    def reserve(self, batch: int, heads: int, tokens: int) -> tuple[Packed, Packed]:
+        """The cache with room for so many more tokens, and a sixteenth beyond, so that appending seldom copies it."""
+        needed = self.get_seq_length() + tokens
+        if self._room is not None and self._room[0].codes.shape[-2] >= needed:
+            return self._room
+        capacity, width = (
+            -(-(needed + needed // 16) // _ROOM) * _ROOM,
+            packed_width(self._quantizer.head_dim, self._quantizer.keys.bits),
+        )
+
+        def empty(width: int, dtype: torch.dtype) -> Tensor:
+            return torch.zeros(batch, heads, capacity, width, dtype=dtype, device=self.device)
+
+        def packed() -> Packed:
+            return Packed(empty(width, torch.uint8), empty(1, SCALE_DTYPE), empty(1, torch.uint8))
+
+        room = packed(), packed()
         if self._packed is not None:
-            new = tuple(  # type: ignore[assignment]
-                Packed(*(torch.cat(parts, dim=-2) for parts in zip(old, fresh, strict=True)))
-                for old, fresh in zip(self._packed, new, strict=True)
-            )
-        self._packed = new
-        return new
+            for old, new in zip(self._packed, room, strict=True):
+                new.put(old, 0)
+        self._room = room
+        return room
+
+    def advance(self, tokens: int) -> tuple[Packed, Packed]:
+        """The cache with so many of the reserved tokens, which have been written."""
+        assert self._room is not None, "reserve comes first"
+        keys, values = self._room
+        length = self.get_seq_length() + tokens
+        self._packed = keys.first(length), values.first(length)
+        return self._packed
 
     def _map(self, change: Any) -> None:
         if self._packed is not None:
-            self._packed = tuple(Packed(*map(change, packed)) for packed in self._packed)  # type: ignore[assignment]
+            self._packed = self._room = tuple(Packed(*map(change, packed)) for packed in self._packed)  # type: ignore[assignment]
 
     def get_seq_length(self) -> int:
         return 0 if self._packed is None else self._packed[0].codes.shape[-2]
@@ -148,6 +218,11 @@ class QuantizedLayer(DynamicLayer):
     def nbytes(self) -> int:
         return 0 if self._packed is None else sum(packed.nbytes for packed in self._packed)
 
+    @property
+    def resident_bytes(self) -> int:
+        """With the room for tokens to come."""
+        return 0 if self._room is None else sum(packed.nbytes for packed in self._room)
+
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
@@ -155,7 +230,7 @@ class QuantizedLayer(DynamicLayer):
             self._map(lambda part: part[..., :tokens_to_remove, :])
 
     def reset(self) -> None:
-        self._packed, self.is_initialized = None, False
+        self._packed, self._room, self.is_initialized = None, None, False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._map(lambda part: part.index_select(0, beam_idx.to(part.device)))
@@ -188,14 +263,22 @@ def quantized_attention(
         raise ValueError(f"the attention '{ATTENTION}' belongs to checkpoints of dfrot that quantize keys and values")
     keys = key if isinstance(key, Packed) else quantizer.pack_keys(key)
     values = value if isinstance(value, Packed) else quantizer.pack_values(value)
-    return sdpa_attention_forward(
-        module,
-        quantizer.prepared(query),
-        quantizer.unpack(keys, query.dtype),
-        quantizer.unpack(values, query.dtype),
-        attention_mask,
-        **arguments,
-    )
+    tokens = query.shape[-2]
+    seen = tokens == 1 if attention_mask is None else attention_mask.dtype == torch.bool
+    if tokens <= attention.FEW and seen and quantizer.native(query):
+        rotated = quantizer.queries.quantizes
+        passes = NO_PASSES if rotated else quantizer.passes
+        assert passes is not None, "native() has seen to it"
+        scaling = arguments.get("scaling") or quantizer.head_dim**-0.5
+        query = quantizer.prepared(query) if rotated else query
+        return attention.attend(query, keys, values, attention_mask, passes, scaling, quantizer.keys), None
+    parts = quantizer.prepared(query), quantizer.unpack(keys, query.dtype), quantizer.unpack(values, query.dtype)
+    if tokens <= attention.FEW and query.dtype == torch.float32:  # like what a block computes between its products
+        mask = attention_mask
+        mask = mask.double() if mask is not None and mask.dtype == torch.float32 else mask
+        attended, weights = sdpa_attention_forward(module, *(x.double() for x in parts), mask, **arguments)
+        return attended.float(), weights
+    return sdpa_attention_forward(module, *parts, attention_mask, **arguments)
 
 
 def _quantize_empty_cache(quantizers: list[KVQuantizer]) -> Any:
@@ -219,10 +302,10 @@ def _quantize_empty_cache(quantizers: list[KVQuantizer]) -> Any:
 def install_kv_(decoder: nn.Module, attentions: list[nn.Module], spec: Spec, rotation: Rotation | None) -> None:
     """Give every attention module its quantizer, with `rotation` for R3, and `generate` its cache."""
     quantizers = []
-    for attention in attentions:
-        head_dim: int = attention.head_dim  # type: ignore[assignment]
-        attention.kv_quantizer = KVQuantizer(spec.keys, spec.values, rotation, head_dim, spec.queries)
-        quantizers.append(attention.kv_quantizer)
+    for module in attentions:
+        head_dim: int = module.head_dim  # type: ignore[assignment]
+        module.kv_quantizer = KVQuantizer(spec.keys, spec.values, rotation, head_dim, spec.queries)
+        quantizers.append(module.kv_quantizer)
     decoder.register_forward_pre_hook(_quantize_empty_cache(quantizers), with_kwargs=True)
 
 

@@ -1,14 +1,43 @@
-"""A linear layer with an online rotation, a quantized input and a packed weight, each of them optional."""
+"""A linear layer with an online rotation, a quantized input and a packed weight, each of them optional.
+
+Where the native kernels can, they compute it. The rest, and what has to be differentiated, is the reference: the same
+in torch, operation by operation.
+"""
+
+from typing import Any, TypeGuard
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from dfrot.kernels.linear import PackedWeight, linear, supported
+from dfrot.kernels.transform import NO_PASSES, Passes, passes_of
 from dfrot.linalg.rotation import Rotation
-from dfrot.quant.affine import SCALE_DTYPE, QParams, dequantize, fake_quantize
+from dfrot.quant.affine import SCALE_DTYPE, QParams, choose_qparams, dequantize, fake_quantize, quantize
 from dfrot.quant.packing import pack, packed_width, unpack
-from dfrot.runtime.blocks import BlockRotation
+from dfrot.runtime.blocks import BlockRotation, wide
 from dfrot.spec import TensorSpec
+
+
+def version(tensor: Tensor | None) -> int:
+    """Differs after a tensor was written to, as far as torch counts that."""
+    return 0 if tensor is None or tensor.is_inference() else tensor._version
+
+
+def _fits(tensor: Tensor | None, dtype: torch.dtype, device: torch.device) -> TypeGuard[Tensor]:
+    return tensor is not None and tensor.dtype == dtype and tensor.device == device
+
+
+class _Value(torch.autograd.Function):
+    """The first, with the gradient of the second."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, graded: Tensor) -> Tensor:
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
+        return None, gradients[0]
 
 
 class QuantLinear(nn.Module):
@@ -18,8 +47,8 @@ class QuantLinear(nn.Module):
     (out, groups). Codes of symmetric grids are stored with an offset of 2^(bits−1). With 16-bit weights there is a
     plain `weight` (out, in) instead.
 
-    This is the reference: it unpacks the weight on first use and keeps it, trading memory for an exact and readable
-    product.
+    The kernels leave the weight packed. The reference unpacks it on first use and keeps it, trading memory for a
+    readable product.
     """
 
     qweight: Tensor
@@ -51,14 +80,61 @@ class QuantLinear(nn.Module):
         else:
             self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=dtype), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype), requires_grad=False) if bias else None
-        self._unpacked: Tensor | None = None
+        self._dense: Tensor | None = None
+        self._integers: Tensor | None = None
+        self._packed: tuple[int, PackedWeight, Passes | None] | None = None
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        return nn.functional.linear(self.prepared(x), self.dense_weight(x.dtype), self.bias)
+        if not self.native(x):
+            if not self.exact(x):
+                return nn.functional.linear(self.prepared(x), self.dense_weight(x.dtype), self.bias)
+            y = self.integer_product(x.detach())
+            if not (x.requires_grad and torch.is_grad_enabled()):
+                return y
+            return _Value.apply(y, nn.functional.linear(self.prepared(x), self.dense_weight(x.dtype), self.bias))
+        weight, rotation = self.packed()
+        if rotation is None:
+            x, rotation = self.rotated(x), NO_PASSES
+        return linear(x, [weight], rotation, self.weights, self.activations)[0]
+
+    def exact(self, x: Tensor) -> bool:
+        """Whether the reference multiplies integers; in 16 bits a product of floats is faster on a GPU."""
+        quantizes = self.weight is None and self.weights.group is None and self.activations.quantizes
+        return quantizes and x.dtype in (torch.float32, torch.float64)
+
+    def integer_product(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        """s t Σ (a − z)(w − v) + b as the kernels compute it: an exact sum of integers, then the scales."""
+        x, spec = self.rotated(x), self.activations
+        assert spec.clip is not None, "activations have a fixed clip ratio"
+        qparams = choose_qparams(x, spec.grid, spec.token_granularity, spec.clip)
+        codes = quantize(x, spec.grid, spec.token_granularity, qparams)
+        fits = self.in_features * 2 ** (spec.bits + self.weights.bits) <= 2**24  # integers that float32 has
+        weight = self.integer_weight(x.dtype if fits else torch.float64)
+        centred = codes.to(weight.dtype) - (0 if qparams.zero is None else qparams.zero.to(weight.dtype))
+        sums = nn.functional.linear(centred, weight).to(x.dtype)
+        y = sums * self.scales[:, 0].to(x.dtype) * qparams.scale
+        return y if self.bias is None else y + self.bias
+
+    def native(self, x: Tensor) -> bool:
+        """Whether the kernels can compute the layer for such an input."""
+        return self.weight is None and supported(x, self.weights, self.activations)
+
+    def packed(self) -> tuple[PackedWeight, Passes | None]:
+        """The weight as the kernels take it, and the rotation if they can do it."""
+        now = version(self.qweight)
+        if self._packed is None or self._packed[1].qweight is not self.qweight or self._packed[0] != now:
+            zeros = None if self.weights.symmetric else self.zeros
+            weight = PackedWeight.of(self.qweight, self.scales, zeros, self.bias, self.weights)
+            rotation = self.rotation.as_rotation if isinstance(self.rotation, BlockRotation) else self.rotation
+            self._packed = now, weight, NO_PASSES if rotation is None else passes_of(rotation)
+        return self._packed[1:]
 
     def prepared(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch in"]:
         """What the weight is multiplied by: the input rotated and quantized."""
-        x = self.rotated(x)
+        return self.quantized(self.rotated(x))
+
+    def quantized(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch in"]:
+        """What is left of a rotated input after quantizing it."""
         if self.activations.quantizes:
             assert self.activations.clip is not None, "activations have a fixed clip ratio"
             grid, granularity = self.activations.grid, self.activations.token_granularity
@@ -70,21 +146,35 @@ class QuantLinear(nn.Module):
         """The input in the basis of the weight."""
         if self.rotation is None:
             return x
-        return self.rotation(x) if isinstance(self.rotation, BlockRotation) else self.rotation.apply(x)
+        return self.rotation(x) if isinstance(self.rotation, BlockRotation) else wide(self.rotation.apply, x)
 
     def dense_weight(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
         """The weight that the integers stand for."""
         if self.weight is not None:
             return self.weight
-        if self._unpacked is None or self._unpacked.dtype != dtype or self._unpacked.device != self.qweight.device:
+        if not _fits(self._dense, dtype, self.qweight.device):
             wide = torch.float64 if dtype == torch.float64 else torch.float32
-            codes = unpack(self.qweight, self.weights.bits, self.in_features).to(torch.int16)
-            if self.weights.symmetric:
-                codes -= 2 ** (self.weights.bits - 1)
             zero = None if self.weights.symmetric else self.zeros.to(wide)
             qparams = QParams(self.scales.to(wide), zero)
-            self._unpacked = dequantize(codes, self.weights.weight_granularity, qparams).to(dtype)
-        return self._unpacked
+            self._dense = dequantize(self._codes(), self.weights.weight_granularity, qparams).to(dtype)
+        return self._dense
+
+    def integer_weight(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
+        """The integers w − v themselves, as floats."""
+        if not _fits(self._integers, dtype, self.qweight.device):
+            codes = self._codes()
+            self._integers = (codes if self.weights.symmetric else codes - self.zeros).to(dtype)
+        return self._integers
+
+    def _codes(self) -> Int[Tensor, "out in"]:
+        codes = unpack(self.qweight, self.weights.bits, self.in_features).to(torch.int16)
+        return codes - 2 ** (self.weights.bits - 1) if self.weights.symmetric else codes
+
+    def kept_tensors(self) -> list[Tensor]:
+        """Everything that the layer has in memory: the checkpoint's tensors, and what was made of them."""
+        made = [] if self._packed is None else [tensor for tensor in self._packed[1] if tensor is not None]
+        unpacked = [tensor for tensor in (self._dense, self._integers) if tensor is not None]
+        return [*self.parameters(), *self.buffers(), *made, *unpacked]
 
     def extra_repr(self) -> str:
         return (

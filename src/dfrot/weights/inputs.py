@@ -20,7 +20,7 @@ from dfrot.errors import EnvironmentFault
 from dfrot.models.source import Source, loaded
 from dfrot.models.stream import BlockRunner
 from dfrot.recipe import Recipe
-from dfrot.runtime.install import install_linears_
+from dfrot.runtime.install import install_block_
 from dfrot.runtime.linear import QuantLinear
 from dfrot.runtime.plan import RuntimePlan
 
@@ -125,7 +125,7 @@ class CalibrationStream:
 def runtime_block(source: Source, index: int, tensors: dict[str, Tensor], plan: RuntimePlan) -> nn.Module:
     """Block `index` with the runtime's modules."""
     block = source.empty_block(index)
-    install_linears_(block, source.graph, plan)
+    install_block_(block, source.graph, plan)
     return loaded(block, tensors)
 
 

@@ -1,0 +1,159 @@
+"""Packed keys and values: into the cache, out of it, and attention of a few new tokens over it.
+
+A cache is three tensors, (batch, heads, capacity, …): codes uint8, scales bfloat16, zero points uint8. Capacity is what
+there is room for; the tensors may be views of the first tokens, as long as only that axis is cut.
+"""
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from dfrot.kernels.library import AVX2, instruction_set
+from dfrot.kernels.structures import DTYPES, cache, check, mask_strides, native, pointer, size, transform
+from dfrot.kernels.transform import Passes, flat
+from dfrot.spec import TensorSpec
+
+FEW = 8  # new tokens, up to which there is a kernel for their attention
+_MOST_CHANNELS = 512  # of native/cache.h
+
+
+def supported(x: Tensor, spec: TensorSpec) -> bool:
+    """Whether there are kernels for heads like x (…, head_dim) on such a grid."""
+    on_cpu = x.device.type == "cpu" and x.dtype in DTYPES and not (x.requires_grad and torch.is_grad_enabled())
+    channels = x.shape[-1]
+    return (
+        on_cpu
+        and spec.bits in (4, 8)
+        and channels % 32 == 0
+        and channels <= _MOST_CHANNELS
+        and instruction_set() >= AVX2
+    )
+
+
+def append(
+    x: Float[Tensor, "batch heads tokens head_dim"],
+    packed: Sequence[Tensor],
+    position: int,
+    rotation: Passes,
+    spec: TensorSpec,
+) -> None:
+    """Quantize x R into a cache, from a position on."""
+    assert spec.clip is not None, "keys and values have a fixed clip ratio"
+    _append(x, *packed, position, *flat(rotation), spec.bits, spec.clip, instruction_set())
+
+
+def unpack(
+    packed: Sequence[Tensor], spec: TensorSpec, dtype: torch.dtype
+) -> Float[Tensor, "batch heads tokens head_dim"]:
+    """All tokens of a cache."""
+    return _unpack(*packed, spec.bits, dtype, torch.get_num_threads())
+
+
+def attend(
+    query: Float[Tensor, "batch heads tokens head_dim"],
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    mask: Bool[Tensor, "batch 1 tokens length"] | None,
+    rotation: Passes,
+    scaling: float,
+    spec: TensorSpec,
+) -> Float[Tensor, "batch tokens heads head_dim"]:
+    """softmax(scaling · (q R) kᵀ) v over all tokens of a cache; `mask` says where a query looks."""
+    return _attend(query, *keys, *values, mask, *flat(rotation), scaling, spec.bits, instruction_set())
+
+
+@torch.library.custom_op("dfrot::append", mutates_args=("codes", "scale", "zero"))
+def _append(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    position: int,
+    passes: Sequence[int],
+    pass_data: Sequence[Tensor],
+    square: float,
+    bits: int,
+    clip: float,
+    isa: int,
+) -> None:
+    x = x.contiguous()
+    packed, rotation = cache(codes, scale, zero, bits), transform(passes, pass_data, square)
+    native().dfrot_append(
+        *(isa, torch.get_num_threads(), pointer(x), DTYPES[x.dtype], size(x.shape[0]), size(x.shape[2])),
+        *(size(position), ctypes.byref(rotation), ctypes.c_float(clip), ctypes.byref(packed)),
+    )
+
+
+@torch.library.custom_op("dfrot::unpack", mutates_args=())
+def _unpack(codes: Tensor, scale: Tensor, zero: Tensor, bits: int, dtype: torch.dtype, threads: int) -> Tensor:
+    batch, heads, tokens, num_bytes = codes.shape
+    unpacked = torch.empty(batch, heads, tokens, num_bytes * 8 // bits, dtype=dtype)
+    packed = cache(codes, scale, zero, bits)
+    native().dfrot_unpack_cache(
+        threads, ctypes.byref(packed), size(batch), size(tokens), pointer(unpacked), DTYPES[dtype]
+    )
+    return unpacked
+
+
+@_unpack.register_fake
+def _(codes: Tensor, scale: Tensor, zero: Tensor, bits: int, dtype: torch.dtype, threads: int) -> Tensor:
+    return codes.new_empty((*codes.shape[:-1], codes.shape[-1] * 8 // bits), dtype=dtype)
+
+
+@torch.library.custom_op("dfrot::attend", mutates_args=())
+def _attend(
+    query: Tensor,
+    key_codes: Tensor,
+    key_scale: Tensor,
+    key_zero: Tensor,
+    value_codes: Tensor,
+    value_scale: Tensor,
+    value_zero: Tensor,
+    mask: Tensor | None,
+    passes: Sequence[int],
+    pass_data: Sequence[Tensor],
+    square: float,
+    scaling: float,
+    bits: int,
+    isa: int,
+) -> Tensor:
+    query = query.contiguous()
+    batch, heads, tokens, head_dim = query.shape
+    y = query.new_empty((batch, tokens, heads, head_dim))
+    keys, values = cache(key_codes, key_scale, key_zero, bits), cache(value_codes, value_scale, value_zero, bits)
+    rotation = transform(passes, pass_data, square)
+    mask = None if mask is None else mask.contiguous()
+    strides = mask_strides(mask)
+    check(
+        native().dfrot_attend(
+            *(isa, torch.get_num_threads(), pointer(query), DTYPES[query.dtype]),
+            *map(size, (batch, heads, tokens, key_codes.shape[2])),
+            *(ctypes.byref(rotation), ctypes.c_double(scaling), pointer(mask), size(strides[0]), size(strides[1])),
+            *(ctypes.byref(keys), ctypes.byref(values), pointer(y)),
+        )
+    )
+    return y
+
+
+@_attend.register_fake
+def _(
+    query: Tensor,
+    key_codes: Tensor,
+    key_scale: Tensor,
+    key_zero: Tensor,
+    value_codes: Tensor,
+    value_scale: Tensor,
+    value_zero: Tensor,
+    mask: Tensor | None,
+    passes: Sequence[int],
+    pass_data: Sequence[Tensor],
+    square: float,
+    scaling: float,
+    bits: int,
+    isa: int,
+) -> Tensor:
+    batch, heads, tokens, head_dim = query.shape
+    return query.new_empty((batch, tokens, heads, head_dim))

@@ -1,0 +1,236 @@
+/* Attention of a few new tokens over packed keys and values: flash attention over blocks of the cache that are unpacked
+ * in the nearest cache, once for all query heads that read them. */
+#include "attention.h"
+
+#include <math.h>
+#include <string.h>
+
+#pragma GCC optimize("fp-contract=fast") /* a product and a sum may be rounded together */
+
+#define LANES 16
+typedef float lanes_t __attribute__((vector_size(LANES * sizeof(float)), aligned(4), may_alias));
+#define LOAD(from) (*(const lanes_t *)(from))
+#define STORE(to, lanes) (*(lanes_t *)(to) = (lanes))
+
+/* Queries (rows, dim), channels by `place` and scaled, over tokens `from` … `to` − 1 of a head of the cache that begins
+ * at `head`. mask (tokens of all queries, stride) says with 1 where they look; NULL everywhere. */
+INLINE void attend_part(const float *queries, int64_t rows, int64_t queries_per_head, const uint8_t *mask,
+                        int64_t mask_stride, const cache_t *keys, const cache_t *values, int64_t head, int64_t from,
+                        int64_t to, float *block, void *parts, int64_t first_part) {
+    int64_t dim = keys->dim;
+    for (int64_t r = 0; r < rows; r++) {
+        part_t *part = part_of(parts, first_part + r, dim);
+        part->largest = -INFINITY, part->sum = 0;
+        memset(part->values, 0, (size_t)dim * sizeof(double));
+    }
+    float *scores = block + TOKENS * dim;
+    for (; from < to; from += TOKENS) {
+        int64_t count = to - from < TOKENS ? to - from : TOKENS;
+        unpack_tokens(keys, head + from, count, block);
+        for (int64_t r = 0; r < rows; r++) {
+            part_t *part = part_of(parts, first_part + r, dim);
+            float *so_far = (float *)part->values, *of_row = scores + r * TOKENS, largest = (float)part->largest;
+            for (int64_t t = 0; t < count; t++) {
+                lanes_t sums = {0};
+                for (int64_t j = 0; j < dim; j += LANES) sums += LOAD(queries + r * dim + j) * LOAD(block + t * dim + j);
+                float score = 0;
+                for (int i = 0; i < LANES; i++) score += sums[i];
+                if (mask && !mask[r % queries_per_head * mask_stride + from + t]) score = -INFINITY;
+                of_row[t] = score;
+                largest = score > largest || score != score ? score : largest;
+            }
+            float shrink = largest == -INFINITY ? 1 : exp_float((float)part->largest - largest);
+            if (part->largest == -INFINITY) shrink = 0;
+            for (int64_t t = 0; t < count; t++) {
+                of_row[t] = of_row[t] == -INFINITY ? 0 : exp_float(of_row[t] - largest);
+            }
+            float sum = 0;
+            for (int64_t t = 0; t < count; t++) sum += of_row[t];
+            part->sum = part->sum * shrink + sum;
+            for (int64_t j = 0; j < dim; j++) so_far[j] *= shrink;
+            part->largest = largest;
+        }
+        unpack_tokens(values, head + from, count, block);
+        for (int64_t r = 0; r < rows; r++) {
+            part_t *part = part_of(parts, first_part + r, dim);
+            float *so_far = (float *)part->values;
+            const float *of_row = scores + r * TOKENS;
+            for (int64_t j = 0; j < dim; j += 4 * LANES) {
+                int64_t vectors = dim - j < 4 * LANES ? (dim - j) / LANES : 4;
+                lanes_t sums[4];
+                for (int64_t v = 0; v < vectors; v++) sums[v] = LOAD(so_far + j + v * LANES);
+                for (int64_t t = 0; t < count; t++)
+                    for (int64_t v = 0; v < vectors; v++) sums[v] += of_row[t] * LOAD(block + t * dim + j + v * LANES);
+                for (int64_t v = 0; v < vectors; v++) STORE(so_far + j + v * LANES, sums[v]);
+            }
+        }
+    }
+}
+
+/* The same in float64; queries are not scaled. */
+INLINE void attend_wide(const float *queries, int64_t rows, int64_t queries_per_head, double scaling, const uint8_t *mask,
+                        int64_t mask_stride, const cache_t *keys, const cache_t *values, int64_t head, int64_t from,
+                        int64_t to, float *block, void *parts, int64_t first_part) {
+    int64_t dim = keys->dim;
+    for (int64_t r = 0; r < rows; r++) {
+        part_t *part = part_of(parts, first_part + r, dim);
+        part->largest = -INFINITY, part->sum = 0;
+        memset(part->values, 0, (size_t)dim * sizeof(double));
+    }
+    double *scores = (double *)(block + TOKENS * dim);
+    for (; from < to; from += TOKENS) {
+        int64_t count = to - from < TOKENS ? to - from : TOKENS;
+        unpack_tokens(keys, head + from, count, block);
+        for (int64_t r = 0; r < rows; r++) {
+            part_t *part = part_of(parts, first_part + r, dim);
+            double *of_row = scores + r * TOKENS, largest = part->largest;
+            for (int64_t t = 0; t < count; t++) {
+                double score = 0;
+#pragma omp simd reduction(+ : score)
+                for (int64_t j = 0; j < dim; j++) score += (double)queries[r * dim + j] * block[t * dim + j];
+                score *= scaling;
+                if (mask && !mask[r % queries_per_head * mask_stride + from + t]) score = -INFINITY;
+                of_row[t] = score;
+                largest = score > largest || score != score ? score : largest;
+            }
+            double shrink = part->largest == -INFINITY ? 0 : exp_double(part->largest - largest), sum = 0;
+            for (int64_t t = 0; t < count; t++) {
+                of_row[t] = of_row[t] == -INFINITY ? 0 : exp_double(of_row[t] - largest);
+                sum += of_row[t];
+            }
+            part->sum = part->sum * shrink + sum;
+            for (int64_t j = 0; j < dim; j++) part->values[j] *= shrink;
+            part->largest = largest;
+        }
+        unpack_tokens(values, head + from, count, block);
+        for (int64_t r = 0; r < rows; r++) {
+            part_t *part = part_of(parts, first_part + r, dim);
+            for (int64_t t = 0; t < count; t++) {
+                double share = scores[r * TOKENS + t];
+                for (int64_t j = 0; j < dim; j++) part->values[j] += share * block[t * dim + j];
+            }
+        }
+    }
+}
+
+/* A span of the cache, from token `from` on, for the queries of one group. */
+INLINE void attend_span(const plan_t *plan, const float *queries, int64_t group, int64_t from, const uint8_t *mask,
+                        int64_t mask_stride, const cache_t *keys, const cache_t *values, void *parts, int64_t first) {
+    int64_t head = group * keys->capacity, to = from + plan->span < plan->length ? from + plan->span : plan->length;
+    queries += group * plan->rows * plan->dim;
+    float *block = scratch(SLOT_BLOCK, 0);
+    if (plan->wide)
+        attend_wide(queries, plan->rows, plan->tokens, plan->scaling, mask, mask_stride, keys, values, head, from, to,
+                    block, parts, first);
+    else
+        attend_part(queries, plan->rows, plan->tokens, mask, mask_stride, keys, values, head, from, to, block, parts, first);
+}
+
+TARGET_AVX512 static void span_avx512(const plan_t *plan, const float *queries, int64_t group, int64_t from,
+                                      const uint8_t *mask, int64_t mask_stride, const cache_t *keys,
+                                      const cache_t *values, void *parts, int64_t first) {
+    attend_span(plan, queries, group, from, mask, mask_stride, keys, values, parts, first);
+}
+
+TARGET_AVX2 static void span_avx2(const plan_t *plan, const float *queries, int64_t group, int64_t from,
+                                  const uint8_t *mask, int64_t mask_stride, const cache_t *keys, const cache_t *values,
+                                  void *parts, int64_t first) {
+    attend_span(plan, queries, group, from, mask, mask_stride, keys, values, parts, first);
+}
+
+/* One query, rotated, scaled, channels by `place`. */
+TARGET_AVX2 static void prepare_query(int isa, const void *x, int dtype, int64_t row, const transform_t *transform,
+                                      float scaling, const cache_t *keys, float *to) {
+    float wide[MOST_CHANNELS];
+    double spare[2 * MOST_CHANNELS];
+    for (int64_t j = 0; j < keys->dim; j++) wide[j] = to_float(x, dtype, row * keys->dim + j);
+    transform_row(isa, dtype, wide, spare, keys->dim, transform);
+    for (int64_t j = 0; j < keys->dim; j++) to[place(keys, j)] = wide[j] * scaling;
+}
+
+/* The parts of one query, `count` of them `apart`, to y. */
+static void merge_parts(const plan_t *plan, void *parts, int64_t first, int64_t apart, int64_t count,
+                        const cache_t *values, void *y, int dtype, int64_t y_row) {
+    int64_t dim = values->dim;
+    double largest = -INFINITY, sum = 0, merged[MOST_CHANNELS] = {0};
+    for (int64_t i = 0; i < count; i++) {
+        double here = part_of(parts, first + i * apart, dim)->largest;
+        largest = here > largest || here != here ? here : largest;
+    }
+    for (int64_t i = 0; i < count; i++) {
+        const part_t *part = part_of(parts, first + i * apart, dim);
+        const float *narrow = (const float *)part->values;
+        if (part->largest == -INFINITY) continue;
+        double share = exp_double(part->largest - largest);
+        sum += part->sum * share;
+        for (int64_t j = 0; j < dim; j++) merged[j] += (plan->wide ? part->values[j] : narrow[j]) * share;
+    }
+    for (int64_t j = 0; j < dim; j++) {
+        float value = sum == 0 ? 0 : (float)(merged[place(values, j)] / sum);
+        if (dtype == FLOAT32)
+            ((float *)y)[y_row * dim + j] = value;
+        else
+            ((uint16_t *)y)[y_row * dim + j] = to_bfloat16(value);
+    }
+}
+
+plan_t plan_attention(int threads, int dtype, int64_t batch, int64_t heads, int64_t tokens, int64_t length,
+                      double scaling, const cache_t *keys) {
+    plan_t plan = {.batch = batch, .heads = heads, .tokens = tokens, .length = length, .dim = keys->dim};
+    plan.wide = dtype == FLOAT32, plan.scaling = scaling;
+    plan.groups = batch * keys->heads, plan.rows = heads / keys->heads * tokens;
+    int64_t blocks = up(length, TOKENS) / TOKENS, most = (blocks + 3) / 4; /* splits of four blocks at least */
+    plan.splits = up(4 * threads, plan.groups) / plan.groups;
+    plan.splits = plan.splits > most ? most : plan.splits;
+    plan.span = up(blocks, plan.splits) / plan.splits * TOKENS;
+    plan.query_floats = up(plan.groups * plan.rows * plan.dim, 2);
+    plan.bytes = plan.query_floats * 4 + plan.groups * plan.rows * plan.splits * (int64_t)(sizeof(part_t) + (size_t)plan.dim * 8);
+    plan.own_bytes = TOKENS * (plan.dim * 4 + plan.rows * 8);
+    return plan;
+}
+
+void attend(int isa, const plan_t *plan, void *memory, const uint8_t *mask, int64_t mask_batch, int64_t mask_stride,
+            const cache_t *keys, const cache_t *values, void *y, int dtype) {
+    const float *queries = memory;
+    void *parts = (float *)memory + plan->query_floats;
+    int64_t rows = plan->rows;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t task = 0; task < plan->groups * plan->splits; task++) {
+        int64_t group = task / plan->splits;
+        const uint8_t *looks = mask ? mask + group / keys->heads * mask_batch : NULL;
+        (isa >= ISA_AVX512 ? span_avx512 : span_avx2)(plan, queries, group, task % plan->splits * plan->span, looks,
+                                                      mask_stride, keys, values, parts, task * rows);
+    }
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < plan->groups * rows; row++) {
+        int64_t group = row / rows, head = row / plan->tokens % plan->heads, sequence = row / (plan->heads * plan->tokens);
+        merge_parts(plan, parts, group * plan->splits * rows + row % rows, rows, plan->splits, values, y, dtype,
+                    (sequence * plan->tokens + row % plan->tokens) * plan->heads + head);
+    }
+}
+
+/* y (batch, tokens, heads, dim) = softmax(scaling · (q R) kᵀ) v over the first `length` tokens of the cache, for
+ * q (batch, heads, tokens, dim) of element type `dtype`, as y.
+ *
+ * `heads` is a multiple of the cache's; dim is a multiple of 32 and at most MOST_CHANNELS. mask (batch, tokens, length),
+ * its rows `mask_stride` and its batches `mask_batch` apart, says with 1 where a query looks; NULL: everywhere.
+ * Returns 0, or −1 if there was no memory. */
+EXPORT int dfrot_attend(int isa, int threads, const void *q, int dtype, int64_t batch, int64_t heads, int64_t tokens,
+                        int64_t length, const transform_t *transform, double scaling, const uint8_t *mask,
+                        int64_t mask_batch, int64_t mask_stride, const cache_t *keys, const cache_t *values, void *y) {
+    plan_t plan = plan_attention(threads, dtype, batch, heads, tokens, length, scaling, keys);
+    float *memory = scratch(SLOT_PARTS, (size_t)plan.bytes);
+    if (!memory) return -1;
+    int failed = 0;
+#pragma omp parallel num_threads(threads) reduction(| : failed)
+    failed |= !scratch(SLOT_BLOCK, (size_t)plan.own_bytes);
+    if (failed) return -1;
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < plan.groups * plan.rows; row++)
+            prepare_query(isa, q, dtype, row, transform, query_scaling(&plan), keys, memory + row * plan.dim);
+        attend(isa, &plan, memory, mask, mask_batch, mask_stride, keys, values, y, dtype);
+    }
+    return 0;
+}
