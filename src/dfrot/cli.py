@@ -231,21 +231,88 @@ class Generate:
 
 
 @dataclass(frozen=True)
+class Bench:
+    """Time a checkpoint against the model that it was made from, and compare their memory."""
+
+    checkpoint: tyro.conf.Positional[str] | None = None
+    """Checkpoint; none with --shape."""
+    source: str = "smollm2-135m"
+    """The unquantized model."""
+    shape: str | None = None
+    """Instead time one block of a real model's shape with random weights, such as llama-3-8b."""
+    spec: str = "w4a4kv4"
+    """Of that block."""
+    baseline: tuple[Literal["bfloat16", "float32"], ...] = ("bfloat16",)
+    """Dtypes of the unquantized model."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """In which the checkpoint computes."""
+    prompt: int = 1024
+    """Tokens of the prompt."""
+    new_tokens: int = 32
+    """Tokens that are generated after it."""
+    rounds: int = 5
+    """How often each model is timed."""
+    threads: int | None = None
+    """Threads (default: torch's)."""
+    json: Path | None = None
+    """Also write everything to this file."""
+
+    def run(self) -> None:
+        import torch
+
+        from dfrot.evaluation.bench import bench, bench_shape
+        from dfrot.recipe import Recipe
+
+        if (self.checkpoint is None) == (self.shape is None):
+            raise UserError("bench takes a checkpoint, or --shape.")
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        words: dict[str, Any] = {
+            "baselines": self.baseline,
+            "dtype": self.dtype,
+            "prompt": self.prompt,
+            "new_tokens": self.new_tokens,
+            "rounds": self.rounds,
+        }
+        if self.shape is not None:
+            result = bench_shape(self.shape, Recipe.parse("quarot", "rtn", self.spec), **words)
+        else:
+            result = bench(str(self.checkpoint), self.source, **words)
+        table = Table("", "prefill tokens/s", "decode tokens/s", "first token s", "decoder MB", "cache MB")
+        rows = {"checkpoint": result["checkpoint"], **result["baselines"]}
+        for name, timed in rows.items():
+            prefill, decode = (statistics.median(timed[key]) for key in ("prefill_s", "decode_s"))
+            speeds = (f"{self.prompt / prefill:.0f}", f"{1 / decode:.1f}", f"{prefill:.3f}")
+            table.add_row(name, *speeds, *(f"{timed[key] / 1e6:.1f}" for key in ("decoder_bytes", "kv_bytes")))
+        out.print(table)
+        for name, ratios in result["ratios"].items():
+            out.print(
+                f"against {name}: prefill {ratios['prefill']:.2f} times as fast, decode {ratios['decode']:.2f} times; "
+                f"decoder weights {ratios['decoder_bytes']:.3f} and cache {ratios['kv_bytes']:.3f} of the memory"
+            )
+        conditions = result["conditions"]
+        out.print(f"{conditions['backend']}, {conditions['threads']} threads, {conditions['machine']}")
+        if self.json is not None:
+            self.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+@dataclass(frozen=True)
 class Info:
-    """Say what a checkpoint is."""
+    """Say what a checkpoint is, and what computes here."""
 
     checkpoint: Checkpoint
     """Directory written by `dfrot quantize`."""
 
     def run(self) -> None:
         from dfrot.checkpoint.load import checkpoint_recipe
+        from dfrot.kernels.library import backend
         from dfrot.results import model_size
 
         recipe = checkpoint_recipe(self.checkpoint)
         if recipe is None:
             raise UserError(f"{self.checkpoint} is a model, but not a dfrot checkpoint: it is not quantized.")
         size = model_size(self.checkpoint)
-        out.print_json(json.dumps({"recipe": recipe.to_json(), "size": size}))
+        out.print_json(json.dumps({"recipe": recipe.to_json(), "size": size, "backend": backend()}))
 
 
 @dataclass(frozen=True)
@@ -261,7 +328,7 @@ class Models:
         out.print(table)
 
 
-COMMANDS = {"quantize": Quantize, "eval": Eval, "generate": Generate, "info": Info, "models": Models}
+COMMANDS = {"quantize": Quantize, "eval": Eval, "generate": Generate, "bench": Bench, "info": Info, "models": Models}
 
 
 def main(arguments: list[str] | None = None) -> int:
