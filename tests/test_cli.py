@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from dfrot.cli import main
+from dfrot.evaluation.bench import SHAPES
 from dfrot.models.families import GRAPHS
 
 Tiny = Callable[[str], Path]
@@ -46,6 +47,23 @@ def test_quantize_info_eval_generate(
     assert out
 
 
+def test_bench_compares_a_checkpoint_or_a_shape_with_the_unquantized_model(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(capsys, "quantize", tiny("llama"), "-o", tmp_path / "ckpt", "--method", "quarot", "--weights", "rtn")
+    few = ("--prompt", 8, "--new-tokens", 2, "--rounds", 1, "--json", tmp_path / "bench.json")
+    code, out, _ = run(capsys, "bench", tmp_path / "ckpt", "--source", tiny("llama"), *few)
+    assert code == 0
+    assert "against bfloat16: prefill" in out
+    result = json.loads((tmp_path / "bench.json").read_text())
+    assert result["ratios"]["bfloat16"]["decoder_bytes"] < 0.6  # scales weigh much in a model this small
+
+    monkeypatch.setitem(SHAPES, "tiny", (64, 128, 2, 1))
+    code, out, _ = run(capsys, "bench", "--shape", "tiny", "--baseline", "bfloat16", "float32", *few)
+    assert code == 0
+    assert "against float32: prefill" in out
+
+
 def test_models_lists_every_family(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "models")
     assert code == 0
@@ -57,6 +75,8 @@ def test_models_lists_every_family(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["quantize", "TINY", "-o", "OUT", "--spec", "w4a4"], "the spec 'w4a4' does not parse"),
         (["quantize", "TINY", "-o", "OUT", "--spec", "w4g7a4kv4"], "in_features=48, group_size=7. Try g16"),
+        (["bench", "--shape", "llama-9-1b"], "there is no shape 'llama-9-1b'. Shapes: llama-2-7b"),
+        (["bench"], "bench takes a checkpoint, or --shape"),
         (["quantize", "TINY", "-o", "OUT", "--method", "quarot", "--gamma", "3"], "has no option gamma"),
         (["quantize", "./nowhere", "-o", "OUT"], "there is no model at './nowhere'"),
         (["quantize", "TINY", "-o", "OUT", "--calib", "EMPTY"], "is empty"),

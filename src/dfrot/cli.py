@@ -234,7 +234,7 @@ class Generate:
 class Bench:
     """Time a checkpoint against the model that it was made from, and compare their memory."""
 
-    checkpoint: tyro.conf.Positional[str] | None = None
+    checkpoint: tyro.conf.Positional[str | None] = None
     """Checkpoint; none with --shape."""
     source: str = "smollm2-135m"
     """The unquantized model."""
