@@ -182,7 +182,7 @@ def test_weights_that_read_one_input_share_its_rotation_and_quantization(isa: in
             torch.testing.assert_close(y.double(), q @ w.T, rtol=0, atol=1e-3 * float((q @ w.T).std()))
 
 
-def test_what_there_is_no_kernel_for() -> None:
+def test_what_there_is_no_kernel_for(isa: int) -> None:
     weights, activations = TensorSpec(4, True), TensorSpec(4, False, 0.9)
     x = torch.zeros(1, 64)
     assert supported(x, weights, activations)
