@@ -144,13 +144,29 @@ INLINE void wide_butterflies(double *x, int64_t n, int64_t size, int64_t after) 
             }
 }
 
+/* Some `columns` of y = x matrix, a constant number that fits the registers. */
+INLINE void wide_columns(int columns, const double *x, double *y, int64_t size, const float *matrix) {
+    double sums[64] = {0};
+    for (int64_t i = 0; i < size; i++)
+        for (int j = 0; j < columns; j++) sums[j] += (double)matrix[i * size + j] * x[i];
+    for (int j = 0; j < columns; j++) y[j] = sums[j];
+}
+
 INLINE void wide_dense(const double *x, double *y, int64_t n, int64_t size, int64_t after, const float *matrix) {
-    memset(y, 0, (size_t)n * sizeof *y);
-    for (int64_t start = 0; start < n; start += size * after)
+    for (int64_t start = 0; start < n; start += size * after) {
+        if (after == 1) {
+            int64_t j = 0;
+            for (; j + 64 <= size; j += 64) wide_columns(64, x + start, y + start + j, size, matrix + j);
+            for (; j + 8 <= size; j += 8) wide_columns(8, x + start, y + start + j, size, matrix + j);
+            for (; j < size; j++) wide_columns(1, x + start, y + start + j, size, matrix + j);
+            continue;
+        }
+        memset(y + start, 0, (size_t)(size * after) * sizeof *y);
         for (int64_t i = 0; i < size; i++)
             for (int64_t j = 0; j < size; j++)
                 for (int64_t l = 0; l < after; l++)
                     y[start + j * after + l] += (double)matrix[i * size + j] * x[start + i * after + l];
+    }
 }
 
 INLINE void wide_body(float *x, double *spare, int64_t n, const transform_t *transform) {
