@@ -163,7 +163,6 @@ TABLES: dict[str, list[tuple[int, dict[str, Row]]]] = {
                     DUQUANT | GPTQ4 | {"weight_clip": "search"}, "QuaRot gptq w4a4kv4", 1
                 ),
                 "DuQuant on QuaRot rtn": Row(DUQUANT | RTN4 | {"base": "quarot"}, "QuaRot rtn w4a4kv4", 1),
-                "DuQuant on QuaRot gptq": Row(DUQUANT | GPTQ4 | {"base": "quarot"}, "QuaRot gptq w4a4kv4", 1),
             },
         ),
         (40960, every_method("w4a4kv16")),
