@@ -24,7 +24,7 @@ from dfrot.progress import track
 from dfrot.recipe import Recipe
 from dfrot.results import conditions
 from dfrot.runtime.install import install_
-from dfrot.runtime.kv import QuantizedLayer
+from dfrot.runtime.kv import ATTENTION, QuantizedLayer
 from dfrot.runtime.linear import QuantLinear
 from dfrot.runtime.plan import RuntimePlan
 from dfrot.transform.sites import Transforms
@@ -120,7 +120,7 @@ def random_block(shape: str, recipe: Recipe | None, dtype: torch.dtype) -> Any:
         dtype=dtype,
     )
     if recipe is not None and recipe.spec.keys.quantizes:
-        config._attn_implementation = "dfrot"
+        config._attn_implementation = ATTENTION
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     if recipe is not None:
@@ -194,13 +194,9 @@ def decoder_bytes(model: Any) -> int:
     for block in model.get_submodule(graph.blocks):
         for name in graph.linears:
             layer = block.get_submodule(name)
-            kept = layer.kept_tensors() if isinstance(layer, QuantLinear) else list(_tensors(layer))
+            kept = layer.kept_tensors() if isinstance(layer, QuantLinear) else [*layer.parameters(), *layer.buffers()]
             found |= {tensor.data_ptr(): tensor.nbytes for tensor in kept}
     return sum(found.values())
-
-
-def _tensors(module: nn.Module) -> list[Tensor]:
-    return [*module.parameters(), *module.buffers()]
 
 
 def _kv_bytes(cache: Any) -> int:

@@ -6,31 +6,26 @@ there is room for; the tensors may be views of the first tokens, as long as only
 
 import ctypes
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dfrot.kernels.library import AVX2, instruction_set
-from dfrot.kernels.structures import DTYPES, cache, check, mask_strides, native, pointer, size, transform
+from dfrot.kernels.structures import DTYPES, cache, check, computable, mask_strides, native, pointer, size, transform
 from dfrot.kernels.transform import Passes, flat
 from dfrot.spec import TensorSpec
 
 FEW = 8  # new tokens, up to which there is a kernel for their attention
-_MOST_CHANNELS = 512  # of native/cache.h
+MOST_CHANNELS = 512  # of a head, as in native/cache.h
 
 
 def supported(x: Tensor, spec: TensorSpec) -> bool:
     """Whether there are kernels for heads like x (…, head_dim) on such a grid."""
-    on_cpu = x.device.type == "cpu" and x.dtype in DTYPES and not (x.requires_grad and torch.is_grad_enabled())
     channels = x.shape[-1]
-    return (
-        on_cpu
-        and spec.bits in (4, 8)
-        and channels % 32 == 0
-        and channels <= _MOST_CHANNELS
-        and instruction_set() >= AVX2
-    )
+    fits = spec.bits in (4, 8) and channels % 32 == 0 and channels <= MOST_CHANNELS
+    return fits and computable(x) and instruction_set() >= AVX2
 
 
 def append(
@@ -139,21 +134,6 @@ def _attend(
 
 
 @_attend.register_fake
-def _(
-    query: Tensor,
-    key_codes: Tensor,
-    key_scale: Tensor,
-    key_zero: Tensor,
-    value_codes: Tensor,
-    value_scale: Tensor,
-    value_zero: Tensor,
-    mask: Tensor | None,
-    passes: Sequence[int],
-    pass_data: Sequence[Tensor],
-    square: float,
-    scaling: float,
-    bits: int,
-    isa: int,
-) -> Tensor:
+def _(query: Tensor, *_: Any) -> Tensor:
     batch, heads, tokens, head_dim = query.shape
     return query.new_empty((batch, tokens, heads, head_dim))

@@ -6,14 +6,14 @@ Weights are what the checkpoint holds; nothing is unpacked but a few rows at a t
 
 import ctypes
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from dfrot.kernels.library import AVX2, instruction_set
-from dfrot.kernels.structures import DTYPES, Grid, check, native, pointer, size, transform, weights_of
+from dfrot.kernels.structures import DTYPES, Grid, check, computable, native, pointer, size, transform, weights_of
 from dfrot.kernels.transform import Passes, flat
 from dfrot.spec import TensorSpec
 
@@ -46,8 +46,8 @@ class PackedWeight(NamedTuple):
 
 
 def supported(x: Tensor, weights: TensorSpec, activations: TensorSpec) -> bool:
-    """Whether there is a kernel for such grids and an input like x (…, in): on the CPU, float32 or bfloat16."""
-    if x.device.type != "cpu" or x.dtype not in DTYPES or (x.requires_grad and torch.is_grad_enabled()):
+    """Whether there is a kernel for such grids and an input like x (…, in)."""
+    if not computable(x):
         return False
     if weights.bits not in (4, 8) or not activations.quantizes or x.shape[-1] * weights.bits % 8:
         return False
@@ -83,12 +83,11 @@ def _grids(weights: TensorSpec, activations: TensorSpec) -> tuple[int, int, int,
 
 def rotatable(x: Tensor) -> bool:
     """Whether the kernels can rotate rows like those of x (…, n)."""
-    on_cpu = x.device.type == "cpu" and x.dtype in DTYPES and not (x.requires_grad and torch.is_grad_enabled())
-    return on_cpu and instruction_set() >= AVX2
+    return computable(x) and instruction_set() >= AVX2
 
 
 def rotate(x: Float[Tensor, "*batch n"], rotation: Passes) -> Float[Tensor, "*batch n"]:
-    """x R in the dtype of x, computed in float32."""
+    """x R in the dtype of x, computed in float32, for float32 in float64."""
     return _rotate(x, *flat(rotation), instruction_set())
 
 
@@ -129,23 +128,7 @@ def _linear(
 
 
 @_linear.register_fake
-def _(
-    x: Tensor,
-    qweights: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    zeros: Sequence[Tensor],
-    sums: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    passes: Sequence[int],
-    pass_data: Sequence[Tensor],
-    square: float,
-    weight_bits: int,
-    group: int,
-    bits: int,
-    symmetric: bool,
-    clip: float,
-    isa: int,
-) -> list[Tensor]:
+def _(x: Tensor, qweights: Sequence[Tensor], *_: Any) -> list[Tensor]:
     return [x.new_empty((*x.shape[:-1], len(qweight))) for qweight in qweights]
 
 
@@ -164,5 +147,5 @@ def _rotate(x: Tensor, passes: Sequence[int], pass_data: Sequence[Tensor], squar
 
 
 @_rotate.register_fake
-def _(x: Tensor, passes: Sequence[int], pass_data: Sequence[Tensor], square: float, isa: int) -> Tensor:
+def _(x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x)

@@ -47,6 +47,39 @@ class Cache(ctypes.Structure):
     )
 
 
+class Norm(ctypes.Structure):
+    _fields_ = (("weight", ctypes.c_void_p), ("eps", ctypes.c_double))
+
+
+class Block(ctypes.Structure):
+    _fields_ = (
+        *((name, size) for name in ("heads", "kv_heads", "dim", "rotary")),
+        *((name, Norm) for name in ("attention_norm", "mlp_norm", "query_norm", "key_norm")),
+        ("readers", ctypes.POINTER(Weights)),
+        ("num_readers", size),
+        *((name, ctypes.POINTER(Weights)) for name in ("output", "gates", "down")),
+        ("num_gates", size),
+        *((name, Transform) for name in ("before_readers", "keys", "before_output", "before_mlp", "before_down")),
+        *((name, Grid) for name in ("grid", "query_grid")),
+        ("kv_bits", ctypes.c_int),
+        *((name, ctypes.c_float) for name in ("key_clip", "value_clip")),
+        ("scaling", ctypes.c_double),
+    )
+
+
+class Tokens(ctypes.Structure):
+    _fields_ = (
+        ("x", ctypes.c_void_p),
+        *((name, size) for name in ("dtype", "batch", "tokens")),
+        *((name, ctypes.c_void_p) for name in ("cos", "sin")),
+    )
+
+
+def computable(x: Tensor) -> bool:
+    """Whether there are kernels for such a tensor: on the CPU, float32 or bfloat16, with nothing to differentiate."""
+    return x.device.type == "cpu" and x.dtype in DTYPES and not (x.requires_grad and torch.is_grad_enabled())
+
+
 def native() -> ctypes.CDLL:
     """The library, which the caller knows to be there."""
     there = library()
@@ -113,31 +146,3 @@ def check(failed: int) -> None:
     """Raises MemoryError if a kernel says that it failed, which it does for no other reason."""
     if failed:
         raise MemoryError("there is no memory for the scratch space of a kernel")
-
-
-class Norm(ctypes.Structure):
-    _fields_ = (("weight", ctypes.c_void_p), ("eps", ctypes.c_double))
-
-
-class Block(ctypes.Structure):
-    _fields_ = (
-        *((name, size) for name in ("heads", "kv_heads", "dim", "rotary")),
-        *((name, Norm) for name in ("attention_norm", "mlp_norm", "query_norm", "key_norm")),
-        ("readers", ctypes.POINTER(Weights)),
-        ("num_readers", size),
-        *((name, ctypes.POINTER(Weights)) for name in ("output", "gates", "down")),
-        ("num_gates", size),
-        *((name, Transform) for name in ("before_readers", "keys", "before_output", "before_mlp", "before_down")),
-        *((name, Grid) for name in ("grid", "query_grid")),
-        ("kv_bits", ctypes.c_int),
-        *((name, ctypes.c_float) for name in ("key_clip", "value_clip")),
-        ("scaling", ctypes.c_double),
-    )
-
-
-class Tokens(ctypes.Structure):
-    _fields_ = (
-        ("x", ctypes.c_void_p),
-        *((name, size) for name in ("dtype", "batch", "tokens")),
-        *((name, ctypes.c_void_p) for name in ("cos", "sin")),
-    )

@@ -44,7 +44,7 @@ def passes_of(rotation: Rotation, after: int = 1) -> Passes | None:
             behind = rotation.size * after
             for factor in rotation.factors:
                 behind //= factor
-                passes += _hadamard(factor, behind, rotation.transposed)
+                passes.append(_hadamard(factor, behind, rotation.transposed))
             return Passes(tuple(passes), float(rotation.size))
         case Dense():
             return Passes((Pass(DENSE, rotation.size, after, rotation.matrix.float().contiguous()),), 1.0)
@@ -63,12 +63,12 @@ def _joined(first: Passes | None, second: Passes | None) -> Passes | None:
     return Passes(first.passes + second.passes, first.square * second.square)
 
 
-def _hadamard(size: int, after: int, transposed: bool) -> list[Pass]:
+def _hadamard(size: int, after: int, transposed: bool) -> Pass:
     """Multiplication by the Hadamard matrix of one factor, entries ±1."""
     if size & (size - 1):
         matrix = hadamard_matrix(size).float()
-        return [Pass(DENSE, size, after, (matrix.T if transposed else matrix).contiguous())]
-    return [Pass(BUTTERFLIES, size, after, None)]
+        return Pass(DENSE, size, after, (matrix.T if transposed else matrix).contiguous())
+    return Pass(BUTTERFLIES, size, after, None)
 
 
 def flat(rotation: Passes) -> tuple[list[int], list[Tensor], float]:

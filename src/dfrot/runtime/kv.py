@@ -5,8 +5,8 @@ token has its own scale and zero point. Queries are rotated too, so that scores 
 on the same grid, as DuQuant has it: then both inputs of Q Kᵀ are in few bits. Three of transformers' extension points
 carry this, and nothing is patched:
 
-* an attention function, registered as "dfrot", which quantizes keys and values that arrive as plain tensors and
-  unpacks those that arrive packed, then leaves the rest to SDPA;
+* an attention function, registered as "dfrot", which quantizes keys and values that arrive as plain tensors, and leaves
+  a few new tokens to the kernels, and many, for which it unpacks them, to SDPA;
 * a cache layer, which keeps codes, scales and zero points, and hands them to the attention function as they are;
 * a forward pre-hook on the decoder, which puts these layers into an empty `DynamicCache`, so that `generate` uses
   4-bit keys and values without being told.
@@ -274,8 +274,8 @@ def quantized_attention(
         return attention.attend(query, keys, values, attention_mask, passes, scaling, quantizer.keys), None
     parts = quantizer.prepared(query), quantizer.unpack(keys, query.dtype), quantizer.unpack(values, query.dtype)
     if tokens <= attention.FEW and query.dtype == torch.float32:  # like what a block computes between its products
-        mask = attention_mask
-        mask = mask.double() if mask is not None and mask.dtype == torch.float32 else mask
+        adds = attention_mask is not None and attention_mask.dtype == torch.float32
+        mask = attention_mask.double() if adds else attention_mask  # type: ignore[union-attr]
         attended, weights = sdpa_attention_forward(module, *(x.double() for x in parts), mask, **arguments)
         return attended.float(), weights
     return sdpa_attention_forward(module, *parts, attention_mask, **arguments)

@@ -85,17 +85,19 @@ class QuantLinear(nn.Module):
         self._packed: tuple[int, PackedWeight, Passes | None] | None = None
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        if not self.native(x):
-            if not self.exact(x):
-                return nn.functional.linear(self.prepared(x), self.dense_weight(x.dtype), self.bias)
-            y = self.integer_product(x.detach())
-            if not (x.requires_grad and torch.is_grad_enabled()):
-                return y
-            return _Value.apply(y, nn.functional.linear(self.prepared(x), self.dense_weight(x.dtype), self.bias))
-        weight, rotation = self.packed()
-        if rotation is None:
-            x, rotation = self.rotated(x), NO_PASSES
-        return linear(x, [weight], rotation, self.weights, self.activations)[0]
+        if self.native(x):
+            weight, rotation = self.packed()
+            if rotation is None:
+                x, rotation = self.rotated(x), NO_PASSES
+            return linear(x, [weight], rotation, self.weights, self.activations)[0]
+        if not self.exact(x):
+            return self.float_product(x)
+        y = self.integer_product(x.detach())
+        return _Value.apply(y, self.float_product(x)) if x.requires_grad and torch.is_grad_enabled() else y
+
+    def float_product(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        """Q(x R) Ŵᵀ + b, a product of what the integers stand for; gradients pass straight through Q."""
+        return nn.functional.linear(self.prepared(x), self.dense_weight(x.dtype), self.bias)
 
     def exact(self, x: Tensor) -> bool:
         """Whether the reference multiplies integers; in 16 bits a product of floats is faster on a GPU."""

@@ -186,6 +186,8 @@ class Step:
             return None
         if quantizer is not None and not quantizer.native(x.new_empty(1, quantizer.head_dim)):
             return None
+        if head_dim(self.config) > attention.MOST_CHANNELS:
+            return None
         packed = {name: self.modules[name].packed() for name in graph.linears}
         before = {name: passes for name, (_, passes) in packed.items()}
         for name in graph.norms:

@@ -7,22 +7,12 @@
 
 #pragma GCC optimize("fp-contract=fast") /* a product and a sum may be rounded together */
 
-#define LANES 16
-typedef float lanes_t __attribute__((vector_size(LANES * sizeof(float)), aligned(4), may_alias));
-#define LOAD(from) (*(const lanes_t *)(from))
-#define STORE(to, lanes) (*(lanes_t *)(to) = (lanes))
-
 /* Queries (rows, dim), channels by `place` and scaled, over tokens `from` … `to` − 1 of a head of the cache that begins
  * at `head`. mask (tokens of all queries, stride) says with 1 where they look; NULL everywhere. */
 INLINE void attend_part(const float *queries, int64_t rows, int64_t queries_per_head, const uint8_t *mask,
                         int64_t mask_stride, const cache_t *keys, const cache_t *values, int64_t head, int64_t from,
                         int64_t to, float *block, void *parts, int64_t first_part) {
     int64_t dim = keys->dim;
-    for (int64_t r = 0; r < rows; r++) {
-        part_t *part = part_of(parts, first_part + r, dim);
-        part->largest = -INFINITY, part->sum = 0;
-        memset(part->values, 0, (size_t)dim * sizeof(double));
-    }
     float *scores = block + TOKENS * dim;
     for (; from < to; from += TOKENS) {
         int64_t count = to - from < TOKENS ? to - from : TOKENS;
@@ -39,12 +29,8 @@ INLINE void attend_part(const float *queries, int64_t rows, int64_t queries_per_
                 of_row[t] = score;
                 largest = score > largest || score != score ? score : largest;
             }
-            float shrink = largest == -INFINITY ? 1 : exp_float((float)part->largest - largest);
-            if (part->largest == -INFINITY) shrink = 0;
-            for (int64_t t = 0; t < count; t++) {
-                of_row[t] = of_row[t] == -INFINITY ? 0 : exp_float(of_row[t] - largest);
-            }
-            float sum = 0;
+            float shrink = part->largest == -INFINITY ? 0 : exp_float((float)part->largest - largest), sum = 0;
+            for (int64_t t = 0; t < count; t++) of_row[t] = of_row[t] == -INFINITY ? 0 : exp_float(of_row[t] - largest);
             for (int64_t t = 0; t < count; t++) sum += of_row[t];
             part->sum = part->sum * shrink + sum;
             for (int64_t j = 0; j < dim; j++) so_far[j] *= shrink;
@@ -72,11 +58,6 @@ INLINE void attend_wide(const float *queries, int64_t rows, int64_t queries_per_
                         int64_t mask_stride, const cache_t *keys, const cache_t *values, int64_t head, int64_t from,
                         int64_t to, float *block, void *parts, int64_t first_part) {
     int64_t dim = keys->dim;
-    for (int64_t r = 0; r < rows; r++) {
-        part_t *part = part_of(parts, first_part + r, dim);
-        part->largest = -INFINITY, part->sum = 0;
-        memset(part->values, 0, (size_t)dim * sizeof(double));
-    }
     double *scores = (double *)(block + TOKENS * dim);
     for (; from < to; from += TOKENS) {
         int64_t count = to - from < TOKENS ? to - from : TOKENS;
@@ -119,6 +100,11 @@ INLINE void attend_span(const plan_t *plan, const float *queries, int64_t group,
     int64_t head = group * keys->capacity, to = from + plan->span < plan->length ? from + plan->span : plan->length;
     queries += group * plan->rows * plan->dim;
     float *block = scratch(SLOT_BLOCK, 0);
+    for (int64_t r = 0; r < plan->rows; r++) {
+        part_t *part = part_of(parts, first + r, plan->dim);
+        part->largest = -INFINITY, part->sum = 0;
+        memset(part->values, 0, (size_t)plan->dim * sizeof(double));
+    }
     if (plan->wide)
         attend_wide(queries, plan->rows, plan->tokens, plan->scaling, mask, mask_stride, keys, values, head, from, to,
                     block, parts, first);

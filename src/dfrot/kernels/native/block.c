@@ -1,5 +1,6 @@
 /* A decoder block in two halves around its attention, and with it in one go for a few new tokens over a packed cache.
- * Between the residual streams everything is float32. */
+ * What is handed on inside is float32, but for gate and up, which are of the stream's element type; in streams of FLOAT32
+ * what lies between products is computed in float64. */
 #include "attention.h"
 #include "linear.h"
 
@@ -266,12 +267,12 @@ static void write_half(int isa, const block_t *block, const void *x, int dtype, 
         chunk = chunk_in(memory->codes, gates, memory->most);
         stream_t stream = {x, dtype, first, memory->added, memory->stream, block->mlp_norm};
         fill_chunk(isa, &chunk, here, width, normalized_rows(isa), &stream, dtype, &block->before_mlp, block->grid);
-        void *up = memory->hidden + (block->num_gates == 2 ? here : 1) * inner * size_of(dtype);
+        void *of_up = memory->hidden + (block->num_gates == 2 ? here : 1) * inner * size_of(dtype);
         multiply_chunk(isa, &chunk, here, gates, memory->hidden, dtype, 0);
-        if (block->num_gates == 2) multiply_chunk(isa, &chunk, here, gates + 1, up, dtype, 0);
+        if (block->num_gates == 2) multiply_chunk(isa, &chunk, here, gates + 1, of_up, dtype, 0);
 #pragma omp barrier
         chunk = chunk_in(memory->codes, down, memory->most);
-        gated_t gated = {memory->hidden, up, dtype, 2 * inner / block->num_gates};
+        gated_t gated = {memory->hidden, of_up, dtype, 2 * inner / block->num_gates};
         fill_chunk(isa, &chunk, here, inner, gated_rows(isa), &gated, dtype, &block->before_down, block->grid);
         multiply_chunk(isa, &chunk, here, down, memory->added, FLOAT32, 0);
 #pragma omp barrier

@@ -52,6 +52,12 @@ typedef struct {
     int64_t group, groups;
 } codes_t;
 
+/* Vectors of the compiler, which any instruction set can compute. */
+#define LANES 16
+typedef float lanes_t __attribute__((vector_size(LANES * sizeof(float)), aligned(4), may_alias));
+#define LOAD(from) (*(const lanes_t *)(from))
+#define STORE(to, lanes) (*(lanes_t *)(to) = (lanes))
+
 INLINE int64_t up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
 INLINE int64_t size_of(int dtype) { return dtype == FLOAT32 ? 4 : 2; }

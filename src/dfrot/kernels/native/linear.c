@@ -108,16 +108,16 @@ TARGET_AVX2 static void channel_avx2(const weights_t *w, const codes_t *a, int64
 typedef struct {
     __m512i zero, balance;
     __m512 scale;
-} lanes_t;
+} group_lanes_t;
 
-TARGET_AVX512 INLINE lanes_t group_lanes(const weights_t *w, int64_t channel, int64_t byte, int64_t step) {
+TARGET_AVX512 INLINE group_lanes_t group_lanes(const weights_t *w, int64_t channel, int64_t byte, int64_t step) {
     int32_t zero[16] = {0}, balance[16] = {0};
     float scale[16] = {0};
     for (int64_t lane = 0; lane < 16 && byte + 4 * lane < w->bytes; lane += step / 4) {
         int64_t at = channel * w->groups + (byte + 4 * lane) / step;
         zero[lane] = zero_of(w, at), balance[lane] = balance_of(w, at), scale[lane] = scale_of(w, at);
     }
-    return (lanes_t){_mm512_loadu_si512(zero), _mm512_loadu_si512(balance), _mm512_loadu_ps(scale)};
+    return (group_lanes_t){_mm512_loadu_si512(zero), _mm512_loadu_si512(balance), _mm512_loadu_ps(scale)};
 }
 
 /* Σ a of those groups, for one token. */
@@ -166,7 +166,7 @@ TARGET_AVX512 INLINE void channels_avx512(int channels, int rows, const weights_
         }
         if (w->groups > 1 && (step < 64 || (byte + 64) % step == 0))
             for (int c = 0; c < channels; c++) {
-                lanes_t lanes = group_lanes(w, channel + c, byte, step);
+                group_lanes_t lanes = group_lanes(w, channel + c, byte, step);
                 for (int r = 0; r < rows; r++) {
                     __m512i v = _mm512_mullo_epi32(lanes.zero, sum_lanes(w, a, row + r, byte, step));
                     __m512i z = _mm512_mullo_epi32(lanes.balance, _mm512_set1_epi32(a->zero[row + r]));
@@ -277,13 +277,13 @@ typedef struct {
     float finished[CHUNK][RUN * PANEL];
 } own_t;
 
-/* A product that AMX computes. Panels go through in slabs of DEEP tiles of inputs, `pairs` of 16 tokens each. */
+/* A product that AMX computes. Panels go through in slabs of DEEP tiles of inputs, tokens in `pairs` of tiles. */
 typedef struct {
     const weights_t *w;
     const codes_t *a;
     const int8_t *tokens; /* tiles of the codes, two by two */
     int64_t rows, pairs;
-    int64_t per_block, tiles, slabs; /* tiles that 64 bytes of a row make, and tiles of a row */
+    int64_t per_block, tiles, slabs; /* tiles that 64 bytes of a row make; tiles and slabs of a row */
     int64_t step, depth;             /* bytes of a group, and of a product of tiles */
     int zeros;                       /* whether some token has a zero point */
     own_t *own;
@@ -309,7 +309,8 @@ INLINE unpacking_t unpacking(const product_t *p, int64_t panel, int64_t slab, ui
                          0, PANEL << shift, ahead, shift, to};
 }
 
-/* Unpacks `count` blocks more, if so many are left; channels beyond the last and inputs beyond the row are zeros. */
+/* Unpacks `count` blocks more, if so many are left, and asks for those of the next slab; channels beyond the last and
+ * inputs beyond the row are zeros. */
 TARGET_AMX INLINE void unpack_weights(const product_t *p, unpacking_t *u, int64_t count) {
     const __m512i nibble = _mm512_set1_epi8(15);
     for (int64_t until = u->done + count < u->blocks ? u->done + count : u->blocks; u->done < until; u->done++) {
@@ -377,7 +378,7 @@ TARGET_AMX INLINE void finish_group(const product_t *p, int64_t panel, int64_t g
     if (last) store_tile(p, token, channel, sums);
 }
 
-/* A slab of a panel against a pair of tokens, `at_once` blocks of the next slab unpacked after every four products: the
+/* A slab of a panel against a pair of token tiles, `at_once` blocks of the next slab unpacked after every four products: the
  * processor does both at once. Sums of channels that have one group are finished later. */
 TARGET_AMX INLINE void multiply_pair(const product_t *p, int64_t panel, int64_t slab, int64_t pair,
                                      uint8_t (*weights)[PANEL][64], int32_t (*dots)[4][16][16], unpacking_t *u,
@@ -504,8 +505,7 @@ void fill_chunk(int isa, chunk_t *chunk, int64_t rows, int64_t in, row_t row_of,
     }
 }
 
-void multiply_chunk(int isa, const chunk_t *chunk, int64_t rows, const weights_t *w, void *y, int dtype,
-                           int64_t y_row) {
+void multiply_chunk(int isa, const chunk_t *chunk, int64_t rows, const weights_t *w, void *y, int dtype, int64_t y_row) {
     int64_t panels = up(w->out, PANEL) / PANEL;
     if (tiled(isa, rows)) {
         int64_t per_block = w->bits == 4 ? 2 : 1, tiles = up(w->bytes, 64) / 64 * per_block;

@@ -6,12 +6,6 @@
 
 #pragma GCC optimize("fp-contract=fast") /* here a product and a sum may be rounded together */
 
-#define LANES 16
-typedef float lanes_t __attribute__((vector_size(LANES * sizeof(float)), aligned(4), may_alias));
-
-#define LOAD(from) (*(const lanes_t *)(from))
-#define STORE(to, lanes) (*(lanes_t *)(to) = (lanes))
-
 /* Lanes that are 1, 2, 4, 8 apart become u + v and u − v. */
 INLINE void lane_butterflies(float *at) {
     typedef int32_t index_t __attribute__((vector_size(LANES * sizeof(int32_t))));
