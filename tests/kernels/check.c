@@ -166,6 +166,7 @@ int main(void) {
             check_linear(isa, rows[i], 256, 65, 8, 128, 1);
             if (isa > 1) check_linear(isa, rows[i], 96, 17, 4, 16, 0);
         }
+        check_linear(isa, 193, 5632, 300, 4, 5632, 0); /* wider than what stays near, and more than a run */
         check_rotate(isa);
         check_attention(isa, 4, 32, 1, 1);
         check_attention(isa, 4, 64, 130, 2);

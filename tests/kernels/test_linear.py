@@ -129,12 +129,15 @@ def test_zeros_give_the_bias(isa: int, generator: torch.Generator) -> None:
     assert torch.equal(y, packed.bias.expand(9, -1))
 
 
-def test_a_token_is_computed_alike_alone_and_among_many(isa: int, generator: torch.Generator) -> None:
-    weights, activations = TensorSpec(4, True), TensorSpec(4, False, 0.9)
-    packed, _ = random_weight(96, 576, weights, generator)
-    x = torch.randn(600, 576, generator=generator)
+@pytest.mark.parametrize(("width", "bits"), [(576, 4), (5632, 4), (14336, 4), (5000, 8)])
+def test_a_token_is_computed_alike_alone_and_among_many(
+    isa: int, width: int, bits: int, generator: torch.Generator
+) -> None:
+    weights, activations = TensorSpec(bits, True), TensorSpec(4, False, 0.9)
+    packed, _ = random_weight(300, width, weights, generator)
+    x = torch.randn(600, width, generator=generator)
     (together,) = linear(x, [packed], NO_PASSES, weights, activations)
-    for row in (0, 255, 256, 599):
+    for row in (0, 191, 192, 599):
         (alone,) = linear(x[row : row + 1], [packed], NO_PASSES, weights, activations)
         assert torch.equal(alone[0], together[row])
 

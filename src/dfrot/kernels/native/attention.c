@@ -7,6 +7,31 @@
 
 #pragma GCC optimize("fp-contract=fast") /* a product and a sum may be rounded together */
 
+/* The sum of the lanes. */
+INLINE float total(lanes_t x) {
+    typedef int32_t index_t __attribute__((vector_size(LANES * sizeof(int32_t))));
+    const index_t lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    for (int half = LANES / 2; half; half /= 2) x += __builtin_shuffle(x, lane ^ half);
+    return x[0];
+}
+
+/* The products of a query with `tokens` keys. */
+INLINE void score(int tokens, const float *query, const float *keys, int64_t dim, float *scores) {
+    lanes_t sums[4] = {{0}};
+    for (int64_t j = 0; j < dim; j += LANES)
+        for (int t = 0; t < tokens; t++) sums[t] += LOAD(query + j) * LOAD(keys + t * dim + j);
+    for (int t = 0; t < tokens; t++) scores[t] = total(sums[t]);
+}
+
+/* Adds `count` values, so weighted, to what a query has so far, in `vectors` · LANES neighbouring channels. */
+INLINE void add_values(int vectors, const float *weights, const float *values, int64_t count, int64_t dim, float *so_far) {
+    lanes_t sums[8];
+    for (int v = 0; v < vectors; v++) sums[v] = LOAD(so_far + v * LANES);
+    for (int64_t t = 0; t < count; t++)
+        for (int v = 0; v < vectors; v++) sums[v] += weights[t] * LOAD(values + t * dim + v * LANES);
+    for (int v = 0; v < vectors; v++) STORE(so_far + v * LANES, sums[v]);
+}
+
 /* Queries (rows, dim), channels by `place` and scaled, over tokens `from` … `to` − 1 of a head of the cache that begins
  * at `head`. mask (tokens of all queries, stride) says with 1 where they look; NULL everywhere. */
 INLINE void attend_part(const float *queries, int64_t rows, int64_t queries_per_head, const uint8_t *mask,
@@ -20,17 +45,17 @@ INLINE void attend_part(const float *queries, int64_t rows, int64_t queries_per_
         for (int64_t r = 0; r < rows; r++) {
             part_t *part = part_of(parts, first_part + r, dim);
             float *so_far = (float *)part->values, *of_row = scores + r * TOKENS, largest = (float)part->largest;
-            for (int64_t t = 0; t < count; t++) {
-                lanes_t sums = {0};
-                for (int64_t j = 0; j < dim; j += LANES) sums += LOAD(queries + r * dim + j) * LOAD(block + t * dim + j);
-                float score = 0;
-                for (int i = 0; i < LANES; i++) score += sums[i];
-                if (mask && !mask[r % queries_per_head * mask_stride + from + t]) score = -INFINITY;
-                of_row[t] = score;
-                largest = score > largest || score != score ? score : largest;
-            }
+            int64_t scored = 0;
+            for (; scored + 4 <= count; scored += 4) score(4, queries + r * dim, block + scored * dim, dim, of_row + scored);
+            for (; scored < count; scored++) score(1, queries + r * dim, block + scored * dim, dim, of_row + scored);
+            if (mask)
+                for (int64_t t = 0; t < count; t++)
+                    if (!mask[r % queries_per_head * mask_stride + from + t]) of_row[t] = -INFINITY;
+            for (int64_t t = 0; t < count; t++)
+                largest = of_row[t] > largest || of_row[t] != of_row[t] ? of_row[t] : largest;
             float shrink = part->largest == -INFINITY ? 0 : exp_float((float)part->largest - largest), sum = 0;
             for (int64_t t = 0; t < count; t++) of_row[t] = of_row[t] == -INFINITY ? 0 : exp_float(of_row[t] - largest);
+#pragma omp simd reduction(+ : sum)
             for (int64_t t = 0; t < count; t++) sum += of_row[t];
             part->sum = part->sum * shrink + sum;
             for (int64_t j = 0; j < dim; j++) so_far[j] *= shrink;
@@ -41,14 +66,9 @@ INLINE void attend_part(const float *queries, int64_t rows, int64_t queries_per_
             part_t *part = part_of(parts, first_part + r, dim);
             float *so_far = (float *)part->values;
             const float *of_row = scores + r * TOKENS;
-            for (int64_t j = 0; j < dim; j += 4 * LANES) {
-                int64_t vectors = dim - j < 4 * LANES ? (dim - j) / LANES : 4;
-                lanes_t sums[4];
-                for (int64_t v = 0; v < vectors; v++) sums[v] = LOAD(so_far + j + v * LANES);
-                for (int64_t t = 0; t < count; t++)
-                    for (int64_t v = 0; v < vectors; v++) sums[v] += of_row[t] * LOAD(block + t * dim + j + v * LANES);
-                for (int64_t v = 0; v < vectors; v++) STORE(so_far + j + v * LANES, sums[v]);
-            }
+            int64_t j = 0;
+            for (; j + 8 * LANES <= dim; j += 8 * LANES) add_values(8, of_row, block + j, count, dim, so_far + j);
+            for (; j < dim; j += 2 * LANES) add_values(2, of_row, block + j, count, dim, so_far + j);
         }
     }
 }

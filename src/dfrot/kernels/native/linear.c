@@ -16,11 +16,12 @@
 #include <immintrin.h>
 #include <string.h>
 
-#define FEW 8     /* tokens, up to which dot products beat tiles */
-#define PANEL 32  /* channels that are worked on together */
-#define DEEP 8    /* tiles of weights that stay in the nearest cache while the tokens of a chunk pass */
-#define AHEAD 8   /* rows of y that are asked for before they are written */
-#define RUN 4     /* panels that a thread takes at a time */
+#define FEW 8       /* tokens, up to which dot products beat tiles */
+#define PANEL 32    /* channels that are worked on together */
+#define DEEP 8      /* tiles of weights that stay in the nearest cache while the tokens of a chunk pass */
+#define AHEAD 8     /* rows of y that are asked for before they are written */
+#define RUN 4       /* panels that a thread takes at a time */
+#define NEAR 524288 /* bytes of tokens that stay in the second nearest cache while a run passes */
 #define TILE (16 * 64)
 
 INLINE int32_t zero_of(const weights_t *w, int64_t at) { return w->zero ? w->zero[at] : 1 << (w->bits - 1); }
@@ -150,7 +151,9 @@ TARGET_AVX512 INLINE void channels_avx512(int channels, int rows, const weights_
         __mmask64 there = left >= 64 ? ~0ull : (1ull << left) - 1;
         const int8_t *block = a->codes + row * a->stride + (w->bits == 4 ? 2 * byte : byte);
         for (int c = 0; c < channels; c++) {
-            __m512i whole = _mm512_maskz_loadu_epi8(there, w->codes + (channel + c) * w->bytes + byte);
+            const uint8_t *codes = w->codes + (channel + c) * w->bytes + byte;
+            __m512i whole = _mm512_maskz_loadu_epi8(there, codes);
+            _mm_prefetch((const char *)((uintptr_t)codes + (uintptr_t)(channels * w->bytes)), _MM_HINT_T0); /* come next */
             if (w->bits == 4) {
                 __m512i low = _mm512_and_si512(whole, nibble);
                 __m512i high = _mm512_and_si512(_mm512_srli_epi16(whole, 4), nibble);
@@ -268,24 +271,25 @@ TARGET_AVX512 static void tokens_to_tiles(const codes_t *a, int64_t row, int8_t 
 }
 
 /* What a thread multiplies in. Weights of a panel, one byte each, [DEEP][PANEL][64], now and next; sums of integers,
- * [token pair][four tiles], of this panel and the one before; sums of scaled groups; and what goes to y when a run is
- * done, [token][channel] of its element type, because y's rows are pages apart. */
+ * [panel of the run][token pair][four tiles]; sums of scaled groups; and what goes to y when a run is done,
+ * [token][channel] of its element type, because y's rows are pages apart. */
 typedef struct {
     uint8_t weights[2][DEEP][PANEL][64];
-    int32_t dot[2][CHUNK / 32][4][16][16];
+    int32_t dot[RUN][CHUNK / 32][4][16][16];
     float sums[CHUNK / 32][4][16][16];
     float finished[CHUNK][RUN * PANEL];
 } own_t;
 
-/* A product that AMX computes. Panels go through in slabs of DEEP tiles of inputs, tokens in `pairs` of tiles. */
+/* A product that AMX computes. Panels go through in slabs of DEEP tiles of inputs, tokens in `pairs` of tiles; a run of
+ * panels takes `part` slabs at a time, whose tokens stay in the second nearest cache. */
 typedef struct {
     const weights_t *w;
     const codes_t *a;
     const int8_t *tokens; /* tiles of the codes, two by two */
     int64_t rows, pairs;
-    int64_t per_block, tiles, slabs; /* tiles that 64 bytes of a row make; tiles and slabs of a row */
-    int64_t step, depth;             /* bytes of a group, and of a product of tiles */
-    int zeros;                       /* whether some token has a zero point */
+    int64_t per_block, tiles, slabs, part; /* tiles that 64 bytes of a row make; tiles and slabs of a row */
+    int64_t step, depth;                   /* bytes of a group, and of a product of tiles */
+    int zeros;                             /* whether some token has a zero point */
     own_t *own;
     void *y;
     int dtype;
@@ -296,17 +300,33 @@ typedef struct {
 typedef struct {
     const uint8_t *codes; /* of the panel's first channel in this slab */
     int64_t channels, bytes, done, blocks;
-    int64_t ahead; /* bytes from a block to the one in its place in the next slab */
+    int64_t ahead; /* bytes from a block to the one in its place in the slab after this one */
     int shift;     /* a row has 2^shift blocks */
     uint8_t (*to)[PANEL][64];
 } unpacking_t;
 
-INLINE unpacking_t unpacking(const product_t *p, int64_t panel, int64_t slab, uint8_t (*to)[PANEL][64]) {
-    int64_t byte = slab * DEEP / p->per_block * 64;
+/* A slab of a panel; `panel` is that after the run when all is done. */
+typedef struct {
+    int64_t panel, slab;
+} place_t;
+
+/* Slab by slab, panel by panel, part by part. */
+INLINE place_t after(const product_t *p, place_t at, int64_t first, int64_t last) {
+    int64_t part = at.slab / p->part * p->part;
+    if (at.slab + 1 < p->slabs && at.slab + 1 < part + p->part) return (place_t){at.panel, at.slab + 1};
+    if (at.panel + 1 < last) return (place_t){at.panel + 1, part};
+    return part + p->part < p->slabs ? (place_t){first, part + p->part} : (place_t){last, 0};
+}
+
+INLINE int64_t byte_at(const product_t *p, place_t at) {
+    return at.panel * PANEL * p->w->bytes + at.slab * DEEP / p->per_block * 64;
+}
+
+INLINE unpacking_t unpacking(const product_t *p, place_t at, place_t then, uint8_t (*to)[PANEL][64]) {
+    int64_t byte = at.slab * DEEP / p->per_block * 64;
     int shift = p->per_block == 2 ? 2 : 3;
-    int64_t ahead = slab + 1 < p->slabs ? 64 << shift : PANEL * p->w->bytes - byte;
-    return (unpacking_t){p->w->codes + panel * PANEL * p->w->bytes + byte, p->w->out - panel * PANEL, p->w->bytes - byte,
-                         0, PANEL << shift, ahead, shift, to};
+    return (unpacking_t){p->w->codes + byte_at(p, at), p->w->out - at.panel * PANEL, p->w->bytes - byte, 0,
+                         PANEL << shift, byte_at(p, then) - byte_at(p, at), shift, to};
 }
 
 /* Unpacks `count` blocks more, if so many are left, and asks for those of the next slab; channels beyond the last and
@@ -440,33 +460,28 @@ TARGET_AMX static void store_run(const product_t *p, int64_t panel, int64_t last
     }
 }
 
-/* A run of panels, `panel` … `last` − 1. While one multiplies, the one before is finished piece by piece. */
-TARGET_AMX static void panels_amx(const product_t *p, int64_t panel, int64_t last) {
+/* A run of panels, `first` … `last` − 1. While one multiplies, the one before is finished piece by piece. */
+TARGET_AMX static void panels_amx(const product_t *p, int64_t first, int64_t last) {
     own_t *own = p->own;
-    int64_t first = panel, pieces = 4 * p->pairs, at_once = up(4, p->slabs) / p->slabs, finished = pieces;
-    int now = 0;
-    unpacking_t next = unpacking(p, panel, 0, own->weights[now]);
-    unpack_weights(p, &next, next.blocks);
-    for (; panel < last; panel++) {
-        int32_t(*dots)[4][16][16] = own->dot[panel % 2], (*before)[4][16][16] = own->dot[(panel + 1) % 2];
-        for (int64_t slab = 0; slab < p->slabs; slab++, now = !now) {
-            int64_t steps = p->pairs * (slab + 1 < p->slabs ? DEEP : p->tiles - slab * DEEP);
-            if (slab + 1 < p->slabs)
-                next = unpacking(p, panel, slab + 1, own->weights[!now]);
-            else if (panel + 1 < last)
-                next = unpacking(p, panel + 1, 0, own->weights[!now]);
-            int64_t blocks = up(next.blocks - next.done, steps) / steps;
-            for (int64_t pair = 0; pair < p->pairs; pair++) {
-                multiply_pair(p, panel, slab, pair, own->weights[now], dots, &next, blocks);
-                for (int64_t i = 0; i < at_once && finished < pieces; i++, finished++)
-                    finish_group(p, panel - 1, 0, finished / 2 * 16, finished % 2, before);
-            }
-            unpack_weights(p, &next, next.blocks);
+    int64_t shortest = (p->slabs - 1) % p->part + 1, at_once = up(4, shortest) / shortest;
+    int64_t pieces = 4 * p->pairs, finished = pieces;
+    place_t at = {first, 0}, next = after(p, at, first, last);
+    unpacking_t u = unpacking(p, at, next, own->weights[0]);
+    unpack_weights(p, &u, u.blocks);
+    for (int now = 0; at.panel < last; at = next, next = after(p, at, first, last), now = !now) {
+        int64_t steps = p->pairs * (at.slab + 1 < p->slabs ? DEEP : p->tiles - at.slab * DEEP);
+        if (next.panel < last) u = unpacking(p, next, after(p, next, first, last), own->weights[!now]);
+        int64_t blocks = up(u.blocks - u.done, steps) / steps;
+        for (int64_t pair = 0; pair < p->pairs; pair++) {
+            multiply_pair(p, at.panel, at.slab, pair, own->weights[now], own->dot[at.panel - first], &u, blocks);
+            for (int64_t i = 0; i < at_once && finished < pieces; i++, finished++)
+                finish_group(p, at.panel - 1, 0, finished / 2 * 16, finished % 2, own->dot[at.panel - 1 - first]);
         }
-        if (p->w->groups == 1) finished = 0;
+        unpack_weights(p, &u, u.blocks);
+        if (p->w->groups == 1 && at.slab + 1 == p->slabs) finished = 0;
     }
     for (; finished < pieces; finished++)
-        finish_group(p, last - 1, 0, finished / 2 * 16, finished % 2, own->dot[(last - 1) % 2]);
+        finish_group(p, last - 1, 0, finished / 2 * 16, finished % 2, own->dot[last - 1 - first]);
     store_run(p, first, last);
 }
 
@@ -510,8 +525,9 @@ void multiply_chunk(int isa, const chunk_t *chunk, int64_t rows, const weights_t
     if (tiled(isa, rows)) {
         int64_t per_block = w->bits == 4 ? 2 : 1, tiles = up(w->bytes, 64) / 64 * per_block;
         int64_t step = w->groups == 1 ? up(w->bytes, 64) : w->bytes / w->groups, depth = step < 64 ? step : 64;
-        product_t p = {w, &chunk->codes, chunk->tiles, rows, up(rows, 32) / 32, per_block, tiles, up(tiles, DEEP) / DEEP,
-                       step, depth, 0, scratch(SLOT_TILES, 0), y, dtype, y_row};
+        int64_t slabs = up(tiles, DEEP) / DEEP, parts = w->groups == 1 ? up(rows * w->in, NEAR) / NEAR : 1;
+        product_t p = {w, &chunk->codes, chunk->tiles, rows, up(rows, 32) / 32, per_block, tiles, slabs,
+                       up(slabs, parts) / parts, step, depth, 0, scratch(SLOT_TILES, 0), y, dtype, y_row};
         for (int64_t row = 0; row < rows; row++) p.zeros |= chunk->codes.zero[row];
         configure_tiles((int)depth);
 #pragma omp for schedule(guided) nowait

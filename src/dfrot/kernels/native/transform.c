@@ -20,23 +20,25 @@ INLINE void lane_butterflies(float *at) {
 
 /* Entries u and v that are `after`, 2 after, … size / 2 after apart become u + v and u − v. */
 INLINE void butterflies(float *x, int64_t n, int64_t size, int64_t after) {
-    for (const float *end = x + n; x < end; x += size * after) { /* what stays in the nearest cache */
-        int64_t nearest = after;
+    int64_t together = size * after; /* so long a stretch that its loops are worth it, and in the nearest cache */
+    while (together < 1024 && n % (2 * together) == 0) together *= 2;
+    for (const float *end = x + n; x < end; x += together) {
+        int64_t apart = after;
         if (after == 1 && size >= LANES) {
-            for (int64_t l = 0; l < size; l += LANES) lane_butterflies(x + l);
-            nearest = LANES;
+            for (int64_t l = 0; l < together; l += LANES) lane_butterflies(x + l);
+            apart = LANES;
         }
-        for (int64_t half = nearest; half < size * after; half *= 2)
-            for (int64_t start = 0; start < size * after; start += 2 * half) {
+        for (; apart < size * after; apart *= 2)
+            for (int64_t start = 0; start < together; start += 2 * apart) {
                 int64_t l = start;
-                for (; l + LANES <= start + half; l += LANES) {
-                    lanes_t u = LOAD(x + l), v = LOAD(x + l + half);
+                for (; l + LANES <= start + apart; l += LANES) {
+                    lanes_t u = LOAD(x + l), v = LOAD(x + l + apart);
                     STORE(x + l, u + v);
-                    STORE(x + l + half, u - v);
+                    STORE(x + l + apart, u - v);
                 }
-                for (; l < start + half; l++) {
-                    float u = x[l], v = x[l + half];
-                    x[l] = u + v, x[l + half] = u - v;
+                for (; l < start + apart; l++) {
+                    float u = x[l], v = x[l + apart];
+                    x[l] = u + v, x[l + apart] = u - v;
                 }
             }
     }
@@ -66,22 +68,27 @@ INLINE void dense_row(const float *x, float *y, int64_t size, const float *matri
     }
 }
 
-/* y[j, l] = Σ_i x[i, l] matrix[i, j] for LANES neighbouring l, of x of shape (size, after). */
-INLINE void dense_lanes(const float *x, float *y, int64_t size, int64_t after, const float *matrix) {
+/* y[j, l] = Σ_i x[i, l] matrix[i, j] for `columns` j and `vectors` · LANES neighbouring l, of x of shape (size, after). */
+INLINE void dense_tile(int columns, int vectors, const float *x, float *y, int64_t size, int64_t after,
+                       const float *matrix) {
+    lanes_t sums[8][2] = {{{0}}};
+    for (int64_t i = 0; i < size; i++)
+#pragma GCC unroll 8
+        for (int c = 0; c < columns; c++)
+#pragma GCC unroll 2
+            for (int v = 0; v < vectors; v++) sums[c][v] += matrix[i * size + c] * LOAD(x + i * after + v * LANES);
+#pragma GCC unroll 8
+    for (int c = 0; c < columns; c++)
+#pragma GCC unroll 2
+        for (int v = 0; v < vectors; v++) STORE(y + c * after + v * LANES, sums[c][v]);
+}
+
+/* The same for all j. */
+INLINE void dense_lanes(int vectors, const float *x, float *y, int64_t size, int64_t after, const float *matrix) {
     int64_t j = 0;
-    for (; j + 4 <= size; j += 4) { /* four columns share the loads of x */
-        lanes_t sums[4] = {{0}};
-        for (int64_t i = 0; i < size; i++) {
-            lanes_t lanes = LOAD(x + i * after);
-            for (int c = 0; c < 4; c++) sums[c] += matrix[i * size + j + c] * lanes;
-        }
-        for (int c = 0; c < 4; c++) STORE(y + (j + c) * after, sums[c]);
-    }
-    for (; j < size; j++) {
-        lanes_t sum = {0};
-        for (int64_t i = 0; i < size; i++) sum += matrix[i * size + j] * LOAD(x + i * after);
-        STORE(y + j * after, sum);
-    }
+    for (; j + 8 <= size; j += 8) dense_tile(8, vectors, x, y + j * after, size, after, matrix + j);
+    for (; j + 4 <= size; j += 4) dense_tile(4, vectors, x, y + j * after, size, after, matrix + j);
+    for (; j < size; j++) dense_tile(1, vectors, x, y + j * after, size, after, matrix + j);
 }
 
 /* y[b, j, l] = Σ_i x[b, i, l] matrix[i, j] for x of shape (…, size, after). */
@@ -92,7 +99,10 @@ INLINE void dense(const float *x, float *y, int64_t n, int64_t size, int64_t aft
             continue;
         }
         int64_t from = 0;
-        for (; from + LANES <= after; from += LANES) dense_lanes(x + start + from, y + start + from, size, after, matrix);
+        for (; from + 2 * LANES <= after; from += 2 * LANES)
+            dense_lanes(2, x + start + from, y + start + from, size, after, matrix);
+        for (; from + LANES <= after; from += LANES)
+            dense_lanes(1, x + start + from, y + start + from, size, after, matrix);
         for (; from < after; from++)
             for (int64_t j = 0; j < size; j++) {
                 float sum = 0;
