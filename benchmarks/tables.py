@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import dfrot
-from dfrot.evaluation.run import evaluate
+from dfrot.evaluation.run import Measurement, evaluate
 from dfrot.memory import keep_freed_memory
 from dfrot.results import Record, append_records
 from dfrot.texts import text_label
@@ -208,7 +208,7 @@ class Cells:
             digest = recipe.digest
         if (self.model, digest, max_tokens) not in self.done:
             model, timings = self._checkpoint(words) if words is not None else (self.model, dict[str, float]())
-            record = evaluate(model, self.texts, max_tokens=max_tokens)
+            record = evaluate(model, Measurement(tuple(self.texts), max_tokens=max_tokens))
             record.timings_s |= timings
             record.conditions |= {"measured": self.model, "row": row, "seed": seed, "max_tokens": max_tokens}
             append_records(self.results, [record])

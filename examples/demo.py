@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 import dfrot
-from dfrot.evaluation.run import evaluate
+from dfrot.evaluation.run import Measurement, evaluate
 from dfrot.memory import keep_freed_memory
 from dfrot.results import Record, append_records
 
@@ -40,7 +40,7 @@ def measured(out: Path, method: str, weights: str, spec: str, max_tokens: int) -
     """Quantize with one recipe, load the checkpoint again, measure it."""
     recipe = dfrot.Recipe.parse(method, weights, spec, calib=TEXT, calib_tokens=CALIBRATION_TOKENS)
     report = dfrot.quantize(MODEL, recipe, out / f"{method}-{weights}-{spec}", overwrite=True)
-    record = evaluate(str(report.path), [TEXT], max_tokens=max_tokens)
+    record = evaluate(str(report.path), Measurement((TEXT,), max_tokens=max_tokens))
     record.timings_s.update(report.timings_s)
     return record
 
@@ -81,7 +81,7 @@ def main() -> None:
 
     started = time.perf_counter()
     console.print(f"{MODEL} on {torch.get_num_threads()} threads; eight models to measure, some minutes.")
-    records = [evaluate(MODEL, [TEXT], max_tokens=arguments.max_tokens)]
+    records = [evaluate(MODEL, Measurement((TEXT,), max_tokens=arguments.max_tokens))]
     append_records(out / "results.jsonl", records)
     for number, (method, weights, spec) in enumerate(RECIPES, start=1):
         console.print(f"[{number}/{len(RECIPES)}] {method} {weights} {spec}", markup=False)

@@ -20,6 +20,9 @@ FLOORS = [
     {"methods", "weights", "checkpoint"},
     {"results", "pipeline"},
     {"evaluation"},
+    {"published"},
+    {"compare"},
+    {"grid"},
     {"cli", "__init__"},
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}

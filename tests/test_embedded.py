@@ -9,7 +9,7 @@ import torch
 
 import dfrot
 from dfrot.cli import main
-from dfrot.evaluation.run import evaluate
+from dfrot.evaluation.run import Measurement, evaluate
 from dfrot.models.source import open_source
 from dfrot.results import model_size
 
@@ -34,7 +34,8 @@ def test_rotation_without_quantization_leaves_perplexity_unchanged(tmp_path: Pat
     recipe = dfrot.Recipe.parse("quarot", spec="w16a16kv16")
     path = dfrot.quantize("smollm2-135m", recipe, tmp_path / "out").path
     before, after = (
-        evaluate(model, ["pydoc"], max_tokens=4096).metrics["ppl/pydoc"] for model in ("smollm2-135m", str(path))
+        evaluate(model, Measurement(("pydoc",), max_tokens=4096)).metrics["ppl/pydoc"]
+        for model in ("smollm2-135m", str(path))
     )
     assert after == pytest.approx(before, rel=1e-4)
 
@@ -43,7 +44,7 @@ def test_four_bits_are_four_bits_and_rotation_is_what_makes_them_work(tmp_path: 
     perplexity = {}
     for method in ("none", "quarot"):
         path = dfrot.quantize("smollm2-135m", dfrot.Recipe.parse(method, "rtn"), tmp_path / method).path
-        record = evaluate(str(path), ["pydoc"], max_tokens=4096)
+        record = evaluate(str(path), Measurement(("pydoc",), max_tokens=4096))
         perplexity[method] = record.metrics["ppl/pydoc"]
         assert record.size["decoder_bits_per_weight"] <= 4.3
         assert record.size["kv_bytes_per_token"] <= 0.3 * record.size["unquantized_kv_bytes_per_token"]

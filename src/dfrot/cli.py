@@ -168,27 +168,152 @@ class Eval:
 
     model: Model
     """Checkpoint, or a model as `quantize` takes it."""
-    ppl: tuple[str, ...] = ("wikitext2",)
-    """Texts for perplexity: wikitext2, c4, pydoc, or paths."""
+    ppl: tuple[str, ...] | None = None
+    """Texts for perplexity: wikitext2, c4, pydoc, or paths (default wikitext2, unless there are tasks)."""
     seq_len: int = 2048
-    """Tokens of one block."""
+    """Tokens of one block of a text."""
     max_tokens: int | None = None
     """Take the first blocks of this many tokens of each text."""
+    against: str | None = None
+    """The unquantized model: also KL divergence from its predictions, and top-1 agreement with them."""
+    per_token: Path | None = None
+    """Also write what --against measures on every token to this safetensors file."""
+    tasks: str | None = None
+    """Tasks or groups of lm-eval, joined by commas: piqa,arc_easy,mmlu."""
+    task_path: Path | None = None
+    """A folder with further tasks."""
+    limit: int | None = None
+    """Take the first so many examples of each task."""
+    batch_size: int | None = None
+    """Sequences of a task at a time (default: as many as fit)."""
     json: Path | None = None
     """Also write the result record to this file."""
+    log_to: str | None = None
+    """Also log it to a tracker: wandb, trackio, mlflow, tensorboard or another that accelerate knows."""
     device: str = "cpu"
     """Where to compute: cpu, cuda."""
 
     def run(self) -> None:
-        from dfrot.evaluation.run import evaluate
+        from dfrot.evaluation.run import Measurement, evaluate
+        from dfrot.evaluation.trackers import log_records
 
         if self.json is not None and not self.json.parent.is_dir():
             raise UserError(f"the directory of --json {self.json} does not exist.")
-        record = evaluate(self.model, self.ppl, seq_len=self.seq_len, max_tokens=self.max_tokens, device=self.device)
+        tasks = _words(self.tasks)
+        measurement = Measurement(
+            texts=self.ppl if self.ppl is not None else () if tasks else ("wikitext2",),
+            seq_len=self.seq_len,
+            max_tokens=self.max_tokens,
+            against=self.against,
+            tasks=tasks,
+            task_path=None if self.task_path is None else str(self.task_path),
+            limit=self.limit,
+            batch_size=self.batch_size,
+        )
+        record = evaluate(self.model, measurement, device=self.device, per_token=self.per_token)
+        errors = record.conditions.get("standard_errors", {})
         for metric, value in record.metrics.items():
-            out.print(f"{metric} {value:.4f}" if value < 1e5 else f"{metric} {value:.3e}")
+            shown = f"{value:.4f}" if value < 1e5 else f"{value:.3e}"
+            out.print(f"{metric} {shown}" + (f" ± {errors[metric]:.4f}" if metric in errors else ""))
         if self.json is not None:
             self.json.write_text(json.dumps(record.to_json(), indent=2) + "\n")
+        if self.log_to is not None:
+            log_records([record], self.log_to)
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Quantize and measure a model by every recipe of a grid. Finished cells are kept: the same command goes on."""
+
+    model: Model
+    """Hub id, directory with safetensors weights, .gguf file, or smollm2-135m."""
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """Folder for results.jsonl and the checkpoints."""
+    methods: str = "none,quarot,dfrot"
+    """Methods, joined by commas."""
+    weights: str = "rtn,gptq"
+    """Weight quantizers, joined by commas."""
+    specs: str = "w4a4kv4"
+    """Specs, joined by commas."""
+    seeds: str = "0"
+    """Seeds, joined by commas."""
+    preset: Literal["auto", "paper", "deploy", "duquant"] = "auto"
+    """Symmetry and clip ratios (auto: duquant for the method of that name, else paper)."""
+    calib: str = "wikitext2"
+    """Calibration text: wikitext2, c4, pydoc, or a path."""
+    calib_tokens: int | None = None
+    """Calibration tokens in total (default 65536 where weights are fitted to them, else 2048)."""
+    unquantized: bool = True
+    """Also measure the model as it is."""
+    ppl: tuple[str, ...] | None = None
+    """Texts for perplexity: wikitext2, c4, pydoc, or paths (default wikitext2, unless there are tasks)."""
+    seq_len: int = 2048
+    """Tokens of one block of a text."""
+    max_tokens: int | None = None
+    """Take the first blocks of this many tokens of each text."""
+    divergence: bool = False
+    """Also KL divergence from the unquantized model's predictions, and top-1 agreement with them."""
+    tasks: str | None = None
+    """Tasks or groups of lm-eval, joined by commas."""
+    task_path: Path | None = None
+    """A folder with further tasks."""
+    limit: int | None = None
+    """Take the first so many examples of each task."""
+    batch_size: int | None = None
+    """Sequences of a task at a time (default: as many as fit)."""
+    jobs: int = 1
+    """Cells at a time, each in a process of its own."""
+    threads: int | None = None
+    """Threads of each (default: the cores divided among the jobs)."""
+    ray: str | None = None
+    """Address of a Ray cluster that takes the cells in place of jobs; auto for the one that runs here."""
+    device: str = "cpu"
+    """Where to compute: cpu, cuda."""
+    log_to: str | None = None
+    """Also log the records to a tracker: wandb, trackio, mlflow, tensorboard or another that accelerate knows."""
+
+    def run(self) -> None:
+        from dfrot.compare import compare
+        from dfrot.evaluation.run import Measurement
+        from dfrot.evaluation.trackers import log_records
+        from dfrot.grid import LiveTable, recipes
+
+        tasks = _words(self.tasks)
+        measurement = Measurement(
+            texts=self.ppl if self.ppl is not None else () if tasks else ("wikitext2",),
+            seq_len=self.seq_len,
+            max_tokens=self.max_tokens,
+            against=self.model if self.divergence else None,
+            tasks=tasks,
+            task_path=None if self.task_path is None else str(self.task_path.resolve()),
+            limit=self.limit,
+            batch_size=self.batch_size,
+        )
+        grid = recipes(
+            *map(_words, (self.methods, self.weights, self.specs, self.seeds)),
+            preset=self.preset,
+            calib=self.calib,
+            calib_tokens=self.calib_tokens,
+        )
+        cells = [*([None] if self.unquantized else []), *grid]
+        with LiveTable(cells, out) as table:
+            records = compare(
+                self.model,
+                cells,
+                measurement,
+                self.out,
+                device=self.device,
+                jobs=self.jobs,
+                threads=self.threads,
+                ray=self.ray,
+                listener=table.hear,
+            )
+        if self.log_to is not None:
+            log_records(records, self.log_to)
+        if len(records) < len(cells):
+            raise EnvironmentFault(
+                f"{len(cells) - len(records)} of {len(cells)} cells failed; the others are recorded."
+            )
 
 
 @dataclass(frozen=True)
@@ -328,7 +453,15 @@ class Models:
         out.print(table)
 
 
-COMMANDS = {"quantize": Quantize, "eval": Eval, "generate": Generate, "bench": Bench, "info": Info, "models": Models}
+COMMANDS = {
+    "quantize": Quantize,
+    "eval": Eval,
+    "compare": Compare,
+    "generate": Generate,
+    "bench": Bench,
+    "info": Info,
+    "models": Models,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -355,12 +488,11 @@ def main(arguments: list[str] | None = None) -> int:
         _complain(str(error))
         return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
-        resumable = isinstance(command, Quantize) and command.out.is_dir()
-        hint = (
-            " Finished blocks are kept: the same command with --resume instead of --overwrite continues."
-            if resumable
-            else ""
-        )
+        hint = ""
+        if isinstance(command, Compare):
+            hint = " Finished cells are kept: the same command goes on."
+        elif isinstance(command, Quantize) and command.out.is_dir():
+            hint = " Finished blocks are kept: the same command with --resume instead of --overwrite continues."
         _complain(f"interrupted.{hint}")
         return 128 + signal.SIGINT
     except BrokenPipeError:  # `dfrot … | head`: the reader has seen enough
@@ -372,6 +504,11 @@ def main(arguments: list[str] | None = None) -> int:
         _complain(str(error))
         return 1
     return 0
+
+
+def _words(joined: str | None) -> tuple[str, ...]:
+    """The words of an option that are joined by commas."""
+    return tuple(word.strip() for word in (joined or "").split(",") if word.strip())
 
 
 def _complain(message: str) -> None:

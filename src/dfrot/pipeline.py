@@ -20,12 +20,13 @@ from torch import Tensor
 
 from dfrot.checkpoint.load import usable_device
 from dfrot.checkpoint.save import CheckpointWriter
+from dfrot.checkpoint.shared import Shared
 from dfrot.errors import EnvironmentFault, UserError
 from dfrot.methods import METHODS
 from dfrot.methods.context import Context
 from dfrot.models.source import Source, open_source, stored_tensors
 from dfrot.progress import track
-from dfrot.recipe import GPTQ, LWC, Recipe
+from dfrot.recipe import GPTQ, LWC, DFRot, DuQuant, Recipe
 from dfrot.runtime.linear import packed_tensors
 from dfrot.runtime.plan import RuntimePlan
 from dfrot.texts import calibration_blocks, read_text
@@ -72,6 +73,7 @@ def quantize(
     resume: bool = False,
     overwrite: bool = False,
     spill: bool = False,
+    share: str | Path | None = None,
 ) -> Report:
     """Rotate and quantize a model into a checkpoint directory.
 
@@ -83,6 +85,8 @@ def quantize(
         resume: continue a run that was interrupted.
         overwrite: replace a checkpoint that is there.
         spill: keep the hidden states of the calibration text in a memory-mapped file in `out`, not in memory.
+        share: a folder in which runs leave what others can take: fitted rotations, and blocks if recipes differ in the
+            cache alone.
 
     Raises:
         UserError: the request cannot be carried out as it was made.
@@ -96,21 +100,55 @@ def quantize(
     source.tokenizer()  # a model without one is refused before the work, not after it
     report = Report(Path(out))
     calibration = functools.cache(lambda: _calibration(source, recipe))
-    run = {"model": source.fingerprint(), "recipe": recipe.to_json(), "dfrot": __version__}
-    writer = CheckpointWriter(report.path, run, num_shards=source.num_blocks + 2, resume=resume, overwrite=overwrite)
+    writer = CheckpointWriter(
+        report.path, _run(source, recipe), num_shards=source.num_blocks + 2, resume=resume, overwrite=overwrite
+    )
     context = Context(source, recipe, calibration, there, report.notes)
+    shared = Shared(None if share is None else Path(share))
     with report.stage("fit"):
-        transforms = _fitted(context, writer)
+        transforms = _fitted(context, writer, shared)
     with report.stage("quantize"):
         online = transforms.online(source.graph, source.config)
-        plan = RuntimePlan(recipe.spec, online, transforms.keys, transforms.blocks(source.graph))
+        keys = transforms.keys if recipe.spec.keys.quantizes else None
+        plan = RuntimePlan(recipe.spec, online, keys, transforms.blocks(source.graph))
+        blocks = _depended_on_by_blocks(context)
+        if (other := shared.checkpoint(blocks)) is not None and (notes := writer.adopt(other)):
+            report.notes["weights_by_block"] = notes
         _quantize_blocks(context, transforms, plan, writer, report, Path(out) if spill else None)
         _finish(context, transforms, plan, writer)
+        shared.keep_checkpoint(blocks, writer.path)
     return report
 
 
-def _fitted(context: Context, writer: CheckpointWriter) -> Transforms:
-    """The method's transforms: fitted and kept, or those that the interrupted run kept.
+def _depended_on_by_fit(context: Context) -> dict[str, Any]:
+    """What the transforms of a method depend on: neither the weight quantizer nor the cache."""
+    recipe = context.recipe
+    read = {DFRot: getattr(recipe.method, "samples", 0), DuQuant: 1}.get(type(recipe.method), 0)  # sequences
+    text = context.calibration()[:read].numpy().tobytes() if read else b""
+    return {
+        **_run(context.source, recipe),
+        "recipe": {name: recipe.to_json()[name] for name in ("method", "options", "seed")},
+        "activations": recipe.to_json()["grids"]["activations"],
+        "learns_clipping": isinstance(recipe.method, DuQuant) and isinstance(recipe.weights, LWC),
+        "text": hashlib.sha256(text).hexdigest(),
+        "device": context.device.type,
+    }
+
+
+def _depended_on_by_blocks(context: Context) -> dict[str, Any]:
+    """What the blocks of a checkpoint depend on: all of the recipe but the cache."""
+    recipe = context.recipe.to_json()
+    del recipe["spec"]
+    recipe["grids"] = {kind: recipe["grids"][kind] for kind in ("weights", "activations")}
+    return {**_run(context.source, context.recipe), "recipe": recipe, "device": context.device.type}
+
+
+def _run(source: Source, recipe: Recipe) -> dict[str, Any]:
+    return {"model": source.fingerprint(), "recipe": recipe.to_json(), "dfrot": __version__}
+
+
+def _fitted(context: Context, writer: CheckpointWriter, shared: Shared) -> Transforms:
+    """The method's transforms: fitted and kept, or those that the interrupted run, or another one, kept.
 
     Fitting again would not do: another number of threads rounds differently, and refinement amplifies that.
     """
@@ -126,11 +164,16 @@ def _fitted(context: Context, writer: CheckpointWriter) -> Transforms:
             )
         context.notes.update(record["notes"])
         return Transforms.from_description(record["transforms"], tensors)
-    transforms = METHODS[context.recipe.method_name](context)
-    tensors = {}
-    description = transforms.describe(tensors)
-    writer.save_fit({"transforms": description, "notes": context.notes, "text": text}, tensors)
-    return transforms
+    depends_on = _depended_on_by_fit(context)
+    if (kept := shared.fit(depends_on)) is None:
+        transforms = METHODS[context.recipe.method_name](context)
+        tensors = {}
+        kept = {"transforms": transforms.describe(tensors), "notes": dict(context.notes)}, tensors
+        shared.keep_fit(depends_on, *kept)
+    record, tensors = kept
+    context.notes.update(record["notes"])
+    writer.save_fit({**record, "text": text}, tensors)
+    return Transforms.from_description(record["transforms"], tensors)
 
 
 def _quantize_blocks(
@@ -152,7 +195,7 @@ def _quantize_blocks(
         del folded
     del embedding  # a gigabyte for some models
     stream = None
-    if recipe.fits_weights:
+    if recipe.fits_weights and not all(map(writer.has, range(1, source.num_blocks + 1))):
         (rows,) = writer.read(0).values()
         stream = CalibrationStream(
             source, plan, rows, context.calibration(), working, context.device, spill, isinstance(recipe.weights, LWC)
@@ -184,6 +227,8 @@ def _quantize_blocks(
     fuses = transforms.residual is not None
     fold = Fold(gain=norm.weight if fuses else None, reads=transforms.residual)
     report.invariance = max(report.invariance, check.head(norm, head, fold, transforms.residual))
+    if writer.has(source.num_blocks + 1):
+        return
     last = {f"{source.graph.final_norm}.weight": fold.norm_gain(norm.weight).to(stored)}
     if not _stays_tied(source, transforms):
         last[f"{source.graph.head}.weight"] = _fold_rows(head, fold, stored, context.device)

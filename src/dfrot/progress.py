@@ -11,6 +11,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 T = TypeVar("T")
 
 console = Console(stderr=True)
+_silent = False
+
+
+def silence() -> None:
+    """Show no bars in this process: another one shows how things stand."""
+    global _silent
+    _silent = True
 
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
@@ -25,6 +32,6 @@ def track(items: Iterable[T], description: str, total: int | None = None) -> Ite
         TextColumn("eta"),
         TimeRemainingColumn(),
     )
-    disable = not sys.stderr.isatty() or "PYTEST_CURRENT_TEST" in os.environ
+    disable = _silent or not sys.stderr.isatty() or "PYTEST_CURRENT_TEST" in os.environ
     with Progress(*columns, console=console, transient=True, disable=disable) as progress:
         yield from progress.track(items, total=total, description=description)

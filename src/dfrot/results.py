@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import os
 import platform
 import resource
 import subprocess
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 from dfrot.checkpoint.save import read_json
-from dfrot.errors import UserError
+from dfrot.errors import EnvironmentFault, UserError
 from dfrot.kernels.library import backend
 from dfrot.models.graph import head_dim
 from dfrot.models.source import read_config, stored_tensors, weight_files
@@ -60,10 +61,45 @@ class Record:
 
 
 def append_records(path: Path, records: list[Record]) -> None:
-    """Append records to a `.jsonl` file, one line each."""
-    with path.open("a", encoding="utf-8") as file:
-        for record in records:
-            file.write(json.dumps(record.to_json()) + "\n")
+    """Append records to a `.jsonl` file, one line each, durably.
+
+    Raises:
+        EnvironmentFault: it cannot be written.
+    """
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            for record in records:
+                file.write(json.dumps(record.to_json()) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise EnvironmentFault(f"cannot write {path}: {error}") from error
+
+
+def read_records(path: Path, *, repair: bool = False) -> list[Record]:
+    """The records of a `.jsonl` file; none if it is not there. A last line without an end, which a killed process has
+    left, is no record.
+
+    Args:
+        repair: also cut that line off the file, so that others can be appended.
+
+    Raises:
+        UserError: another line is no record.
+    """
+    if not path.is_file():
+        return []
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if repair and len(whole) < len(content):
+        with path.open("rb+") as file:
+            file.truncate(len(whole))
+    records = []
+    for number, line in enumerate(whole.splitlines(), start=1):
+        try:
+            records.append(Record.from_json(json.loads(line)))
+        except (ValueError, TypeError, AttributeError, UserError) as error:
+            raise UserError(f"{path}, line {number}: not a result record: {error}") from error
+    return records
 
 
 def conditions(model: Any, **measured: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 import dfrot
 from dfrot.errors import UserError
 from dfrot.evaluation import perplexity as module
-from dfrot.evaluation.run import evaluate
+from dfrot.evaluation.run import Measurement, evaluate
 from dfrot.results import Record, append_records, model_size
 from tests.tiny_models import CONFIGS
 
@@ -44,7 +44,7 @@ def test_nan_logits_are_an_error_and_not_a_number(tiny: Tiny) -> None:
 def test_a_record_holds_numbers_and_conditions(tiny: Tiny, tmp_path: Path, text_file: Path) -> None:
     recipe = dfrot.Recipe.parse("quarot", "rtn", seed=5)
     path = dfrot.quantize(tiny("llama"), recipe, tmp_path / "out").path
-    record = evaluate(str(path), [str(text_file)], seq_len=32, max_tokens=100)
+    record = evaluate(str(path), Measurement((str(text_file),), seq_len=32, max_tokens=100))
     assert set(record.metrics) == {"ppl/text.txt"}
     assert record.recipe == recipe.to_json()
     assert record.conditions["tokens"] == {"text.txt": 96}
@@ -56,9 +56,9 @@ def test_a_record_holds_numbers_and_conditions(tiny: Tiny, tmp_path: Path, text_
         Record.from_json({"schema": 2})
 
 
-def test_two_texts_of_one_name_are_refused(tiny: Tiny, text_file: Path) -> None:
+def test_two_texts_of_one_name_are_refused(text_file: Path) -> None:
     with pytest.raises(UserError, match="names must differ"):
-        evaluate(str(tiny("llama")), [str(text_file), f"{text_file.parent}/./{text_file.name}"], seq_len=32)
+        Measurement((str(text_file), f"{text_file.parent}/./{text_file.name}"))
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)

@@ -96,14 +96,7 @@ class CheckpointWriter:
         self._begin()
         if notes:
             write_json(self._notes(number), notes)
-        self._save(self._shard(number), tensors, {"format": "pt"})
-
-    def _save(self, path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-        ready = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        temporary = path.with_suffix(".tmp")
-        with _faults(self.path, temporary):
-            save_file(ready, temporary, metadata=metadata)
-            _publish(temporary, path)
+        _write_tensors(self._shard(number), tensors, {"format": "pt"})
 
     def _begin(self) -> None:
         """Make the directory, or clear it if it is to be replaced, and say in it which run it belongs to."""
@@ -125,15 +118,33 @@ class CheckpointWriter:
             EnvironmentFault: it cannot be written.
         """
         self._begin()
-        self._save(self.path / FIT_FILE, tensors, {"record": json.dumps(record)})
+        write_fit(self.path / FIT_FILE, record, tensors)
 
     def load_fit(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         """What `save_fit` kept, if this run resumes one that got so far."""
-        path = self.path / FIT_FILE
-        if self._replaced or not path.is_file():
-            return None
-        with open_safetensors(path) as file:
-            return json.loads(file.metadata()["record"]), _tensors(file)
+        return None if self._replaced else read_fit(self.path / FIT_FILE)
+
+    def adopt(self, other: Path) -> list[dict[str, Any]]:
+        """Take all shards, as links where that is possible, from a finished checkpoint that has the same.
+
+        Returns:
+            The notes of its shards.
+
+        Raises:
+            EnvironmentFault: they cannot be written.
+        """
+        self._begin()
+        for shard in map(self._shard, range(self._num_shards)):
+            temporary = shard.with_suffix(".tmp")
+            with _faults(self.path, temporary):
+                temporary.unlink(missing_ok=True)
+                try:
+                    os.link(other / shard.name, temporary)
+                except OSError:  # another file system
+                    shutil.copyfile(other / shard.name, temporary)
+                _publish(temporary, shard)
+        notes = other / NOTES_FILE
+        return read_json(notes).get("weights_by_block", []) if notes.is_file() else []
 
     def finish(self, config: dict[str, Any], notes: dict[str, Any]) -> None:
         """Write notes (if any), index and config; only now the directory is a checkpoint.
@@ -153,6 +164,31 @@ class CheckpointWriter:
         write_json(self.path / "config.json", config)
         for path in (*map(self._notes, range(self._num_shards)), self.path / FIT_FILE, self.path / RUN_FILE):
             path.unlink(missing_ok=True)
+
+
+def write_fit(path: Path, record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """JSON and tensors in one file, atomically.
+
+    Raises:
+        EnvironmentFault: it cannot be written.
+    """
+    _write_tensors(path, tensors, {"record": json.dumps(record)})
+
+
+def read_fit(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    """What `write_fit` wrote, if it is there."""
+    if not path.is_file():
+        return None
+    with open_safetensors(path) as file:
+        return json.loads(file.metadata()["record"]), _tensors(file)
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    ready = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    temporary = path.with_suffix(".tmp")
+    with _faults(path.parent, temporary):
+        save_file(ready, temporary, metadata=metadata)
+        _publish(temporary, path)
 
 
 def _tensors(file: Any) -> dict[str, Tensor]:

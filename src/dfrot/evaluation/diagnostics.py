@@ -40,7 +40,7 @@ def perplexity_with_massive_unquantized(
     total = 0.0
     for block in track(blocks, "massive tokens unquantized"):
         with massive_unquantized(checkpoint, massive_positions(original, block, rule)):
-            total += negative_log_likelihood(checkpoint, block.to(checkpoint.device))
+            total += negative_log_likelihood(checkpoint, block)
     return math.exp(total / (blocks.shape[0] * (blocks.shape[1] - 1)))
 
 

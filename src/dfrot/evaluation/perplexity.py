@@ -5,10 +5,11 @@ predictions of every block is exponentiated.
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from dfrot.errors import UserError
@@ -32,7 +33,7 @@ def perplexity(model: Any, blocks: Int[Tensor, "blocks seq_len"], description: s
         raise UserError(f"a block needs two tokens, the second to be predicted; got blocks of {blocks.shape[1]}.")
     total = 0.0
     for block in track(blocks, description):
-        total += negative_log_likelihood(model, block.to(model.device))
+        total += negative_log_likelihood(model, block)
     mean = total / (blocks.shape[0] * (blocks.shape[1] - 1))
     if math.isnan(mean):
         raise UserError("the model's logits are NaN on this text: its weights or its recipe are broken.")
@@ -42,11 +43,19 @@ def perplexity(model: Any, blocks: Int[Tensor, "blocks seq_len"], description: s
 @torch.no_grad()
 def negative_log_likelihood(model: Any, tokens: Int[Tensor, " seq_len"]) -> float:
     """Sum over the seq_len − 1 predictions of one sequence, in nats."""
+    return sum(
+        float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
+        for logits, targets in logits_by_piece(model, tokens)
+    )
+
+
+def logits_by_piece(
+    model: Any, tokens: Int[Tensor, " seq_len"]
+) -> Iterator[tuple[Float[Tensor, "positions vocabulary"], Int[Tensor, " positions"]]]:
+    """Logits of the seq_len − 1 predictions of one sequence, in float32 at least, and the tokens that came."""
+    tokens = tokens.to(model.device)
     hidden = model.base_model(tokens[None], use_cache=False).last_hidden_state[0, :-1]  # (seq_len − 1, hidden)
     head = model.get_output_embeddings()
-    total = 0.0
     for states, targets in zip(hidden.split(_LOGIT_POSITIONS), tokens[1:].split(_LOGIT_POSITIONS), strict=True):
         logits = head(states)
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        total += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
-    return total
+        yield logits if logits.dtype == torch.float64 else logits.float(), targets

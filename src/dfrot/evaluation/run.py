@@ -1,45 +1,112 @@
 """Load, measure, record."""
 
+import math
 import time
-from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
 
 from dfrot.checkpoint.load import checkpoint_recipe, load
-from dfrot.errors import UserError
+from dfrot.errors import EnvironmentFault, UserError
+from dfrot.evaluation.divergence import divergence
 from dfrot.evaluation.perplexity import perplexity
+from dfrot.evaluation.zero_shot import zero_shot
 from dfrot.models.source import locate
 from dfrot.results import Record, conditions, model_size
 from dfrot.texts import read_text, text_label, token_blocks
 
 
+@dataclass(frozen=True)
+class Measurement:
+    """What is measured on a model.
+
+    Attributes:
+        texts: for perplexity: wikitext2, c4, pydoc, or paths.
+        seq_len: tokens of one block of a text.
+        max_tokens: take the first ⌊max_tokens / seq_len⌋ blocks of each text.
+        against: the unquantized model, whose predictions on the texts are compared; None leaves that out.
+        tasks: tasks or groups of lm-eval.
+        task_path: a folder with further tasks.
+        limit: take the first so many examples of each task.
+        batch_size: sequences of a task at a time; None chooses.
+    """
+
+    texts: tuple[str, ...] = ()
+    seq_len: int = 2048
+    max_tokens: int | None = None
+    against: str | None = None
+    tasks: tuple[str, ...] = ()
+    task_path: str | None = None
+    limit: int | None = None
+    batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.texts and not self.tasks:
+            raise UserError("nothing is to be measured: give texts for perplexity, or tasks.")
+        if len({text_label(text) for text in self.texts}) < len(self.texts):
+            raise UserError(
+                f"results name a text after its file, so the names must differ; got {', '.join(self.texts)}."
+            )
+        if self.against is not None and not self.texts:
+            raise UserError("predictions are compared on texts: give one.")
+
+
 def evaluate(
-    model: str,
-    texts: Sequence[str],
-    *,
-    seq_len: int = 2048,
-    max_tokens: int | None = None,
-    device: str = "cpu",
+    model: str, measurement: Measurement, *, device: str | torch.device = "cpu", per_token: Path | None = None
 ) -> Record:
-    """Perplexity of a model or checkpoint on each of the texts.
+    """Measure a model or checkpoint.
 
     Args:
-        texts: wikitext2, c4, pydoc, or paths.
-        seq_len: tokens of one block.
-        max_tokens: take the first ⌊max_tokens / seq_len⌋ blocks of each text.
+        per_token: also write what was measured on every token of the texts to this safetensors file; needs
+            `measurement.against`.
 
     Raises:
-        UserError: model, text or lengths do not fit.
-        EnvironmentFault: model or text has to come from the hub, which cannot be reached.
+        UserError: model, text, tasks or lengths do not fit.
+        EnvironmentFault: something has to come from the hub, which cannot be reached; an optional package is missing;
+            the file cannot be written.
     """
-    if not texts:
-        raise UserError("no text was given to measure perplexity on.")
-    if len({text_label(text) for text in texts}) < len(texts):
-        raise UserError(f"results name a text after its file, so the names must differ; got {', '.join(texts)}.")
+    if per_token is not None and measurement.against is None:
+        raise UserError("what is written of every token compares the model with another: say which, --against MODEL.")
     path = locate(model)
-    contents = {text: read_text(text, "test") for text in texts}
+    contents = {text: read_text(text, "test") for text in measurement.texts}
     loaded, tokenizer = load(model, device=device)
-    blocks = {text: token_blocks(tokenizer, content, text, seq_len, max_tokens) for text, content in contents.items()}
+    original = None if measurement.against is None else _comparable(measurement.against, loaded, device)
+    blocks = {
+        text: token_blocks(tokenizer, content, text, measurement.seq_len, measurement.max_tokens)
+        for text, content in contents.items()
+    }
     started = time.perf_counter()
-    metrics = {f"ppl/{text_label(text)}": perplexity(loaded, blocks[text], text_label(text)) for text in texts}
+    metrics: dict[str, float] = {}
+    measured: dict[str, Any] = {}
+    tensors: dict[str, Tensor] = {}
+    for text in measurement.texts:
+        label = text_label(text)
+        if original is None:
+            metrics[f"ppl/{label}"] = perplexity(loaded, blocks[text], label)
+            continue
+        found = divergence(loaded, original, blocks[text], label)
+        metrics[f"ppl/{label}"] = math.exp(min(700.0, float(found.nll.double().mean())))
+        metrics[f"kl/{label}"] = float(found.kl.double().mean())
+        metrics[f"top1/{label}"] = float(found.agrees.double().mean())
+        tensors |= {f"{label}/{name}": tensor for name, tensor in found.tensors(blocks[text]).items()}
+    if measurement.tasks:
+        path_of_tasks = None if measurement.task_path is None else Path(measurement.task_path)
+        scores = zero_shot(
+            loaded,
+            tokenizer,
+            measurement.tasks,
+            task_path=path_of_tasks,
+            limit=measurement.limit,
+            batch_size=measurement.batch_size,
+        )
+        metrics |= scores.metrics
+        measured |= {"standard_errors": scores.standard_errors, "examples": scores.examples}
+    if per_token is not None:
+        _save(tensors, per_token)
     recipe = checkpoint_recipe(path)
     return Record(
         model=model,
@@ -49,9 +116,28 @@ def evaluate(
         timings_s={"evaluate": time.perf_counter() - started},
         conditions=conditions(
             loaded,
-            text=", ".join(map(text_label, texts)),
-            seq_len=seq_len,
-            tokens={text_label(text): blocks[text].numel() for text in texts},
+            text=", ".join(map(text_label, measurement.texts)),
+            seq_len=measurement.seq_len,
+            tokens={text_label(text): blocks[text].numel() for text in measurement.texts},
+            against=measurement.against,
             seed=None if recipe is None else recipe.seed,
+            **measured,
         ),
     )
+
+
+def _comparable(against: str, model: Any, device: str | torch.device) -> Any:
+    original, _ = load(against, device=device)
+    if original.config.vocab_size != model.config.vocab_size:
+        raise UserError(
+            f"predictions can be compared over one vocabulary; the model has {model.config.vocab_size} tokens, "
+            f"{against} has {original.config.vocab_size}."
+        )
+    return original
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path)
+    except Exception as error:  # safetensors has an error type of its own
+        raise EnvironmentFault(f"cannot write {path}: {error}") from error

@@ -39,11 +39,11 @@ def duquant(context: Context) -> Transforms:
     """Smoothing and block rotations for the inputs of all linear layers, around QuaRot's R3.
 
     Raises:
-        UserError: no Hadamard matrix has the size of a head, and keys are to be quantized.
+        UserError: no Hadamard matrix has the size of a head.
     """
     options, source, device = context.recipe.method, context.source, context.device
     assert isinstance(options, DuQuant), "fitted with the options of another method"
-    keys = hadamard("one head", head_dim(source.config)) if context.recipe.spec.keys.quantizes else None
+    keys = hadamard("one head", head_dim(source.config))
     base = Transforms(keys=keys)
     if options.base == "quarot":
         base = Transforms(random_rotation(context, "hadamard"), hadamard("one head", head_dim(source.config)), keys)

@@ -46,13 +46,12 @@ def random_rotation(context: Context, kind: str) -> Rotation:
 
 
 def around(residual: Rotation, context: Context, *, head_mixing: bool = False) -> Transforms:
-    """QuaRot's other rotations around a given R1. Keys are rotated only if they are quantized."""
-    config, spec = context.source.config, context.recipe.spec
-    keys = hadamard("one head", head_dim(config)) if spec.keys.quantizes else None
+    """QuaRot's other rotations around a given R1."""
+    config = context.source.config
     return Transforms(
         residual=residual,
         values=hadamard("one head", head_dim(config)),
-        keys=keys,
+        keys=hadamard("one head", head_dim(config)),
         ffn=hadamard("the input of down_proj", config.intermediate_size),
         heads=hadamard("head mixing", config.num_attention_heads) if head_mixing else None,
     )

@@ -54,7 +54,7 @@ class Transforms:
     Attributes:
         residual: R1, of size hidden_size. Norm gains are folded exactly when it is set.
         values: R2, of size head_dim, the same for every head.
-        keys: R3, of size head_dim, applied at run time to queries and keys.
+        keys: R3, of size head_dim, applied at run time to queries and keys, if keys are quantized.
         ffn: R4, of size intermediate_size, applied at run time.
         heads: the rotation over the head index, of size num_attention_heads, applied at run time.
         inputs: for each block, the first layer of a stage → what is done to the input of the stage's layers.

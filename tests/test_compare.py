@@ -1,0 +1,219 @@
+"""Comparisons: what is shared, what survives a kill, what a cluster computes."""
+
+import fcntl
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import dfrot
+from dfrot import pipeline
+from dfrot.checkpoint.load import checkpoint_recipe
+from dfrot.compare import Cell, compare
+from dfrot.errors import UserError
+from dfrot.evaluation.run import Measurement
+from dfrot.grid import recipes
+from dfrot.methods.context import Context
+from dfrot.published import published
+from dfrot.recipe import Recipe
+from dfrot.results import Record, read_records
+from dfrot.transform.sites import Transforms
+
+Tiny = Callable[[str], Path]
+GRID = ("--methods", "none,quarot", "--weights", "rtn", "--specs", "w4a4kv4,w4a4kv16", "--threads", "1", "--jobs", "2")
+
+
+def command(model: Path, text: Path, out: Path, *more: str) -> list[str]:
+    texts = ("--calib", str(text), "--calib-tokens", "64", "--ppl", str(text), "--seq-len", "32", "--max-tokens", "96")
+    return [sys.executable, "-m", "dfrot", "compare", str(model), *GRID, *texts, "-o", str(out), *more]
+
+
+def measured(out: Path) -> dict[str, dict[str, Any]]:
+    """By cell, all of a record but what differs from run to run."""
+    records = read_records(out / "results.jsonl")
+    found = {}
+    for record in records:
+        kept = record.to_json()
+        for name in ("timings_s", "peak_rss_bytes"):
+            del kept[name]
+        found[record.conditions["cell"]] = kept
+    assert len(found) == len(records), "a cell was measured twice"
+    return found
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny: Tiny, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("compare") / "out"
+    run = subprocess.run(command(tiny("llama"), text_file, out), capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "quarot rtn w4a4kv16 0: ppl/text.txt " in run.stdout
+    return out
+
+
+def test_every_cell_of_the_grid_and_the_model_as_it_is_are_measured(uninterrupted: Path, tiny: Tiny) -> None:
+    found = measured(uninterrupted).values()
+    cells = {(record["recipe"] or {}).get("method"): 0 for record in found}
+    assert len(found) == 5
+    assert set(cells) == {None, "none", "quarot"}
+    assert {record["model"] for record in found} == {str(tiny("llama"))}
+
+
+def test_a_comparison_that_is_killed_again_and_again_ends_like_one_that_is_not(
+    uninterrupted: Path, tiny: Tiny, text_file: Path, tmp_path: Path
+) -> None:
+    moments, out = random.Random(0), tmp_path / "out"
+    for _ in range(3):
+        before = (out / "results.jsonl").read_bytes() if (out / "results.jsonl").is_file() else b""
+        run = subprocess.Popen(
+            command(tiny("llama"), text_file, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        try:
+            run.wait(timeout=moments.uniform(4, 20))
+        except subprocess.TimeoutExpired:
+            os.kill(run.pid, signal.SIGKILL)
+            run.wait()
+        if out.is_dir():
+            assert not before or (out / "results.jsonl").read_bytes().startswith(before), "a finished cell was touched"
+    deadline = time.monotonic() + 60  # a worker may be about to notice that its parent is gone
+    while time.monotonic() < deadline:
+        run_again = subprocess.run(command(tiny("llama"), text_file, out), capture_output=True, text=True)
+        if run_again.returncode == 0:
+            break
+    assert run_again.returncode == 0, run_again.stderr
+    assert measured(out) == measured(uninterrupted)
+
+
+def test_a_line_that_a_kill_has_torn_is_measured_again(
+    uninterrupted: Path, tiny: Tiny, text_file: Path, tmp_path: Path
+) -> None:
+    results = tmp_path / "results.jsonl"
+    lines = (uninterrupted / "results.jsonl").read_bytes().splitlines(keepends=True)
+    results.write_bytes(b"".join(lines[:4]) + lines[4][:50])
+    assert len(read_records(results)) == 4
+    compared = subprocess.run(command(tiny("llama"), text_file, tmp_path), capture_output=True, text=True)
+    assert compared.returncode == 0, compared.stderr
+    assert measured(tmp_path) == measured(uninterrupted)
+    results.write_bytes(lines[0][:50] + b"\n" + lines[1])
+    with pytest.raises(UserError, match="line 1: not a result record"):
+        read_records(results)
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of a Ray cluster of two workers."""
+    ray = pytest.importorskip("ray", reason="ray is not installed")
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("RAY_DISABLE_IMPORT_WARNING", "1")
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    made.add_node(num_cpus=1)
+    yield made.address
+    ray.shutdown()
+    made.shutdown()
+
+
+@pytest.mark.filterwarnings("ignore")  # ray's own
+def test_a_ray_cluster_of_two_workers_gives_identical_numbers(
+    uninterrupted: Path, cluster: str, tiny: Tiny, text_file: Path, tmp_path: Path
+) -> None:
+    run = subprocess.run(command(tiny("llama"), text_file, tmp_path, "--ray", cluster), capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert measured(tmp_path) == measured(uninterrupted)
+
+
+def test_rotations_are_fitted_once_for_all_weight_quantizers_and_caches(
+    tiny: Tiny, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fitted: list[Recipe] = []
+    method = pipeline.METHODS["dfrot"]
+
+    def counted(context: Context) -> Transforms:
+        fitted.append(context.recipe)
+        return method(context)
+
+    monkeypatch.setitem(pipeline.METHODS, "dfrot", counted)
+    words: dict[str, Any] = {"calib": str(text_file), "calib_seq_len": 32, "gamma": 10.0, "steps": 3}
+    made = [
+        Recipe.parse("dfrot", weights, spec, calib_tokens=tokens, **words)
+        for weights, spec, tokens in (
+            ("gptq", "w4a4kv4", 256),
+            ("rtn", "w4a4kv4", 32),
+            ("rtn", "w8a4kv16", 32),
+            ("gptq", "w4a4kv16", 256),
+        )
+    ]
+    for number, recipe in enumerate(made):
+        dfrot.quantize(tiny("qwen3"), recipe, tmp_path / f"shared{number}", share=tmp_path / "shared")
+    assert len(fitted) == 1
+    for number, recipe in enumerate(made):  # sharing changes nothing
+        dfrot.quantize(tiny("qwen3"), recipe, tmp_path / f"alone{number}")
+        for file in (tmp_path / f"alone{number}").iterdir():
+            assert file.read_bytes() == (tmp_path / f"shared{number}" / file.name).read_bytes(), file.name
+    assert len(fitted) == 5
+    other = Recipe.parse("dfrot", "rtn", "w4a8kv4", calib_tokens=32, **words)  # fitted to another grid
+    dfrot.quantize(tiny("qwen3"), other, tmp_path / "other", share=tmp_path / "shared")
+    assert len(fitted) == 6
+
+
+def test_blocks_are_quantized_once_for_recipes_that_differ_in_the_cache_alone(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = [Recipe.parse("quarot", "rtn", spec) for spec in ("w4a4kv4", "w4a4kv16", "w4a4kv8")]
+    dfrot.quantize(tiny("llama"), made[0], tmp_path / "0", share=tmp_path / "shared")
+    monkeypatch.setattr(pipeline, "quantize_block", None)  # would be called, and cannot be
+    for number in (1, 2):
+        dfrot.quantize(tiny("llama"), made[number], tmp_path / str(number), share=tmp_path / "shared")
+        for shard in (tmp_path / "0").glob("*.safetensors"):
+            assert shard.samefile(tmp_path / str(number) / shard.name)
+        assert checkpoint_recipe(tmp_path / str(number)) == made[number]
+        dfrot.load(tmp_path / str(number))
+
+
+def test_a_grid_has_every_combination_once() -> None:
+    made = recipes(("none", "duquant"), ("rtn", "gptq"), ("w4a4kv4", "w16a4kv16"), ("0", "1"))
+    assert len(made) == 2 * 2 * 2 + 2 * 2  # weights that are left alone need no quantizer
+    assert {recipe.spec.weights.symmetric for recipe in made if recipe.method_name == "duquant"} == {False}
+    with pytest.raises(UserError, match="got 'one'"):
+        recipes(("none",), ("rtn",), ("w4a4kv4",), ("one",))
+    with pytest.raises(UserError, match="at least one method"):
+        recipes((), ("rtn",), ("w4a4kv4",), ("0",))
+
+
+def test_a_cell_that_fails_is_said_and_the_others_go_on(tiny: Tiny, text_file: Path, tmp_path: Path) -> None:
+    heard: dict[str, Any] = {}
+
+    def listen(cell: Cell, outcome: Record | Exception | None) -> None:
+        heard[str(cell.recipe and cell.recipe.spec)] = outcome
+
+    cells = [Recipe.parse("none", "rtn", "w4g100a4kv4"), None]  # 100 divides no width
+    records = compare(
+        str(tiny("llama")), cells, Measurement((str(text_file),), seq_len=32, max_tokens=32), tmp_path, listener=listen
+    )
+    assert [record.recipe for record in records] == [None]
+    assert isinstance(heard["w4g100a4kv4"], UserError)
+    assert "group_size must divide" in str(heard["w4g100a4kv4"])
+    assert heard["None"] == records[0]
+
+
+def test_two_comparisons_in_one_folder_are_refused(tiny: Tiny, text_file: Path, tmp_path: Path) -> None:
+    with (tmp_path / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another process compares"):
+            compare(str(tiny("llama")), [None], Measurement((str(text_file),)), tmp_path)
+
+
+def test_published_numbers_stand_beside_the_cells_that_they_are_of() -> None:
+    recipe = Recipe.parse("dfrot", "gptq", "w4a4kv4")
+    source = "Xiang and Zhang 2024, arXiv 2412.00648"
+    assert published("meta-llama/Llama-2-7b-hf", recipe) == {"ppl/wikitext2": {"value": 6.21, "source": source}}
+    assert published("/models/Mistral-7B-v0.3/", None, "a/wiki.test.raw")["ppl/wiki.test.raw"]["value"] == 5.32
+    assert published("smollm2-135m", recipe) == {}
+    assert json.dumps(published("meta-llama/Llama-2-7b-hf", Recipe.parse("dfrot", "lwc", "w4a4kv4"))) == "{}"
