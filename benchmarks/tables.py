@@ -11,23 +11,22 @@
             folded rotations; and on 20 480 tokens its released settings and what each of its parts is worth there.
 
 Weights are fitted to 32 × 2048 tokens (LWC: 8 × 2048). Finished cells are lines of OUT/results.jsonl and are not
-measured again, and OUT keeps the checkpoints; those that differ in the cache alone share their tensors. The gap is that
-between a row's peer, QuaRot with the same grids or RTN, and the unquantized model.
+measured again, as with `dfrot compare`, which this is with rows that its options do not reach. The gap is that between
+a row's peer, QuaRot with the same grids or RTN, and the unquantized model.
 """
 
 import argparse
-import json
-import os
-import shutil
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 import dfrot
-from dfrot.evaluation.run import Measurement, evaluate
-from dfrot.memory import keep_freed_memory
-from dfrot.results import Record, append_records
+from dfrot.compare import compare
+from dfrot.evaluation.run import Measurement
+from dfrot.grid import LiveTable
 from dfrot.texts import text_label
 
 Words = dict[str, Any]
@@ -170,64 +169,6 @@ TABLES: dict[str, list[tuple[int, dict[str, Row]]]] = {
 }
 
 
-class Cells:
-    """Measurements by recipe and number of tokens, kept as lines of a file."""
-
-    def __init__(self, out: Path, model: str, calib: str, texts: list[str]) -> None:
-        out.mkdir(parents=True, exist_ok=True)
-        self.out, self.model, self.calib, self.texts = out, model, calib, texts
-        self.results = out / "results.jsonl"
-        self.done: dict[tuple[str, str | None, int], Record] = {}
-        for line in self.results.read_text().splitlines() if self.results.is_file() else []:
-            self._keep(Record.from_json(json.loads(line)))
-
-    def _keep(self, record: Record) -> None:
-        recipe = None if record.recipe is None else dfrot.Recipe.from_json(record.recipe).digest
-        self.done[record.conditions["measured"], recipe, record.conditions["max_tokens"]] = record
-
-    def _path(self, recipe: dfrot.Recipe) -> Path:
-        return self.out / f"{Path(self.model).name}-{recipe.digest}"
-
-    def _checkpoint(self, words: Words) -> tuple[str, dict[str, float]]:
-        """A checkpoint, made now or before, and the seconds that it took now."""
-        recipe = dfrot.Recipe.parse(**words)
-        path = self._path(recipe)
-        packed = self._path(dfrot.Recipe.parse(**(words | {"spec": "w4a4kv4"})))
-        if words["spec"] == "w4a4kv16" and (packed / "config.json").is_file():
-            with_16_bit_cache(packed, recipe, path)
-        if (path / "config.json").is_file():
-            return str(path), {}
-        return str(path), dfrot.quantize(self.model, recipe, path, resume=path.is_dir()).timings_s
-
-    def measure(self, row: str, seed: int, max_tokens: int, words: Words | None) -> dict[str, float]:
-        """Perplexities by text, measured now or before."""
-        recipe = digest = None
-        if words is not None:
-            words = {"spec": "w16a4kv16", **words, "calib": self.calib, "seed": seed}
-            recipe = dfrot.Recipe.parse(**words)
-            digest = recipe.digest
-        if (self.model, digest, max_tokens) not in self.done:
-            model, timings = self._checkpoint(words) if words is not None else (self.model, dict[str, float]())
-            record = evaluate(model, Measurement(tuple(self.texts), max_tokens=max_tokens))
-            record.timings_s |= timings
-            record.conditions |= {"measured": self.model, "row": row, "seed": seed, "max_tokens": max_tokens}
-            append_records(self.results, [record])
-            self._keep(record)
-            print(row, seed, {key: round(value, 3) for key, value in record.metrics.items()}, flush=True)
-        metrics = self.done[self.model, digest, max_tokens].metrics
-        return {text: metrics[f"ppl/{text_label(text)}"] for text in self.texts}
-
-
-def with_16_bit_cache(checkpoint: Path, recipe: dfrot.Recipe, out: Path) -> None:
-    """What `recipe` would make, from a checkpoint whose recipe differs in keys and values alone: the same tensors."""
-    shutil.rmtree(out, ignore_errors=True)
-    shutil.copytree(checkpoint, out, copy_function=os.link)
-    config = json.loads((out / "config.json").read_text())
-    config["quantization_config"] |= {"recipe": recipe.to_json(), "keys": None}
-    (out / "config.json").unlink()  # it is a link
-    (out / "config.json").write_text(json.dumps(config))
-
-
 def print_table(title: str, values: dict[str, list[float]], rows: dict[str, Row]) -> None:
     """Mean and spread over seeds; gaps over the seeds that a row and its peer share."""
     print(f"\n{title}")
@@ -253,21 +194,22 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="of these rows (default all)")
     parser.add_argument("--seeds", type=int, default=3, help="at most; rows that vary little have one")
     arguments = parser.parse_args()
-    keep_freed_memory()
-    cells = Cells(arguments.out, arguments.model, arguments.calib, arguments.ppl)
-    tables = [
-        (max_tokens, {name: row for name, row in rows.items() if not arguments.only or name in arguments.only})
-        for max_tokens, rows in TABLES[arguments.rows]
-    ]
-    for max_tokens, rows in tables:
-        values = {"unquantized": [cells.measure("unquantized", 0, max_tokens, None)]}
-        for seed in range(arguments.seeds):
-            for name, row in rows.items():
-                if seed < row.seeds:
-                    values.setdefault(name, []).append(cells.measure(name, seed, max_tokens, row.words))
+    for max_tokens, rows in TABLES[arguments.rows]:
+        rows = {name: row for name, row in rows.items() if not arguments.only or name in arguments.only}
+        recipes: dict[str, list[dfrot.Recipe]] = {}
+        for name, row in rows.items():
+            words = {"spec": "w16a4kv16", **row.words, "calib": arguments.calib}
+            recipes[name] = [dfrot.Recipe.parse(**words, seed=seed) for seed in range(min(row.seeds, arguments.seeds))]
+        every = list(dict.fromkeys(recipe for of_row in recipes.values() for recipe in of_row))
+        measurement = Measurement(tuple(arguments.ppl), max_tokens=max_tokens)
+        with LiveTable([None, *every], Console()) as table:
+            records = compare(arguments.model, [None, *every], measurement, arguments.out, listener=table.hear)
+        measured = dict(zip([None, *every], records, strict=True))
         for text in arguments.ppl:
-            title = f"{arguments.model}, {text_label(text)}, first {max_tokens} tokens or all"
-            print_table(title, {name: [cell[text] for cell in cells_] for name, cells_ in values.items()}, rows)
+            metric = f"ppl/{text_label(text)}"
+            values = {"unquantized": [measured[None].metrics[metric]]}
+            values |= {name: [measured[recipe].metrics[metric] for recipe in recipes[name]] for name in recipes}
+            print_table(f"{arguments.model}, {text_label(text)}, first {max_tokens} tokens or all", values, rows)
 
 
 if __name__ == "__main__":
