@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -96,14 +97,7 @@ class CheckpointWriter:
         self._begin()
         if notes:
             write_json(self._notes(number), notes)
-        self._save(self._shard(number), tensors, {"format": "pt"})
-
-    def _save(self, path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-        ready = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        temporary = path.with_suffix(".tmp")
-        with _faults(self.path, temporary):
-            save_file(ready, temporary, metadata=metadata)
-            _publish(temporary, path)
+        write_tensors(self._shard(number), tensors, {"format": "pt"})
 
     def _begin(self) -> None:
         """Make the directory, or clear it if it is to be replaced, and say in it which run it belongs to."""
@@ -125,7 +119,7 @@ class CheckpointWriter:
             EnvironmentFault: it cannot be written.
         """
         self._begin()
-        self._save(self.path / FIT_FILE, tensors, {"record": json.dumps(record)})
+        write_tensors(self.path / FIT_FILE, tensors, {"record": json.dumps(record)})
 
     def load_fit(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         """What `save_fit` kept, if this run resumes one that got so far."""
@@ -199,6 +193,19 @@ def write_json(path: Path, record: dict[str, Any]) -> None:
         _publish(temporary, path)
 
 
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write safetensors atomically.
+
+    Raises:
+        EnvironmentFault: they cannot be written.
+    """
+    ready = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    temporary = path.with_suffix(".tmp")
+    with _faults(path.parent, temporary):
+        save_file(ready, temporary, metadata=metadata)
+        _publish(temporary, path)
+
+
 def _publish(temporary: Path, final: Path) -> None:
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
@@ -226,7 +233,8 @@ class _faults:
             self._temporary.unlink(missing_ok=True)
         # safetensors reports a full disk as its own error type, with the system's text
         if isinstance(error, OSError) or "I/O error" in str(error) or "No space" in str(error):
+            resumable = (self._folder / RUN_FILE).is_file()
+            hint = " The same command with --resume instead of --overwrite continues." if resumable else ""
             raise EnvironmentFault(
-                f"cannot write to {self._folder}: {error}. Make room or allow writing; if blocks were finished, the "
-                "same command with --resume instead of --overwrite continues."
+                f"cannot write to {self._folder}: {error}. Make room or allow writing.{hint}"
             ) from error
