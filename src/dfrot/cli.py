@@ -9,6 +9,7 @@ import signal
 import statistics
 import sys
 import warnings
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -192,6 +193,47 @@ class Eval:
 
 
 @dataclass(frozen=True)
+class Inspect:
+    """Look into a model: massive tokens, outlier channels, quantization errors by rotation."""
+
+    model: Model
+    """Hub id, directory with safetensors weights, .gguf file, or smollm2-135m; not a checkpoint."""
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """Directory for inspect.json and inspect.safetensors."""
+    rotations: tuple[Literal["none", "RO", "RH", "dfrot", "duquant"], ...] = ("none", "RO", "RH", "dfrot", "duquant")
+    """What is compared: no rotation, random orthogonal, randomized Hadamard, refined, DuQuant."""
+    text: str = "wikitext2"
+    """wikitext2, c4, pydoc, or a path; rotations are fitted to its train part, figures are of its test part."""
+    seq_len: int = 2048
+    """Tokens that are inspected, the first of the text."""
+    spec: str = "w4a4kv4"
+    """w<bits>[g<group>]a<bits>kv<bits>."""
+    preset: Literal["paper", "deploy", "duquant"] = "paper"
+    """Symmetry and clip ratios."""
+    seed: int = 0
+    """Of everything random."""
+    device: str = "cpu"
+    """Where to compute: cpu, cuda."""
+
+    def run(self) -> None:
+        from dfrot.checkpoint.save import read_json
+        from dfrot.evaluation.inspect import FIGURES, inspect
+
+        found = read_json(inspect(**vars(self)) / FIGURES)
+        table = Table("rotation", "error, ordinary", "error, massive", "kurtosis", "damage, sum of blocks")
+        for name in found["rotations"]:
+            errors = ("—" if error is None else f"{error:.4f}" for error in found["error"][name].values())
+            damage = f"{sum(found['damage'][name]):.4f}" if name in found["damage"] else "—"
+            table.add_row(name, *errors, f"{statistics.mean(found['kurtosis'][name]):.2f}", damage)
+        out.print(table)
+        massive = found["massive"]
+        seen = Counter((token["position"], token["token"], token["channel"]) for token in massive)
+        out.print(f"{len(massive)} norm outputs of {len(found['norms'])} norms with massive activations")
+        for (position, token, channel), norms in seen.most_common(5):
+            out.print(f"position {position} {token!r}, channel {channel}: in {norms} norms", markup=False)
+
+
+@dataclass(frozen=True)
 class Generate:
     """Continue a prompt with a quantized model."""
 
@@ -328,7 +370,15 @@ class Models:
         out.print(table)
 
 
-COMMANDS = {"quantize": Quantize, "eval": Eval, "generate": Generate, "bench": Bench, "info": Info, "models": Models}
+COMMANDS = {
+    "quantize": Quantize,
+    "eval": Eval,
+    "inspect": Inspect,
+    "generate": Generate,
+    "bench": Bench,
+    "info": Info,
+    "models": Models,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
