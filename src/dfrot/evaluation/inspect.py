@@ -1,8 +1,8 @@
 """inspect(): why a model is hard to quantize, and what each rotation does about it, in figures.
 
-The original model is streamed block by block over one sequence of the text. Nothing here is a model of the methods:
-every rotation is what `quantize` itself would use, fitted by the method to the train part of the text, while the
-figures are of its test part. Then one block at a time is quantized, for its share of the damage.
+The original model is streamed block by block over one sequence of the text. Every rotation is what `quantize` itself
+would use: the method fits it, to the train part of the text, while the figures are of its test part (a text from a file
+has but one). Then one block at a time has its norm outputs quantized, for its share of the damage.
 
 The figures are data, for `dfrot report` and for whoever wants to plot them: inspect.json, and inspect.safetensors with
 what is by token (docs/index.md). inspect.json is written last; where it is, everything is.
@@ -15,31 +15,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from dfrot.checkpoint.load import usable_device
 from dfrot.checkpoint.save import write_json, write_tensors
 from dfrot.errors import EnvironmentFault, UserError
-from dfrot.evaluation.norm_outputs import NormFigures, Surface, as_quantized, norm_figures, norm_output, ratio
-from dfrot.linalg.rotation import Identity, Rotation
+from dfrot.evaluation.norm_outputs import NormFigures, Surface, as_quantized, norm_figures, norm_output
+from dfrot.evaluation.stored import kv_errors, weight_errors
+from dfrot.linalg.rotation import Identity
 from dfrot.methods import METHODS
 from dfrot.methods.context import Context
 from dfrot.methods.damage import damage_by_block
-from dfrot.methods.quarot import hadamard
 from dfrot.models.source import Source, open_source
 from dfrot.models.stream import BlockRunner, captured_inputs
 from dfrot.pipeline import calibration_tokens
 from dfrot.progress import track
-from dfrot.quant.affine import dequantize
 from dfrot.recipe import Recipe
 from dfrot.results import conditions
-from dfrot.runtime.kv import KVQuantizer
-from dfrot.spec import Spec, TensorSpec
+from dfrot.spec import Spec
 from dfrot.texts import read_text, text_label, token_blocks
-from dfrot.transform.sites import Transforms, block_folds
-from dfrot.weights.rtn import rtn
+from dfrot.transform.sites import Transforms
 
 SCHEMA = 1
 FIGURES, BY_TOKEN = "inspect.json", "inspect.safetensors"
@@ -220,39 +216,10 @@ def _stream(
             if figures.surface is None or x.abs().max() > figures.surface.peak:
                 figures.surface = Surface.of(f"{index}.{name}", x, rotated)
         figures.weights += weight_errors(block, index, source, residual, grids.weights)
-        keys, values = (
-            kv_errors(cache.layers[index].keys, grids.keys),
-            kv_errors(cache.layers[index].values, grids.values),
-        )
+        kept = cache.layers[index]
+        keys, values = kv_errors(kept.keys, grids.keys), kv_errors(kept.values, grids.values)
         figures.kv.append({"block": index, "keys": keys, "values": values})
     return figures
-
-
-def weight_errors(
-    block: nn.Module, index: int, source: Source, transforms: Mapping[str, Transforms], spec: TensorSpec
-) -> list[dict[str, Any]]:
-    """‖W − Q(W)‖ / ‖W‖ of every linear layer of a block, folded and rounded to nearest without clipping by search."""
-    spec = spec if spec.clip is not None else dataclasses.replace(spec, clip=1.0)
-    errors: dict[str, dict[str, float]] = {name: {} for name in source.graph.linears}
-    for method, fit in transforms.items():
-        for name, fold in block_folds(fit, index, source.graph, source.config, block).items():
-            weight = fold.weight(block.get_submodule(name).weight.data).float()  # type: ignore[arg-type]
-            codes, qparams = rtn(weight, spec)
-            left = weight - dequantize(codes, spec.weight_granularity, qparams)
-            errors[name][method] = float(left.norm() / weight.norm())
-    return [{"block": index, "layer": name, "error": by_method} for name, by_method in errors.items() if by_method]
-
-
-def kv_errors(x: Float[Tensor, "batch heads tokens head_dim"], spec: TensorSpec) -> dict[str, float]:
-    """‖x − Q(x)‖ / ‖x‖ of keys or values in the cache, as they are and rotated; mean over heads and tokens."""
-    size = x.shape[-1]
-    choices: dict[str, Rotation | None] = {"plain": None, "rotated": hadamard("one head", size)}
-    errors = {}
-    for name, rotation in choices.items():
-        quantizer = KVQuantizer(spec, spec, rotation, size)
-        rotated = quantizer.rotate(x)
-        errors[name] = float(ratio(rotated - quantizer.unpack(quantizer.pack_keys(x), x.dtype), rotated).mean())
-    return errors
 
 
 def _with_text(found: dict[str, Any], tokens: list[str]) -> dict[str, Any]:
