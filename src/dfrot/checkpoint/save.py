@@ -203,6 +203,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
     temporary = path.with_suffix(".tmp")
     with _faults(path.parent, temporary):
         save_file(ready, temporary, metadata=metadata)
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # safetensors leaves files that only their owner can read
         _publish(temporary, path)
 
 
