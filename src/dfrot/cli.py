@@ -220,7 +220,7 @@ class Inspect:
         from dfrot.evaluation.inspect import FIGURES, inspect
 
         found = read_json(inspect(**vars(self)) / FIGURES)
-        table = Table("rotation", "error, ordinary", "error, massive", "kurtosis", "damage, sum of blocks")
+        table = Table("rotation", "error: ordinary", "massive", "kurtosis", "damage, nats")
         for name in found["rotations"]:
             errors = ("—" if error is None else f"{error:.4f}" for error in found["error"][name].values())
             damage = f"{sum(found['damage'][name]):.4f}" if name in found["damage"] else "—"

@@ -202,6 +202,8 @@ def test_errors_kurtosis_and_surface_are_those_of_the_rotated_norm_outputs(
     assert found["error"][rotation] == pytest.approx(means, rel=1e-4)
     kurtosis = [scipy.stats.kurtosis(y, axis=-1).mean() for y in rotated[rotation]]
     assert found["kurtosis"][rotation] == pytest.approx(kurtosis, rel=1e-4, abs=1e-5)
+    peaks = [np.abs(y).max() for y in rotated["none"]]
+    assert found["surface"]["norm"] == found["norms"][int(np.argmax(peaks))]
     surface = np.abs(rotated[rotation][found["norms"].index(found["surface"]["norm"])])
     np.testing.assert_allclose(tensors[f"surface/{rotation}"].numpy(), surface, rtol=1e-3, atol=1e-4)
 
@@ -260,7 +262,11 @@ def test_the_same_seed_gives_the_same_files(planted: Path, text_file: Path, tmp_
         inspect(str(planted), tmp_path / name, text=str(text_file), seq_len=TOKENS)
     for name in ("inspect.json", "inspect.safetensors"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
-    assert len(list((tmp_path / "one").iterdir())) == 2
+    assert {path.name for path in (tmp_path / "one").iterdir()} == {"inspect.json", "inspect.safetensors"}
+
+
+def test_whoever_may_read_the_figures_may_read_the_tensors(out: Path) -> None:
+    assert (out / "inspect.safetensors").stat().st_mode == (out / "inspect.json").stat().st_mode
 
 
 @pytest.mark.parametrize("architecture", ["mistral", "qwen3", "phi3"])
