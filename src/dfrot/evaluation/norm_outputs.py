@@ -79,7 +79,8 @@ def as_quantized(
 ) -> Float[Tensor, "tokens hidden"]:
     """The norm output x̂ as it is when a method quantizes it.
 
-    That is x̂ R, or x̂ itself for no rotation; for DuQuant, which leaves the gain where it is and smooths, (x̂ g / s) R.
+    That is x̂ R; for DuQuant, which leaves the gain where it is and smooths, (x̂ g / s) R. Without rotation it is x̂, the
+    same tokens as with one, as in the papers' figures, although the method `none` leaves the gain where it is, too.
 
     Args:
         index: of the block.
