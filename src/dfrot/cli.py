@@ -9,6 +9,7 @@ import signal
 import statistics
 import sys
 import warnings
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -23,6 +24,7 @@ from dfrot.memory import keep_freed_memory
 from dfrot.version import __version__
 
 if TYPE_CHECKING:
+    from dfrot.evaluation.run import Measurement
     from dfrot.recipe import Recipe
 
 out = Console()
@@ -194,23 +196,12 @@ class Eval:
     """Where to compute: cpu, cuda."""
 
     def run(self) -> None:
-        from dfrot.evaluation.run import Measurement, evaluate
+        from dfrot.evaluation.run import evaluate
         from dfrot.evaluation.trackers import log_records
 
         if self.json is not None and not self.json.parent.is_dir():
             raise UserError(f"the directory of --json {self.json} does not exist.")
-        tasks = _words(self.tasks)
-        measurement = Measurement(
-            texts=self.ppl if self.ppl is not None else () if tasks else ("wikitext2",),
-            seq_len=self.seq_len,
-            max_tokens=self.max_tokens,
-            against=self.against,
-            tasks=tasks,
-            task_path=None if self.task_path is None else str(self.task_path),
-            limit=self.limit,
-            batch_size=self.batch_size,
-        )
-        record = evaluate(self.model, measurement, device=self.device, per_token=self.per_token)
+        record = evaluate(self.model, _measurement(self, self.against), device=self.device, per_token=self.per_token)
         errors = record.conditions.get("standard_errors", {})
         for metric, value in record.metrics.items():
             shown = f"{value:.4f}" if value < 1e5 else f"{value:.3e}"
@@ -274,21 +265,9 @@ class Compare:
 
     def run(self) -> None:
         from dfrot.compare import compare
-        from dfrot.evaluation.run import Measurement
         from dfrot.evaluation.trackers import log_records
         from dfrot.grid import LiveTable, recipes
 
-        tasks = _words(self.tasks)
-        measurement = Measurement(
-            texts=self.ppl if self.ppl is not None else () if tasks else ("wikitext2",),
-            seq_len=self.seq_len,
-            max_tokens=self.max_tokens,
-            against=self.model if self.divergence else None,
-            tasks=tasks,
-            task_path=None if self.task_path is None else str(self.task_path.resolve()),
-            limit=self.limit,
-            batch_size=self.batch_size,
-        )
         grid = recipes(
             *map(_words, (self.methods, self.weights, self.specs, self.seeds)),
             preset=self.preset,
@@ -300,7 +279,7 @@ class Compare:
             records = compare(
                 self.model,
                 cells,
-                measurement,
+                _measurement(self, self.model if self.divergence else None),
                 self.out,
                 device=self.device,
                 jobs=self.jobs,
@@ -314,6 +293,47 @@ class Compare:
             raise EnvironmentFault(
                 f"{len(cells) - len(records)} of {len(cells)} cells failed; the others are recorded."
             )
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """Look into a model: massive tokens, outlier channels, quantization errors by rotation."""
+
+    model: Model
+    """Hub id, directory with safetensors weights, .gguf file, or smollm2-135m; not a checkpoint."""
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """Directory for inspect.json and inspect.safetensors."""
+    rotations: tuple[Literal["none", "RO", "RH", "dfrot", "duquant"], ...] = ("none", "RO", "RH", "dfrot", "duquant")
+    """What is compared: no rotation, random orthogonal, randomized Hadamard, refined, DuQuant."""
+    text: str = "wikitext2"
+    """wikitext2, c4, pydoc, or a path; rotations are fitted to its train part, figures are of its test part."""
+    seq_len: int = 2048
+    """Tokens that are inspected, the first of the text."""
+    spec: str = "w4a4kv4"
+    """w<bits>[g<group>]a<bits>kv<bits>."""
+    preset: Literal["paper", "deploy", "duquant"] = "paper"
+    """Symmetry and clip ratios."""
+    seed: int = 0
+    """Of everything random."""
+    device: str = "cpu"
+    """Where to compute: cpu, cuda."""
+
+    def run(self) -> None:
+        from dfrot.checkpoint.save import read_json
+        from dfrot.evaluation.inspect import FIGURES, inspect
+
+        found = read_json(inspect(**vars(self)) / FIGURES)
+        table = Table("rotation", "error: ordinary", "massive", "kurtosis", "damage, nats")
+        for name in found["rotations"]:
+            errors = ("—" if error is None else f"{error:.4f}" for error in found["error"][name].values())
+            damage = f"{sum(found['damage'][name]):.4f}" if name in found["damage"] else "—"
+            table.add_row(name, *errors, f"{statistics.mean(found['kurtosis'][name]):.2f}", damage)
+        out.print(table)
+        massive = found["massive"]
+        seen = Counter((token["position"], token["token"], token["channel"]) for token in massive)
+        out.print(f"{len(massive)} norm outputs of {len(found['norms'])} norms with massive activations")
+        for (position, token, channel), norms in seen.most_common(5):
+            out.print(f"position {position} {token!r}, channel {channel}: in {norms} norms", markup=False)
 
 
 @dataclass(frozen=True)
@@ -457,6 +477,7 @@ COMMANDS = {
     "quantize": Quantize,
     "eval": Eval,
     "compare": Compare,
+    "inspect": Inspect,
     "generate": Generate,
     "bench": Bench,
     "info": Info,
@@ -504,6 +525,22 @@ def main(arguments: list[str] | None = None) -> int:
         _complain(str(error))
         return 1
     return 0
+
+
+def _measurement(options: "Eval | Compare", against: str | None) -> "Measurement":
+    from dfrot.evaluation.run import Measurement
+
+    tasks = _words(options.tasks)
+    return Measurement(
+        texts=options.ppl if options.ppl is not None else () if tasks else ("wikitext2",),
+        seq_len=options.seq_len,
+        max_tokens=options.max_tokens,
+        against=against,
+        tasks=tasks,
+        task_path=None if options.task_path is None else str(options.task_path.resolve()),
+        limit=options.limit,
+        batch_size=options.batch_size,
+    )
 
 
 def _words(joined: str | None) -> tuple[str, ...]:

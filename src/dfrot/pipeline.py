@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from dfrot.checkpoint.load import usable_device
@@ -99,7 +100,7 @@ def quantize(
     _warn_of_few_tokens(source, recipe)
     source.tokenizer()  # a model without one is refused before the work, not after it
     report = Report(Path(out))
-    calibration = functools.cache(lambda: _calibration(source, recipe))
+    calibration = functools.cache(lambda: calibration_tokens(source, recipe))
     writer = CheckpointWriter(
         report.path, _run(source, recipe), num_shards=source.num_blocks + 2, resume=resume, overwrite=overwrite
     )
@@ -316,7 +317,13 @@ def compute_dtype(source: Source, recipe: Recipe) -> torch.dtype:
     return source.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
 
 
-def _calibration(source: Source, recipe: Recipe) -> Tensor:
+def calibration_tokens(source: Source, recipe: Recipe) -> Int[Tensor, "sequences seq_len"]:
+    """The calibration text that a recipe asks for, in tokens of the model.
+
+    Raises:
+        UserError: there is no such text, or it is too short.
+        EnvironmentFault: it has to come from the hub, which cannot be reached.
+    """
     wanted = recipe.calibration
     return calibration_blocks(
         source.tokenizer(),

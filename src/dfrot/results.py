@@ -103,7 +103,11 @@ def read_records(path: Path, *, repair: bool = False) -> list[Record]:
 
 
 def conditions(model: Any, **measured: Any) -> dict[str, Any]:
-    """What a measurement on a loaded model depended on, beside what was `measured`."""
+    """What a measurement depended on, beside what was `measured`.
+
+    Args:
+        model: a loaded model, or a tensor, with the device and the dtype of the computation.
+    """
     return {
         **measured,
         "device": str(model.device),

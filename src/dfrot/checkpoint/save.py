@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ class CheckpointWriter:
         self._begin()
         if notes:
             write_json(self._notes(number), notes)
-        _write_tensors(self._shard(number), tensors, {"format": "pt"})
+        write_tensors(self._shard(number), tensors, {"format": "pt"})
 
     def _begin(self) -> None:
         """Make the directory, or clear it if it is to be replaced, and say in it which run it belongs to."""
@@ -172,7 +173,7 @@ def write_fit(path: Path, record: dict[str, Any], tensors: dict[str, Tensor]) ->
     Raises:
         EnvironmentFault: it cannot be written.
     """
-    _write_tensors(path, tensors, {"record": json.dumps(record)})
+    write_tensors(path, tensors, {"record": json.dumps(record)})
 
 
 def read_fit(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
@@ -181,14 +182,6 @@ def read_fit(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         return None
     with open_safetensors(path) as file:
         return json.loads(file.metadata()["record"]), _tensors(file)
-
-
-def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    ready = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    temporary = path.with_suffix(".tmp")
-    with _faults(path.parent, temporary):
-        save_file(ready, temporary, metadata=metadata)
-        _publish(temporary, path)
 
 
 def _tensors(file: Any) -> dict[str, Tensor]:
@@ -235,6 +228,22 @@ def write_json(path: Path, record: dict[str, Any]) -> None:
         _publish(temporary, path)
 
 
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write safetensors atomically.
+
+    Raises:
+        EnvironmentFault: they cannot be written.
+    """
+    ready = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    temporary = path.with_suffix(".tmp")
+    with _faults(path.parent, temporary):
+        save_file(ready, temporary, metadata=metadata)
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # safetensors leaves files that only their owner can read
+        _publish(temporary, path)
+
+
 def _publish(temporary: Path, final: Path) -> None:
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
@@ -262,7 +271,8 @@ class _faults:
             self._temporary.unlink(missing_ok=True)
         # safetensors reports a full disk as its own error type, with the system's text
         if isinstance(error, OSError) or "I/O error" in str(error) or "No space" in str(error):
+            resumable = (self._folder / RUN_FILE).is_file()
+            hint = " The same command with --resume instead of --overwrite continues." if resumable else ""
             raise EnvironmentFault(
-                f"cannot write to {self._folder}: {error}. Make room or allow writing; if blocks were finished, the "
-                "same command with --resume instead of --overwrite continues."
+                f"cannot write to {self._folder}: {error}. Make room or allow writing.{hint}"
             ) from error

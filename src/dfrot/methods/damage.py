@@ -2,7 +2,7 @@
 
 Quantizing what the readers of the residual stream see, in the basis R, is x̂ ↦ Q(x̂ R) Rᵀ in the original basis. So no
 weight has to be folded to compare rotations: the original blocks are streamed once, and each candidate carries its own
-hidden states.
+hidden states. A candidate is a rotation for all blocks, or a rotation for one block and no other.
 """
 
 import contextlib
@@ -40,18 +40,60 @@ def kl_divergences(
         norms = [block.get_submodule(name) for name in source.graph.norms]
         for candidate, rotation in enumerate([*rotations, None]):
             with _quantized(norms, rotation, quantizer):
-                outs = [run(block, index, sequence) for sequence in states[candidate].split(1)]
-            states[candidate] = torch.cat(outs)
-    norm = source.final_norm().float().to(device)
-    head = source.head().float().to(device)
-    totals = [0.0] * len(rotations)
-    positions = [norm(state[:, first:]).flatten(0, 1) for state in states]  # (positions, hidden)
-    for pieces in zip(*(state.split(_LOGIT_POSITIONS) for state in positions), strict=True):
-        original = (pieces[-1] @ head.T).log_softmax(-1)
-        for candidate, piece in enumerate(pieces[:-1]):
-            changed = (piece @ head.T).log_softmax(-1)
-            totals[candidate] += float(nn.functional.kl_div(changed, original, reduction="sum", log_target=True))
-    return [total / len(positions[-1]) for total in totals]
+                states[candidate] = _advanced(run, block, index, states[candidate])
+    return _divergences(context, states[-1][:, first:], [state[:, first:] for state in states[:-1]])
+
+
+@torch.no_grad()
+def damage_by_block(
+    context: Context,
+    rotations: Sequence[Rotation],
+    quantizer: TensorSpec,
+    token_ids: Int[Tensor, "sequences seq_len"],
+) -> list[list[float]]:
+    """Mean KL(original ‖ only this block's norm outputs quantized in the basis R), in nats: for every R, by block.
+
+    Every R costs half the square of the number of blocks in runs of one block, and as many hidden states as there are
+    blocks: meant for short texts.
+    """
+    source, device = context.source, context.device
+    original = source.embedding()[token_ids].float().to(device)
+    changed: list[Tensor] = []  # (sequences, seq_len, hidden), block by block; within a block by rotation
+    run = BlockRunner(source, original[:1])
+    for index in track(range(source.num_blocks), "damage by block"):
+        block = source.block(index).float().to(device)
+        norms = [block.get_submodule(name) for name in source.graph.norms]
+        changed = [_advanced(run, block, index, state) for state in changed]
+        for rotation in rotations:
+            with _quantized(norms, rotation, quantizer):
+                changed.append(_advanced(run, block, index, original))
+        original = _advanced(run, block, index, original)
+    damage = _divergences(context, original, changed)
+    return [damage[number :: len(rotations)] for number in range(len(rotations))]
+
+
+def _advanced(
+    run: BlockRunner, block: nn.Module, index: int, state: Float[Tensor, "sequences seq_len hidden"]
+) -> Float[Tensor, "sequences seq_len hidden"]:
+    return torch.cat([run(block, index, sequence) for sequence in state.split(1)])
+
+
+def _divergences(
+    context: Context,
+    original: Float[Tensor, "sequences positions hidden"],
+    changed: Sequence[Float[Tensor, "sequences positions hidden"]],
+) -> list[float]:
+    """Mean KL(original ‖ changed) of the predictions from each of the last block's outputs."""
+    norm = context.source.final_norm().float().to(context.device)
+    head = context.source.head().float().to(context.device)
+    totals = [0.0] * len(changed)
+    positions = [norm(state).flatten(0, 1) for state in (original, *changed)]  # (positions, hidden)
+    for first, *others in zip(*(state.split(_LOGIT_POSITIONS) for state in positions), strict=True):
+        expected = (first @ head.T).log_softmax(-1)
+        for candidate, piece in enumerate(others):
+            found = (piece @ head.T).log_softmax(-1)
+            totals[candidate] += float(nn.functional.kl_div(found, expected, reduction="sum", log_target=True))
+    return [total / len(positions[0]) for total in totals]
 
 
 @contextlib.contextmanager

@@ -38,12 +38,13 @@ class BlockRunner:
             )
 
     def __call__(
-        self, block: Callable[..., Any], index: int, hidden: Float[Tensor, "batch tokens hidden"]
+        self, block: Callable[..., Any], index: int, hidden: Float[Tensor, "batch tokens hidden"], cache: Any = None
     ) -> Float[Tensor, "batch tokens hidden"]:
+        """The block's output; an empty `cache` of transformers gets its keys and values."""
         types = getattr(self._config, "layer_types", None)
         slides = types is None or types[index] == "sliding_attention"
         mask = self._sliding_mask if slides else None  # None: SDPA's own causal mask
-        out = block(hidden, attention_mask=mask, **self._arguments)
+        out = block(hidden, attention_mask=mask, past_key_values=cache, **self._arguments)
         return out[0] if isinstance(out, tuple) else out
 
     def until(
