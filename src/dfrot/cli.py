@@ -271,15 +271,16 @@ class Compare:
         grid = recipes(
             *map(_words, (self.methods, self.weights, self.specs, self.seeds)),
             preset=self.preset,
-            calib=self.calib,
+            calib=_located(self.calib),
             calib_tokens=self.calib_tokens,
         )
+        model = _located(self.model)
         cells = [*([None] if self.unquantized else []), *grid]
         with LiveTable(cells, out) as table:
             records = compare(
-                self.model,
+                model,
                 cells,
-                _measurement(self, self.model if self.divergence else None),
+                _measurement(self, model if self.divergence else None),
                 self.out,
                 device=self.device,
                 jobs=self.jobs,
@@ -532,7 +533,7 @@ def _measurement(options: "Eval | Compare", against: str | None) -> "Measurement
 
     tasks = _words(options.tasks)
     return Measurement(
-        texts=options.ppl if options.ppl is not None else () if tasks else ("wikitext2",),
+        texts=tuple(map(_located, options.ppl)) if options.ppl is not None else () if tasks else ("wikitext2",),
         seq_len=options.seq_len,
         max_tokens=options.max_tokens,
         against=against,
@@ -541,6 +542,12 @@ def _measurement(options: "Eval | Compare", against: str | None) -> "Measurement
         limit=options.limit,
         batch_size=options.batch_size,
     )
+
+
+def _located(name: str) -> str:
+    """A path as it is called from everywhere; a name that is none as it is."""
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.exists() else name
 
 
 def _words(joined: str | None) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ import json
 import logging
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
@@ -29,6 +30,7 @@ from dfrot.progress import silence
 from dfrot.published import published
 from dfrot.recipe import Recipe
 from dfrot.results import Record, append_records, read_records
+from dfrot.texts import text_label
 from dfrot.version import __version__
 
 RESULTS = "results.jsonl"
@@ -143,10 +145,17 @@ def measure(cell: Cell, out: Path) -> Record:
     record.model = cell.model
     record.timings_s |= timings
     record.conditions["cell"] = cell.key
-    text = next((text for text in cell.measurement.texts if text == "wikitext2" or "wiki.test" in text), None)
-    if beside := published(cell.model, cell.recipe, text):
+    if beside := published(cell.model, cell.recipe, _as_published(cell.measurement)):
         record.conditions["published"] = beside
     return record
+
+
+def _as_published(measurement: Measurement) -> str | None:
+    """The text that is WikiText-2's whole test part in blocks of 2048 tokens, as the papers take it."""
+    if measurement.seq_len != 2048 or measurement.max_tokens is not None:
+        return None
+    texts = (text for text in measurement.texts if text == "wikitext2" or text_label(text) == "wiki.test.raw")
+    return next(texts, None)
 
 
 class _Pool:
@@ -220,8 +229,9 @@ def _in_processes(jobs: int) -> Iterator[_Pool]:
 
 
 def _begin_worker() -> None:
-    """Be quiet, and do not outlive a parent that is killed."""
+    """Be quiet, leave Ctrl-C to the parent, and do not outlive it."""
     silence()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     keep_freed_memory()
     parent = multiprocessing.parent_process()
     assert parent is not None, "a worker has a parent"

@@ -52,7 +52,8 @@ class LiveTable:
 
     def __init__(self, cells: Sequence[Recipe | None], console: Console) -> None:
         self._cells, self._console = cells, console
-        self._state: dict[Recipe | None, Record | Exception | float] = {}  # float: when it began
+        # what is known of each: nothing, when it began, or how it ended
+        self._state: dict[Recipe | None, Record | Exception | float | None] = dict.fromkeys(cells)
         self._measured: list[float] = []  # seconds of the cells that this run has measured
         self._live = Live(console=console, get_renderable=self.table, refresh_per_second=2, transient=False)
 
