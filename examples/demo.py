@@ -3,22 +3,25 @@
     python examples/demo.py OUT [--max-tokens 8192]
 
 Needs no network and no GPU: the model comes in a PyPI package, the text is the documentation that every CPython has.
-Every number that is printed is also a line of OUT/results.jsonl, with what it depends on.
+Every number that is printed is also a line of OUT/results.jsonl, with what it depends on, and in OUT/report.html. Begun
+again after an interruption, it goes on.
 """
 
 import argparse
 import time
 from pathlib import Path
 
-import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 import dfrot
-from dfrot.evaluation.run import Measurement, evaluate
+from dfrot.compare import compare
+from dfrot.evaluation.run import Measurement
+from dfrot.grid import LiveTable
 from dfrot.memory import keep_freed_memory
-from dfrot.results import Record, append_records
+from dfrot.report import report
+from dfrot.results import Record
 
 MODEL, TEXT = "smollm2-135m", "pydoc"
 CALIBRATION_TOKENS = 16384  # for the weights; rotations take the first sequence of 2048
@@ -34,15 +37,6 @@ RECIPES = [
 PROMPT = "The documentation of a function should"
 
 console = Console()
-
-
-def measured(out: Path, method: str, weights: str, spec: str, max_tokens: int) -> Record:
-    """Quantize with one recipe, load the checkpoint again, measure it."""
-    recipe = dfrot.Recipe.parse(method, weights, spec, calib=TEXT, calib_tokens=CALIBRATION_TOKENS)
-    report = dfrot.quantize(MODEL, recipe, out / f"{method}-{weights}-{spec}", overwrite=True)
-    record = evaluate(str(report.path), Measurement((TEXT,), max_tokens=max_tokens))
-    record.timings_s.update(report.timings_s)
-    return record
 
 
 def table_of(records: list[Record]) -> Table:
@@ -75,27 +69,21 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=8192, help="tokens of text to measure on (default 8192)")
     arguments = parser.parse_args()
     keep_freed_memory()
-    out: Path = arguments.out
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "results.jsonl").unlink(missing_ok=True)
-
     started = time.perf_counter()
-    console.print(f"{MODEL} on {torch.get_num_threads()} threads; eight models to measure, some minutes.")
-    records = [evaluate(MODEL, Measurement((TEXT,), max_tokens=arguments.max_tokens))]
-    append_records(out / "results.jsonl", records)
-    for number, (method, weights, spec) in enumerate(RECIPES, start=1):
-        console.print(f"[{number}/{len(RECIPES)}] {method} {weights} {spec}", markup=False)
-        records.append(measured(out, method, weights, spec, arguments.max_tokens))
-        append_records(out / "results.jsonl", records[-1:])
+    recipes = [dfrot.Recipe.parse(*words, calib=TEXT, calib_tokens=CALIBRATION_TOKENS) for words in RECIPES]
+    measurement = Measurement((TEXT,), max_tokens=arguments.max_tokens)
+    with LiveTable([None, *recipes], console) as table:
+        records = compare(MODEL, [None, *recipes], measurement, arguments.out, listener=table.hear)
     console.print(table_of(records))
 
-    checkpoint = out / "dfrot-gptq-w4a4kv4"
+    checkpoint = arguments.out / records[-1].conditions["checkpoint"]
     model, tokenizer = dfrot.load(checkpoint)
     inputs = tokenizer(PROMPT, return_tensors="pt")
     tokens = model.generate(**inputs, max_new_tokens=24, do_sample=False, pad_token_id=tokenizer.eos_token_id)
     console.print(f"{checkpoint} continues, 4-bit weights, activations and KV cache:", markup=False)
     console.print(tokenizer.decode(tokens[0], skip_special_tokens=True), markup=False, style="italic")
-    console.print(f"{time.perf_counter() - started:.0f} s. Numbers with their conditions: {out / 'results.jsonl'}")
+    page = report(arguments.out)
+    console.print(f"{time.perf_counter() - started:.0f} s. Numbers with their conditions: {page}")
 
 
 if __name__ == "__main__":

@@ -133,8 +133,11 @@ def measure(cell: Cell, out: Path) -> Record:
     torch.set_num_threads(cell.threads)
     timings: dict[str, float] = {}
     path = cell.model
+    checkpoint: Path | None = None
     if cell.recipe is not None:
-        folder = out / "checkpoints" / f"{Path(cell.model).name}-{cell.fingerprint[:6]}-{cell.recipe.digest}"
+        name = f"{Path(cell.model).name}-{cell.fingerprint[:6]}-{cell.recipe.digest}"
+        checkpoint = Path("checkpoints") / name  # as it is called within `out`
+        folder = out / checkpoint
         path = str(folder)
         if not (folder / "config.json").is_file():
             report = quantize(
@@ -145,6 +148,7 @@ def measure(cell: Cell, out: Path) -> Record:
     record.model = cell.model
     record.timings_s |= timings
     record.conditions["cell"] = cell.key
+    record.conditions["checkpoint"] = checkpoint and str(checkpoint)
     if beside := published(cell.model, cell.recipe, _as_published(cell.measurement)):
         record.conditions["published"] = beside
     return record
