@@ -192,6 +192,24 @@ class Eval:
 
 
 @dataclass(frozen=True)
+class Report:
+    """Write result records and inspections as one HTML page that needs no network."""
+
+    directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+    """What `dfrot compare` or `dfrot inspect` wrote."""
+    out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
+    """The page (default: report.html in the directory)."""
+    images: tuple[Literal["png", "svg"], ...] = ()
+    """Also write every figure in these formats, into figures beside the page."""
+
+    def run(self) -> None:
+        from dfrot.report import report
+
+        path = report(self.directory, self.out, images=self.images)
+        out.print(f"[bold]{path}[/bold]: {path.stat().st_size / 1e6:.1f} MB", soft_wrap=True)
+
+
+@dataclass(frozen=True)
 class Generate:
     """Continue a prompt with a quantized model."""
 
@@ -328,7 +346,15 @@ class Models:
         out.print(table)
 
 
-COMMANDS = {"quantize": Quantize, "eval": Eval, "generate": Generate, "bench": Bench, "info": Info, "models": Models}
+COMMANDS = {
+    "quantize": Quantize,
+    "eval": Eval,
+    "report": Report,
+    "generate": Generate,
+    "bench": Bench,
+    "info": Info,
+    "models": Models,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
