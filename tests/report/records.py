@@ -1,6 +1,7 @@
 """Realistic results and inspections, drawn from a seeded generator: what `dfrot compare` and `dfrot inspect` write."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +68,10 @@ def records() -> list[Record]:
     for (method, weights, spec), perplexity in CELLS.items():
         values = (perplexity, *SEEDED.get((method, weights, spec), ()))
         for seed, value in enumerate(values):
-            published = {"published": {f"ppl/{TEXT}": {"value": 6.21, "source": "DFRot, Table 2"}}}
-            more = published if (method, weights, seed) == ("dfrot", "gptq", 0) else {}
+            published: dict[str, Any] = {"published": {f"ppl/{TEXT}": {"value": 6.21, "source": "DFRot, Table 2"}}}
+            more: dict[str, Any] = (
+                published if (method, weights, seed) == ("dfrot", "gptq", 0) and spec == "w4a4kv4" else {}
+            )
             made.append(record(Recipe.parse(method, weights, spec, seed=seed), value, **more))
     made.append(record(Recipe.parse("dfrot", "gptq", "w4a4kv4", gamma=1.0, steps=50), 35.1))
     return made
@@ -81,12 +84,18 @@ def write_results(directory: Path) -> list[Record]:
 
 
 def write_inspection(
-    directory: Path, blocks: int = 30, tokens: int = 2048, width: int = 576, **changes: Any
+    directory: Path,
+    blocks: int = 30,
+    tokens: int = 2048,
+    width: int = 576,
+    names: Sequence[str] = ("none", "RO", "RH", "dfrot", "duquant"),
+    **changes: Any,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Write inspect.json and inspect.safetensors; returns what is in them."""
     rng = np.random.default_rng(0)
     norms = [f"{block}.{kind}" for block in range(blocks) for kind in ("input_layernorm", "post_attention_layernorm")]
-    rotations = {"none": 0.19, "RO": 0.115, "RH": 0.105, "dfrot": 0.095, "duquant": 0.09}
+    levels = {"none": 0.19, "RO": 0.115, "RH": 0.105, "dfrot": 0.095, "duquant": 0.09}
+    rotations = {name: levels[name] for name in names}
     massive = np.zeros((len(norms), tokens), np.uint8)
     massive[3:, 0] = 1
     massive[5:-2, rng.integers(1, tokens, 4)] = 1
@@ -138,6 +147,7 @@ def write_inspection(
         "kurtosis": {
             name: (level * np.exp(rng.normal(0, 0.3, len(norms)))).tolist()
             for name, level in {"none": 30.0, "RO": 0.3, "RH": 0.2, "dfrot": 0.15, "duquant": 0.1}.items()
+            if name in names
         },
         "error": {name: {"ordinary": level, "massive": 0.2} for name, level in rotations.items()},
         "damage": {name: (level**3 * np.exp(rng.normal(0, 0.4, blocks))).tolist() for name, level in rotations.items()},

@@ -96,16 +96,15 @@ def read_records(directory: Path) -> list[Record]:
 
 
 def _record(line: Any) -> Record:
-    record = Record.from_json(line)
-    if not isinstance(record.model, str) or not isinstance(record.recipe, dict | None):
+    if not isinstance(line.get("model", ""), str) or not isinstance(line.get("recipe"), dict | None):
         raise TypeError("its model is no text or its recipe no object")
     for name in ("metrics", "size", "timings_s", "conditions"):
-        values = getattr(record, name)
+        values = line.get(name, {})
         if not isinstance(values, dict):
             raise TypeError(f"its {name} are no object")
-        if name != "conditions" and not all(is_number(value) for value in values.values()):
+        if name != "conditions" and not all(map(is_number, values.values())):
             raise TypeError(f"its {name} are not all numbers")
-    return record
+    return Record.from_json(line)
 
 
 def is_number(value: Any) -> bool:

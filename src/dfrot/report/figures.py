@@ -1,11 +1,12 @@
 """The figures of a report: one function each, from records or an inspection to a plotly figure.
 
 A figure is plotly's own JSON ({"data": […], "layout": {…}}), so that making one needs no plotly:
-`plotly.graph_objects.Figure(figure.plot).show()` shows it. With it come a caption that says its main numbers and a table of
-its data, for those who cannot see it. A rotation or method has the same colour, symbol and dash in all figures, so that none
-of them has to be told by colour alone.
+`plotly.graph_objects.Figure(figure.plot).show()` shows it. With it come a caption that says its main numbers and a
+table of its data, for those who cannot see it. A rotation or method has the same colour, symbol and dash in all
+figures, so that none of them has to be told by colour alone.
 """
 
+import dataclasses
 import html
 import itertools
 import math
@@ -87,7 +88,7 @@ class Figure:
 
 
 def figures(records: Sequence[Record], inspection: Inspection | None) -> list[Figure]:
-    """All figures that there is data for, in the page's order."""
+    """All figures that there is data for, in the page's order. Their names differ."""
     metrics = metrics_of(records)
     found: list[Figure | None] = []
     for metric in metrics:
@@ -108,7 +109,13 @@ def figures(records: Sequence[Record], inspection: Inspection | None) -> list[Fi
             cache_errors(inspection),
             *surfaces(inspection),
         ]
-    return [figure for figure in found if figure is not None]
+    named: dict[str, Figure] = {}
+    for figure in found:
+        if figure is not None:
+            count = sum(name.rpartition("--")[0] == figure.name or name == figure.name for name in named)
+            name = f"{figure.name}--{count + 1}" if count else figure.name  # metrics "a/b" and "a.b" have one slug
+            named[name] = dataclasses.replace(figure, name=name)
+    return list(named.values())
 
 
 def by_recipe(records: Sequence[Record], metric: str) -> Figure | None:
@@ -173,7 +180,7 @@ def against_bits(records: Sequence[Record], metric: str) -> Figure | None:
     ]
     layout = _layout(
         420,
-        xaxis=_axis("bits per weight of the decoder, scales included", rangemode="tozero"),
+        xaxis=_axis("bits per weight of the decoder", rangemode="tozero"),
         yaxis=axis,
         **_rules("y", whole, axis),
     )
@@ -216,7 +223,7 @@ def zero_shot(records: Sequence[Record]) -> Figure | None:
         for panel in range(1, len(tasks) + 1)
     ]
     whole = [_unquantized(records, task) for task in tasks]
-    layout = _panels([shown(task) for task in tasks], "", [0, *itertools.chain(*whole, *means.values())], x="")
+    layout = _panels([shown(task) for task in tasks], "", [0.0, *itertools.chain(*whole, *means.values())], x="")
     layout["barmode"] = "group"
     layout["shapes"] = [
         {**_rule("y", value), "yref": _panel("y", panel)}
@@ -333,7 +340,8 @@ def channels(inspection: Inspection) -> Figure | None:
     peak = max(top["largest"], key=lambda c: c["value"])
     caption = (
         f"Largest entry of a channel over the tokens, without the norm's gain: channel {peak['channel']} at "
-        f"{top['block']}.{top['norm']} reaches {number(peak['value'])}, the median channel there {number(top['median'])}."
+        f"{top['block']}.{top['norm']} reaches {number(peak['value'])}, "
+        f"the median channel there {number(top['median'])}."
     )
     return _by_norm(inspection, series, "channels", "outlier channels of norm outputs", "max |x| of a channel", caption)
 
@@ -415,7 +423,8 @@ def cache_errors(inspection: Inspection) -> Figure | None:
         "cache-errors",
         "blocks",
         "error of keys and values",
-        f"Relative error of the quantized cache; keys after RoPE rotated by R3, values by R2. Mean of the blocks: {means}.",
+        "Relative error of the quantized cache; keys after RoPE rotated by R3, values by R2. "
+        f"Mean of the blocks: {means}.",
         {"data": data, "layout": layout},
         ["block", *(f"{kind}, {how}" for kind, how in series)],
         [[block, *(values[place] for values in series.values())] for place, block in enumerate(blocks)],
@@ -435,7 +444,7 @@ def surfaces(inspection: Inspection) -> list[Figure]:
             "xaxis": _scene_axis("channel"),
             "yaxis": _scene_axis("token"),
             "zaxis": _scene_axis("|x R|", range=[0, 1.02 * top]),
-            **{"aspectmode": "manual", "aspectratio": {"x": 1.5, "y": 1.0, "z": 0.6}},
+            **{"aspectmode": "manual", "aspectratio": {"x": 1.5, "y": 1.0, "z": 0.75}},
             "camera": {"eye": {"x": -1.2, "y": -1.75, "z": 0.85}, "center": {"x": -0.06, "y": 0.04, "z": -0.2}},
         }
         data = {
@@ -456,8 +465,9 @@ def surfaces(inspection: Inspection) -> list[Figure]:
                 f"surface-{_slug(name)}",
                 "surfaces",
                 f"|x R| under {name}",
-                f"At {inspection.surface_norm}: largest {number(peak)} at token {token}, channel {channel}; median {number(middle)}.{cells}",
-                {"data": [data], "layout": _layout(380, scene=scene, margin={"l": 0, "r": 0, "t": 0, "b": 0})},
+                f"At {inspection.surface_norm}: largest {number(peak)} at token {token}, channel {channel}; "
+                f"median {number(middle)}.{cells}",
+                {"data": [data], "layout": _layout(340, scene=scene, margin={"l": 0, "r": 0, "t": 0, "b": 0})},
                 ["token", "largest", "in channel", "median"],
                 [[i, float(row.max()), int(row.argmax()), float(np.median(row))] for i, row in enumerate(surface)],
             )
@@ -477,7 +487,7 @@ def sampled_ranks(count: int, limit: int) -> Int[np.ndarray, " chosen"]:
 def max_pooled(
     surface: Float[np.ndarray, "rows columns"], limit: tuple[int, int]
 ) -> tuple[Float[np.ndarray, "cells more_cells"], Int[np.ndarray, " cells"], Int[np.ndarray, " more_cells"]]:
-    """The largest entries of equal cells, at most limit[0] × limit[1] of them, and where their rows and columns begin."""
+    """The largest entries of equal cells, at most `limit` of them each way, and where their rows and columns begin."""
     rows, columns = (np.arange(0, n, -(-n // most)) for n, most in zip(surface.shape, limit, strict=True))
     return np.maximum.reduceat(np.maximum.reduceat(surface, rows, axis=0), columns, axis=1), rows, columns
 
@@ -594,7 +604,7 @@ def _axis(title: str, values: Sequence[float] = (), **more: Any) -> dict[str, An
     positive = [value for value in values if is_finite(value) and value > 0]
     if positive and max(positive) > LOG_SPREAD * min(positive):
         low, high = (math.log10(value) for value in (min(positive), max(positive)))
-        steps = (1, 2, 5) if high - low < 2.5 else (1,)
+        steps = (1, 2, 5) if high - low < 1.5 else (1, 3) if high - low < 3 else (1,)
         decades = range(math.floor(low) - 1, math.ceil(high) + 1)
         ticks = [float(f"{step}e{decade}") for decade in decades for step in steps]
         margin = 0.06 * (high - low)
@@ -652,15 +662,17 @@ def _rules(axis: str, values: Sequence[float], scale: Mapping[str, Any]) -> dict
     }
 
 
-def _panels(names: Sequence[str], title: str, values: Iterable[float], x: str = "block", **more: Any) -> dict[str, Any]:
+def _panels(
+    names: Sequence[str], title: str, values: Iterable[float | None], x: str = "block", **more: Any
+) -> dict[str, Any]:
     """A layout of panels one below the other, sharing the x axis and the scale of the y axis."""
     gap = 0.1 / len(names) ** 0.5
     height = (1 - gap * (len(names) - 1)) / len(names)
-    flat = [value for value in values if is_finite(value)]
+    flat = [value for value in values if value is not None and math.isfinite(value)]
     scale = _axis("", flat)
     if "range" not in scale and flat:
         margin = 0.06 * (max(flat) - min(flat)) or 0.5
-        scale["range"] = [min(flat) - margin, max(flat) + margin]
+        scale["range"] = [min(flat) - margin if min(flat) else 0, max(flat) + margin]
     layout = _layout(110 + 220 * len(names), xaxis=_axis(x, anchor=_panel("y", len(names))), **more)
     for place, name in enumerate(names):
         upper = 1 - place * (height + gap)

@@ -23,7 +23,6 @@ def save_images(figures: Sequence[Figure], folder: Path, formats: Sequence[Liter
         raise EnvironmentFault("images need the package kaleido. Install it: pip install 'dfrot[report]'") from error
     from choreographer.errors import BrowserFailedError, ChromeNotFoundError
 
-    folder.mkdir(parents=True, exist_ok=True)
     orders = [
         {
             "fig": {**figure.plot, "layout": {**figure.plot["layout"], "paper_bgcolor": "white"}},
@@ -34,11 +33,12 @@ def save_images(figures: Sequence[Figure], folder: Path, formats: Sequence[Liter
         for kind in formats
     ]
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         # mathjax would be fetched from the network
         kaleido.write_fig_from_object_sync(orders, kopts={"mathjax": False}, cancel_on_error=True)
     except ChromeNotFoundError as error:
         raise EnvironmentFault(
-            "images are drawn by Chrome or Chromium, and none was found. Install one, or say where it is in BROWSER_PATH."
+            "images are drawn by Chrome or Chromium, and there is none. Install one or say where it is in BROWSER_PATH."
         ) from error
     except (BrowserFailedError, OSError, TimeoutError) as error:
         raise EnvironmentFault(f"the browser that draws images failed: {error}. The page itself is written.") from error

@@ -143,10 +143,10 @@ theme.addEventListener("click", () => {
 system.addEventListener("change", () => { label(); recolour(); });
 label();
 
-// On paper: light, everything open, figures as wide as the sheet.
+// On paper: light, every row open, figures as wide as the sheet. A figure's data is printed if the reader has opened it.
 let before = null;
 addEventListener("beforeprint", () => {
-  before = { theme: root.dataset.theme, closed: $$("details:not([open])") };
+  before = { theme: root.dataset.theme, closed: $$(".more details:not([open])") };
   root.dataset.theme = "light";
   before.closed.forEach((details) => (details.open = true));
   for (const plot of drawn) {

@@ -1,19 +1,18 @@
 """One HTML page from a directory of results: it works from a file, offline, and asks nobody for anything.
 
-Its scripts are inlined, plotly.js among them (most of the page's 5 MB), and the page's Content-Security-Policy names them
-by their hash: a script that somehow came in with a text would not run. Texts are escaped in the first place.
+Its scripts are inlined, plotly.js among them (most of the page's 5 MB), and the page's Content-Security-Policy names
+them by their hash: a script that somehow came in with a text would not run. Texts are escaped in the first place.
 """
 
 import base64
 import hashlib
-import html
 import json
 import os
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from string import Template
-from typing import Any, Literal
+from typing import Literal
 
 from dfrot.errors import EnvironmentFault, UserError
 from dfrot.report.contents import INSPECTION_FILE, RESULTS_FILE, Inspection, read_inspection, read_records
@@ -111,8 +110,9 @@ def _sections(records: Sequence[Record], inspection: Inspection | None, drawn: S
 
 
 _INTRODUCTIONS = {
-    "surfaces": "<p>Absolute norm outputs of the first tokens where the largest channel is, before and after each rotation, on "
-    "one scale; colours change faster where values are small. Drag a surface to turn it, or use the arrow keys.</p>",
+    "surfaces": "<p>Absolute norm outputs of the first tokens where the largest channel is, before and after each "
+    "rotation, on one scale; colours change faster where values are small. Drag a surface to turn it, or use "
+    "the arrow keys.</p>",
 }
 
 
@@ -121,12 +121,12 @@ def _summary(records: Sequence[Record], inspection: Inspection | None) -> str:
     if records:
         quantized = sum(record.recipe is not None for record in records)
         texts = sorted({metric.partition("/")[2] for record in records for metric in record.metrics} - {""})
-        cells = f"{quantized} quantized and {len(records) - quantized} unquantized {_plural('cell', len(records) - quantized)}"
+        cells = f"{len(records)} cells, {quantized} of them quantized"
         lines.append(f"{cells}, measured on {', '.join(map(named, texts))}.")
     if inspection is not None:
         lines.append(
-            f"Norm outputs of {len(inspection.norms)} norms on {len(inspection.tokens)} tokens, {len(inspection.massive)} "
-            f"of them massive, quantized by {named(inspection.conditions.get('spec', '–'))} "
+            f"Outputs of {len(inspection.norms)} norms on {len(inspection.tokens)} tokens, "
+            f"{len(inspection.massive)} of them massive, quantized by {named(inspection.conditions.get('spec', '–'))} "
             f"under {', '.join(map(named, inspection.rotations))}."
         )
     return "".join(f"<p>{line}</p>" for line in lines)
@@ -143,8 +143,8 @@ def _results(records: Sequence[Record]) -> str:
         '<label class="check"><input type="checkbox" name="fold">fold seeds: mean (smallest … largest)</label></form>'
         '<div class="scroll" tabindex="0" role="region" aria-label="Results, scrollable">'
         f'{results_table(records)}</div><p class="status" id="status" role="status" aria-live="polite"></p>'
-        "<p><small>Bold: best of the quantized models that were measured alike. A row opens to its recipe and conditions. "
-        "↓ less is better, ↑ more is better.</small></p>"
+        "<p><small>Bold: best of the quantized models that were measured alike. A row opens to its recipe and "
+        "conditions. ↓ less is better, ↑ more is better.</small></p>"
     )
 
 
@@ -157,11 +157,11 @@ def _figure(figure: Figure) -> str:
     )
     return (
         f'<figure id="{name}">{log}<h3 id="{name}-title">{named(title)}</h3>'
-        f'<div class="plot" id="plot-{name}" role="img" aria-labelledby="{name}-title" aria-describedby="{name}-caption" '
-        f'style="min-height:{figure.plot["layout"]["height"]}px"></div>'
+        f'<div class="plot" id="plot-{name}" role="img" aria-labelledby="{name}-title" '
+        f'aria-describedby="{name}-caption" style="min-height:{figure.plot["layout"]["height"]}px"></div>'
         f'<figcaption id="{name}-caption">{escaped(figure.caption)}</figcaption>'
-        f'<details><summary>Data</summary><div class="scroll tall" tabindex="0" role="region" aria-labelledby="{name}-title">'
-        f"{table(figure.columns, figure.rows, figure.title)}</div></details></figure>"
+        f'<details><summary>Data</summary><div class="scroll tall" tabindex="0" role="region" '
+        f'aria-labelledby="{name}-title">{table(figure.columns, figure.rows, figure.title)}</div></details></figure>'
     )
 
 
@@ -176,16 +176,13 @@ def _massive(inspection: Inspection) -> str:
         for name, error in inspection.error.items()
     )
     return (
-        f"<p>{count} norm outputs are massive; the largest reaches {number(top['peak_over_rms'])} times its root mean square "
-        f"in channel {escaped(top['channel'])} at {escaped(top['block'])}.{named(top['norm'])}, position {escaped(top['position'])}.{cut} "
+        f"<p>{count} norm outputs are massive; the largest reaches {number(top['peak_over_rms'])} times its root mean "
+        f"square in channel {escaped(top['channel'])} at {escaped(top['block'])}.{named(top['norm'])}, "
+        f"position {escaped(top['position'])}.{cut} "
         f"Mean relative error of massive and of ordinary tokens: {errors}.</p>"
         '<div class="scroll tall" tabindex="0" role="region" aria-label="Massive tokens, scrollable">'
         f"{massive_table(inspection)}</div>"
     )
-
-
-def _plural(word: str, count: int) -> str:
-    return word if count == 1 else f"{word}s"
 
 
 def _data(name: str) -> str:

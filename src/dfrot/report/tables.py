@@ -113,7 +113,8 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[Any]], caption: str) -> 
     """Texts to the left, numbers to the right, what is missing as a dash."""
     head = "".join(f'<th scope="col">{named(heading)}</th>' for heading in heads)
     body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
-    return f'<table><caption class="unseen">{escaped(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+    title = f'<caption class="unseen">{escaped(caption)}</caption>'
+    return f"<table>{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def definitions(record: Mapping[str, Any]) -> str:
@@ -124,7 +125,8 @@ def definitions(record: Mapping[str, Any]) -> str:
             pairs += [(f"{key} {name}", part) for name, part in value.items()]
         else:
             pairs.append((key, value))
-    return f"<dl>{''.join(f'<div><dt>{named(key)}</dt><dd>{named(_line(value), 2000)}</dd></div>' for key, value in pairs)}</dl>"
+    items = (f"<div><dt>{named(key)}</dt><dd>{named(_line(value), 2000)}</dd></div>" for key, value in pairs)
+    return f"<dl>{''.join(items)}</dl>"
 
 
 def _line(value: Any) -> str:
@@ -197,9 +199,9 @@ def _body(name: str, record: Record, cells: str, span: int, details: str, seed: 
         f'<tbody id="{name}"{data}{" class=folded hidden" if folded else ""}><tr class="row">'
         f'<th scope="row">{named(record.model, 48)}</th><td>{named(_word(record, "method"))}</td>'
         f"<td>{named(deviations(record.recipe or {}))}</td><td>{named(_word(record, 'weights'))}</td>"
-        f"<td>{named(_word(record, 'spec'))}</td><td{seed_value}>{escaped('–' if seed is None else seed)}</td>{cells}</tr>"
-        f'<tr class="more"><td colspan="{span}"><details><summary>Recipe and conditions</summary>{details}</details></td></tr>'
-        "</tbody>"
+        f"<td>{named(_word(record, 'spec'))}</td><td{seed_value}>{escaped('–' if seed is None else seed)}</td>{cells}"
+        f'</tr><tr class="more"><td colspan="{span}"><details><summary>Recipe and conditions</summary>{details}'
+        "</details></td></tr></tbody>"
     )
 
 
@@ -208,5 +210,6 @@ def _details(record: Record) -> str:
     measured = {"metrics": record.metrics, "size": record.size, "seconds": record.timings_s}
     return (
         f"{recipe}<h4>Conditions</h4>{definitions({'model': record.model, **record.conditions})}"
-        f"<h4>Measured</h4>{definitions({**measured, 'peak_rss_bytes': record.peak_rss_bytes})}"
+        f'<div class="measured"><h4>Measured</h4>'
+        f"{definitions({**measured, 'peak_rss_bytes': record.peak_rss_bytes})}</div>"
     )
