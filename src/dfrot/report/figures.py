@@ -291,7 +291,7 @@ def token_errors(inspection: Inspection, norm: str | None = None) -> Figure | No
         )
         sentences.append(f"{rotation} {number(float(quantiles[3]))}")
     where = f"at {norm}" if norm else f"at all {len(inspection.norms)} norms"
-    marks = f"Marks are the {int(massive.sum())} massive tokens. " if massive.any() else ""
+    marks = f"Marks: massive tokens ({int(massive.sum())}). " if massive.any() else ""
     layout = _layout(400, xaxis=_axis("tokens, by falling error"), yaxis=_axis("‖x − Q(x)‖ / ‖x‖", rangemode="tozero"))
     return Figure(
         "token-errors" if norm is None else "token-errors-at-norm",
@@ -510,7 +510,7 @@ def number(value: Any) -> str:
     """As a reader wants it: about four digits."""
     if not is_finite(value):
         return "–" if value is None else str(value)
-    if value == int(value) and abs(value) < 1e5:
+    if value == 0 or (isinstance(value, int) and abs(value) < 1e5):
         return str(int(value))
     size = abs(value)
     if size >= 1e5 or size < 1e-3:

@@ -98,6 +98,11 @@ const recolour = () => drawn.forEach((plot) => plot.data && Plotly.relayout(plot
 const draw = (plot) => {
   const { data, layout } = plots[plot.id];
   if (touch && !layout.scene) layout.dragmode = false;
+  if (layout.scene) {
+    const away = Math.max(1, 520 / plot.clientWidth); // a narrow view would cut the axes off
+    const { eye } = layout.scene.camera;
+    for (const axis in eye) eye[axis] *= away;
+  }
   const config = { responsive: true, displayModeBar: false, scrollZoom: false };
   return Plotly.newPlot(plot, data, layout, config).then(() => Plotly.relayout(plot, colours(layout)));
 };
@@ -150,8 +155,7 @@ addEventListener("beforeprint", () => {
   root.dataset.theme = "light";
   before.closed.forEach((details) => (details.open = true));
   for (const plot of drawn) {
-    const width = plot.closest(".pair") ? 320 : 670;
-    if (plot.data) Plotly.relayout(plot, { ...colours(plots[plot.id].layout), width });
+    if (plot.data) Plotly.relayout(plot, { ...colours(plots[plot.id].layout), width: 670 });
   }
 });
 addEventListener("afterprint", () => {

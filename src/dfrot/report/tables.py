@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dfrot.report.contents import Inspection, is_finite
+from dfrot.report.contents import Inspection, is_finite, is_number
 from dfrot.report.figures import by_seeds, mean, number
 from dfrot.report.words import deviations, lower_is_better, metrics_of, setting, shorten, shown
 from dfrot.results import Record
@@ -56,31 +56,17 @@ def results_table(records: Sequence[Record]) -> str:
     metrics = metrics_of(records)
     columns = [*(Column(shown(metric), ("metrics", metric), metric=True) for metric in metrics), *SIZES]
     words = ("model", "method", "options", "weights", "spec", "seed")
-    best = {(setting(records[i]), metric): records[i] for metric in metrics for i in _best(records, metric)}
     heads = "".join(f'<th scope="col" data-kind="{_kind(word)}">{word}</th>' for word in words)
     for column in columns:
         arrow = "" if not column.metric else " ↓" if lower_is_better(column.of[1]) else " ↑"
         heads += f'<th scope="col" class="number" data-kind="number">{named(column.heading)}{arrow}</th>'
     span = len(words) + len(columns)
     bodies = []
-    for place, record in enumerate(records):
-        cells = "".join(
-            _number_cell(
-                column.value(record), _notes(record, column, best.get((setting(record), column.of[1])) is record)
-            )
-            for column in columns
-        )
-        bodies.append(
-            _body(f"record-{place}", record, cells, span, _details(record), (record.recipe or {}).get("seed"))
-        )
-    for place, group in enumerate(by_seeds(records)):
-        cells = "".join(_folded_cell([column.value(record) for record in group]) for column in columns)
-        details = (
-            _details(group[0])
-            if len(group) == 1
-            else f"<p>Conditions of seed {_seeds(group[:1])}:</p>{_details(group[0])}"
-        )
-        bodies.append(_body(f"fold-{place}", group[0], cells, span, details, _seeds(group), folded=True))
+    for name, groups in (("record", [[record] for record in records]), ("fold", list(by_seeds(records)))):
+        best = {(place, metric) for metric in metrics for place in _best(groups, metric)}
+        for place, group in enumerate(groups):
+            cells = "".join(_measured(group, column, (place, column.of[1]) in best) for column in columns)
+            bodies.append(_body(f"{name}-{place}", group, cells, span, folded=name == "fold"))
     return (
         f'<table class="results" id="results-table"><caption class="unseen">Results. Best of the quantized models in '
         f"bold.</caption><thead><tr>{heads}</tr></thead>{''.join(bodies)}</table>"
@@ -109,9 +95,13 @@ def massive_table(inspection: Inspection) -> str:
     return table(heads, rows, "Massive tokens")
 
 
-def table(heads: Sequence[str], rows: Iterable[Sequence[Any]], caption: str) -> str:
+def table(heads: Sequence[str], rows: Sequence[Sequence[Any]], caption: str) -> str:
     """Texts to the left, numbers to the right, what is missing as a dash."""
-    head = "".join(f'<th scope="col">{named(heading)}</th>' for heading in heads)
+    columns = zip(*rows, strict=True)
+    sides = ["" if any(isinstance(value, str) for value in column) else ' class="number"' for column in columns]
+    head = "".join(
+        f'<th scope="col"{side}>{named(heading)}</th>' for heading, side in zip(heads, sides, strict=bool(rows))
+    )
     body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
     title = f'<caption class="unseen">{escaped(caption)}</caption>'
     return f"<table>{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
@@ -138,46 +128,38 @@ def _line(value: Any) -> str:
 
 
 def _cell(value: Any) -> str:
-    return _number_cell(value) if value is None or isinstance(value, int | float) else f"<td>{named(value)}</td>"
+    return _number_cell(value) if value is None or is_number(value) else f"<td>{named(value)}</td>"
 
 
-def _number_cell(value: Any, notes: tuple[str, str] = ("", "")) -> str:
-    before, after = notes
+def _number_cell(value: Any, before: str = "", after: str = "") -> str:
     data = f' data-value="{float(value)!r}"' if is_finite(value) else ""
     return f'<td class="number"{data}>{before}{escaped(number(value))}{after}</td>'
 
 
-def _folded_cell(values: Sequence[Any]) -> str:
-    known = [value for value in values if is_finite(value)]
-    if len(known) < 2 or min(known) == max(known):
-        return _number_cell(known[0] if known else values[0])
-    middle = mean(known)
-    spread = f" <small>({number(min(known))} … {number(max(known))})</small>"
-    return _number_cell(middle, ("", spread))
-
-
-def _notes(record: Record, column: Column, best: bool) -> tuple[str, str]:
-    """What stands before and after a number: whether it is the best, and what a paper has published."""
+def _measured(group: Sequence[Record], column: Column, best: bool) -> str:
+    """A number: the mean of the seeds and their range, whether it is the best, and what a paper has published."""
+    values = [column.value(record) for record in group]
+    known = [value for value in values if value is not None and is_finite(value)]
     before, after = ("<strong>", '</strong><span class="unseen"> best</span>') if best else ("", "")
-    published = record.conditions.get("published")
+    if known and min(known) < max(known):
+        after += f" <small>({number(min(known))} … {number(max(known))})</small>"
+    published = group[0].conditions.get("published")
     entry = published.get(column.of[1]) if column.metric and isinstance(published, Mapping) else None
     if isinstance(entry, Mapping):
         source = f" ({named(entry['source'])})" if entry.get("source") else ""
-        after += f"<small>published {escaped(entry.get('value'))}{source}</small>"
-    return before, after
+        after += f" <small>published {escaped(shorten(str(entry.get('value'))))}{source}</small>"
+    return _number_cell(mean(known) if known else values[0], before, after)
 
 
-def _best(records: Sequence[Record], metric: str) -> Iterable[int]:
-    """The places of the best quantized record of every setting."""
-    found: dict[str, int] = {}
-    for place, record in enumerate(records):
-        if record.recipe is None or not is_finite(record.metrics.get(metric)):
-            continue
-        rival = found.get(setting(record))
-        sign = 1 if lower_is_better(metric) else -1
-        if rival is None or sign * record.metrics[metric] < sign * records[rival].metrics[metric]:
-            found[setting(record)] = place
-    return found.values()
+def _best(groups: Sequence[Sequence[Record]], metric: str) -> Iterable[int]:
+    """The places of the best quantized model of every setting, by the mean of its seeds."""
+    found: dict[str, tuple[float, int]] = {}
+    for place, group in enumerate(groups):
+        value = mean(record.metrics.get(metric) for record in group)
+        if group[0].recipe is not None and value is not None:
+            rank = (value if lower_is_better(metric) else -value, place)
+            found[setting(group[0])] = min(rank, found.get(setting(group[0]), rank))
+    return [place for _, place in found.values()]
 
 
 def _kind(word: str) -> str:
@@ -192,16 +174,18 @@ def _seeds(group: Sequence[Record]) -> str:
     return ", ".join(str((record.recipe or {}).get("seed", "–")) for record in group)
 
 
-def _body(name: str, record: Record, cells: str, span: int, details: str, seed: Any, folded: bool = False) -> str:
+def _body(name: str, group: Sequence[Record], cells: str, span: int, folded: bool) -> str:
+    record = group[0]
     data = "".join(f' data-{key}="{escaped(_word(record, key))}"' for key in ("method", "weights", "spec"))
-    seed_value = f' data-value="{seed}"' if isinstance(seed, int) else ""
+    hidden = " class=folded hidden" if folded else ""
+    whose = f"<p>Of seed {escaped(_seeds(group[:1]))}:</p>" if len(group) > 1 else ""
     return (
-        f'<tbody id="{name}"{data}{" class=folded hidden" if folded else ""}><tr class="row">'
-        f'<th scope="row">{named(record.model, 48)}</th><td>{named(_word(record, "method"))}</td>'
-        f"<td>{named(deviations(record.recipe or {}))}</td><td>{named(_word(record, 'weights'))}</td>"
-        f"<td>{named(_word(record, 'spec'))}</td><td{seed_value}>{escaped('–' if seed is None else seed)}</td>{cells}"
-        f'</tr><tr class="more"><td colspan="{span}"><details><summary>Recipe and conditions</summary>{details}'
-        "</details></td></tr></tbody>"
+        f'<tbody id="{name}"{data}{hidden}><tr class="row"><th scope="row">{named(record.model, 48)}</th>'
+        f"<td>{named(_word(record, 'method'))}</td><td>{named(deviations(record.recipe or {}))}</td>"
+        f"<td>{named(_word(record, 'weights'))}</td><td>{named(_word(record, 'spec'))}</td>"
+        f"<td>{named(_seeds(group))}</td>{cells}</tr>"
+        f'<tr class="more"><td colspan="{span}"><details><summary>Recipe and conditions</summary>{whose}'
+        f"{_details(record)}</details></td></tr></tbody>"
     )
 
 
