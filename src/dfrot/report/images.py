@@ -41,4 +41,5 @@ def save_images(figures: Sequence[Figure], folder: Path, formats: Sequence[Liter
             "images are drawn by Chrome or Chromium, and there is none. Install one or say where it is in BROWSER_PATH."
         ) from error
     except (BrowserFailedError, OSError, TimeoutError) as error:
-        raise EnvironmentFault(f"the browser that draws images failed: {error}. The page itself is written.") from error
+        reason = error.args[0] if error.args else type(error).__name__  # choreographer's further ones are advice
+        raise EnvironmentFault(f"the browser that draws images failed: {reason} The page itself is written.") from error
