@@ -131,7 +131,7 @@ def by_recipe(records: Sequence[Record], metric: str) -> Figure | None:
         150 + 34 * len(lines),
         xaxis=axis,
         yaxis=_axis("", type="category", categoryarray=lines, categoryorder="array", range=[-0.6, len(lines) - 0.4]),
-        **_rules("x", whole, axis),
+        **_rules("x", whole, axis, "left" if lower_is_better(metric) else "right"),
     )
     data = [
         _marks(
@@ -642,12 +642,12 @@ def _rule(axis: str, value: float) -> dict[str, Any]:
     return {"type": "line", **ends, **refs, "line": {"dash": "dash", "width": 1.25, "color": LINE}}
 
 
-def _rules(axis: str, values: Sequence[float], scale: Mapping[str, Any]) -> dict[str, Any]:
-    """Dashed lines where the unquantized models are, with their numbers."""
+def _rules(axis: str, values: Sequence[float], scale: Mapping[str, Any], anchor: str = "left") -> dict[str, Any]:
+    """Dashed lines where the unquantized models are, with their numbers beside them, on the side of the marks."""
     log = scale.get("type") == "log"
     seen = [value for value in values if value > 0 or not log]  # a divergence of 0 has no place on a logarithmic axis
     place = {
-        "x": {"xref": "x", "y": 0, "yref": "paper", "xanchor": "auto", "yanchor": "bottom"},
+        "x": {"xref": "x", "y": 0, "yref": "paper", "xanchor": anchor, "yanchor": "bottom"},
         "y": {"yref": "y", "x": 0, "xref": "paper", "xanchor": "left", "yanchor": "bottom"},
     }[axis]
     return {
