@@ -338,6 +338,24 @@ class Inspect:
 
 
 @dataclass(frozen=True)
+class Report:
+    """Write result records and inspections as one HTML page that needs no network."""
+
+    directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+    """What `dfrot compare` or `dfrot inspect` wrote."""
+    out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
+    """The page (default: report.html in the directory)."""
+    images: tuple[Literal["png", "svg"], ...] = ()
+    """Also write every figure in these formats, into figures beside the page."""
+
+    def run(self) -> None:
+        from dfrot.report import report
+
+        path = report(self.directory, self.out, images=self.images)
+        out.print(f"[bold]{path}[/bold]: {path.stat().st_size / 1e6:.1f} MB", soft_wrap=True)
+
+
+@dataclass(frozen=True)
 class Generate:
     """Continue a prompt with a quantized model."""
 
@@ -479,6 +497,7 @@ COMMANDS = {
     "eval": Eval,
     "compare": Compare,
     "inspect": Inspect,
+    "report": Report,
     "generate": Generate,
     "bench": Bench,
     "info": Info,

@@ -29,11 +29,9 @@ from dfrot.pipeline import quantize
 from dfrot.progress import silence
 from dfrot.published import published
 from dfrot.recipe import Recipe
-from dfrot.results import Record, append_records, read_records
+from dfrot.results import RESULTS_FILE, Record, append_records, read_records
 from dfrot.texts import text_label
 from dfrot.version import __version__
-
-RESULTS = "results.jsonl"
 
 
 @dataclass(frozen=True)
@@ -110,7 +108,7 @@ def compare(
     cells = [Cell(model, fingerprint, recipe, measurement, device, threads) for recipe in recipes]
     out = out.expanduser().resolve()
     with _alone_in(out):
-        done = {record.conditions.get("cell"): record for record in read_records(out / RESULTS, repair=True)}
+        done = {record.conditions.get("cell"): record for record in read_records(out / RESULTS_FILE, repair=True)}
         chains: dict[str, list[Cell]] = {}
         for cell in cells:
             if cell.key in done:
@@ -120,7 +118,7 @@ def compare(
         with _on_ray(ray, threads) if ray is not None else _in_processes(jobs) as pool:
             for cell, outcome in _outcomes(pool, list(chains.values()), out, listener):
                 if isinstance(outcome, Record):
-                    append_records(out / RESULTS, [outcome])
+                    append_records(out / RESULTS_FILE, [outcome])
                     done[cell.key] = outcome
                 listener(cell, outcome)
     return [done[cell.key] for cell in cells if cell.key in done]

@@ -24,6 +24,7 @@ from dfrot.spec import TensorSpec
 from dfrot.version import __version__
 
 SCHEMA = 1
+RESULTS_FILE = "results.jsonl"
 _QPARAM_BYTES = 3  # of one head of one token in a quantized cache: a bfloat16 scale and a byte of zero point
 
 
@@ -53,11 +54,27 @@ class Record:
         return asdict(self)
 
     @staticmethod
-    def from_json(record: dict[str, Any]) -> "Record":
-        """Raises UserError if the record has another schema."""
-        if record.get("schema") != SCHEMA:
-            raise UserError(f"a result record has schema {SCHEMA}, got {record.get('schema')!r}.")
-        return Record(**record)
+    def from_json(record: Any) -> "Record":
+        """Raises UserError if it is no record, or has another schema."""
+        if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+            given = record.get("schema") if isinstance(record, dict) else record
+            raise UserError(f"a result record has schema {SCHEMA}, got {given!r}.")
+        if not isinstance(record.get("model"), str) or not isinstance(record.get("recipe"), dict | None):
+            raise UserError("the model of a result record is a text, its recipe an object or null.")
+        for name in ("metrics", "size", "timings_s", "conditions"):
+            part = record.get(name)
+            if not isinstance(part, dict) or (name != "conditions" and not all(map(is_number, part.values()))):
+                raise UserError(
+                    f"the {name} of a result record are an object{'' if name == 'conditions' else ' of numbers'}."
+                )
+        try:
+            return Record(**record)
+        except TypeError as error:
+            raise UserError(f"this is not a result record: {error}") from error
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def append_records(path: Path, records: list[Record]) -> None:
@@ -97,8 +114,10 @@ def read_records(path: Path, *, repair: bool = False) -> list[Record]:
     for number, line in enumerate(whole.splitlines(), start=1):
         try:
             records.append(Record.from_json(json.loads(line)))
-        except (ValueError, TypeError, AttributeError, UserError) as error:
-            raise UserError(f"{path}, line {number}: not a result record: {error}") from error
+        except (ValueError, RecursionError) as error:  # a UserError is a ValueError
+            raise UserError(
+                f"{path}, line {number}: not a result record: {error} Remove that line, or run `dfrot compare` again."
+            ) from error
     return records
 
 

@@ -1,0 +1,81 @@
+"""What records are called in tables, figures and captions."""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from dfrot.recipe import METHOD_OPTIONS, WEIGHT_OPTIONS
+from dfrot.results import Record
+
+# Kinds of metrics in the order in which they are shown.
+METRICS = {
+    "ppl": "perplexity",
+    "kl": "KL divergence",
+    "top1": "top-1 agreement",
+    "zero_shot_average": "zero-shot average",
+    "acc": "acc",
+    "acc_norm": "acc norm",
+}
+# Conditions that two records must share for their numbers to be comparable, beside model and recipe.
+SETTING = ("text", "tokens", "seq_len", "limit", "num_fewshot", "dtype", "device", "backend")
+
+
+def shown(metric: str) -> str:
+    """A metric's name for readers: "ppl/wikitext2" → "perplexity wikitext2"."""
+    kind, _, what = metric.partition("/")
+    return shorten(f"{METRICS.get(kind, kind)} {what}".strip())
+
+
+def metrics_of(records: Iterable[Record]) -> list[str]:
+    """All metrics of the records, in the order in which they are shown."""
+    kinds = list(METRICS)
+
+    def rank(metric: str) -> tuple[int, str]:
+        kind = metric.partition("/")[0]
+        return (kinds.index(kind) if kind in kinds else len(kinds), metric)
+
+    return sorted({metric for record in records for metric in record.metrics}, key=rank)
+
+
+def lower_is_better(metric: str) -> bool:
+    return metric.startswith(("ppl/", "kl/"))
+
+
+def recipe_label(record: Record) -> str:
+    """Method, weight quantizer, spec and options that are not the default."""
+    if record.recipe is None:
+        return "unquantized"
+    names = (record.recipe.get(key) for key in ("method", "weights", "spec"))
+    return " ".join(shorten(str(word)) for word in (*names, deviations(record.recipe)) if word)
+
+
+def deviations(recipe: Mapping[str, Any]) -> str:
+    """The options of method and weight quantizer that are not their default: "gamma 1, steps 50"."""
+    found = []
+    for kinds, name, options in ((METHOD_OPTIONS, "method", "options"), (WEIGHT_OPTIONS, "weights", "weight_options")):
+        kind = kinds.get(str(recipe.get(name)))
+        defaults = {} if kind is None else dataclasses.asdict(kind())
+        given = recipe.get(options)
+        for option, value in given.items() if isinstance(given, dict) else ():
+            if option not in defaults or defaults[option] != value:
+                name = option.replace("_", " ")
+                found.append(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}")
+    return shorten(", ".join(found))
+
+
+def setting(record: Record) -> str:
+    """Equal for records whose metrics can be compared: one model, measured alike."""
+    return json.dumps([record.model, {key: record.conditions.get(key) for key in SETTING}], sort_keys=True)
+
+
+def without_seed(record: Record) -> str:
+    """Equal for records that differ in the seed only."""
+    recipe = {key: value for key, value in (record.recipe or {}).items() if key != "seed"}
+    return setting(record) + json.dumps(recipe, sort_keys=True)
+
+
+def shorten(text: str, most: int = 120) -> str:
+    """A text of at most so many characters; what is cut out of its middle is marked."""
+    half = (most - 1) // 2
+    return text if len(text) <= most else f"{text[:half]}…{text[-half:]}"
