@@ -320,7 +320,7 @@ def kurtosis(inspection: Inspection) -> Figure | None:
     medians = ", ".join(f"{name} {number(statistics.median(values))}" for name, values in series.items() if values)
     return _by_norm(
         *(inspection, series, "kurtosis", "kurtosis of norm outputs", "kurtosis"),
-        f"A normal distribution has 3 (the dotted line). Median of the norms: {medians}.",
+        f"A normal distribution has 3 (the dashed line). Median of the norms: {medians}.",
         reference=3.0,
     )
 
@@ -597,7 +597,7 @@ def _layout(height: int, **more: Any) -> dict[str, Any]:
 def _axis(title: str, values: Sequence[float] = (), **more: Any) -> dict[str, Any]:
     """An axis; logarithmic if the values span much."""
     axis: dict[str, Any] = {
-        **{"title": {"text": title}, "automargin": True, "zeroline": False},
+        **{"title": {"text": title, "standoff": 12}, "automargin": True, "zeroline": False},
         **{"showline": True, "linecolor": LINE, "gridcolor": GRID, "ticks": "outside", "tickcolor": LINE},
         **more,
     }

@@ -121,7 +121,7 @@ def _summary(records: Sequence[Record], inspection: Inspection | None) -> str:
     if records:
         quantized = sum(record.recipe is not None for record in records)
         texts = sorted({metric.partition("/")[2] for record in records for metric in record.metrics} - {""})
-        cells = f"{len(records)} cells, {quantized} of them quantized"
+        cells = f"{len(records)} cell{'s' if len(records) > 1 else ''}, {quantized} of them quantized"
         lines.append(f"{cells}, measured on {', '.join(map(named, texts))}.")
     if inspection is not None:
         lines.append(
