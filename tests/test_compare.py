@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,13 +20,16 @@ from dfrot import pipeline
 from dfrot.checkpoint.load import checkpoint_recipe
 from dfrot.compare import Cell, compare
 from dfrot.errors import UserError
+from dfrot.evaluation.inspect import inspect
 from dfrot.evaluation.run import Measurement
 from dfrot.grid import recipes
 from dfrot.methods.context import Context
 from dfrot.published import published
 from dfrot.recipe import Recipe
+from dfrot.report import report
 from dfrot.results import Record, read_records
 from dfrot.transform.sites import Transforms
+from tests.browser import Visit, in_browser
 
 Tiny = Callable[[str], Path]
 GRID = ("--methods", "none,quarot", "--weights", "rtn", "--specs", "w4a4kv4,w4a4kv16", "--threads", "1", "--jobs", "2")
@@ -64,6 +68,22 @@ def test_every_cell_of_the_grid_and_the_model_as_it_is_are_measured(uninterrupte
     assert len(found) == 5
     assert set(cells) == {None, "none", "quarot"}
     assert {record["model"] for record in found} == {str(tiny("llama"))}
+
+
+@in_browser
+def test_the_report_of_a_real_comparison_and_inspection_opens_in_a_browser(
+    uninterrupted: Path, browser: Any, tiny: Tiny, text_file: Path, tmp_path: Path
+) -> None:
+    shutil.copyfile(uninterrupted / "results.jsonl", tmp_path / "results.jsonl")
+    inspect(str(tiny("llama")), tmp_path, rotations=("none", "RH"), text=str(text_file), seq_len=32)
+    visit = Visit(browser, report(tmp_path))
+    assert (visit.errors, visit.requests) == ([], [(tmp_path / "report.html").as_uri()])
+    rows = visit.page.locator("#results-table tbody:visible")
+    assert rows.count() == 5
+    visit.page.get_by_label("filter", exact=True).fill("quarot")
+    assert rows.count() == 2
+    assert visit.page.locator(".plot .main-svg").count() > 0
+    visit.context.close()
 
 
 def test_a_comparison_that_is_killed_again_and_again_ends_like_one_that_is_not(

@@ -13,7 +13,8 @@ from dfrot.evaluation.run import Measurement, evaluate
 from dfrot.models.source import open_source
 from dfrot.results import model_size
 
-WIKITEXT = Path(__file__).parents[2] / "shared" / "data" / "wikitext2" / "wiki.test.raw"
+DATA = Path(__file__).parents[2] / "shared" / "data"
+WIKITEXT = DATA / "wikitext2" / "wiki.test.raw"
 
 pytestmark = [
     pytest.mark.embedded,
@@ -28,6 +29,24 @@ def test_perplexity_on_wikitext_is_the_published_one(tmp_path: Path) -> None:
     assert main([*words, "--json", str(tmp_path / "record.json")]) == 0
     record = json.loads((tmp_path / "record.json").read_text())
     assert record["metrics"]["ppl/wiki.test.raw"] == pytest.approx(19.13, abs=0.05)
+
+
+@pytest.mark.skipif(not (DATA / "lm_eval_tasks").is_dir(), reason=f"needs tasks with their data in {DATA}")
+@pytest.mark.filterwarnings("ignore")  # lm-eval's own
+def test_accuracies_are_those_that_lm_eval_gives_by_itself(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    words = ("--tasks", "piqa_local,arc_easy_local", "--task-path", str(DATA / "lm_eval_tasks"), "--limit", "250")
+    assert main(["eval", "smollm2-135m", *words]) == 0
+    shown = dict(line.split(" ")[:2] for line in capsys.readouterr().out.splitlines())
+    assert shown == {
+        "acc/piqa_local": "0.6360",
+        "acc_norm/piqa_local": "0.6560",
+        "acc/arc_easy_local": "0.5000",
+        "acc_norm/arc_easy_local": "0.4520",
+        "zero_shot_average": "0.5540",
+    }
 
 
 def test_rotation_without_quantization_leaves_perplexity_unchanged(tmp_path: Path) -> None:

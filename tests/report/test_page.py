@@ -1,7 +1,6 @@
 """The page as a reader meets it: in a browser, from a file, without a network."""
 
 import builtins
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,9 @@ from dfrot.report.contents import read_inspection
 from dfrot.report.figures import figures
 from dfrot.report.images import save_images
 from dfrot.results import append_records
+from tests.browser import Visit, in_browser
 from tests.report.records import TEXT, record, records, write_inspection, write_results
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-in_browser = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
 SURFACES = ("none", "RH")  # each takes a second to draw without a GPU
 HOSTILE = (
     "<script>alert(1)</script>",
@@ -32,43 +30,11 @@ HOSTILE = (
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        launched = playwright.chromium.launch(
-            executable_path=CHROMIUM, args=["--no-sandbox", "--enable-unsafe-swiftshader"]
-        )
-        yield launched
-        launched.close()
-
-
-@pytest.fixture(scope="module")
 def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("report")
     write_results(directory)
     write_inspection(directory, blocks=3, tokens=64, width=48, names=SURFACES)
     return report(directory)
-
-
-class Visit:
-    """A page that is open, and what went on while it was."""
-
-    def __init__(self, browser: Any, path: Path, width: int = 1440) -> None:
-        self.context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme="light")
-        self.requests: list[str] = []
-        self.errors: list[str] = []
-        self.page = self.context.new_page()
-        self.context.on("request", lambda request: self.requests.append(request.url))
-        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
-        self.page.on("console", lambda told: self.errors.append(told.text) if told.type == "error" else None)
-        self.page.on("dialog", self._dismiss)
-        self.page.goto(path.as_uri())
-        self.page.wait_for_selector("html[data-drawn]", timeout=60_000)
-
-    def _dismiss(self, dialog: Any) -> None:
-        self.errors.append(dialog.message)
-        dialog.dismiss()
 
 
 @pytest.fixture(scope="module")
