@@ -5,7 +5,8 @@
 #
 # Hardware: one GPU that holds the model in 16 bits for evaluation (7B: 24 GB, 13B: 40 GB), and host memory for the hidden
 # states of 128 × 2048 tokens, twice (7B: 9 GB; --spill keeps them on disk). Not run by us yet: no GPU was at hand.
-# Expected WikiText-2 perplexity, sequence 2048, from the paper (arXiv 2412.00648), QuaRot / DFRot:
+# Zero-shot tasks need lm-eval: pip install "dfrot[eval]". Expected WikiText-2 perplexity, sequence 2048, from the paper (arXiv
+# 2412.00648), QuaRot / DFRot:
 #
 #                unquantized   w4a4kv4 rtn     w4a4kv4 gptq    w4a4kv16 rtn    w4a4kv16 gptq
 #   llama2-7b    5.47          9.04 / 7.68     6.27 / 6.21     8.69 / 7.47     6.20 / 6.14
@@ -28,8 +29,9 @@ esac
 out=${2:?output directory}
 device=${3:-cuda}
 mkdir -p "$out"
+zero_shot=piqa,winogrande,hellaswag,arc_easy,arc_challenge,lambada_openai
 
-dfrot eval "$model" --ppl wikitext2 --device "$device" --json "$out/unquantized.json"
+dfrot eval "$model" --ppl wikitext2 --tasks $zero_shot --device "$device" --json "$out/unquantized.json"
 for weights in "rtn" "gptq --act-order False --calib-tokens 262144"; do
   for spec in w4a4kv4 w4a4kv16; do
     for method in "quarot" "dfrot --objective paper" "dfrot"; do
@@ -37,7 +39,7 @@ for weights in "rtn" "gptq --act-order False --calib-tokens 262144"; do
       # shellcheck disable=SC2086 — the words of method and weights are meant to be split
       dfrot quantize "$model" -o "$out/$name" --method $method --weights $weights --spec "$spec" \
         --calib wikitext2 --device "$device"
-      dfrot eval "$out/$name" --ppl wikitext2 --device "$device" --json "$out/$name.json"
+      dfrot eval "$out/$name" --ppl wikitext2 --tasks $zero_shot --device "$device" --json "$out/$name.json"
     done
   done
 done

@@ -4,7 +4,8 @@
 #   runs/duquant.sh llama2-7b OUT [DEVICE]
 #
 # Hardware: one GPU that holds a decoder block and 128 × 2048 hidden states in float32, twice for LWC (7B: 24 GB, 13B: 40 GB).
-# Not run by us yet: no GPU was at hand. Expected WikiText-2 perplexity, sequence 2048, from the paper (arXiv 2406.01721):
+# Not run by us yet: no GPU was at hand. Zero-shot tasks and MMLU need lm-eval: pip install "dfrot[eval]". Expected WikiText-2
+# perplexity, sequence 2048, from the paper (arXiv 2406.01721):
 #
 #                unquantized   DuQuant   DuQuant + LWC
 #   llama2-7b    5.47          6.28      6.08
@@ -27,14 +28,15 @@ esac
 out=${2:?output directory}
 device=${3:-cuda}
 mkdir -p "$out"
+zero_shot=piqa,arc_easy,arc_challenge,hellaswag,winogrande,mmlu
 
-dfrot eval "$model" --ppl wikitext2 c4 --device "$device" --json "$out/unquantized.json"
+dfrot eval "$model" --ppl wikitext2 c4 --tasks $zero_shot --device "$device" --json "$out/unquantized.json"
 for weights in "rtn" "lwc --calib-tokens 262144" "gptq --calib-tokens 262144 --weight-clip search"; do
   for base in none quarot; do
     name=duquant-$base-${weights%% *}
     # shellcheck disable=SC2086 — the words of the weight quantizer are meant to be split
     dfrot quantize "$model" -o "$out/$name" --method duquant --base $base --preset duquant --weights $weights \
       --spec w4a4kv4 --calib wikitext2 --device "$device"
-    dfrot eval "$out/$name" --ppl wikitext2 c4 --device "$device" --json "$out/$name.json"
+    dfrot eval "$out/$name" --ppl wikitext2 c4 --tasks $zero_shot --device "$device" --json "$out/$name.json"
   done
 done
