@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 from dfrot.errors import EnvironmentFault, UserError
 
@@ -57,7 +58,7 @@ def zero_shot(
     """
     try:
         with _quiet():
-            import lm_eval
+            from lm_eval import evaluator
             from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise EnvironmentFault("zero-shot tasks need the package lm-eval: pip install 'dfrot[eval]'.") from error
@@ -72,10 +73,18 @@ def zero_shot(
                 f"lm-eval has no task '{unknown[0]}'. `lm-eval ls tasks` lists them; --task-path adds others."
             )
         wrapped = _wrapped(model, tokenizer, batch_size)
+        # it would gather what is installed, which takes seconds, and ask git, which complains outside of a repository
+        bare = mock.patch.multiple(evaluator, add_env_info=lambda results: None, get_git_commit_hash=lambda: None)
         try:
-            found = lm_eval.simple_evaluate(
-                wrapped, tasks=list(tasks), task_manager=manager, limit=limit, log_samples=False, bootstrap_iters=100
-            )
+            with bare:
+                found = evaluator.simple_evaluate(
+                    wrapped,
+                    tasks=list(tasks),
+                    task_manager=manager,
+                    limit=limit,
+                    log_samples=False,
+                    bootstrap_iters=100,
+                )
         except (OSError, ConnectionError, ValueError) as error:  # datasets' own errors are some of these
             raise EnvironmentFault(f"lm-eval cannot run {', '.join(tasks)}: {error}") from error
     assert found is not None, "only other processes than the first get None"
