@@ -117,7 +117,8 @@ class LiveTable:
             return f"{finished} of {len(self._cells)} cells"
         at_a_time = max(1, sum(isinstance(state, float) for state in self._state.values()))
         seconds = left * sum(self._measured) / len(self._measured) / at_a_time
-        return f"{finished} of {len(self._cells)} cells, about {seconds / 60:.0f} minutes to go"
+        time_left = f"{seconds / 60:.0f} minutes" if seconds > 120 else f"{seconds:.0f} seconds"
+        return f"{finished} of {len(self._cells)} cells, about {time_left} to go"
 
 
 def _name(recipe: Recipe | None) -> tuple[str, str, str, str]:
