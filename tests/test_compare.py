@@ -1,6 +1,7 @@
 """Comparisons: what is shared, what survives a kill, what a cluster computes."""
 
 import fcntl
+import io
 import json
 import os
 import random
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 import dfrot
 from dfrot import pipeline
@@ -22,7 +24,7 @@ from dfrot.compare import Cell, compare
 from dfrot.errors import UserError
 from dfrot.evaluation.inspect import inspect
 from dfrot.evaluation.run import Measurement
-from dfrot.grid import recipes
+from dfrot.grid import LiveTable, recipes
 from dfrot.methods.context import Context
 from dfrot.published import published
 from dfrot.recipe import Recipe
@@ -205,6 +207,26 @@ def test_a_grid_has_every_combination_once() -> None:
         recipes(("none",), ("rtn",), ("w4a4kv4",), ("one",))
     with pytest.raises(UserError, match="at least one method"):
         recipes((), ("rtn",), ("w4a4kv4",), ("0",))
+
+
+def test_the_table_shows_what_papers_report_and_fits_a_terminal() -> None:
+    cells = [None, Recipe.parse("dfrot", "gptq")]
+    console = Console(width=60, file=io.StringIO())
+    table = LiveTable(cells, console)
+    metrics = {"perplexity/a": 3.0, "acc/a": 0.25, "acc/b": 0.5, "acc_norm/b": 0.75, "zero_shot_average": 0.5}
+    for recipe in cells:
+        cell = Cell("m", "", recipe, Measurement(("pydoc",)), "cpu", 1)
+        table.hear(cell, Record("m", None, metrics, {"weight_bytes": 5e6}, {}, {}))
+    console.print(table.table())
+    shown = [line.split() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
+    rows = [[word for word in line if word != "│"] for line in shown if line and line[0] == "│"]
+    assert rows == [
+        ["acc/a", "0.2500", "0.2500"],
+        ["acc_norm/b", "0.7500", "0.7500"],
+        ["zero_shot_average", "0.5000", "0.5000"],
+        ["MB", "5.0", "5.0"],
+        ["done", "done"],
+    ]
 
 
 def test_a_cell_that_fails_is_said_and_the_others_go_on(tiny: Tiny, text_file: Path, tmp_path: Path) -> None:

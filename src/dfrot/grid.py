@@ -2,16 +2,17 @@
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
-from rich.text import Text
 
 from dfrot.compare import Cell
 from dfrot.errors import UserError
+from dfrot.evaluation.zero_shot import REPORTED
 from dfrot.recipe import Recipe
 from dfrot.results import Record
 
@@ -85,31 +86,40 @@ class LiveTable:
             self._console.print(f"{name}: {told}", soft_wrap=True, highlight=False, markup=False)
 
     def table(self) -> Table:
+        """A row for every cell; where there are more metrics than cells, a column."""
         records = [state for state in self._state.values() if isinstance(state, Record)]
-        metrics = list(dict.fromkeys(metric for record in records for metric in record.metrics))
-        table = Table("method", "weights", "spec", "seed", caption=self._caption(len(records)))
-        for metric in metrics:
-            table.add_column(metric, justify="right")
-        table.add_column("MB", justify="right")
-        table.add_column("")
-        for recipe in self._cells:
-            state = self._state.get(recipe)
-            numbers, note = [""] * (len(metrics) + 1), Text("waits", style="dim")
-            if isinstance(state, Record):
-                beside = state.conditions.get("published", {})
-                numbers = [
-                    _number(state.metrics.get(metric))
-                    + (f" ({beside[metric]['value']:g} published)" if metric in beside else "")
-                    for metric in metrics
-                ]
-                numbers.append(f"{state.size['weight_bytes'] / 1e6:.1f}")
-                note = Text("done", style="green")
-            elif isinstance(state, Exception):
-                note = Text(f"failed: {state}", style="red")
-            elif state is not None:
-                note = Text(f"{time.monotonic() - state:.0f} s …", style="yellow")
-            table.add_row(*_name(recipe), *numbers, note)
+        metrics = _reported(dict.fromkeys(metric for record in records for metric in record.metrics))
+        lines = [["method", "weights", "spec", "seed", *metrics, "MB", ""]]
+        lines += [[*_name(recipe), *self._numbers(recipe, metrics)] for recipe in self._cells]
+        table = Table(caption=self._caption(len(records)))
+        if across := len(metrics) > len(self._cells):
+            names, lines = lines[0][:4], [list(line) for line in zip(*lines, strict=True)]
+            lines = [*lines[len(names) :]]
+            heads = ["", *("\n".join(filter(None, _name(recipe))) for recipe in self._cells)]
+        else:
+            heads, *lines = lines
+        for number, head in enumerate(heads):
+            table.add_column(head, justify="right" if number and (across or 4 <= number < len(heads) - 1) else "left")
+        for line in lines:
+            table.add_row(*line)
         return table
+
+    def _numbers(self, recipe: Recipe | None, metrics: Sequence[str]) -> list[str]:
+        """What is known of a cell: its metrics, its size, how it stands."""
+        state = self._state.get(recipe)
+        if isinstance(state, Record):
+            beside = state.conditions.get("published", {})
+            numbers = [
+                _number(state.metrics.get(metric))
+                + (f" ({beside[metric]['value']:g} published)" if metric in beside else "")
+                for metric in metrics
+            ]
+            return [*numbers, f"{state.size['weight_bytes'] / 1e6:.1f}", "[green]done[/]"]
+        if isinstance(state, Exception):
+            note = f"[red]failed: {escape(str(state))}[/]"
+        else:
+            note = "[dim]waits[/]" if state is None else f"[yellow]{time.monotonic() - state:.0f} s …[/]"
+        return [*[""] * (len(metrics) + 1), note]
 
     def _caption(self, finished: int) -> str:
         left = len(self._cells) - finished - sum(isinstance(state, Exception) for state in self._state.values())
@@ -126,6 +136,14 @@ def _name(recipe: Recipe | None) -> tuple[str, str, str, str]:
         return "unquantized", "", "", ""
     weights = recipe.weights_name if recipe.spec.weights.quantizes else ""
     return recipe.method_name, weights, str(recipe.spec), str(recipe.seed)
+
+
+def _reported(metrics: Iterable[str]) -> list[str]:
+    """Of a task's metrics the one that papers report."""
+    found = list(metrics)
+    tasks = {metric.partition("/")[2] for metric in found if metric.startswith("acc")}
+    kept = {next(f"{name}/{task}" for name in REPORTED if f"{name}/{task}" in found) for task in tasks}
+    return [metric for metric in found if metric.partition("/")[2] not in tasks or metric in kept]
 
 
 def _told(record: Record) -> str:
