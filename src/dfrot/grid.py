@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 
 from rich.console import Console
@@ -12,9 +12,8 @@ from rich.table import Table
 
 from dfrot.compare import Cell
 from dfrot.errors import UserError
-from dfrot.evaluation.zero_shot import REPORTED
 from dfrot.recipe import Recipe
-from dfrot.results import Record
+from dfrot.results import Record, reported
 
 
 def recipes(
@@ -88,7 +87,7 @@ class LiveTable:
     def table(self) -> Table:
         """A row for every cell; where there are more metrics than cells, a column."""
         records = [state for state in self._state.values() if isinstance(state, Record)]
-        metrics = _reported(dict.fromkeys(metric for record in records for metric in record.metrics))
+        metrics = reported(dict.fromkeys(metric for record in records for metric in record.metrics))
         lines = [["method", "weights", "spec", "seed", *metrics, "MB", ""]]
         lines += [[*_name(recipe), *self._numbers(recipe, metrics)] for recipe in self._cells]
         table = Table(caption=self._caption(len(records)))
@@ -136,14 +135,6 @@ def _name(recipe: Recipe | None) -> tuple[str, str, str, str]:
         return "unquantized", "", "", ""
     weights = recipe.weights_name if recipe.spec.weights.quantizes else ""
     return recipe.method_name, weights, str(recipe.spec), str(recipe.seed)
-
-
-def _reported(metrics: Iterable[str]) -> list[str]:
-    """Of a task's metrics the one that papers report."""
-    found = list(metrics)
-    tasks = {metric.partition("/")[2] for metric in found if metric.startswith("acc")}
-    kept = {next(f"{name}/{task}" for name in REPORTED if f"{name}/{task}" in found) for task in tasks}
-    return [metric for metric in found if metric.partition("/")[2] not in tasks or metric in kept]
 
 
 def _told(record: Record) -> str:

@@ -5,8 +5,8 @@ import json
 from importlib import resources
 from typing import Any, TypedDict
 
-from dfrot.evaluation.zero_shot import AVERAGE
 from dfrot.recipe import Recipe
+from dfrot.results import AVERAGE
 from dfrot.texts import text_label
 
 

@@ -7,6 +7,7 @@ import platform
 import resource
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from dfrot.version import __version__
 
 SCHEMA = 1
 RESULTS_FILE = "results.jsonl"
+AVERAGE = "zero_shot_average"  # of what `REPORTED` picks for each task
+REPORTED = ("acc_norm", "acc")  # the first that a task has is what papers report
 _QPARAM_BYTES = 3  # of one head of one token in a quantized cache: a bfloat16 scale and a byte of zero point
 
 
@@ -71,6 +74,14 @@ class Record:
             return Record(**record)
         except TypeError as error:
             raise UserError(f"this is not a result record: {error}") from error
+
+
+def reported(metrics: Iterable[str]) -> list[str]:
+    """Of the metrics of each task the one that papers report, and all others."""
+    found = list(metrics)
+    tasks = {metric.partition("/")[2] for metric in found if metric.startswith(("acc/", "acc_norm/"))}
+    kept = {next(f"{name}/{task}" for name in REPORTED if f"{name}/{task}" in found) for task in tasks}
+    return [metric for metric in found if metric.partition("/")[2] not in tasks or metric in kept]
 
 
 def is_number(value: Any) -> bool:

@@ -15,9 +15,8 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 from dfrot.errors import EnvironmentFault, UserError
+from dfrot.results import AVERAGE, REPORTED
 
-AVERAGE = "zero_shot_average"
-REPORTED = ("acc_norm", "acc")  # the first that a task has
 _BATCH_TOKENS = 2048  # of a batch on a CPU; more are no faster there, and their logits take gigabytes
 
 

@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 
 from dfrot.report.contents import Inspection, is_finite
 from dfrot.report.words import deviations, lower_is_better, metrics_of, recipe_label, shorten, shown, without_seed
-from dfrot.results import Record
+from dfrot.results import AVERAGE, Record, reported
 
 CURVE_POINTS = 600  # of one curve; a screen is not wider
 MASSIVE_POINTS = 200  # marks of massive tokens on one curve
@@ -127,6 +127,9 @@ def by_recipe(records: Sequence[Record], metric: str) -> Figure | None:
     values = [record.metrics[metric] for record in cells]
     whole = _unquantized(records, metric)
     axis = _axis(plain(shown(metric)), values + whole if lower_is_better(metric) else ())
+    if "range" not in axis:
+        margin = 0.06 * (max(values + whole) - min(values + whole)) or 0.5
+        axis["range"] = [min(values + whole) - margin, max(values + whole) + margin]
     layout = _layout(
         150 + 34 * len(lines),
         xaxis=axis,
@@ -201,49 +204,55 @@ def against_bits(records: Sequence[Record], metric: str) -> Figure | None:
 
 
 def zero_shot(records: Sequence[Record]) -> Figure | None:
-    """Accuracies: a panel per task, a bar per method and recipe, which is the mean of its seeds."""
-    tasks = [metric for metric in metrics_of(records) if metric.startswith(("acc/", "acc_norm/", "zero_shot_average"))]
+    """Accuracies that papers report: a bar per task and recipe, which is the mean of its seeds."""
+    found = metrics_of(records)
+    tasks = [metric for metric in reported(found) if metric.startswith(("acc/", "acc_norm/")) or metric == AVERAGE]
     cells = [record for record in records if record.recipe and any(task in record.metrics for task in tasks)]
     if not cells:
         return None
-    groups = {group[0].model + recipe_label(group[0]): group for group in by_seeds(cells)}
+    names = [plain(shown(task) if task == AVERAGE else task.partition("/")[2]) for task in tasks]
+    groups = {recipe_label(group[0]): group for group in by_seeds(cells)}
     means = {
         label: [mean(record.metrics.get(task) for record in group) for task in tasks] for label, group in groups.items()
     }
-    data = [
-        {
-            **{"type": "bar", "name": plain(method), "legendgroup": plain(method), "showlegend": panel == 1},
-            **{"yaxis": _panel("y", panel), "marker": {"color": style(method).colour}},
-            "x": [_line(groups[label][0]) for label in chosen],
-            "y": digits(means[label][panel - 1] for label in chosen),
-            "hovertemplate": "%{fullData.name} %{x}<br>%{y:.4f}<extra></extra>",
-        }
-        for method in dict(_by_method(cells))
-        if (chosen := [label for label, group in groups.items() if _method(group[0]) == method])
-        for panel in range(1, len(tasks) + 1)
-    ]
+    data: list[dict[str, Any]] = []
+    for method, of_method in _by_method([group[0] for group in groups.values()]):
+        for place, label in enumerate(map(recipe_label, of_method)):
+            shade = 1 - 0.7 * place / len(of_method)  # a method has one colour
+            marker = {"color": style(method).colour, "opacity": shade}
+            data.append(
+                {
+                    **{"type": "bar", "name": plain(label), "marker": marker, "x": names, "y": digits(means[label])},
+                    "hovertemplate": "%{fullData.name}<br>%{x} %{y:.4f}<extra></extra>",
+                }
+            )
     whole = [_unquantized(records, task) for task in tasks]
-    layout = _panels([shown(task) for task in tasks], "", [0.0, *itertools.chain(*whole, *means.values())], x="")
-    layout["barmode"] = "group"
-    layout["shapes"] = [
-        {**_rule("y", value), "yref": _panel("y", panel)}
-        for panel, values in enumerate(whole, start=1)
-        for value in values
-    ]
+    if any(whole):
+        look = {"symbol": "line-ew-open", "size": 28, "color": style("unquantized").colour, "line": {"width": 2}}
+        data.append(
+            {
+                **{"type": "scatter", "mode": "markers", "name": "unquantized", "marker": look},
+                "x": [name for name, values in zip(names, whole, strict=True) for _ in values],
+                "y": digits(value for values in whole for value in values),
+                "hovertemplate": "unquantized<br>%{x} %{y:.4f}<extra></extra>",
+            }
+        )
     best = []
-    for place, task in enumerate(tasks):
+    for place, name in enumerate(names):
         if known := [(value, label) for label, values in means.items() if (value := values[place]) is not None]:
             value, label = max(known)
-            best.append(f"{shown(task)} {number(value)} ({recipe_label(groups[label][0])})")
-    dashed = " Dashed: unquantized." if any(whole) else ""
+            best.append(f"{name} {number(value)} ({label})")
+    layout = _layout(
+        420, xaxis=_axis("", type="category"), yaxis=_axis("accuracy", rangemode="tozero"), barmode="group"
+    )
     return Figure(
         "zero-shot",
         "results",
         "zero-shot accuracy",
-        f"Means of the seeds. Best: {', '.join(best)}.{dashed}",
+        f"Means of the seeds; acc_norm where a task has it, else acc. Best: {', '.join(best)}.",
         {"data": data, "layout": layout},
         ["recipe", *map(shown, tasks)],
-        [[recipe_label(groups[label][0]), *values] for label, values in means.items()],
+        [[label, *values] for label, values in means.items()],
     )
 
 

@@ -6,14 +6,14 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dfrot.recipe import METHOD_OPTIONS, WEIGHT_OPTIONS
-from dfrot.results import Record
+from dfrot.results import AVERAGE, Record
 
 # Kinds of metrics in the order in which they are shown.
 METRICS = {
     "ppl": "perplexity",
     "kl": "KL divergence",
     "top1": "top-1 agreement",
-    "zero_shot_average": "zero-shot average",
+    AVERAGE: "zero-shot average",
     "acc": "acc",
     "acc_norm": "acc norm",
 }
