@@ -158,7 +158,7 @@ def _fitted(context: Context, writer: CheckpointWriter, shared: Shared) -> Trans
         text = hashlib.sha256(context.calibration().numpy().tobytes()).hexdigest()
     if (kept := writer.load_fit()) is not None:
         record, tensors = kept
-        if record["text"] != text:
+        if record.get("text") != text:
             raise UserError(
                 f"{writer.path} holds an interrupted run whose calibration text was another, though it had the same "
                 "name. Resume with that text, choose another -o directory, or --overwrite it."
@@ -289,8 +289,13 @@ def _finish(context: Context, transforms: Transforms, plan: RuntimePlan, writer:
         source.tokenizer().save_pretrained(writer.path)
         if (settings := source.path / "generation_config.json").is_file():
             shutil.copyfile(settings, writer.path / settings.name)
-    except OSError as error:
-        raise EnvironmentFault(f"cannot write the tokenizer to {writer.path}: {error}") from error
+    except ValueError as error:  # of transformers: names in its files that lead out of the directory
+        raise UserError(f"the tokenizer of {source.path} cannot be kept: {error}") from error
+    except Exception as error:  # tokenizers reports a full disk as a plain Exception
+        raise EnvironmentFault(
+            f"cannot write the tokenizer to {writer.path}: {error}. Make room or allow writing. "
+            "The same command with --resume instead of --overwrite continues."
+        ) from error
     if by_block := writer.shard_notes():
         context.notes["weights_by_block"] = by_block
     writer.finish(config, context.notes)
