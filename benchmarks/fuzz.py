@@ -4,8 +4,8 @@
     python benchmarks/fuzz.py config --only 4711      # one input again, with its traceback
 
 A reader may return, or raise a UserError or an EnvironmentFault; another exception, a hang, a crash, a gigabyte of
-memory or a file outside its directory is a failure, and the exit code 1. Inputs of `load`, `tokenizer` and `gguf-model`
-mostly pass through code of transformers, which takes up to a second for each: those get a twentieth of the inputs.
+memory or a file outside its directory is a failure, and the exit code 1. Inputs of `load` and `tokenizer`
+mostly pass through code of transformers, which takes a while for each: those get a twentieth of the inputs.
 """
 
 import argparse

@@ -20,6 +20,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import torch
 from safetensors.torch import load, save
 
@@ -27,6 +29,7 @@ import dfrot
 from dfrot.checkpoint.load import checkpoint_recipe
 from dfrot.checkpoint.save import CheckpointWriter, is_ours, read_fit, write_fit
 from dfrot.errors import EnvironmentFault, UserError
+from dfrot.models.gguf import check_structure
 from dfrot.models.source import load_tokenizer, open_safetensors, open_source, read_config, stored_tensors, weight_files
 from dfrot.recipe import Recipe
 from dfrot.report.contents import read_inspection
@@ -132,6 +135,11 @@ def readers(scratch: Path) -> dict[str, Reader]:
             {"a.jsonl": rows, "a.jsonl.gz": gzip.compress(rows, mtime=0), "wiki.a.raw": b" \n = A = \n text \n"},
             {"a.jsonl": _line, "a.jsonl.gz": _packed_line, "wiki.a.raw": mutated_bytes},
         ),
+        "gguf": Reader(
+            _gguf,
+            {"a.gguf": small_gguf(scratch / "a.gguf")},
+            {"a.gguf": mutated_bytes},
+        ),
         "load": Reader(
             dfrot.load,
             checkpoint,
@@ -143,6 +151,21 @@ def readers(scratch: Path) -> dict[str, Reader]:
         ),
         "tokenizer": Reader(load_tokenizer, model, _json("tokenizer.json", "tokenizer_config.json"), "transformers"),
     }
+
+
+def small_gguf(path: Path) -> bytes:
+    """A GGUF file with metadata of all kinds and two tensors."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(1)
+    writer.add_rope_freq_base(1e4)
+    writer.add_token_list(["<s>", "a", "b"])
+    writer.add_token_scores([0.0, 1.0, 2.0])
+    for name in ("token_embd.weight", "blk.0.attn_q.weight"):
+        writer.add_tensor(name, np.ones((4, 8), np.float32))
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        write()
+    writer.close()
+    return path.read_bytes()
 
 
 def transforms_of_all_kinds() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -245,6 +268,15 @@ def _fit(folder: Path) -> None:
     kept = read_fit(folder / "fit.safetensors")
     assert kept is not None, "the file is there"
     Transforms.from_description(kept[0]["transforms"], kept[1])
+
+
+def _gguf(folder: Path) -> None:
+    """What our check lets through, the package gguf has to get through; its exceptions are caught in `converted`."""
+    check_structure(folder / "a.gguf")
+    try:
+        gguf.GGUFReader(folder / "a.gguf")
+    except Exception as error:
+        raise UserError(f"gguf: {error!r}") from error
 
 
 def _resumed(run: dict[str, Any], folder: Path) -> None:
