@@ -92,15 +92,17 @@ def test_a_disk_that_fills_up_anywhere_leaves_nothing_finished_and_says_resume(t
 def test_a_tokenizer_that_cannot_be_written_is_the_environments_fault(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    model = tiny("llama")
+
     def full(*_: Any) -> None:
         raise Exception("No space left on device (os error 28)")
 
     monkeypatch.setattr("transformers.PreTrainedTokenizerFast.save_pretrained", full)
     with pytest.raises(EnvironmentFault, match=r"No space left.*--resume"):
-        dfrot.quantize(tiny("llama"), RECIPE, tmp_path / "out")
+        dfrot.quantize(model, RECIPE, tmp_path / "out")
     monkeypatch.undo()
     assert not (tmp_path / "out" / "config.json").exists()
-    dfrot.quantize(tiny("llama"), RECIPE, tmp_path / "out", resume=True)
+    dfrot.quantize(model, RECIPE, tmp_path / "out", resume=True)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="what is read-only for others is not for root")
@@ -114,7 +116,7 @@ def test_a_read_only_directory_is_one_message(tiny: Tiny, tmp_path: Path) -> Non
 def test_a_write_that_is_not_permitted_is_one_message(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
-    original = getattr(Path, call)
+    model, original = tiny("llama"), getattr(Path, call)
 
     def denied(path: Path, *given: Any, **named: Any) -> Any:
         if tmp_path in path.parents:
@@ -123,7 +125,7 @@ def test_a_write_that_is_not_permitted_is_one_message(
 
     monkeypatch.setattr(Path, call, denied)
     with pytest.raises(EnvironmentFault, match=r"cannot write to .*Permission denied"):
-        dfrot.quantize(tiny("llama"), RECIPE, tmp_path / "out")
+        dfrot.quantize(model, RECIPE, tmp_path / "out")
     assert not (tmp_path / "out" / "config.json").exists()
 
 
@@ -333,6 +335,34 @@ def test_a_fit_of_something_else_is_refused(tmp_path: Path) -> None:
     save.write_tensors(tmp_path / "fit.safetensors", {"a": torch.ones(1)}, {"record": "["})
     with pytest.raises(UserError, match="holds no fitted rotations"):
         read_fit(tmp_path / "fit.safetensors")
+
+
+@pytest.mark.parametrize("method", ["quarot", "duquant"])
+def test_a_resumed_run_does_not_go_on_with_the_rotations_of_another_model(
+    tiny: Tiny, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    recipe = Recipe.parse(
+        method, "rtn", **({"block": 16} if method == "duquant" else {}), calib=str(text_file), calib_tokens=32
+    )
+    model, out = tiny("llama"), tmp_path / "out"
+
+    def die(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "quantize_block", die)
+    with pytest.raises(KeyboardInterrupt):
+        dfrot.quantize(model, recipe, out)
+    monkeypatch.undo()
+    kept = read_fit(out / save.FIT_FILE)
+    assert kept is not None, "it was written before the first block"
+    record, tensors = kept
+    if method == "duquant":
+        record["transforms"]["inputs"].pop()
+    else:
+        record["transforms"]["values"] = {"type": "identity", "size": 5}
+    write_fit(out / save.FIT_FILE, record, tensors)
+    with pytest.raises(UserError, match="keeps the rotations of another model"):
+        dfrot.quantize(model, recipe, out, resume=True)
 
 
 @pytest.mark.parametrize(

@@ -163,8 +163,11 @@ def _fitted(context: Context, writer: CheckpointWriter, shared: Shared) -> Trans
                 f"{writer.path} holds an interrupted run whose calibration text was another, though it had the same "
                 "name. Resume with that text, choose another -o directory, or --overwrite it."
             )
+        transforms = Transforms.from_description(record["transforms"], tensors)
+        if not transforms.fit(context.source.graph, context.source.config):
+            raise UserError(f"{writer.path} keeps the rotations of another model. Begin again with --overwrite.")
         context.notes.update(record["notes"])
-        return Transforms.from_description(record["transforms"], tensors)
+        return transforms
     depends_on = _depended_on_by_fit(context)
     if (kept := shared.fit(depends_on)) is None:
         transforms = METHODS[context.recipe.method_name](context)

@@ -57,6 +57,16 @@ class InputTransform:
         return block_rotation(self.matrices, self.orders)
 
 
+def _input_widths(config: Config) -> tuple[int, int, int, int]:
+    """Channels that the stages of a block read, in the order in which they run."""
+    return (
+        config.hidden_size,
+        config.num_attention_heads * head_dim(config),
+        config.hidden_size,
+        config.intermediate_size,
+    )
+
+
 def _input_transform(name: str, tensors: Mapping[str, Tensor]) -> InputTransform:
     """The parts that were kept under a name.
 
@@ -124,6 +134,17 @@ class Transforms:
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"these are not the rotations of a run ({error}). Begin again with --overwrite.") from error
         return Transforms(**rotations, inputs=inputs)
+
+    def fit(self, graph: ModelGraph, config: Config) -> bool:
+        """Whether the sizes are those of a model."""
+        head, heads = head_dim(config), config.num_attention_heads
+        widths = {"residual": config.hidden_size, "values": head, "keys": head, "ffn": config.intermediate_size}
+        sizes = {site: rotation.size for site in SITES if (rotation := getattr(self, site)) is not None}
+        if any(size != {**widths, "heads": heads}[site] for site, size in sizes.items()):
+            return False
+        inputs = dict(zip((stage[0] for stage in graph.stages), _input_widths(config), strict=True))
+        wanted = [inputs] * config.num_hidden_layers if self.inputs else []
+        return [{stage: part.orders.shape[-1] for stage, part in stages.items()} for stages in self.inputs] == wanted
 
     def blocks(self, graph: ModelGraph) -> dict[str, tuple[int, int]]:
         """Where the runtime applies the rotations of `inputs`: size of the blocks and how many, by norm or layer."""
