@@ -341,9 +341,8 @@ def test_a_fit_of_something_else_is_refused(tmp_path: Path) -> None:
 def test_a_resumed_run_does_not_go_on_with_the_rotations_of_another_model(
     tiny: Tiny, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    recipe = Recipe.parse(
-        method, "rtn", **({"block": 16} if method == "duquant" else {}), calib=str(text_file), calib_tokens=32
-    )
+    options: dict[str, Any] = {"block": 16} if method == "duquant" else {}
+    recipe = Recipe.parse(method, "rtn", calib=str(text_file), calib_tokens=32, **options)
     model, out = tiny("llama"), tmp_path / "out"
 
     def die(*_: Any) -> None:
@@ -371,7 +370,7 @@ def test_a_resumed_run_does_not_go_on_with_the_rotations_of_another_model(
         (lambda c: c["massive"][0].pop("channel"), r"it\.massive\[0\] lacks 'channel'"),
         (lambda c: c["kurtosis"]["none"].append(1.0), "another number"),
         (lambda c: c["error"].update(none=3), r"it\.error\.none is no object"),
-        (lambda c: c["kv"][0]["keys"].update(plain=10**400), "no finite number"),
+        (lambda c: c["kv"][0]["keys"].update(plain=10**400), "no finite float"),
         (lambda c: c.update(norms=["a", 3]), r"it\.norms\[1\] is no text"),
     ],
 )

@@ -96,7 +96,8 @@ def misfit(value: Any, form: Any, place: str) -> str | None:
             return f"{place} is no list"
         wrong = (misfit(part, form[0], f"{place}[{number}]") for number, part in enumerate(value))
     elif form in (float, float | None):
-        return None if is_finite(value) or (value is None and form is not float) else f"{place} is no finite number"
+        fits = isinstance(value, float) and math.isfinite(value)
+        return None if fits or (value is None and form is not float) else f"{place} is no finite float"
     elif form is int:
         return None if type(value) is int and abs(value) < 2**63 else f"{place} is no integer"
     else:

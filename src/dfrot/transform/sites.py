@@ -126,7 +126,7 @@ class Transforms:
         """Raises UserError if it describes no transforms."""
         try:
             sites = {site: description[site] for site in SITES}
-            rotations = {site: record and rotation_from(record, tensors) for site, record in sites.items()}
+            rotations = {site: None if at is None else rotation_from(at, tensors) for site, at in sites.items()}
             inputs = tuple(
                 {stage: _input_transform(f"{index}.{stage}", tensors) for stage in stages}
                 for index, stages in enumerate(description["inputs"])
