@@ -244,6 +244,13 @@ def test_a_config_cannot_ask_for_a_list_of_a_billion(broken: Path, name: str) ->
         read_config(broken)
 
 
+@pytest.mark.parametrize("name", ["hidden_size", "head_dim", "intermediate_size"])
+def test_a_config_cannot_ask_for_more_than_the_weights_hold(broken: Path, name: str) -> None:
+    edit(broken / "config.json", lambda c: c.update({name: 2**31}))  # a hidden size of this took 8 GB
+    with pytest.raises(UserError, match=f"has {name} 2147483648; no tensor there has so many entries"):
+        open_source(str(broken))
+
+
 @pytest.mark.parametrize("value", [3, [], "gptq", {"quant_method": []}])
 def test_a_quantization_config_that_is_none_is_one_message(broken: Path, value: Any) -> None:
     edit(broken / "config.json", lambda c: c.update(quantization_config=value or ["x"]))

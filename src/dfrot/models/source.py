@@ -310,6 +310,7 @@ def open_source(model: str) -> Source:
         raise UserError(f"{path} is quantized already ({made_by}). Give the model it was made from.")
     graph = graph_for(config)
     files = weight_files(path)
+    _check_extent(path, config, graph, files)
     try:
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", trust_remote_code=False)
@@ -318,6 +319,17 @@ def open_source(model: str) -> Source:
     use_torch_norms_(skeleton, graph)
     _check_tensors(path, skeleton, files, graph)
     return Source(model, path, config, graph, files, skeleton.eval())
+
+
+def _check_extent(path: Path, config: Config, graph: ModelGraph, files: dict[str, Path]) -> None:
+    """Raise UserError if the config asks for more than the files can hold; a skeleton of it could take gigabytes."""
+    held = {name.removeprefix(graph.blocks + ".").split(".")[0] for name in files}
+    if (absent := next((i for i in range(config.num_hidden_layers) if str(i) not in held), None)) is not None:
+        raise UserError(f"the weights in {path} lack '{graph.blocks}.{absent}.…', which its config needs.")
+    most = max((shape.numel() for _, shape, _ in _headers(set(files.values()))), default=0)
+    for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"):
+        if isinstance(size := getattr(config, name, None), int) and size > most:
+            raise UserError(f"{path / 'config.json'} has {name} {size}; no tensor there has so many entries.")
 
 
 def _check_tensors(path: Path, skeleton: nn.Module, files: dict[str, Path], graph: ModelGraph) -> None:
