@@ -320,8 +320,8 @@ class Inspect:
     """Where to compute: cpu, cuda."""
 
     def run(self) -> None:
-        from dfrot.checkpoint.save import read_json
         from dfrot.evaluation.inspect import FIGURES, inspect
+        from dfrot.json_file import read_json
 
         found = read_json(inspect(**vars(self)) / FIGURES)
         table = Table("rotation", "error: ordinary", "massive", "kurtosis", "damage, nats")

@@ -158,13 +158,16 @@ def _fitted(context: Context, writer: CheckpointWriter, shared: Shared) -> Trans
         text = hashlib.sha256(context.calibration().numpy().tobytes()).hexdigest()
     if (kept := writer.load_fit()) is not None:
         record, tensors = kept
-        if record["text"] != text:
+        if record.get("text") != text:
             raise UserError(
                 f"{writer.path} holds an interrupted run whose calibration text was another, though it had the same "
                 "name. Resume with that text, choose another -o directory, or --overwrite it."
             )
+        transforms = Transforms.from_description(record["transforms"], tensors)
+        if not transforms.fit(context.source.graph, context.source.config):
+            raise UserError(f"{writer.path} keeps the rotations of another model. Begin again with --overwrite.")
         context.notes.update(record["notes"])
-        return Transforms.from_description(record["transforms"], tensors)
+        return transforms
     depends_on = _depended_on_by_fit(context)
     if (kept := shared.fit(depends_on)) is None:
         transforms = METHODS[context.recipe.method_name](context)
@@ -289,8 +292,13 @@ def _finish(context: Context, transforms: Transforms, plan: RuntimePlan, writer:
         source.tokenizer().save_pretrained(writer.path)
         if (settings := source.path / "generation_config.json").is_file():
             shutil.copyfile(settings, writer.path / settings.name)
-    except OSError as error:
-        raise EnvironmentFault(f"cannot write the tokenizer to {writer.path}: {error}") from error
+    except ValueError as error:  # of transformers: names in its files that lead out of the directory
+        raise UserError(f"the tokenizer of {source.path} cannot be kept: {error}") from error
+    except Exception as error:  # tokenizers reports a full disk as a plain Exception
+        raise EnvironmentFault(
+            f"cannot write the tokenizer to {writer.path}: {error}. Make room or allow writing. "
+            "The same command with --resume instead of --overwrite continues."
+        ) from error
     if by_block := writer.shard_notes():
         context.notes["weights_by_block"] = by_block
     writer.finish(config, context.notes)

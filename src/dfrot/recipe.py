@@ -26,6 +26,24 @@ def _check_words(kind: type, given: dict[str, Any]) -> None:
             raise UserError(f"{name} is one of {', '.join(words)}, got '{value}'.")
 
 
+def _check_types(record: Any) -> None:
+    """Raise UserError if a field of a dataclass, or of one in it, is of another type than it says: JSON has its own."""
+    for name, hint in typing.get_type_hints(type(record)).items():
+        value = getattr(record, name)
+        if dataclasses.is_dataclass(value):
+            _check_types(value)
+        elif not _has_type(value, hint):
+            raise UserError(f"this is not the recipe of a dfrot checkpoint: its {name} is {value!r}.")
+
+
+def _has_type(value: Any, hint: Any) -> bool:
+    if typing.get_origin(hint) is Literal:
+        return isinstance(value, str) and value in typing.get_args(hint)
+    if choices := typing.get_args(hint):
+        return any(_has_type(value, choice) for choice in choices)
+    return type(value) is hint or (hint is float and type(value) is int)
+
+
 @dataclass(frozen=True)
 class NoRotation:
     """`none`: the model as it is, quantized."""
@@ -284,7 +302,7 @@ class Recipe:
             _check_words(method, record["options"])
             _check_words(weights, record["weight_options"])
             _check_words(Recipe, {"dtype": record["dtype"]})
-            return Recipe(
+            recipe = Recipe(
                 method=method(**record["options"]),
                 weights=weights(**record["weight_options"]),
                 spec=Spec(**{name: TensorSpec(**grid) for name, grid in record["grids"].items()}),
@@ -292,8 +310,10 @@ class Recipe:
                 dtype=record["dtype"],
                 seed=record["seed"],
             )
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, OverflowError) as error:
             raise UserError(f"this is not the recipe of a dfrot checkpoint: {error!r}") from error
+        _check_types(recipe)
+        return recipe
 
     @property
     def digest(self) -> str:

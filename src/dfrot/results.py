@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from dfrot.checkpoint.save import read_json
 from dfrot.errors import EnvironmentFault, UserError
+from dfrot.json_file import parse_json, read_json
 from dfrot.kernels.library import backend
 from dfrot.models.graph import head_dim
 from dfrot.models.source import read_config, stored_tensors, weight_files
@@ -64,6 +64,8 @@ class Record:
             raise UserError(f"a result record has schema {SCHEMA}, got {given!r}.")
         if not isinstance(record.get("model"), str) or not isinstance(record.get("recipe"), dict | None):
             raise UserError("the model of a result record is a text, its recipe an object or null.")
+        if not is_number(record.get("peak_rss_bytes", 0)):
+            raise UserError("the peak_rss_bytes of a result record are a number.")
         for name in ("metrics", "size", "timings_s", "conditions"):
             part = record.get(name)
             if not isinstance(part, dict) or (name != "conditions" and not all(map(is_number, part.values()))):
@@ -85,7 +87,8 @@ def reported(metrics: Iterable[str]) -> list[str]:
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether this is a number that a float can hold, infinite or not."""
+    return isinstance(value, float) or (type(value) is int and abs(value) < 2**1023)
 
 
 def append_records(path: Path, records: list[Record]) -> None:
@@ -124,8 +127,8 @@ def read_records(path: Path, *, repair: bool = False) -> list[Record]:
     records = []
     for number, line in enumerate(whole.splitlines(), start=1):
         try:
-            records.append(Record.from_json(json.loads(line)))
-        except (ValueError, RecursionError) as error:  # a UserError is a ValueError
+            records.append(Record.from_json(parse_json(line)))
+        except ValueError as error:  # a UserError is a ValueError
             raise UserError(
                 f"{path}, line {number}: not a result record: {error} Remove that line, or run `dfrot compare` again."
             ) from error

@@ -5,7 +5,6 @@ quantization papers join it (rows joined with two newlines); `.jsonl` and `.json
 """
 
 import gzip
-import json
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,6 +15,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from dfrot.errors import EnvironmentFault, UserError
+from dfrot.json_file import parse_json
 
 Split = Literal["train", "test"]
 NAMED = ("wikitext2", "c4", "pydoc")
@@ -35,6 +35,10 @@ def read_text(name: str, split: Split = "test") -> str:
     text = _read(name, split)
     if not text.strip():
         raise UserError(f"the text '{name}' is empty.")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half a character
+        raise UserError(f"the text '{name}' cannot be written in UTF-8: {error}") from error
     return text
 
 
@@ -62,7 +66,7 @@ def _read(name: str, split: Split) -> str:
             with path.open(encoding="utf-8", newline="\n") as lines:  # one row of the data set per line
                 return "\n\n".join(line if line.strip() else "" for line in lines)
         return path.read_text(encoding="utf-8")
-    except (UnicodeDecodeError, gzip.BadGzipFile, zlib.error, EOFError) as error:
+    except (UnicodeDecodeError, OSError, zlib.error, EOFError) as error:
         raise UserError(f"{path} is not a text file in UTF-8: {error}") from error
 
 
@@ -71,9 +75,12 @@ def _jsonl_rows(path: Path) -> Iterable[str]:
     with opened(path, "rt", encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             try:
-                yield str(json.loads(line)["text"])
+                row = parse_json(line)["text"]
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(f"{path}, line {number}: expected a JSON object with the field 'text'.") from error
+            if not isinstance(row, str):
+                raise UserError(f"{path}, line {number}: the field 'text' is no text but {type(row).__name__}.")
+            yield row
 
 
 def _pydoc(split: Split) -> str:

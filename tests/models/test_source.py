@@ -212,10 +212,20 @@ def test_an_index_that_points_elsewhere_is_refused(broken: Path, shard: str) -> 
     refused(broken, "which is not a file in")
 
 
-@pytest.mark.parametrize("index", ["[]", "{}", "not json", '{"weight_map": 3}'])
-def test_an_index_that_is_none_is_refused(broken: Path, index: str) -> None:
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ("[]", "holds no JSON object"),
+        ("{}", "is not an index of safetensors shards"),
+        ("not json", "is not a JSON file"),
+        ('{"weight_map": 3}', "is not an index of safetensors shards"),
+        ('{"weight_map": {"model.norm.weight": ["a"]}}', "is not an index of safetensors shards"),
+        ("[" * 100_000, "nested too deeply"),
+    ],
+)
+def test_an_index_that_is_none_is_refused(broken: Path, index: str, message: str) -> None:
     (broken / "model.safetensors.index.json").write_text(index)
-    refused(broken, "is not an index of safetensors shards")
+    refused(broken, message)
 
 
 def test_many_shards_are_read_like_one(tiny: Tiny, tmp_path: Path) -> None:

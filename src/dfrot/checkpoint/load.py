@@ -4,15 +4,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 import dfrot.checkpoint.huggingface  # noqa: F401 — registers the quantizer
-from dfrot.checkpoint.save import RUN_FILE, read_json
-from dfrot.errors import UserError
+from dfrot.checkpoint.save import RUN_FILE
+from dfrot.errors import EnvironmentFault, UserError
+from dfrot.json_file import read_json
+from dfrot.linalg.rotation import is_permutation
 from dfrot.models.families import graph_for
 from dfrot.models.source import load_tokenizer, locate, read_config, weight_files
 from dfrot.recipe import Recipe
+from dfrot.runtime.blocks import BlockRotation
 from dfrot.runtime.plan import RuntimePlan
 
 
@@ -31,8 +35,9 @@ def checkpoint_recipe(path: Path) -> Recipe | None:
     record = read_json(path / "config.json").get("quantization_config")
     if record is None:
         return None
-    if record.get("quant_method") != "dfrot":
-        raise UserError(f"{path} was quantized by '{record.get('quant_method')}', which dfrot does not read.")
+    made_by = record.get("quant_method") if isinstance(record, dict) else record
+    if made_by != "dfrot":
+        raise UserError(f"{path} was quantized by '{made_by}', which dfrot does not read.")
     RuntimePlan.from_json(record)
     return Recipe.from_json(record["recipe"])
 
@@ -48,6 +53,16 @@ def usable_device(device: str | torch.device) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"the device '{device}' cannot be used: {str(error).splitlines()[0]}") from error
     return torch.device(device)
+
+
+def _check_values(path: Path, model: nn.Module) -> None:
+    """Raise UserError if numbers are none, or orders no permutations, by which a kernel would read from elsewhere."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise UserError(f"'{name}' in {path} holds NaN or infinite values.")
+    for name, module in model.named_modules():
+        if isinstance(module, BlockRotation) and not is_permutation(module.orders):
+            raise UserError(f"'{name}.orders' in {path} are no permutations.")
 
 
 def load(model: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> tuple[Any, Any]:
@@ -81,7 +96,9 @@ def load(model: str | Path, *, device: str | torch.device = "cpu", dtype: torch.
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (RuntimeError, ValueError, OSError, KeyError) as error:
+    except EnvironmentFault:
+        raise
+    except Exception as error:  # transformers raises errors of many kinds for files that do not fit together
         raise UserError(f"{path} cannot be loaded: {error}") from error
     finally:
         transformers_logging.set_verbosity(level)
@@ -89,4 +106,5 @@ def load(model: str | Path, *, device: str | torch.device = "cpu", dtype: torch.
     wrong = {kind: sorted(names) for kind, names in report.items() if names}
     if wrong:
         raise UserError(f"the weights in {path} do not fit its config: {wrong}")
+    _check_values(path, loaded)
     return loaded.eval().requires_grad_(False).to(device), load_tokenizer(path)

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dfrot.errors import EnvironmentFault, UserError
+from dfrot.json_file import parse_json, read_json
 from dfrot.models.source import open_safetensors, stored_tensors
 
 RUN_FILE = "dfrot-run.json"
@@ -177,11 +178,22 @@ def write_fit(path: Path, record: dict[str, Any], tensors: dict[str, Tensor]) ->
 
 
 def read_fit(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-    """What `write_fit` wrote, if it is there."""
+    """What `write_fit` wrote, if it is there.
+
+    Raises:
+        UserError: something else is there.
+    """
     if not path.is_file():
         return None
     with open_safetensors(path) as file:
-        return json.loads(file.metadata()["record"]), _tensors(file)
+        try:
+            record = parse_json((file.metadata() or {})["record"])
+        except (KeyError, ValueError) as error:
+            raise UserError(f"{path} holds no fitted rotations ({error}). Delete it to fit again.") from error
+        parts = [record.get(name) for name in ("transforms", "notes")] if isinstance(record, dict) else [None]
+        if not all(isinstance(part, dict) for part in parts):
+            raise UserError(f"{path} holds no fitted rotations. Delete it to fit again.")
+        return record, _tensors(file)
 
 
 def _tensors(file: Any) -> dict[str, Tensor]:
@@ -198,22 +210,8 @@ def is_ours(path: Path) -> bool:
         config = read_json(path / "config.json")
     except UserError:
         return False
-    return (config.get("quantization_config") or {}).get("quant_method") == "dfrot"
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        UserError: there is none.
-    """
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not a JSON file: {error}") from error
-    if not isinstance(record, dict):
-        raise UserError(f"{path} holds no JSON object.")
-    return record
+    record = config.get("quantization_config")
+    return isinstance(record, dict) and record.get("quant_method") == "dfrot"
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:

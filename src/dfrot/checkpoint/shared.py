@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
-from dfrot.checkpoint.save import read_fit, read_json, write_fit, write_json
+from dfrot.checkpoint.save import read_fit, write_fit, write_json
 from dfrot.errors import EnvironmentFault
+from dfrot.json_file import read_json
 
 
 class Shared:

@@ -17,6 +17,7 @@ matrix product runs at full speed; a butterfly of 2 × 2 steps is many times slo
 import functools
 import itertools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -41,15 +42,16 @@ _WILLIAMSON = {
 }
 
 
-def is_prime(n: int) -> bool:
-    return n > 1 and all(n % p for p in range(2, math.isqrt(n) + 1))
+LARGEST = 2**20  # channels of an axis that is rotated
 
 
 def prime_power(q: int) -> tuple[int, int] | None:
     """(p, k) with q = pᵏ and p prime, or None."""
-    p = next((p for p in range(2, q + 1) if q % p == 0), 0)
-    k = round(math.log(q, p)) if p else 0
-    return (p, k) if k and p**k == q and is_prime(p) else None
+    if q < 2:
+        return None
+    p = next((p for p in range(2, math.isqrt(q) + 1) if q % p == 0), q)
+    k = round(math.log(q, p))
+    return (p, k) if p**k == q else None
 
 
 def _quadratic_character(p: int, k: int) -> Tensor:
@@ -91,51 +93,41 @@ def _bordered(core: Tensor, column: int) -> Tensor:
     return conference
 
 
-def _paley_one(n: int) -> Tensor | None:
-    field = prime_power(n - 1)
-    if field is None or (n - 1) % 4 != 3:
-        return None
-    return _bordered(_jacobsthal(*field), column=-1) + torch.eye(n, dtype=torch.int8)
+def _paley_one(p: int, k: int) -> Tensor:
+    return _bordered(_jacobsthal(p, k), column=-1) + torch.eye(p**k + 1, dtype=torch.int8)
 
 
-def _paley_two(n: int) -> Tensor | None:
-    field = prime_power(n // 2 - 1) if n % 2 == 0 else None
-    if field is None or (n // 2 - 1) % 4 != 1:
-        return None
-    conference = _bordered(_jacobsthal(*field), column=1)
+def _paley_two(p: int, k: int) -> Tensor:
+    n = 2 * (p**k + 1)
+    conference = _bordered(_jacobsthal(p, k), column=1)
     identity = torch.eye(n // 2, dtype=torch.int8)
     off_diagonal = torch.tensor([[1, 1], [1, -1]], dtype=torch.int8)
     diagonal = torch.tensor([[1, -1], [-1, -1]], dtype=torch.int8)
     return torch.kron(conference, off_diagonal) + torch.kron(identity, diagonal)
 
 
-def _williamson(n: int) -> Tensor | None:
-    halves = _WILLIAMSON.get(n // 4) if n % 4 == 0 else None
-    if halves is None:
-        return None
-    index = torch.arange(n // 4)
+def _williamson(m: int) -> Tensor:
+    index = torch.arange(m)
     circulants = []
-    for half in halves:
+    for half in _WILLIAMSON[m]:
         row = torch.tensor([1 if sign == "+" else -1 for sign in "+" + half + half[::-1]])
-        circulants.append(row[(index[None] - index[:, None]) % (n // 4)].to(torch.int8))
+        circulants.append(row[(index[None] - index[:, None]) % m].to(torch.int8))
     a, b, c, d = circulants
     blocks = [[a, b, c, d], [-b, a, -d, c], [-c, d, a, -b], [-d, -c, b, a]]
     return torch.cat([torch.cat(row, dim=1) for row in blocks])
 
 
-@functools.cache
-def _primitive(n: int) -> Tensor | None:
-    """A Hadamard matrix of order n by one construction, no product."""
-    if n == 1:
-        return torch.ones(1, 1, dtype=torch.int8)
-    if n == 2:
-        return torch.tensor([[1, 1], [1, -1]], dtype=torch.int8)
-    if n & (n - 1) == 0:  # powers of two stay Sylvester's: exported models rely on that order
+def _construction(n: int) -> Callable[[], Tensor] | None:
+    """What makes a Hadamard matrix of order n without a product. Asking builds none: a file may ask for any size."""
+    if n <= 2:
+        return lambda: torch.tensor([[1, 1], [1, -1]], dtype=torch.int8)[:n, :n]
+    if n & (n - 1) == 0 or n % 4:  # powers of two stay Sylvester's: exported models rely on that order
         return None
-    for construct in (_paley_one, _paley_two, _williamson):
-        if (matrix := construct(n)) is not None:
-            return matrix
-    return None
+    if (field := prime_power(n - 1)) is not None:
+        return functools.partial(_paley_one, *field)
+    if n % 8 == 4 and (field := prime_power(n // 2 - 1)) is not None:
+        return functools.partial(_paley_two, *field)
+    return functools.partial(_williamson, n // 4) if n // 4 in _WILLIAMSON else None
 
 
 @functools.cache
@@ -145,13 +137,15 @@ def is_hadamard_size(n: int) -> bool:
         return False
     if n % 2 == 0 and n > 2 and is_hadamard_size(n // 2):
         return True
-    return _primitive(n) is not None or any(
+    return _construction(n) is not None or any(
         n % a == 0 and is_hadamard_size(a) and is_hadamard_size(n // a) for a in range(4, math.isqrt(n) + 1, 4)
     )
 
 
 def require_hadamard_size(n: int) -> None:
     """Raise ValueError, naming the sizes near n, if there is no Hadamard matrix of order n here."""
+    if n > LARGEST:
+        raise ValueError(f"no Hadamard matrix of size {n}: sizes are at most {LARGEST}, far more than models have.")
     if n >= 1 and is_hadamard_size(n):
         return
     below = next((m for m in range(n - 1, 0, -1) if is_hadamard_size(m)), None)
@@ -175,8 +169,8 @@ def hadamard_matrix(n: int) -> Tensor:
         ValueError: no construction gives order n; the message names the nearest sizes that work.
     """
     require_hadamard_size(n)
-    if (matrix := _primitive(n)) is not None:
-        return matrix
+    if (construct := _construction(n)) is not None:
+        return construct()
     for a in itertools.chain([2], range(4, n, 4)):
         if n % a == 0 and is_hadamard_size(a) and is_hadamard_size(n // a):
             return torch.kron(hadamard_matrix(n // a), hadamard_matrix(a))

@@ -7,6 +7,7 @@ R3 and DuQuant have it); mixing heads is one with the identity on the right.
 
 import abc
 import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dfrot.linalg.hadamard import apply_hadamard, hadamard_matrix, kronecker_factors, require_hadamard_size
+from dfrot.linalg.hadamard import LARGEST, apply_hadamard, hadamard_matrix, kronecker_factors, require_hadamard_size
 
 
 class Rotation(abc.ABC):
@@ -253,22 +254,41 @@ def rotation_from(description: Mapping[str, Any], tensors: Mapping[str, Tensor])
     """
     try:
         match description:
-            case {"type": "identity", "size": size}:
+            case {"type": "identity", "size": int(size)} if 1 <= size <= LARGEST:
                 return Identity(size)
-            case {"type": "hadamard", "factors": factors, "transposed": transposed}:
-                signs = tensors[description["signs"]] if "signs" in description else None
-                return Hadamard(math.prod(factors), signs, transposed, tuple(factors))
-            case {"type": "dense", "matrix": matrix}:
-                return Dense(tensors[matrix])
-            case {"type": "permutation", "order": order}:
-                return Permutation(tensors[order])
+            case {"type": "hadamard", "factors": [*factors], "transposed": bool(transposed)}:
+                if all(type(factor) is int and 1 <= factor <= LARGEST for factor in factors):
+                    size = math.prod(factors)
+                    signs = tensors[description["signs"]] if "signs" in description else None
+                    if signs is None or (signs.shape == (size,) and signs.is_floating_point()):
+                        return Hadamard(size, signs, transposed, tuple(factors))
+            case {"type": "dense", "matrix": str(name)}:
+                matrix = tensors[name]
+                if matrix.ndim == 2 and matrix.shape[0] == matrix.shape[1] and is_finite(matrix):
+                    return Dense(matrix)
+            case {"type": "permutation", "order": str(name)}:
+                order = tensors[name]
+                if order.ndim == 1 and is_permutation(order):
+                    return Permutation(order)
             case {"type": "kronecker", "left": left, "right": right}:
                 return Kronecker(rotation_from(left, tensors), rotation_from(right, tensors))
-            case {"type": "compose", "parts": parts}:
+            case {"type": "compose", "parts": [*parts]}:
                 return Compose(tuple(rotation_from(part, tensors) for part in parts))
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"not the description of a rotation: {description!r}") from error
-    raise ValueError(f"not the description of a rotation: {description!r}")
+    except (KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"not the description of a rotation: {reprlib.repr(description)}") from error
+    raise ValueError(f"not the description of a rotation: {reprlib.repr(description)}")
+
+
+def is_permutation(orders: Tensor) -> bool:
+    """Whether every row holds each of 0 … n − 1 once; what is no permutation makes a kernel read elsewhere."""
+    if orders.dtype not in (torch.int32, torch.int64):
+        return False
+    return torch.equal(orders.sort().values, torch.arange(orders.shape[-1]).to(orders).expand_as(orders))
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether these are floating-point numbers, neither NaN nor infinite."""
+    return tensor.is_floating_point() and bool(torch.isfinite(tensor).all())
 
 
 def random_hadamard(size: int, generator: torch.Generator) -> Hadamard:

@@ -8,10 +8,14 @@ import contextlib
 import hashlib
 import importlib.util
 import json
+import math
+import mmap
 import os
 import shutil
+import struct
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -57,9 +61,7 @@ def converted(path: Path) -> Path:
     target = cache_dir() / f"{path.stem}-{key}"
     if (target / "config.json").is_file():
         return target
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise UserError(f"{path} is not a GGUF file: it does not begin with the bytes 'GGUF'.")
+    check_structure(path)
     missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
         raise EnvironmentFault(
@@ -83,14 +85,93 @@ def converted(path: Path) -> Path:
     return target
 
 
+def check_structure(path: Path) -> None:
+    """Raise UserError unless all that a GGUF file counts, measures and points to lies inside of it.
+
+    The package gguf trusts the file: an array of 2⁶⁰ numbers in a hundred bytes keeps it busy for ever.
+    """
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise UserError(f"{path} is not a GGUF file: it does not begin with the bytes 'GGUF'.")
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    with data:
+        try:
+            _walk(data)
+        except (struct.error, ValueError) as error:
+            raise UserError(f"{path} is a broken GGUF file ({error}). Fetch it again.") from error
+
+
+# Value types of GGUF by number, as struct has them; 8 is a string, 9 an array.
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+
+
+def _walk(data: mmap.mmap) -> None:
+    """Go through header, metadata and tensor infos; ValueError or struct.error where they leave the file."""
+    at = 4
+
+    def take(form: str) -> Any:
+        nonlocal at
+        (value,) = struct.unpack_from("<" + form, data, at)
+        at += struct.calcsize("<" + form)
+        return value
+
+    def skip(count: int) -> None:
+        nonlocal at
+        at += count
+        if at > len(data):
+            raise ValueError(f"{count} bytes are to come, but it ends after {len(data) - at + count}")
+
+    def text() -> bytes:
+        length = take("Q")
+        skip(length)
+        return data[at - length : at]
+
+    if (version := take("I")) not in (2, 3):
+        raise ValueError(f"version {version}, not 2 or 3")
+    num_tensors, num_values = take("Q"), take("Q")
+    for _ in range(num_values):
+        name, kind = text(), take("I")
+        count = 1
+        if kind == _ARRAY:
+            kind, count = take("I"), take("Q")
+        if kind == _STRING:
+            for _ in range(count):
+                text()
+        elif kind not in _SCALARS:
+            raise ValueError(f"a value of type {kind}")
+        elif name.endswith(b".block_count"):
+            if (blocks := take(_SCALARS[kind])) > num_tensors:
+                raise ValueError(f"{blocks} blocks of {num_tensors} tensors")
+        else:
+            skip(count * struct.calcsize("<" + _SCALARS[kind]))
+    ends = []
+    for _ in range(num_tensors):
+        text()
+        if (num_dims := take("I")) > 4:
+            raise ValueError(f"a tensor of {num_dims} dimensions")
+        entries = math.prod(take("Q") for _ in range(num_dims))
+        kind, offset = take("I"), take("Q")
+        ends.append(offset + entries // _ENTRIES_PER_BYTE)
+    skip(max(ends, default=0))
+
+
+_ENTRIES_PER_BYTE = 8  # at most, in any of GGUF's types
+
+
 def _convert(path: Path, folder: Path) -> None:
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.float32, output_loading_info=True
+        )
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
+    lacking = set(report["missing_keys"]) - ({"lm_head.weight"} if model.config.tie_word_embeddings else set())
+    if lacking:  # transformers has drawn them at random
+        raise UserError(f"it lacks '{min(lacking)}' ({len(lacking)} missing).")
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)

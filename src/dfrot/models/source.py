@@ -6,7 +6,6 @@ and freed by whoever asked, so that memory is bounded by one decoder block, what
 
 import copy
 import hashlib
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from dfrot.errors import EnvironmentFault, UserError
+from dfrot.json_file import read_json
 from dfrot.models.families import graph_for
 from dfrot.models.gguf import EMBEDDED, converted, embedded_file
 from dfrot.models.graph import Config, ModelGraph
@@ -80,20 +80,22 @@ def weight_files(path: Path) -> dict[str, Path]:
         UserError: there are no safetensors weights, a shard is missing, truncated or outside the directory.
     """
     if (path / _INDEX).is_file():
-        try:
-            weight_map = json.loads((path / _INDEX).read_text())["weight_map"]
-            files = {str(name): path / str(shard) for name, shard in weight_map.items()}
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise UserError(f"{path / _INDEX} is not an index of safetensors shards: {error!r}") from error
-        for shard in set(files.values()):
-            if shard.parent != path or not shard.is_file():
-                raise UserError(f"{_INDEX} names the shard '{shard.name}', which is not a file in {path}.")
-        for shard in set(files.values()):
-            with open_safetensors(shard) as file:
-                lacking = {name for name, where in files.items() if where == shard} - set(file.keys())
-            if lacking:
-                raise UserError(f"{_INDEX} says that {shard.name} holds '{min(lacking)}', which it does not.")
-        return files
+        weight_map = read_json(path / _INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+            raise UserError(f"{path / _INDEX} is not an index of safetensors shards.")
+        present = {file.name for file in path.iterdir()}  # a shard is called by its plain name, so never from elsewhere
+        if absent := set(weight_map.values()) - present:
+            raise UserError(f"{_INDEX} names the shard '{min(absent)}', which is not a file in {path}.")
+        found: dict[str, str] = {}
+        for shard in sorted(set(weight_map.values())):
+            with open_safetensors(path / shard) as file:
+                held = set(file.keys())
+            if lacking := {name for name, where in weight_map.items() if where == shard} - held:
+                raise UserError(f"{_INDEX} says that {shard} holds '{min(lacking)}', which it does not.")
+            if twice := held & found.keys():
+                raise UserError(f"{path} has two tensors '{min(twice)}', in {found[min(twice)]} and in {shard}.")
+            found |= dict.fromkeys(held, shard)
+        return {name: path / shard for name, shard in weight_map.items()}
     if (path / _SINGLE).is_file():
         with open_safetensors(path / _SINGLE) as file:
             return dict.fromkeys(file.keys(), path / _SINGLE)
@@ -107,7 +109,14 @@ def weight_files(path: Path) -> dict[str, Path]:
 
 
 def open_safetensors(path: Path) -> Any:
-    """`safetensors.safe_open` with a message for the person who has the broken file."""
+    """`safetensors.safe_open` with a message for the person who has the broken file.
+
+    Raises:
+        UserError: it is no safetensors file, or not all of one.
+        EnvironmentFault: it has vanished.
+    """
+    if not path.is_file():
+        raise EnvironmentFault(f"{path} is not there, or not any more: has it been moved, or a disk been taken away?")
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
@@ -117,18 +126,30 @@ def open_safetensors(path: Path) -> Any:
 
 
 _ITEMSIZE = {"U8": 1, "I8": 1, "BOOL": 1, "F16": 2, "BF16": 2, "I32": 4, "F32": 4, "I64": 8, "F64": 8}
+_FLOATS = ("F16", "BF16", "F32", "F64")
 
 
 def stored_tensors(files: Iterable[Path]) -> Iterator[tuple[str, torch.Size, int]]:
     """Name, shape and bytes of every tensor in safetensors files, read from their headers."""
+    for name, shape, dtype in _headers(files):
+        yield name, shape, shape.numel() * _ITEMSIZE[dtype]
+
+
+def _headers(files: Iterable[Path]) -> Iterator[tuple[str, torch.Size, str]]:
+    """Name, shape and dtype of every tensor.
+
+    Raises:
+        UserError: a dtype is none that dfrot reads, or a shape is absurd.
+    """
     for path in sorted(files):
         with open_safetensors(path) as file:
             for name in file.keys():  # noqa: SIM118 — safe_open is no mapping
                 piece = file.get_slice(name)
-                shape = torch.Size(piece.get_shape())
                 if (dtype := piece.get_dtype()) not in _ITEMSIZE:
                     raise UserError(f"the tensor '{name}' in {path} has the dtype {dtype}, which dfrot does not read.")
-                yield name, shape, shape.numel() * _ITEMSIZE[dtype]
+                if max(shape := piece.get_shape(), default=0) >= 2**63:  # beside a 0, so that there are no bytes
+                    raise UserError(f"the tensor '{name}' in {path} has the shape {tuple(shape)}.")
+                yield name, torch.Size(shape), dtype
 
 
 @dataclass(frozen=True)
@@ -233,8 +254,13 @@ def load_tokenizer(path: Path) -> Any:
     """
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # transformers and tokenizers raise errors of many kinds for broken files
         raise UserError(f"{path} has no tokenizer that transformers can load: {error}") from error
+
+
+# Of these a config makes a list, or a model modules; a small file must not ask for gigabytes.
+_COUNTS = {"num_hidden_layers", "num_labels"}
+_MOST = 10_000
 
 
 def read_config(path: Path) -> Config:
@@ -243,6 +269,10 @@ def read_config(path: Path) -> Config:
     Raises:
         UserError: it cannot be read, or needs remote code.
     """
+    record = read_json(path / "config.json")
+    for name in _COUNTS & record.keys():
+        if not isinstance(record[name], int) or record[name] > _MOST:
+            raise UserError(f"{path / 'config.json'} has {name} {record[name]!r}; it is an integer, at most {_MOST}.")
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # transformers and huggingface_hub raise errors of many kinds for a broken config
@@ -275,23 +305,39 @@ def open_source(model: str) -> Source:
     """
     path = locate(model)
     config = read_config(path)
-    if getattr(config, "quantization_config", None):
-        raise UserError(
-            f"{path} is quantized already ({config.quantization_config.get('quant_method')}). "
-            "Give the model it was made from."
-        )
+    if quantized := getattr(config, "quantization_config", None):
+        made_by = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        raise UserError(f"{path} is quantized already ({made_by}). Give the model it was made from.")
     graph = graph_for(config)
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", trust_remote_code=False)
-    use_torch_norms_(skeleton, graph)
     files = weight_files(path)
+    _check_extent(path, config, graph, files)
+    try:
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", trust_remote_code=False)
+    except Exception as error:  # what a config may say that no model can be made from has no end
+        raise UserError(f"{path / 'config.json'} describes no model that transformers can make: {error!r}") from error
+    use_torch_norms_(skeleton, graph)
     _check_tensors(path, skeleton, files, graph)
     return Source(model, path, config, graph, files, skeleton.eval())
 
 
+def _check_extent(path: Path, config: Config, graph: ModelGraph, files: dict[str, Path]) -> None:
+    """Raise UserError if the config asks for more than the files can hold; a skeleton of it could take gigabytes."""
+    held = {name.removeprefix(graph.blocks + ".").split(".")[0] for name in files}
+    if (absent := next((i for i in range(config.num_hidden_layers) if str(i) not in held), None)) is not None:
+        raise UserError(f"the weights in {path} lack '{graph.blocks}.{absent}.…', which its config needs.")
+    most = max((shape.numel() for _, shape, _ in _headers(set(files.values()))), default=0)
+    for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"):
+        if isinstance(size := getattr(config, name, None), int) and size > most:
+            raise UserError(f"{path / 'config.json'} has {name} {size}; no tensor there has so many entries.")
+
+
 def _check_tensors(path: Path, skeleton: nn.Module, files: dict[str, Path], graph: ModelGraph) -> None:
     """Raise UserError unless the files hold what the config promises: the same layers, of the same shapes."""
-    stored = {name: shape for name, shape, _ in stored_tensors(set(files.values())) if name in files}
+    stored, dtypes = {}, {}
+    for name, shape, dtype in _headers(set(files.values())):
+        if name in files:
+            stored[name], dtypes[name] = shape, dtype
     wanted = {name: tensor.shape for name, tensor in skeleton.state_dict().items()}
     if skeleton.config.tie_word_embeddings:  # type: ignore[union-attr]
         del wanted[f"{graph.head}.weight"]
@@ -302,6 +348,8 @@ def _check_tensors(path: Path, skeleton: nn.Module, files: dict[str, Path], grap
             raise UserError(
                 f"'{name}' in {path} has the shape {tuple(stored[name])}; its config asks for {tuple(shape)}."
             )
+        if dtypes[name] not in _FLOATS:
+            raise UserError(f"'{name}' in {path} has the dtype {dtypes[name]}; weights are {', '.join(_FLOATS)}.")
     blocks = {name for name in stored.keys() - wanted.keys() if name.startswith(graph.blocks + ".")}
     if left := sorted(name for name in blocks if not name.endswith("rotary_emb.inv_freq")):
         raise UserError(f"the weights in {path} hold '{left[0]}', for which its config has no place.")

@@ -15,8 +15,8 @@ from jaxtyping import Bool, Float
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from dfrot.checkpoint.save import read_json
 from dfrot.errors import UserError
+from dfrot.json_file import read_json
 from dfrot.results import is_number
 
 INSPECTION_FILE = "inspect.json"
@@ -65,6 +65,46 @@ class Inspection:
     surfaces: Mapping[str, Float[np.ndarray, "surface_tokens channels"]]
 
 
+# What inspect.json holds: objects by their keys (`str` for any), lists by what every entry is, numbers as `float`.
+_FORM: Any = {
+    **{"model": str, "conditions": {str: object}, "norms": [str], "tokens": [str], "rotations": [str]},
+    "massive": [
+        {**{"block": int, "norm": str, "position": int}, **{"token": str, "channel": int, "peak_over_rms": float}}
+    ],
+    "channels": [{"block": int, "norm": str, "median": float, "largest": [{"channel": int, "value": float}]}],
+    **{"kurtosis": {str: [float]}, "error": {str: {str: float | None}}, "damage": {str: [float]}},
+    "weights": [{"block": int, "layer": str, "error": {str: float}}],
+    "kv": [{"block": int, **{kind: {"plain": float, "rotated": float} for kind in ("keys", "values")}}],
+    "surface": {"norm": str},
+}
+
+
+def misfit(value: Any, form: Any, place: str) -> str | None:
+    """What is wrong with a value that should have a form, and where; None if it has it."""
+    if isinstance(form, dict):
+        if not isinstance(value, dict):
+            return f"{place} is no object"
+        if str in form:
+            parts = {name: form[str] for name in value}
+        elif absent := [name for name in form if name not in value]:
+            return f"{place} lacks '{absent[0]}'"
+        else:
+            parts = form
+        wrong = (misfit(value[name], part, f"{place}.{name}") for name, part in parts.items())
+    elif isinstance(form, list):
+        if not isinstance(value, list):
+            return f"{place} is no list"
+        wrong = (misfit(part, form[0], f"{place}[{number}]") for number, part in enumerate(value))
+    elif form in (float, float | None):
+        fits = isinstance(value, float) and math.isfinite(value)
+        return None if fits or (value is None and form is not float) else f"{place} is no finite float"
+    elif form is int:
+        return None if type(value) is int and abs(value) < 2**63 else f"{place} is no integer"
+    else:
+        return None if isinstance(value, form) else f"{place} is no text"
+    return next((each for each in wrong if each), None)
+
+
 def is_finite(value: Any) -> bool:
     return is_number(value) and math.isfinite(value)
 
@@ -82,6 +122,8 @@ def read_inspection(directory: Path) -> Inspection | None:
     found = read_json(path)
     if found.get("schema") != INSPECTION_SCHEMA:
         raise UserError(f"{path} has schema {INSPECTION_SCHEMA}, got {found.get('schema')!r}. {again}")
+    if wrong := misfit(found, _FORM, "it"):
+        raise UserError(f"{path}: {wrong}. {again}")
     try:
         tensors = load_file(directory / TENSORS_FILE)
         inspection = Inspection(
@@ -94,8 +136,16 @@ def read_inspection(directory: Path) -> Inspection | None:
         )
         shape = (len(inspection.norms), len(inspection.tokens))
         for tensor in (inspection.is_massive, *inspection.errors.values()):
-            if tensor.shape != shape:
+            if tensor.shape != shape or not all(shape):
                 raise ValueError(f"{shape[0]} norms × {shape[1]} tokens, but a tensor of shape {tensor.shape}")
+        for surface in inspection.surfaces.values():
+            if surface.ndim != 2 or not surface.size:
+                raise ValueError(f"a surface is tokens × channels, but a tensor has the shape {surface.shape}")
+        for tensor in (*inspection.errors.values(), *inspection.surfaces.values()):
+            if tensor.dtype.kind != "f" or not np.isfinite(tensor).all():
+                raise ValueError("a tensor holds what is no finite number")
+        if any(len(values) != shape[0] for values in inspection.kurtosis.values()):
+            raise ValueError(f"{shape[0]} norms, but kurtosis of another number of them")
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} and {TENSORS_FILE} do not fit together: {error!r}. {again}") from error
     return inspection

@@ -539,7 +539,7 @@ def plain(text: Any, most: int = 60) -> str:
 
 def style(name: str) -> Style:
     """The look of a rotation or method."""
-    return STYLES.get(name) or OTHER_STYLES[sum(name.encode()) % len(OTHER_STYLES)]
+    return STYLES.get(name) or OTHER_STYLES[sum(name.encode(errors="replace")) % len(OTHER_STYLES)]
 
 
 def _slug(*names: str) -> str:

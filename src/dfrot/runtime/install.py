@@ -4,9 +4,10 @@ import torch
 from torch import nn
 from transformers.activations import SiLUActivation
 
+from dfrot.errors import UserError
 from dfrot.linalg.rotation import Rotation
 from dfrot.models.families import graph_for
-from dfrot.models.graph import ModelGraph
+from dfrot.models.graph import ModelGraph, head_dim
 from dfrot.models.source import use_torch_norms_
 from dfrot.runtime.blocks import BlockRotation, RotatedNorm, WideNorm, WideSiLU
 from dfrot.runtime.kv import install_kv_
@@ -26,13 +27,34 @@ def install_(model: nn.Module, plan: RuntimePlan) -> None:
         install_block_(block, graph, plan)
         attentions.append(block.get_submodule(graph.attention))
     if plan.spec.keys.quantizes:
+        if plan.keys is not None and plan.keys.size != head_dim(config):
+            raise UserError(
+                f"this checkpoint's config rotates keys of {plan.keys.size}, not {head_dim(config)} channels."
+            )
         install_kv_(model.get_submodule(graph.decoder), attentions, plan.spec, plan.keys)
     for index in range(config.num_hidden_layers):  # type: ignore[union-attr,arg-type]
         accelerate_(model.get_submodule(f"{graph.blocks}.{index}"), graph, config)
 
 
+def _check_sizes(block: nn.Module, graph: ModelGraph, plan: RuntimePlan) -> None:
+    """Raise UserError if the plan is one for another model."""
+    wrong = "this checkpoint's config does not fit its model"
+    for name, rotation in plan.online.items():
+        if name not in graph.linears or rotation.size != _width(block, name):
+            raise UserError(f"{wrong}: '{name}' has no input of {rotation.size} channels, which are to be rotated.")
+    for site, (size, _) in plan.blocks.items():
+        if site not in {*graph.norms, *graph.linears} or _width(block, site) % size:
+            raise UserError(f"{wrong}: '{site}' has no channels that blocks of {size} divide.")
+
+
+def _width(block: nn.Module, name: str) -> int:
+    """Channels of a linear layer's input or a norm's output."""
+    return block.get_submodule(name).weight.shape[-1]  # type: ignore[index,return-value]
+
+
 def install_block_(block: nn.Module, graph: ModelGraph, plan: RuntimePlan) -> None:
     """Replace what a decoder block computes otherwise, and the linear layers for which the plan has something to do."""
+    _check_sizes(block, graph, plan)
     rotations: dict[str, Rotation | BlockRotation] = dict(plan.online)
     for site, (size, count) in plan.blocks.items():
         module = block.get_submodule(site)

@@ -62,7 +62,9 @@ class RuntimePlan:
         try:
             online = {name: rotation_from(rotation, {}) for name, rotation in record["online"].items()}
             keys = None if record["keys"] is None else rotation_from(record["keys"], {})
-            blocks = {site: (int(size), int(count)) for site, (size, count) in record["blocks"].items()}
+            blocks = {site: (size, count) for site, (size, count) in record["blocks"].items()}
+            if wrong := [sizes for sizes in blocks.values() if not all(type(n) is int and n > 0 for n in sizes)]:
+                raise ValueError(f"the sizes of block rotations are two positive integers, got {wrong[0]}")
             return RuntimePlan(Recipe.from_json(record["recipe"]).spec, online, keys, blocks)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise UserError(f"this is not the configuration of a dfrot checkpoint: {error}") from error

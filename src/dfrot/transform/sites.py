@@ -20,7 +20,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dfrot.linalg.rotation import Identity, Kronecker, Rotation, block_diagonal, block_rotation, rotation_from
+from dfrot.errors import UserError
+from dfrot.linalg.rotation import (
+    Identity,
+    Kronecker,
+    Rotation,
+    block_diagonal,
+    block_rotation,
+    is_finite,
+    is_permutation,
+    rotation_from,
+)
 from dfrot.models.graph import Config, ModelGraph, head_dim, value_width
 from dfrot.transform.fold import Fold
 
@@ -45,6 +55,36 @@ class InputTransform:
     @property
     def rotation(self) -> Rotation:
         return block_rotation(self.matrices, self.orders)
+
+
+def _input_widths(config: Config) -> tuple[int, int, int, int]:
+    """Channels that the stages of a block read, in the order in which they run."""
+    return (
+        config.hidden_size,
+        config.num_attention_heads * head_dim(config),
+        config.hidden_size,
+        config.intermediate_size,
+    )
+
+
+def _input_transform(name: str, tensors: Mapping[str, Tensor]) -> InputTransform:
+    """The parts that were kept under a name.
+
+    Raises:
+        ValueError: they are not there, or do not fit together.
+    """
+    smooth, matrices, orders = (tensors.get(f"{name}.{part}") for part in _PARTS)
+    if matrices is None or orders is None:
+        raise ValueError(f"{name} lacks a part")
+    size = orders.shape[-1:]
+    fits = matrices.ndim == 3 and matrices.shape[1] == matrices.shape[2] > 0 and is_finite(matrices)
+    fits = fits and orders.ndim == 2 and len(orders) == len(matrices) - 1 and is_permutation(orders)
+    fits = fits and size[0] > 0 and size[0] % matrices.shape[-1] == 0
+    if not fits or (
+        smooth is not None and not (smooth.shape == size and is_finite(smooth) and bool((smooth > 0).all()))
+    ):
+        raise ValueError(f"the parts of {name} do not fit together")
+    return InputTransform(smooth, matrices, orders)
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,13 +123,28 @@ class Transforms:
 
     @staticmethod
     def from_description(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "Transforms":
-        """Raises ValueError if it describes no transforms."""
-        rotations = {site: (record := description[site]) and rotation_from(record, tensors) for site in SITES}
-        inputs = tuple(
-            {stage: InputTransform(*(tensors.get(f"{index}.{stage}.{part}") for part in _PARTS)) for stage in stages}  # type: ignore[arg-type]
-            for index, stages in enumerate(description["inputs"])
-        )
+        """Raises UserError if it describes no transforms."""
+        try:
+            sites = {site: description[site] for site in SITES}
+            rotations = {site: None if at is None else rotation_from(at, tensors) for site, at in sites.items()}
+            inputs = tuple(
+                {stage: _input_transform(f"{index}.{stage}", tensors) for stage in stages}
+                for index, stages in enumerate(description["inputs"])
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"these are not the rotations of a run ({error}). Begin again with --overwrite.") from error
         return Transforms(**rotations, inputs=inputs)
+
+    def fit(self, graph: ModelGraph, config: Config) -> bool:
+        """Whether the sizes are those of a model."""
+        head, heads = head_dim(config), config.num_attention_heads
+        widths = {"residual": config.hidden_size, "values": head, "keys": head, "ffn": config.intermediate_size}
+        sizes = {site: rotation.size for site in SITES if (rotation := getattr(self, site)) is not None}
+        if any(size != {**widths, "heads": heads}[site] for site, size in sizes.items()):
+            return False
+        inputs = dict(zip((stage[0] for stage in graph.stages), _input_widths(config), strict=True))
+        wanted = [inputs] * config.num_hidden_layers if self.inputs else []
+        return [{stage: part.orders.shape[-1] for stage, part in stages.items()} for stages in self.inputs] == wanted
 
     def blocks(self, graph: ModelGraph) -> dict[str, tuple[int, int]]:
         """Where the runtime applies the rotations of `inputs`: size of the blocks and how many, by norm or layer."""
