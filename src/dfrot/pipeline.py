@@ -113,8 +113,8 @@ def quantize(
         keys = transforms.keys if recipe.spec.keys.quantizes else None
         plan = RuntimePlan(recipe.spec, online, keys, transforms.blocks(source.graph))
         blocks = _depended_on_by_blocks(context)
-        if (other := shared.checkpoint(blocks)) is not None and (notes := writer.adopt(other)):
-            report.notes["weights_by_block"] = notes
+        if (other := shared.checkpoint(blocks)) is not None:
+            writer.adopt(other)
         _quantize_blocks(context, transforms, plan, writer, report, Path(out) if spill else None)
         _finish(context, transforms, plan, writer)
         shared.keep_checkpoint(blocks, writer.path)
