@@ -54,6 +54,8 @@ def test_states_are_spilled_when_the_budget_does_not_hold_them(tiny: Tiny) -> No
     assert replace(plan, budget=plan.resident + plan.states).spills is False
     spilled = replace(plan, budget=plan.resident + plan.states - 1)
     assert spilled.spills is True
+    assert spilled.tight
+    assert not replace(plan, budget=2 * plan.memory).tight
     assert (spilled.memory, spilled.disk) == (plan.resident, plan.checkpoint + plan.states)
 
 

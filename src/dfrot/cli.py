@@ -135,12 +135,14 @@ class Quantize:
     def run(self) -> None:
         recipe = self.recipe()
         memory = None if self.memory is None else parse_size(self.memory)
-        if self.plan:
-            from dfrot.models.source import open_source
-            from dfrot.plan import Plan
+        from dfrot.models.source import open_source
+        from dfrot.plan import Plan
 
-            expected = Plan.of(open_source(self.model), recipe, memory)
-            out.print(str(expected), highlight=False)
+        expected = Plan.of(open_source(self.model), recipe, memory)
+        if expected.tight:
+            keep_freed_memory(largest=1 << 27)  # half the peak for twice the time, as measured
+        if self.plan:
+            out.print(str(expected), highlight=False, soft_wrap=True)
             expected.require_room(self.out)
             return
         from dfrot.pipeline import quantize

@@ -1,8 +1,9 @@
 """What quantizing a model will take, from its config and the headers of its files: memory, disk, roughly how long.
 
 Three stages may need the most memory: fitting the rotations, folding the embedding or head, and a decoder block. All
-count what is there at the same time, in bytes by tensor; what passes through the allocator on the way, a few per cent,
-they leave out. The hidden states of the calibration text come on top, unless they do not fit: then they are spilled.
+count the tensors that are there at the same time. malloc may keep as much again of what was freed (memory.py), which is
+not counted; the command line lets it only where there is room. The hidden states of the calibration text come on top,
+unless they do not fit: then they are spilled.
 """
 
 import shutil
@@ -27,6 +28,7 @@ VOCABULARY_ROWS = 8192
 
 # Measured on x86-64 with smollm2-135m. Times are of one core and meant to be right within a factor of three.
 _PROCESS = 460_000_000  # bytes of Python, torch, transformers and a tokenizer
+_SLACK = 1.1  # of what was resident, over the tensors counted here; also on one block of LLaMA-2-7B's shape
 _FOLD64 = 24  # bytes by entry while one weight is folded in float64: it, what it becomes, what lies between
 _SECONDS_BY_WEIGHT = 3.6e-7  # folding and checking twice, searching for clip ratios, packing
 _SECONDS_BY_CHANNEL = 1.9e-3  # DuQuant's search, by channel that a linear layer reads
@@ -70,7 +72,7 @@ class Plan:
             blocks=source.num_blocks,
             block_weights=sum(rows * columns for rows, columns in shapes.linears.values()),
             block_bytes=shapes.block * source.dtype.itemsize,
-            resident=_PROCESS + max(shapes.fit_bytes(), shapes.vocabulary_bytes(), shapes.block_bytes()),
+            resident=int(_SLACK * (_PROCESS + shapes.largest_stage())),
             states=shapes.states_bytes(),
             checkpoint=shapes.checkpoint_bytes(),
             budget=available_memory() if memory is None else memory,
@@ -86,6 +88,11 @@ class Plan:
     def memory(self) -> int:
         """Expected peak."""
         return self.resident + (0 if self.spills else self.states)
+
+    @property
+    def tight(self) -> bool:
+        """Whether there is no room for freed memory to be kept."""
+        return 2 * self.memory > self.budget
 
     @property
     def disk(self) -> int:
@@ -115,10 +122,11 @@ class Plan:
 
     def __str__(self) -> str:
         where = "on disk" if self.spills else "in memory"
+        kept = "" if self.tight else ", as much again of freed memory kept"
         states = f", {_gb(self.states)} of calibration states {where}" if self.states else ""
         return (
             f"{self.blocks} blocks of {self.block_weights / 1e6:.1f} million weights, {_gb(self.block_bytes)} each\n"
-            f"expected peak memory {_gb(self.memory)} of {_gb(self.budget)}{states}\n"
+            f"expected peak memory {_gb(self.memory)} of {_gb(self.budget)}{states}{kept}\n"
             f"expected on disk {_gb(self.checkpoint)}{f', and {_gb(self.states)} until it is done' * self.spills}\n"
             f"roughly {_duration(self.seconds)} with {torch.get_num_threads()} threads"
         )
@@ -151,6 +159,9 @@ class _Shapes:
         self.tokens = recipe.calibration.tokens // self.seq_len * self.seq_len
         # of one sequence on its way through a block: the stream, and what the widest layer reads with gate and up
         self.sequence = self.seq_len * (4 * self.hidden + 3 * self.linears[source.graph.down][1])
+
+    def largest_stage(self) -> int:
+        return max(self.fit_bytes(), self.vocabulary_bytes(), self.block_bytes())
 
     def fit_bytes(self) -> int:
         method = self.recipe.method
