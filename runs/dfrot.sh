@@ -4,7 +4,7 @@
 #   runs/dfrot.sh llama2-7b OUT [DEVICE]
 #
 # Hardware: one GPU that holds the model in 16 bits for evaluation (7B: 24 GB, 13B: 40 GB), and host memory for the hidden
-# states of 128 × 2048 tokens, twice (7B: 9 GB; --spill keeps them on disk). Not run by us yet: no GPU was at hand.
+# states of 128 × 2048 tokens, twice (7B: 9 GB; on disk if memory does not hold them). Not run by us yet: no GPU was at hand.
 # Zero-shot tasks need lm-eval: pip install "dfrot[eval]". Expected WikiText-2 perplexity, sequence 2048, from the paper (arXiv
 # 2412.00648), QuaRot / DFRot:
 #

@@ -12,12 +12,13 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "dfrot"
 # A module may import from its own floor's packages only itself, and anything from the floors below.
 FLOORS = [
-    {"errors", "memory", "cache", "progress", "version", "json_file", "linalg", "quant"},
+    {"errors", "lock", "memory", "cache", "progress", "version", "json_file", "linalg", "quant"},
     {"spec"},
     {"recipe", "kernels"},
     {"models"},
     {"texts", "transform", "runtime"},
     {"methods", "weights", "checkpoint"},
+    {"plan"},
     {"results", "pipeline"},
     {"evaluation", "report"},
     {"published"},

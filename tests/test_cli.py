@@ -1,5 +1,6 @@
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -64,6 +65,17 @@ def test_bench_compares_a_checkpoint_or_a_shape_with_the_unquantized_model(
     assert "against float32: prefill" in out
 
 
+def test_a_plan_is_printed_and_nothing_is_made(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("quantize", tiny("llama"), "-o", tmp_path / "out", "--plan")
+    code, out, _ = run(capsys, *words, "--memory", "2GB")
+    assert code == 0
+    assert "2 blocks of 0.0 million weights" in out
+    assert "of 2.00 GB, 0.03 GB of calibration states in memory" in out
+    code, _, err = run(capsys, *words, "--memory", "1MB")
+    assert (code, "the budget is 0.00 GB" in err) == (2, True)
+    assert not (tmp_path / "out").exists()
+
+
 def test_models_lists_every_family(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "models")
     assert code == 0
@@ -78,6 +90,7 @@ def test_models_lists_every_family(capsys: pytest.CaptureFixture[str]) -> None:
         (["bench", "--shape", "llama-9-1b"], "there is no shape 'llama-9-1b'. Shapes: llama-2-7b"),
         (["bench"], "bench takes a checkpoint, or --shape"),
         (["quantize", "TINY", "-o", "OUT", "--method", "quarot", "--gamma", "3"], "has no option gamma"),
+        (["quantize", "TINY", "-o", "OUT", "--memory", "lots"], "such as 8GB"),
         (["quantize", "./nowhere", "-o", "OUT"], "there is no model at './nowhere'"),
         (["quantize", "TINY", "-o", "OUT", "--calib", "EMPTY"], "is empty"),
         (["quantize", "TINY", "-o", "OUT", "--calib", "SHORT"], "fewer than one sample of 2048"),
@@ -152,7 +165,7 @@ def test_interrupting_says_how_to_resume_and_resuming_finishes(tiny: Tiny, tmp_p
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGINT
-    assert "interrupted. Finished blocks are kept" in " ".join(err.split())
+    assert f"this continues: {shlex.join(['dfrot', *words, '--resume'])}" in " ".join(err.split())
     assert not (tmp_path / "out" / "config.json").exists()
     assert main([*words, "--resume"]) == 0
     assert (tmp_path / "out" / "config.json").exists()

@@ -248,7 +248,7 @@ def test_a_cell_that_fails_is_said_and_the_others_go_on(tiny: Tiny, text_file: P
 def test_two_comparisons_in_one_folder_are_refused(tiny: Tiny, text_file: Path, tmp_path: Path) -> None:
     with (tmp_path / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="another process compares"):
+        with pytest.raises(UserError, match="another process works in"):
             compare(str(tiny("llama")), [None], Measurement((str(text_file),)), tmp_path)
 
 

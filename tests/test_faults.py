@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import dfrot
 from dfrot import pipeline
 from dfrot.checkpoint import save
-from dfrot.checkpoint.save import CheckpointWriter, read_fit, write_fit
+from dfrot.checkpoint.save import opened_writer, read_fit, write_fit
 from dfrot.cli import main
 from dfrot.errors import EnvironmentFault, UserError
 from dfrot.json_file import parse_json
@@ -256,8 +256,8 @@ def test_a_quantization_config_that_is_none_is_one_message(broken: Path, value: 
     edit(broken / "config.json", lambda c: c.update(quantization_config=value or ["x"]))
     with pytest.raises(UserError):
         dfrot.load(broken)
-    with pytest.raises(UserError):
-        CheckpointWriter(broken, {}, 4)
+    with pytest.raises(UserError), opened_writer(broken, {}, 4):
+        pass
     with pytest.raises(UserError):
         open_source(str(broken))
 

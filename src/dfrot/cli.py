@@ -5,6 +5,7 @@ What only one command needs is imported inside it.
 
 import json
 import os
+import shlex
 import signal
 import statistics
 import sys
@@ -20,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dfrot.errors import EnvironmentFault, UserError
-from dfrot.memory import keep_freed_memory
+from dfrot.memory import keep_freed_memory, parse_size
 from dfrot.version import __version__
 
 if TYPE_CHECKING:
@@ -118,19 +119,32 @@ class Quantize:
     """Continue an interrupted run."""
     overwrite: bool = False
     """Replace a checkpoint that is there."""
-    spill: bool = False
-    """Keep the hidden states of the calibration text in a memory-mapped file instead of memory."""
+    memory: str | None = None
+    """Memory that may be taken, such as 8GB (default: what is available); what exceeds it goes to disk, if it can."""
+    plan: bool = False
+    """Only say what is expected: memory, disk, time."""
 
     def recipe(self) -> "Recipe":
         from dfrot.recipe import Recipe
 
         given = {name: value for name, value in vars(self).items()}
-        for name in ("model", "out", "device", "resume", "overwrite", "spill"):
+        for name in ("model", "out", "device", "resume", "overwrite", "memory", "plan"):
             del given[name]
         return Recipe.parse(**given)
 
     def run(self) -> None:
         recipe = self.recipe()
+        memory = None if self.memory is None else parse_size(self.memory)
+        from dfrot.models.source import open_source
+        from dfrot.plan import Plan
+
+        expected = Plan.of(open_source(self.model), recipe, memory)
+        if expected.tight:
+            keep_freed_memory(largest=1 << 27)  # half the peak for twice the time, as measured
+        if self.plan:
+            out.print(str(expected), highlight=False, soft_wrap=True)
+            expected.require_room(self.out)
+            return
         from dfrot.pipeline import quantize
         from dfrot.results import model_size
 
@@ -141,7 +155,7 @@ class Quantize:
             device=self.device,
             resume=self.resume,
             overwrite=self.overwrite,
-            spill=self.spill,
+            memory=memory,
         )
         size = model_size(report.path)
         seconds = sum(report.timings_s.values())
@@ -533,7 +547,8 @@ def main(arguments: list[str] | None = None) -> int:
         if isinstance(command, Compare):
             hint = " Finished cells are kept: the same command goes on."
         elif isinstance(command, Quantize) and command.out.is_dir():
-            hint = " Finished blocks are kept: the same command with --resume instead of --overwrite continues."
+            words = [word for word in arguments if word not in ("--overwrite", "--resume")]
+            hint = f" Finished blocks are kept; this continues:\n{shlex.join(['dfrot', *words, '--resume'])}"
         _complain(f"interrupted.{hint}")
         return 128 + signal.SIGINT
     except BrokenPipeError:  # `dfrot … | head`: the reader has seen enough

@@ -7,7 +7,6 @@ chains run side by side in processes of their own, here or on a Ray cluster.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import logging
@@ -23,6 +22,7 @@ from typing import Any
 
 from dfrot.errors import EnvironmentFault, UserError
 from dfrot.evaluation.run import Measurement, evaluate
+from dfrot.lock import alone_in
 from dfrot.memory import keep_freed_memory
 from dfrot.models.source import open_source
 from dfrot.pipeline import quantize
@@ -107,7 +107,7 @@ def compare(
     fingerprint = open_source(model).fingerprint()
     cells = [Cell(model, fingerprint, recipe, measurement, device, threads) for recipe in recipes]
     out = out.expanduser().resolve()
-    with _alone_in(out):
+    with alone_in(out):
         done = {record.conditions.get("cell"): record for record in read_records(out / RESULTS_FILE, repair=True)}
         chains: dict[str, list[Cell]] = {}
         for cell in cells:
@@ -287,19 +287,3 @@ def _on_ray(address: str, threads: int) -> Iterator[_Pool]:
         yield _Ray(ray, threads)
     finally:
         ray.shutdown()
-
-
-@contextlib.contextmanager
-def _alone_in(out: Path) -> Iterator[None]:
-    """Make the folder, and keep other comparisons out of it."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = (out / ".lock").open("w")
-    except OSError as error:
-        raise EnvironmentFault(f"cannot write to {out}: {error}") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"another process compares in {out}. Wait for it, or choose another -o folder.") from error
-        yield

@@ -1,18 +1,47 @@
-"""How the process treats freed memory."""
+"""How much memory there is, and how the process treats what it has freed."""
 
 import ctypes
+import os
+import re
+from pathlib import Path
+
+from dfrot.errors import UserError
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory(largest: int = 1 << 30) -> None:
     """Let malloc keep what is freed; for programs, since it concerns the whole process.
 
     glibc gives big buffers (always those above 32 MB) back to the system as soon as they are freed. A forward pass on
     the CPU makes and frees hundreds of them, each time paying for fresh pages: elementwise work takes two to four times
     as long. Does nothing where the C library is another.
+
+    Args:
+        largest: bytes of a buffer that is kept. What is kept can be as much again as is in use.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 1 << 30)
-        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(_M_MMAP_THRESHOLD, largest)
+        mallopt(_M_TRIM_THRESHOLD, 2 * largest - 1)
+
+
+def available_memory() -> int:
+    """Bytes that a program can take without others being swapped out; where the system does not tell, all there are."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file() and (found := re.search(r"MemAvailable:\s*(\d+) kB", meminfo.read_text())):
+        return int(found[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def parse_size(text: str) -> int:
+    """Bytes: 8GB, 6GiB, 512MB.
+
+    Raises:
+        UserError: it is no size.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?", text.strip().lower())
+    if found is None or found[2] not in _UNITS or not (size := int(float(found[1]) * _UNITS[found[2]])):
+        raise UserError(f"a size of memory is a number with a unit, such as 8GB, 6GiB or 512MB, got '{text}'.")
+    return size

@@ -20,12 +20,13 @@ from jaxtyping import Int
 from torch import Tensor
 
 from dfrot.checkpoint.load import usable_device
-from dfrot.checkpoint.save import CheckpointWriter
+from dfrot.checkpoint.save import CheckpointWriter, opened_writer
 from dfrot.checkpoint.shared import Shared
 from dfrot.errors import EnvironmentFault, UserError
 from dfrot.methods import METHODS
 from dfrot.methods.context import Context
 from dfrot.models.source import Source, open_source, stored_tensors
+from dfrot.plan import VOCABULARY_ROWS, Plan, rotates_residual, storage_dtype, working_dtype
 from dfrot.progress import track
 from dfrot.recipe import GPTQ, LWC, DFRot, DuQuant, Recipe
 from dfrot.runtime.linear import packed_tensors
@@ -37,9 +38,6 @@ from dfrot.transform.sites import Transforms, block_folds, fold_block_
 from dfrot.version import __version__
 from dfrot.weights import WEIGHTS
 from dfrot.weights.inputs import BlockTask, CalibrationStream, runtime_block
-
-# Folding the embedding or head in float64 takes this many rows at a time, so that no float64 copy of it exists.
-_VOCABULARY_ROWS = 8192
 
 
 @dataclass
@@ -73,7 +71,7 @@ def quantize(
     device: str | torch.device = "cpu",
     resume: bool = False,
     overwrite: bool = False,
-    spill: bool = False,
+    memory: int | None = None,
     share: str | Path | None = None,
 ) -> Report:
     """Rotate and quantize a model into a checkpoint directory.
@@ -85,39 +83,41 @@ def quantize(
         device: where to compute.
         resume: continue a run that was interrupted.
         overwrite: replace a checkpoint that is there.
-        spill: keep the hidden states of the calibration text in a memory-mapped file in `out`, not in memory.
+        memory: bytes that may be taken; None takes what the machine has available. If the hidden states of the
+            calibration text do not fit, they go into a memory-mapped file in `out`.
         share: a folder in which runs leave what others can take: fitted rotations, and blocks if recipes differ in the
             cache alone.
 
     Raises:
-        UserError: the request cannot be carried out as it was made.
-        EnvironmentFault: network, disk or an optional package failed.
+        UserError: the request cannot be carried out as it was made; it needs more memory than it may take.
+        EnvironmentFault: network, disk or an optional package failed, or the disk is too small.
         InvarianceError: folding changed the model, which is a bug; nothing is left that looks finished.
     """
     there = usable_device(device)
     source = open_source(str(model))
     _check_sizes(source, recipe)
     _warn_of_few_tokens(source, recipe)
+    expected = Plan.of(source, recipe, memory)
+    expected.require_room(Path(out))
     source.tokenizer()  # a model without one is refused before the work, not after it
     report = Report(Path(out))
     calibration = functools.cache(lambda: calibration_tokens(source, recipe))
-    writer = CheckpointWriter(
-        report.path, _run(source, recipe), num_shards=source.num_blocks + 2, resume=resume, overwrite=overwrite
-    )
     context = Context(source, recipe, calibration, there, report.notes)
     shared = Shared(None if share is None else Path(share))
-    with report.stage("fit"):
-        transforms = _fitted(context, writer, shared)
-    with report.stage("quantize"):
-        online = transforms.online(source.graph, source.config)
-        keys = transforms.keys if recipe.spec.keys.quantizes else None
-        plan = RuntimePlan(recipe.spec, online, keys, transforms.blocks(source.graph))
-        blocks = _depended_on_by_blocks(context)
-        if (other := shared.checkpoint(blocks)) is not None and (notes := writer.adopt(other)):
-            report.notes["weights_by_block"] = notes
-        _quantize_blocks(context, transforms, plan, writer, report, Path(out) if spill else None)
-        _finish(context, transforms, plan, writer)
-        shared.keep_checkpoint(blocks, writer.path)
+    num_shards = source.num_blocks + 2
+    with opened_writer(report.path, _run(source, recipe), num_shards, resume=resume, overwrite=overwrite) as writer:
+        with report.stage("fit"):
+            transforms = _fitted(context, writer, shared)
+        with report.stage("quantize"):
+            online = transforms.online(source.graph, source.config)
+            keys = transforms.keys if recipe.spec.keys.quantizes else None
+            plan = RuntimePlan(recipe.spec, online, keys, transforms.blocks(source.graph))
+            blocks = _depended_on_by_blocks(context)
+            if (other := shared.checkpoint(blocks)) is not None:
+                writer.adopt(other)
+            _quantize_blocks(context, transforms, plan, writer, report, Path(out) if expected.spills else None)
+            _finish(context, transforms, plan, writer)
+            shared.keep_checkpoint(blocks, writer.path)
     return report
 
 
@@ -190,7 +190,7 @@ def _quantize_blocks(
 ) -> None:
     source, recipe = context.source, context.recipe
     stored = storage_dtype(source, recipe)
-    working = torch.float64 if stored == torch.float64 else torch.float32
+    working = working_dtype(source, recipe)
     embedding = source.embedding()
     check = InvarianceCheck(source, embedding, recipe.seed)
     if not writer.has(0):
@@ -205,7 +205,8 @@ def _quantize_blocks(
             source, plan, rows, context.calibration(), working, context.device, spill, isinstance(recipe.weights, LWC)
         )
         del rows
-    for index in track(range(source.num_blocks), "quantizing"):
+
+    def through(index: int) -> None:  # a function: nothing of a block outlives it
         block = source.block(index)
         prefix = f"{source.graph.blocks}.{index}."
         done = writer.has(index + 1)
@@ -227,6 +228,10 @@ def _quantize_blocks(
         if stream is not None:
             kept = writer.read(index + 1)
             stream.advance(index, {name.removeprefix(prefix): tensor for name, tensor in kept.items()})
+
+    for index in track(range(source.num_blocks), "quantizing"):
+        through(index)
+    stream = None  # the head may need the room
     norm, head = source.final_norm(), source.head()
     fuses = transforms.residual is not None
     fold = Fold(gain=norm.weight if fuses else None, reads=transforms.residual)
@@ -234,7 +239,7 @@ def _quantize_blocks(
     if writer.has(source.num_blocks + 1):
         return
     last = {f"{source.graph.final_norm}.weight": fold.norm_gain(norm.weight).to(stored)}
-    if not _stays_tied(source, transforms):
+    if not _stays_tied(source, recipe):
         last[f"{source.graph.head}.weight"] = _fold_rows(head, fold, stored, context.device)
     writer.write(source.num_blocks + 1, last)
 
@@ -251,16 +256,16 @@ def quantize_block(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors that a checkpoint keeps of a folded block, under the names of the runtime's modules, and notes."""
     spec = recipe.spec.weights
-    tensors = {name: _narrowed(tensor, stored, name) for name, tensor in folded.items()} | rotations
+    linears = {f"{name}.weight": folded[f"{name}.weight"] for name in source.graph.linears if spec.quantizes}
+    # what is not quantized is already as it will be stored
+    tensors = {name: _narrowed(tensor, stored, name) for name, tensor in folded.items() if name not in linears}
+    tensors |= rotations
     if not spec.quantizes:
         return tensors, {}
-    # what is not quantized is already as it will be stored
-    linears = {f"{name}.weight": folded[f"{name}.weight"] for name in source.graph.linears}
     wide = linears[f"{source.graph.down}.weight"]
     module = runtime_block(source, index, tensors | linears, plan.without("weights", "activations")).to(wide.dtype)
     task = BlockTask(index, module.to(wide.device), source, recipe, stream)
     for name, (codes, qparams) in WEIGHTS[recipe.weights_name](task).items():
-        del tensors[f"{name}.weight"]
         tensors |= {f"{name}.{key}": tensor for key, tensor in packed_tensors(codes, qparams, spec).items()}
     return tensors, task.notes
 
@@ -268,7 +273,7 @@ def quantize_block(
 def _fold_rows(matrix: Tensor, fold: Fold, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A folded embedding or head, (vocabulary, hidden)."""
     folded = torch.empty(matrix.shape, dtype=dtype)
-    for rows, into in zip(matrix.split(_VOCABULARY_ROWS), folded.split(_VOCABULARY_ROWS), strict=True):
+    for rows, into in zip(matrix.split(VOCABULARY_ROWS), folded.split(VOCABULARY_ROWS), strict=True):
         into.copy_(_narrowed(fold.weight(rows.to(device)), dtype, "the embedding or head"))
     return folded
 
@@ -284,7 +289,7 @@ def _finish(context: Context, transforms: Transforms, plan: RuntimePlan, writer:
     source, recipe = context.source, context.recipe
     config = source.config.to_dict()
     config["architectures"] = [type(source.skeleton).__name__]
-    config["tie_word_embeddings"] = _stays_tied(source, transforms)
+    config["tie_word_embeddings"] = _stays_tied(source, recipe)
     config["dtype"] = str(compute_dtype(source, recipe)).removeprefix("torch.")
     unquantized = 2 * sum(shape.numel() for _, shape, _ in stored_tensors(set(source.files.values())))
     config["quantization_config"] = {**plan.to_json(recipe), "unquantized_bytes": unquantized}
@@ -304,20 +309,9 @@ def _finish(context: Context, transforms: Transforms, plan: RuntimePlan, writer:
     writer.finish(config, context.notes)
 
 
-def _stays_tied(source: Source, transforms: Transforms) -> bool:
+def _stays_tied(source: Source, recipe: Recipe) -> bool:
     """A head that absorbs the last norm's gain can no longer be the embedding."""
-    return source.tied and transforms.residual is None
-
-
-def storage_dtype(source: Source, recipe: Recipe) -> torch.dtype:
-    """What unquantized tensors are stored in.
-
-    Unless the recipe names a dtype: the source's own, but no more than 16 bits beside quantized weights.
-    """
-    if recipe.dtype != "auto":
-        return getattr(torch, recipe.dtype)
-    narrow = recipe.spec.weights.quantizes and source.dtype.itemsize > 2
-    return torch.float16 if narrow else source.dtype
+    return source.tied and not rotates_residual(recipe)
 
 
 def compute_dtype(source: Source, recipe: Recipe) -> torch.dtype:

@@ -1,7 +1,10 @@
+import contextlib
 import errno
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,8 @@ import dfrot
 from dfrot import pipeline
 from dfrot.checkpoint import save
 from dfrot.errors import EnvironmentFault, UserError
+from dfrot.models.source import open_source
+from dfrot.plan import Plan
 
 Tiny = Callable[[str], Path]
 RECIPE = dfrot.Recipe.parse("quarot", "rtn")
@@ -61,6 +66,78 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+# Of 13 renames: 1 the manifest, 2 the fit, 3 the manifest that lists it, 4 a shard, 5 its entry, 13 config.json.
+@pytest.mark.parametrize(("write", "published"), [(1, False), (2, True), (4, True), (5, True), (13, False), (13, True)])
+@pytest.mark.filterwarnings("ignore:not as the interrupted run finished them")
+def test_a_run_that_dies_at_a_write_resumes_to_the_same_bytes(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: int, published: bool
+) -> None:
+    publish, count = save._publish, 0
+
+    def dying(temporary: Path, final: Path) -> None:
+        nonlocal count
+        count += 1
+        if count == write and not published:
+            raise Killed
+        publish(temporary, final)
+        if count == write:
+            raise Killed
+
+    monkeypatch.setattr(save, "_publish", dying)
+    with pytest.raises(Killed):
+        dfrot.quantize(tiny("llama"), RECIPE, tmp_path / "out")
+    monkeypatch.undo()
+    finished = (tmp_path / "out" / "config.json").exists()
+    assert finished == ((write, published) == (13, True))
+    with pytest.raises(UserError, match="finished checkpoint") if finished else contextlib.nullcontext():
+        dfrot.quantize(tiny("llama"), RECIPE, tmp_path / "out", resume=True)
+    dfrot.quantize(tiny("llama"), RECIPE, tmp_path / "whole")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("name", ["model-00002-of-00004.safetensors", "dfrot-run.safetensors"])
+def test_what_is_not_as_the_run_wrote_it_is_made_again(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    interrupted(tiny, tmp_path / "out", monkeypatch)
+    damaged = bytearray((tmp_path / "out" / name).read_bytes())
+    damaged[-1] ^= 1
+    (tmp_path / "out" / name).write_bytes(damaged)
+    with pytest.warns(UserWarning, match=f"made again: .*{name}"):
+        dfrot.quantize(tiny("llama"), RECIPE, tmp_path / "out", resume=True)
+    dfrot.quantize(tiny("llama"), RECIPE, tmp_path / "whole")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("words", [{"resume": True}, {"overwrite": True}, {}])
+def test_a_second_run_in_one_directory_is_refused(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: dict[str, Any]
+) -> None:
+    refusals = []
+
+    def second(*args: Any) -> Any:
+        with pytest.raises(UserError, match="another process works in") as refusal:
+            dfrot.quantize(tiny("llama"), RECIPE, tmp_path / "out", **words)
+        refusals.append(refusal)
+        return quantize_block(*args)
+
+    quantize_block = pipeline.quantize_block
+    monkeypatch.setattr(pipeline, "quantize_block", second)
+    dfrot.quantize(tiny("llama"), RECIPE, tmp_path / "out")
+    assert len(refusals) == 2
+    assert not (tmp_path / "out" / ".lock").exists()
+
+
+def test_killed_processes_lose_nothing(tiny: Tiny, tmp_path: Path, text_file: Path) -> None:
+    """A short version of the benchmark."""
+    script = Path(__file__).parents[2] / "benchmarks" / "kills.py"
+    words = ["--calib", str(text_file), "--calib-tokens", "96", "--calib-seq-len", "32", "--method", "quarot"]
+    command = [sys.executable, str(script), str(tiny("llama")), str(tmp_path / "kills"), "--runs", "3", *words]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "in 3 runs" in done.stdout
+
+
 FITTED: dict[str, dict[str, Any]] = {
     "gptq": {},
     "lwc": {"epochs": 2},
@@ -76,15 +153,17 @@ def test_weights_that_are_fitted_to_data_resume_to_the_same_bytes(
     recipe = dfrot.Recipe.parse("quarot", weights, **text, **FITTED[weights])
     interrupted(tiny, tmp_path / "out", monkeypatch, after, recipe)
     dfrot.quantize(tiny("llama"), recipe, tmp_path / "out", resume=True)
-    dfrot.quantize(tiny("llama"), recipe, tmp_path / "whole", spill=True)
+    without_states = Plan.of(open_source(str(tiny("llama"))), recipe).resident
+    dfrot.quantize(tiny("llama"), recipe, tmp_path / "whole", memory=without_states)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def test_resuming_another_recipe_says_what_differs(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupted(tiny, tmp_path / "out", monkeypatch)
-    with pytest.raises(UserError, match="interrupted run with another recipe"):
-        dfrot.quantize(tiny("llama"), dfrot.Recipe.parse("none", "rtn"), tmp_path / "out", resume=True)
-    with pytest.raises(UserError, match="interrupted run with another model"):
+    other = dfrot.Recipe.parse("quarot", "gptq", calib_tokens=2048, seed=1)
+    with pytest.raises(UserError, match=r"another: weights: rtn, not gptq; seed: 0, not 1\. Resume with the same"):
+        dfrot.quantize(tiny("llama"), other, tmp_path / "out", resume=True)
+    with pytest.raises(UserError, match="another: model: "):
         dfrot.quantize(tiny("qwen2"), RECIPE, tmp_path / "out", resume=True)
 
 
@@ -108,7 +187,7 @@ def test_resuming_after_the_model_changed_is_refused(
     interrupted(lambda _: model, tmp_path / "out", monkeypatch)
     tensors = load_file(model / "model.safetensors")
     save_file({name: 2 * tensor for name, tensor in tensors.items()}, model / "model.safetensors")
-    with pytest.raises(UserError, match="interrupted run with another model"):
+    with pytest.raises(UserError, match="another: model: "):
         dfrot.quantize(model, RECIPE, tmp_path / "out", resume=True)
 
 

@@ -13,6 +13,8 @@ import dfrot
 from dfrot import pipeline
 from dfrot.errors import EnvironmentFault, UserError
 from dfrot.models.graph import ModelGraph
+from dfrot.models.source import open_source
+from dfrot.plan import Plan
 from dfrot.runtime.linear import QuantLinear
 from dfrot.weights.inputs import BlockTask, CalibrationStream
 from tests.tiny_models import CONFIGS
@@ -142,8 +144,9 @@ def test_a_full_disk_is_a_message_when_states_are_spilled(
 
     monkeypatch.setattr("os.posix_fallocate", full)
     recipe = dfrot.Recipe.parse("none", "gptq", calib=str(text_file), calib_tokens=96)
+    without_states = Plan.of(open_source(str(tiny("llama"))), recipe).resident
     with pytest.raises(EnvironmentFault, match=r"hidden states, 0\.0 GB, cannot be put into"):
-        dfrot.quantize(tiny("llama"), recipe, tmp_path / "out", spill=True)
+        dfrot.quantize(tiny("llama"), recipe, tmp_path / "out", memory=without_states)
 
 
 def test_resuming_with_another_calibration_text_is_refused(

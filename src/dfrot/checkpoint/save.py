@@ -2,15 +2,17 @@
 
 A checkpoint is a directory of safetensors shards, one per decoder block plus one before and one after, an index, a
 tokenizer and a config.json. Each file is written beside its place, synced and renamed; config.json comes last. Until
-then `dfrot-run.json` stands there and says which run the shards belong to, and `dfrot-run.safetensors` keeps the fitted
-rotations, so that the run can be resumed.
+then `dfrot-run.json` stands there, the manifest: which run the shards belong to, and the digest and notes of each that
+is finished. `dfrot-run.safetensors` keeps the fitted rotations, so that the run can be resumed.
 """
 
+import contextlib
+import hashlib
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from torch import Tensor
 
 from dfrot.errors import EnvironmentFault, UserError
 from dfrot.json_file import parse_json, read_json
+from dfrot.lock import LOCK_FILE, alone_in
 from dfrot.models.source import open_safetensors, stored_tensors
 
 RUN_FILE = "dfrot-run.json"
@@ -27,59 +30,86 @@ NOTES_FILE = "fit.json"
 INDEX_FILE = "model.safetensors.index.json"
 
 
-class CheckpointWriter:
-    """Writes the shards of one run into one directory.
+@contextlib.contextmanager
+def opened_writer(
+    path: Path, run: dict[str, Any], num_shards: int, *, resume: bool = False, overwrite: bool = False
+) -> Iterator["CheckpointWriter"]:
+    """A `CheckpointWriter` that is alone in its directory.
 
     Args:
-        path: the checkpoint directory. Nothing is created before the first shard is written.
+        path: the checkpoint directory.
         run: JSON that identifies the run; resuming compares it.
         num_shards: how many shards there will be.
-        resume: keep the shards of the same run, interrupted before.
+        resume: keep the shards of the same run, interrupted before, that are as it wrote them.
         overwrite: delete a checkpoint, or an interrupted run, that is there.
 
     Raises:
-        UserError: something is in the way: not ours, finished already, interrupted, or of another run.
+        UserError: something is in the way: not ours, finished already, interrupted, of another run, or in use.
+        EnvironmentFault: the directory cannot be made.
     """
+    path = path.resolve()
+    if resume and overwrite:
+        raise UserError("--resume keeps what is there and --overwrite deletes it: give one of them.")
+    if not _is_blank(path) and not is_ours(path):
+        raise UserError(
+            f"{path} exists and is not a dfrot checkpoint; nothing there is touched. Choose another -o directory."
+        )
+    with alone_in(path):
+        yield CheckpointWriter(path, run, num_shards, resume, overwrite)
 
-    def __init__(
-        self, path: Path, run: dict[str, Any], num_shards: int, *, resume: bool = False, overwrite: bool = False
-    ) -> None:
-        self.path, self._run, self._num_shards, self._replaced = path.resolve(), run, num_shards, overwrite
-        if resume and overwrite:
-            raise UserError("--resume keeps what is there and --overwrite deletes it: give one of them.")
-        if not path.exists() or (path.is_dir() and not any(file.name != RUN_FILE + ".tmp" for file in path.iterdir())):
-            self._replaced = False
-            return
-        if not is_ours(path):
-            raise UserError(
-                f"{path} exists and is not a dfrot checkpoint; nothing there is touched. Choose another -o directory."
-            )
-        if overwrite:  # nothing is deleted before there is something to put in its place
+
+class CheckpointWriter:
+    """Writes the shards of one run into one directory; `opened_writer` makes it."""
+
+    def __init__(self, path: Path, run: dict[str, Any], num_shards: int, resume: bool, overwrite: bool) -> None:
+        self.path, self._run, self._num_shards = path, run, num_shards
+        self._files: dict[str, dict[str, Any]] = {}  # of the manifest: digest and notes by name
+        self._begun = False  # whether the directory is this run's
+        if (path / "config.json").is_file():
+            self._remove_manifest()  # of a run that was killed while it did so itself
+        # with `overwrite` nothing is deleted before there is something to put in its place
+        if overwrite or _is_blank(path):
             return
         if (path / "config.json").is_file():
             raise UserError(f"{path} is a finished checkpoint. Choose another -o directory, or --overwrite it.")
         if not resume:
             raise UserError(f"{path} holds an interrupted run. Continue it with --resume, or --overwrite it.")
-        if (before := read_json(path / RUN_FILE)) != run:
-            differing = sorted(key for key in {*before, *run} if before.get(key) != run.get(key))
+        before, files = _read_manifest(path / RUN_FILE)
+        if before != run:
+            differing = "; ".join(_differences(before, run)) or "all of it"
             raise UserError(
-                f"{path} holds an interrupted run with another {', '.join(differing)}. "
+                f"{path} holds an interrupted run that is another: {differing}. "
                 "Resume with the same, choose another -o directory, or --overwrite it."
             )
+        self._take_over(files)
+
+    def _take_over(self, listed: dict[str, dict[str, Any]]) -> None:
+        """Keep the files that are as the manifest lists them, and delete the others."""
+        with _faults(self.path):
+            sound = {name: entry for name, entry in listed.items() if _digest(self.path / name) == entry["sha256"]}
+            if FIT_FILE in sound:  # all shards are made by the rotations in it
+                self._files = sound
+            patterns = ("model-*", FIT_FILE, "dfrot-run-*", "*.tmp", NOTES_FILE)
+            stale = {file for pattern in patterns for file in self.path.glob(pattern)} - {
+                self.path / name for name in self._files
+            }
+            for file in stale:
+                file.unlink()
+        if lost := sorted(listed.keys() - self._files.keys() | {file.name for file in stale if file.match("model-*")}):
+            warnings.warn(f"not as the interrupted run finished them, and made again: {', '.join(lost)}.", stacklevel=4)
+        self._begun = True
 
     def _shard(self, number: int) -> Path:
         return self.path / f"model-{number + 1:05}-of-{self._num_shards:05}.safetensors"
 
-    def _notes(self, number: int) -> Path:
-        return self.path / f"dfrot-run-{number + 1:05}.json"
-
     def shard_notes(self) -> list[dict[str, Any]]:
         """The notes of all shards that have some, in order."""
-        return [read_json(path) for path in map(self._notes, range(self._num_shards)) if path.is_file()]
+        entries = (self._files.get(self._shard(number).name, {}) for number in range(self._num_shards))
+        return [entry["notes"] for entry in entries if "notes" in entry]
 
     def has(self, number: int) -> bool:
-        """Whether shard `number` is there from the run that is being resumed."""
-        return self._shard(number).is_file()
+        """Whether shard `number` is there, from this run or the one that it resumes."""
+        return self._shard(number).name in self._files
 
     def read(self, number: int) -> dict[str, Tensor]:
         """The tensors of a shard that is there."""
@@ -96,22 +126,34 @@ class CheckpointWriter:
             EnvironmentFault: it cannot be written (disk full, no permission).
         """
         self._begin()
-        if notes:
-            write_json(self._notes(number), notes)
         write_tensors(self._shard(number), tensors, {"format": "pt"})
+        self._list(self._shard(number), notes)
 
     def _begin(self) -> None:
-        """Make the directory, or clear it if it is to be replaced, and say in it which run it belongs to."""
-        if self._replaced:
-            self._replaced = False
-            with _faults(self.path):
-                doomed = Path(tempfile.mkdtemp(dir=self.path.parent, prefix=f".{self.path.name}-"))
-                os.rename(self.path, doomed)
-                shutil.rmtree(doomed)
-        if not (self.path / RUN_FILE).is_file():
-            with _faults(self.path):
-                self.path.mkdir(parents=True, exist_ok=True)
-            write_json(self.path / RUN_FILE, self._run)
+        """Make the directory this run's: from now on it says so, and whatever else was in it goes."""
+        if self._begun:
+            return
+        self._write_manifest()
+        with _faults(self.path):
+            (self.path / "config.json").unlink(missing_ok=True)  # first: what is left is no checkpoint
+            for file in self.path.iterdir():
+                if file.is_dir() and not file.is_symlink():
+                    shutil.rmtree(file)
+                elif file.name not in (RUN_FILE, LOCK_FILE):
+                    file.unlink()
+        self._begun = True
+
+    def _list(self, file: Path, notes: dict[str, Any] | None = None) -> None:
+        with _faults(self.path):
+            self._files[file.name] = {"sha256": _digest(file)} | ({"notes": notes} if notes else {})
+        self._write_manifest()
+
+    def _write_manifest(self) -> None:
+        write_json(self.path / RUN_FILE, {"run": self._run, "files": self._files})
+
+    def _remove_manifest(self) -> None:
+        for name in (FIT_FILE, RUN_FILE):
+            (self.path / name).unlink(missing_ok=True)
 
     def save_fit(self, record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """Keep what was fitted, so that a resumed run goes on with exactly that.
@@ -121,22 +163,21 @@ class CheckpointWriter:
         """
         self._begin()
         write_fit(self.path / FIT_FILE, record, tensors)
+        self._list(self.path / FIT_FILE)
 
     def load_fit(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         """What `save_fit` kept, if this run resumes one that got so far."""
-        return None if self._replaced else read_fit(self.path / FIT_FILE)
+        return read_fit(self.path / FIT_FILE) if FIT_FILE in self._files else None
 
-    def adopt(self, other: Path) -> list[dict[str, Any]]:
-        """Take all shards, as links where that is possible, from a finished checkpoint that has the same.
-
-        Returns:
-            The notes of its shards.
+    def adopt(self, other: Path) -> None:
+        """Take all shards, as links if possible, and their notes from a finished checkpoint that has the same.
 
         Raises:
             EnvironmentFault: they cannot be written.
         """
         self._begin()
-        for shard in map(self._shard, range(self._num_shards)):
+        notes = read_json(other / NOTES_FILE).get("weights_by_block", []) if (other / NOTES_FILE).is_file() else []
+        for number, shard in enumerate(map(self._shard, range(self._num_shards))):
             temporary = shard.with_suffix(".tmp")
             with _faults(self.path, temporary):
                 temporary.unlink(missing_ok=True)
@@ -145,8 +186,7 @@ class CheckpointWriter:
                 except OSError:  # another file system
                     shutil.copyfile(other / shard.name, temporary)
                 _publish(temporary, shard)
-        notes = other / NOTES_FILE
-        return read_json(notes).get("weights_by_block", []) if notes.is_file() else []
+            self._list(shard, notes[number - 1] if 1 <= number <= len(notes) else None)
 
     def finish(self, config: dict[str, Any], notes: dict[str, Any]) -> None:
         """Write notes (if any), index and config; only now the directory is a checkpoint.
@@ -164,8 +204,7 @@ class CheckpointWriter:
             write_json(self.path / NOTES_FILE, notes)
         write_json(self.path / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
         write_json(self.path / "config.json", config)
-        for path in (*map(self._notes, range(self._num_shards)), self.path / FIT_FILE, self.path / RUN_FILE):
-            path.unlink(missing_ok=True)
+        self._remove_manifest()
 
 
 def write_fit(path: Path, record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -196,8 +235,52 @@ def read_fit(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         return record, _tensors(file)
 
 
+def _read_manifest(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """What identifies the run, and digest and notes of its files by name.
+
+    Raises:
+        UserError: it is no manifest.
+    """
+    manifest = read_json(path)
+    run, files = manifest.get("run"), manifest.get("files")
+    if not isinstance(run, dict) or not isinstance(files, dict):
+        raise UserError(f"{path} is not the manifest of an interrupted run. --overwrite it.")
+    for name, entry in files.items():
+        known = isinstance(entry, dict) and isinstance(entry.get("sha256"), str)
+        if not known or Path(name).name != name or not isinstance(entry.get("notes", {}), dict):
+            raise UserError(f"{path} lists a file that no run writes, '{name}'. --overwrite it.")
+    return run, files
+
+
 def _tensors(file: Any) -> dict[str, Tensor]:
     return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 — safe_open is no mapping
+
+
+def _is_blank(path: Path) -> bool:
+    """Whether nothing is there, or only what a run leaves that died before its first write."""
+    if not path.is_dir():
+        return not path.exists()
+    return all(file.name in (LOCK_FILE, RUN_FILE + ".tmp") for file in path.iterdir())
+
+
+def _digest(path: Path) -> str | None:
+    """The sha256 of a file; None if it is not there."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError:
+        return None
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    """Where two records that are built alike differ."""
+    for name in [name for name in before if name in now]:
+        was, is_now = before[name], now[name]
+        if isinstance(was, dict) and isinstance(is_now, dict):
+            inner = "" if name == "recipe" else f"{name}."
+            yield from (inner + difference for difference in _differences(was, is_now))
+        elif was != is_now:
+            yield f"{name}: {was}, not {is_now}"
 
 
 def is_ours(path: Path) -> bool:

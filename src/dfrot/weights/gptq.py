@@ -33,7 +33,7 @@ from dfrot.weights.rtn import weight_qparams
 # Columns whose updates are delayed and applied as one product: within the cache, and beyond it.
 _INNER, _OUTER = 16, 512
 # Factorised in float64 up to this width; beyond it that costs more than rounding the columns.
-_FLOAT64_UP_TO = 2048
+FLOAT64_UP_TO = 2048
 _RAISE, _RAISES = 10.0, 6  # damping, when the Hessian is singular
 
 
@@ -71,7 +71,7 @@ def factorize(hessian: Float[Tensor, "in in"], damping: float, act_order: bool) 
     order = torch.arange(len(diagonal), device=hessian.device)
     if act_order:
         order = torch.argsort(diagonal, descending=True, stable=True)
-    wide = torch.float64 if len(diagonal) <= _FLOAT64_UP_TO else hessian.dtype
+    wide = torch.float64 if len(diagonal) <= FLOAT64_UP_TO else hessian.dtype
     mean = float(diagonal.mean()) or 1.0  # a layer that saw nothing but zeros is rounded to nearest
     for _ in range(_RAISES):
         # H = V Vᵀ with V upper triangular is the usual factorisation read from the last row and column to the first

@@ -24,6 +24,8 @@ from dfrot.runtime.install import install_block_
 from dfrot.runtime.linear import QuantLinear
 from dfrot.runtime.plan import RuntimePlan
 
+_SCRATCH = "dfrot-run-"  # how such files are called, so that a resumed run knows what a killed one left
+
 
 class CalibrationStream:
     """Hidden states of the calibration text before one block after the other.
@@ -145,7 +147,8 @@ def _allocated(shape: tuple[int, ...], dtype: torch.dtype, folder: Path | None) 
         return torch.empty(shape, dtype=dtype)
     size = torch.Size(shape).numel()
     try:
-        with tempfile.NamedTemporaryFile(dir=folder) as file:  # without a name, but there, until the tensor is gone
+        # without a name, but there, until the tensor is gone
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=_SCRATCH) as file:
             # a full disk is an error now, not a SIGBUS later
             os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)
             return torch.from_file(file.name, shared=True, size=size, dtype=dtype).view(shape)
