@@ -43,7 +43,7 @@ def _mutate_once(root: list[Any], rng: random.Random) -> None:
             holder[rng.choice([str(odd) for odd in ODD if isinstance(odd, str)])] = holder.pop(key)
         case 1 | 2 if isinstance(holder, list):
             holder.insert(rng.randrange(len(holder) + 1) if holder is not root else 1, copy.deepcopy(old))
-        case 3 if isinstance(old, int | float) and not isinstance(old, bool):
+        case 3 if isinstance(old, int | float) and not isinstance(old, bool) and abs(old) < 2**63:
             holder[key] = rng.choice((old + 1, old - 1, -old, old * 2, old * 10**6, float(old), str(old)))
         case 4 if isinstance(old, str):
             holder[key] = rng.choice((old + "x", old[:-1], old.upper(), "../" + old, [old], {old: old}))
