@@ -1,6 +1,7 @@
 """What goes wrong around dfrot, and what others may intend: nothing is lost, nothing looks finished, no one gets in."""
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -367,6 +368,8 @@ def test_a_resumed_run_does_not_go_on_with_the_rotations_of_another_model(
     else:
         record["transforms"]["values"] = {"type": "identity", "size": 5}
     write_fit(out / save.FIT_FILE, record, tensors)
+    digest = hashlib.sha256((out / save.FIT_FILE).read_bytes()).hexdigest()
+    edit(out / save.RUN_FILE, lambda manifest: manifest["files"][save.FIT_FILE].update(sha256=digest))
     with pytest.raises(UserError, match="keeps the rotations of another model"):
         dfrot.quantize(model, recipe, out, resume=True)
 
