@@ -75,6 +75,8 @@ def main() -> None:
     with LiveTable([None, *recipes], console) as table:
         records = compare(MODEL, [None, *recipes], measurement, arguments.out, listener=table.hear)
     console.print(table_of(records))
+    if len(records) <= len(recipes):
+        raise SystemExit("some recipes failed; what is above says why, and the same command goes on")
 
     checkpoint = arguments.out / records[-1].conditions["checkpoint"]
     model, tokenizer = dfrot.load(checkpoint)
