@@ -303,9 +303,18 @@ def write_json(path: Path, record: dict[str, Any]) -> None:
     Raises:
         EnvironmentFault: it cannot be written.
     """
+    write_text(path, json.dumps(record, indent=2, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text atomically; half characters, which UTF-8 does not have, become question marks.
+
+    Raises:
+        EnvironmentFault: it cannot be written.
+    """
     temporary = path.with_name(path.name + ".tmp")
     with _faults(path.parent, temporary):
-        temporary.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="replace")
         _publish(temporary, path)
 
 

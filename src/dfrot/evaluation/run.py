@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dfrot.checkpoint.load import checkpoint_recipe, load
-from dfrot.errors import EnvironmentFault, UserError
+from dfrot.checkpoint.save import write_tensors
+from dfrot.errors import UserError
 from dfrot.evaluation.divergence import divergence
 from dfrot.evaluation.perplexity import perplexity
 from dfrot.evaluation.zero_shot import zero_shot
@@ -94,19 +94,18 @@ def evaluate(
         metrics[f"top1/{label}"] = float(found.agrees.double().mean())
         tensors |= {f"{label}/{name}": tensor for name, tensor in found.tensors(blocks[text]).items()}
     if measurement.tasks:
-        path_of_tasks = None if measurement.task_path is None else Path(measurement.task_path)
         scores = zero_shot(
             loaded,
             tokenizer,
             measurement.tasks,
-            task_path=path_of_tasks,
+            task_path=None if measurement.task_path is None else Path(measurement.task_path),
             limit=measurement.limit,
             batch_size=measurement.batch_size,
         )
         metrics |= scores.metrics
         measured |= {"standard_errors": scores.standard_errors, "examples": scores.examples}
     if per_token is not None:
-        _save(tensors, per_token)
+        write_tensors(per_token, tensors, {"format": "pt"})
     recipe = checkpoint_recipe(path)
     return Record(
         model=model,
@@ -134,10 +133,3 @@ def _comparable(against: str, model: Any, device: str | torch.device) -> Any:
             f"{against} has {original.config.vocab_size}."
         )
     return original
-
-
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    try:
-        save_file(tensors, path)
-    except Exception as error:  # safetensors has an error type of its own
-        raise EnvironmentFault(f"cannot write {path}: {error}") from error

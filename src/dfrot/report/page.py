@@ -7,13 +7,13 @@ them by their hash: a script that somehow came in with a text would not run. Tex
 import base64
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from string import Template
 from typing import Literal
 
+from dfrot.checkpoint.save import write_text
 from dfrot.errors import EnvironmentFault, UserError
 from dfrot.report.contents import INSPECTION_FILE, Inspection, read_inspection
 from dfrot.report.figures import Figure, figures, number
@@ -58,7 +58,11 @@ def report(directory: Path, out: Path | None = None, *, images: Sequence[Literal
         )
     out = directory / PAGE_FILE if out is None else out
     drawn = figures(records, inspection)
-    _write(out, page(records, inspection, drawn))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EnvironmentFault(f"cannot make {out.parent}: {error}") from error
+    write_text(out, page(records, inspection, drawn))
     if images:
         save_images(drawn, out.parent / IMAGES, images)
     return out
@@ -200,14 +204,3 @@ def _plotly_js() -> str:
 
 def _hash(script: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8", errors="replace")
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise EnvironmentFault(f"cannot write {path}: {error}. Make room or allow writing.") from error
