@@ -1,71 +1,91 @@
-"""A model of LLaMA-2-7B's shape with random weights, written block by block: what quantizing it costs.
+"""A big model without a download: random weights, or a sparse file of zeros, in the shape of a LLaMA-2 model.
 
-    python benchmarks/big_model.py DIR [--layers 32]
-    dfrot quantize DIR -o CKPT --weights gptq --calib wiki.test.raw --plan
+    python benchmarks/big_model.py DIR [--size 7b] [--layers 4]
+    python benchmarks/quantize.py --model DIR --weights rtn --memory 4GB
+    python benchmarks/big_model.py HOLES --size 70b --sparse
+    dfrot quantize HOLES -o CKPT --weights gptq --calib wiki.test.raw --plan
 
-32 layers are 13.5 GB in bfloat16. The weights have the standard deviation of an initialisation; perplexities of such a
-model mean nothing. The tokenizer, bytes as tokens, is made on the spot.
+32 layers of 7b are 13.5 GB in bfloat16; a sparse file has its size and takes no room. The weights have the standard
+deviation of an initialisation; perplexities of such a model mean nothing. The tokenizer, bytes as tokens, is made on
+the spot.
 """
 
 import argparse
 import json
-from collections.abc import Iterator
+import os
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from dfrot.progress import track
 
+# hidden size, intermediate size, attention heads, heads of keys and values, layers (arXiv 2307.09288, and the hub)
+SIZES = {"7b": (4096, 11008, 32, 32, 32), "13b": (5120, 13824, 40, 40, 40), "70b": (8192, 28672, 64, 8, 80)}
 
-def shards(config: LlamaConfig) -> Iterator[dict[str, Tensor]]:
-    """The tensors of the embedding, of every block, of the norm and the head."""
+
+def shapes(config: LlamaConfig) -> list[dict[str, torch.Size]]:
+    """Names and shapes of the tensors of every shard: the embedding, every block, the norm, the head."""
     with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config)
-    shapes = {name: tensor.shape for name, tensor in skeleton.state_dict().items()}
+        tensors = AutoModelForCausalLM.from_config(config).state_dict()
     blocks = [f"model.layers.{index}." for index in range(config.num_hidden_layers)]
-    ends = ["model.embed_tokens.", "model.norm.", "lm_head."]
-    generator = torch.Generator().manual_seed(0)
-    for prefix in track([ends[0], *blocks, *ends[1:]], "writing"):
-        made = {}
-        for name, shape in shapes.items():
-            if name.startswith(prefix):
-                made[name] = torch.empty(shape, dtype=torch.bfloat16)
-                if "norm" in name:
-                    made[name].fill_(1)
-                else:
-                    made[name].normal_(0, config.initializer_range, generator=generator)
-        yield made
+    prefixes = ["model.embed_tokens.", *blocks, "model.norm.", "lm_head."]
+    return [{name: t.shape for name, t in tensors.items() if name.startswith(prefix)} for prefix in prefixes]
+
+
+def write_random(file: Path, tensors: dict[str, torch.Size], scale: float, generator: torch.Generator) -> None:
+    made = {}
+    for name, shape in tensors.items():
+        made[name] = torch.ones(shape, dtype=torch.bfloat16)
+        if "norm" not in name:
+            made[name].normal_(0, scale, generator=generator)
+    save_file(made, file, metadata={"format": "pt"})
+
+
+def write_holes(file: Path, tensors: dict[str, torch.Size]) -> None:
+    """A safetensors file of zeros, none of which is written."""
+    header, stop = {}, 0
+    for name, shape in tensors.items():
+        start, stop = stop, stop + 2 * shape.numel()
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, stop]}
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text)
+    os.truncate(file, file.stat().st_size + stop)
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dir", type=Path)
-    parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--width", type=int, nargs=3, default=(4096, 11008, 32), help="hidden, intermediate, heads")
+    parser.add_argument("--size", choices=SIZES, default="7b")
+    parser.add_argument("--layers", type=int, help="fewer than the model has")
+    parser.add_argument("--sparse", action="store_true", help="zeros that take no room")
     options = parser.parse_args(arguments)
-    hidden, intermediate, heads = options.width
+    hidden, intermediate, heads, kv_heads, layers = SIZES[options.size]
     config = LlamaConfig(
         vocab_size=32000,
         hidden_size=hidden,
         intermediate_size=intermediate,
-        num_hidden_layers=options.layers,
+        num_hidden_layers=options.layers or layers,
         num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
         max_position_embeddings=4096,
         rms_norm_eps=1e-5,
         dtype="bfloat16",
     )
     options.dir.mkdir(parents=True)
     weight_map: dict[str, str] = {}
-    total = 0
-    for number, tensors in enumerate(shards(config), start=1):
-        file = f"model-{number:05}-of-{options.layers + 3:05}.safetensors"
-        save_file(tensors, options.dir / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, file)
-        total += sum(tensor.nbytes for tensor in tensors.values())
+    generator = torch.Generator().manual_seed(0)
+    parts = shapes(config)
+    for number, tensors in enumerate(track(parts, "writing"), start=1):
+        file = options.dir / f"model-{number:05}-of-{len(parts):05}.safetensors"
+        if options.sparse:
+            write_holes(file, tensors)
+        else:
+            write_random(file, tensors, config.initializer_range, generator)
+        weight_map |= dict.fromkeys(tensors, file.name)
+    total = sum(2 * shape.numel() for tensors in parts for shape in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (options.dir / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
