@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "dfrot"
 # A module may import from its own floor's packages only itself, and anything from the floors below.
 FLOORS = [
-    {"errors", "lock", "memory", "cache", "progress", "version", "json_file", "linalg", "quant"},
+    {"errors", "lock", "memory", "cache", "processes", "progress", "version", "json_file", "linalg", "quant"},
     {"spec"},
     {"recipe", "kernels"},
     {"models"},

@@ -26,6 +26,7 @@ from dfrot.version import __version__
 
 if TYPE_CHECKING:
     from dfrot.evaluation.run import Measurement
+    from dfrot.processes import Processes
     from dfrot.recipe import Recipe
 
 out = Console()
@@ -133,12 +134,24 @@ class Quantize:
         return Recipe.parse(**given)
 
     def run(self) -> None:
-        recipe = self.recipe()
-        memory = None if self.memory is None else parse_size(self.memory)
+        from dfrot.processes import Processes
+        from dfrot.progress import silence
+
+        processes = Processes.of()
+        device = processes.device(self.device)
+        if not processes.first:
+            out.quiet = True
+            silence()
+        with processes.joined(device):
+            self._run(processes, device)
+
+    def _run(self, processes: "Processes", device: str) -> None:
         from dfrot.models.source import open_source
         from dfrot.plan import Plan
 
-        expected = Plan.of(open_source(self.model), recipe, memory)
+        recipe = self.recipe()
+        memory = None if self.memory is None else parse_size(self.memory)
+        expected = Plan.of(open_source(self.model), recipe, memory, processes)
         if expected.tight:
             keep_freed_memory(largest=1 << 27)  # half the peak for twice the time, as measured
         if self.plan:
@@ -152,10 +165,11 @@ class Quantize:
             self.model,
             recipe,
             self.out,
-            device=self.device,
+            device=device,
             resume=self.resume,
             overwrite=self.overwrite,
             memory=memory,
+            processes=processes,
         )
         size = model_size(report.path)
         seconds = sum(report.timings_s.values())
@@ -536,6 +550,7 @@ def main(arguments: list[str] | None = None) -> int:
         description="Run large language models in 4 bits and keep their quality. --debug shows tracebacks.",
     )
     try:
+        _check_processes(command)
         command.run()
     except (UserError, EnvironmentFault) as error:
         if debug:
@@ -560,6 +575,13 @@ def main(arguments: list[str] | None = None) -> int:
         _complain(str(error))
         return 1
     return 0
+
+
+def _check_processes(command: Any) -> None:
+    from dfrot.processes import Processes
+
+    if not isinstance(command, Quantize) and (count := Processes.of().count) > 1:
+        raise UserError(f"`dfrot quantize` is what several processes can share; torchrun has started {count}.")
 
 
 def _measurement(options: "Eval | Compare", against: str | None) -> "Measurement":

@@ -27,6 +27,7 @@ from dfrot.methods import METHODS
 from dfrot.methods.context import Context
 from dfrot.models.source import Source, open_source, stored_tensors
 from dfrot.plan import VOCABULARY_ROWS, Plan, rotates_residual, storage_dtype, working_dtype
+from dfrot.processes import ALONE, Processes
 from dfrot.progress import track
 from dfrot.recipe import GPTQ, LWC, DFRot, DuQuant, Recipe
 from dfrot.runtime.linear import packed_tensors
@@ -73,6 +74,7 @@ def quantize(
     overwrite: bool = False,
     memory: int | None = None,
     share: str | Path | None = None,
+    processes: Processes = ALONE,
 ) -> Report:
     """Rotate and quantize a model into a checkpoint directory.
 
@@ -87,6 +89,8 @@ def quantize(
             calibration text do not fit, they go into a memory-mapped file in `out`.
         share: a folder in which runs leave what others can take: fitted rotations, and blocks if recipes differ in the
             cache alone.
+        processes: that make this checkpoint together, and have joined. Its numbers are those of one process but for the
+            order in which sums over tokens are rounded.
 
     Raises:
         UserError: the request cannot be carried out as it was made; it needs more memory than it may take.
@@ -96,16 +100,18 @@ def quantize(
     there = usable_device(device)
     source = open_source(str(model))
     _check_sizes(source, recipe)
+    _check_shares(recipe, processes)
     _warn_of_few_tokens(source, recipe)
-    expected = Plan.of(source, recipe, memory)
+    expected = Plan.of(source, recipe, memory, processes)
     expected.require_room(Path(out))
     source.tokenizer()  # a model without one is refused before the work, not after it
     report = Report(Path(out))
     calibration = functools.cache(lambda: calibration_tokens(source, recipe))
-    context = Context(source, recipe, calibration, there, report.notes)
+    context = Context(source, recipe, calibration, there, report.notes, processes)
     shared = Shared(None if share is None else Path(share))
     num_shards = source.num_blocks + 2
-    with opened_writer(report.path, _run(source, recipe), num_shards, resume=resume, overwrite=overwrite) as writer:
+    run = _run(source, recipe)
+    with opened_writer(report.path, run, num_shards, resume=resume, overwrite=overwrite, processes=processes) as writer:
         with report.stage("fit"):
             transforms = _fitted(context, writer, shared)
         with report.stage("quantize"):
@@ -116,7 +122,9 @@ def quantize(
             if (other := shared.checkpoint(blocks)) is not None:
                 writer.adopt(other)
             _quantize_blocks(context, transforms, plan, writer, report, Path(out) if expected.spills else None)
-            _finish(context, transforms, plan, writer)
+            if processes.first:
+                _finish(context, transforms, plan, writer)
+            writer.agree()
             shared.keep_checkpoint(blocks, writer.path)
     return report
 
@@ -177,6 +185,7 @@ def _fitted(context: Context, writer: CheckpointWriter, shared: Shared) -> Trans
     record, tensors = kept
     context.notes.update(record["notes"])
     writer.save_fit({**record, "text": text}, tensors)
+    record, tensors = writer.load_fit() or kept  # another process's, if that is the first
     return Transforms.from_description(record["transforms"], tensors)
 
 
@@ -202,7 +211,15 @@ def _quantize_blocks(
     if recipe.fits_weights and not all(map(writer.has, range(1, source.num_blocks + 1))):
         (rows,) = writer.read(0).values()
         stream = CalibrationStream(
-            source, plan, rows, context.calibration(), working, context.device, spill, isinstance(recipe.weights, LWC)
+            source,
+            plan,
+            rows,
+            context.calibration(),
+            working,
+            context.device,
+            spill,
+            isinstance(recipe.weights, LWC),
+            context.processes,
         )
         del rows
 
@@ -353,6 +370,20 @@ def _warn_of_few_tokens(source: Source, recipe: Recipe) -> None:
             f"{tokens} calibration tokens are few for GPTQ: {name} has {width} inputs. Give --calib-tokens {8 * width} "
             "or more.",
             stacklevel=3,
+        )
+
+
+def _check_shares(recipe: Recipe, processes: Processes) -> None:
+    """Refuse several processes where there is not something for each."""
+    if processes.count == 1 or not recipe.fits_weights:
+        return
+    if isinstance(recipe.weights, LWC):
+        raise UserError("lwc learns from one sequence after the other; several processes can share gptq, or rtn.")
+    wanted = recipe.calibration
+    if (sequences := wanted.tokens // wanted.seq_len) < processes.count:
+        raise UserError(
+            f"{processes.count} processes share the calibration text by sequences, and there are {sequences}. "
+            f"Give --calib-tokens {processes.count * wanted.seq_len} or more, or a smaller --calib-seq-len."
         )
 
 

@@ -19,6 +19,7 @@ from dfrot.methods.dfrot import GAMMAS, ORDINARY_TOKENS
 from dfrot.methods.duquant import block_size
 from dfrot.models.graph import head_dim
 from dfrot.models.source import Source
+from dfrot.processes import ALONE, Processes
 from dfrot.quant.packing import packed_width
 from dfrot.recipe import GPTQ, LWC, DFRot, DuQuant, QuaRot, Recipe
 from dfrot.weights.gptq import FLOAT64_UP_TO
@@ -49,6 +50,7 @@ class Plan:
         checkpoint: what is written.
         budget: memory that may be taken.
         seconds: roughly, with the threads that torch has now.
+        processes: how many on this machine share the budget. Memory and states are those of each.
     """
 
     blocks: int
@@ -59,15 +61,17 @@ class Plan:
     checkpoint: int
     budget: int
     seconds: float
+    processes: int = 1
 
     @staticmethod
-    def of(source: Source, recipe: Recipe, memory: int | None = None) -> "Plan":
+    def of(source: Source, recipe: Recipe, memory: int | None = None, processes: Processes = ALONE) -> "Plan":
         """The plan for a model; no weight is read.
 
         Args:
             memory: the budget in bytes; None takes what the machine has available.
+            processes: that work together; those on this machine share the budget.
         """
-        shapes = _Shapes(source, recipe)
+        shapes = _Shapes(source, recipe, processes)
         return Plan(
             blocks=source.num_blocks,
             block_weights=sum(rows * columns for rows, columns in shapes.linears.values()),
@@ -75,8 +79,9 @@ class Plan:
             resident=int(_SLACK * (_PROCESS + shapes.largest_stage())),
             states=shapes.states_bytes(),
             checkpoint=shapes.checkpoint_bytes(),
-            budget=available_memory() if memory is None else memory,
+            budget=(available_memory() if memory is None else memory) // processes.local,
             seconds=shapes.seconds(),
+            processes=processes.local,
         )
 
     @property
@@ -97,7 +102,7 @@ class Plan:
     @property
     def disk(self) -> int:
         """Expected in the checkpoint's directory while the run is under way."""
-        return self.checkpoint + (self.states if self.spills else 0)
+        return self.checkpoint + (self.states * self.processes if self.spills else 0)
 
     def require_room(self, out: Path) -> None:
         """Raise before the work what would come in the middle of it.
@@ -124,9 +129,10 @@ class Plan:
         where = "on disk" if self.spills else "in memory"
         kept = "" if self.tight else ", as much again of freed memory kept"
         states = f", {_gb(self.states)} of calibration states {where}" if self.states else ""
+        each = f", for each of {self.processes} processes" if self.processes > 1 else ""
         return (
             f"{self.blocks} blocks of {self.block_weights / 1e6:.1f} million weights, {_gb(self.block_bytes)} each\n"
-            f"expected peak memory {_gb(self.memory)} of {_gb(self.budget)}{states}{kept}\n"
+            f"expected peak memory {_gb(self.memory)} of {_gb(self.budget)}{states}{kept}{each}\n"
             f"expected on disk {_gb(self.checkpoint)}{f', and {_gb(self.states)} until it is done' * self.spills}\n"
             f"roughly {_duration(self.seconds)} with {torch.get_num_threads()} threads"
         )
@@ -142,8 +148,8 @@ def free_disk(out: Path) -> int:
 class _Shapes:
     """Sizes of a model's tensors, and what follows from them under a recipe."""
 
-    def __init__(self, source: Source, recipe: Recipe) -> None:
-        self.source, self.recipe = source, recipe
+    def __init__(self, source: Source, recipe: Recipe, processes: Processes) -> None:
+        self.source, self.recipe, self.processes = source, recipe, processes
         block = source.empty_block(0)
         self.tensors = {name: tensor.shape for name, tensor in block.state_dict().items()}
         self.linears = {name: self.tensors[f"{name}.weight"] for name in source.graph.linears}  # (out, in)
@@ -156,7 +162,8 @@ class _Shapes:
         self.stored = storage_dtype(source, recipe)
         self.work = working_dtype(source, recipe).itemsize
         self.seq_len = recipe.calibration.seq_len
-        self.tokens = recipe.calibration.tokens // self.seq_len * self.seq_len
+        # of one process
+        self.tokens = -(-(recipe.calibration.tokens // self.seq_len) // processes.count) * self.seq_len
         # of one sequence on its way through a block: the stream, and what the widest layer reads with gate and up
         self.sequence = self.seq_len * (4 * self.hidden + 3 * self.linears[source.graph.down][1])
 
@@ -233,7 +240,7 @@ class _Shapes:
         if recipe.fits_weights and isinstance(recipe.weights, GPTQ):
             products += 5 * self.tokens * weights  # half the block again and again, then all of it
             for rows, width in self.stages:
-                products += 2 * self.tokens * width**2 + width**3 + 5 * rows * width**2
+                products += 2 * self.tokens * width**2 + width**3 + 5 * rows * width**2 / self.processes.count
         elif recipe.fits_weights and isinstance(recipe.weights, LWC):
             steps = recipe.weights.epochs * self.tokens // self.seq_len
             products += (6 * recipe.weights.epochs + 4) * self.tokens * weights
@@ -241,7 +248,8 @@ class _Shapes:
         products, rest = products * self.source.num_blocks, rest * self.source.num_blocks / threads
         if isinstance(recipe.method, DFRot):
             gammas = len(GAMMAS) if recipe.method.gamma in (None, "auto") and recipe.method.objective != "paper" else 1
-            products += gammas * recipe.method.steps * 6 * ORDINARY_TOKENS * self.hidden**2
+            tokens = ORDINARY_TOKENS / self.processes.count
+            products += gammas * recipe.method.steps * 6 * tokens * self.hidden**2
         return products / (_EFFICIENCY * _products_per_second()) + rest
 
 

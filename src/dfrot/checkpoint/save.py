@@ -23,6 +23,7 @@ from dfrot.errors import EnvironmentFault, UserError
 from dfrot.json_file import parse_json, read_json
 from dfrot.lock import LOCK_FILE, alone_in
 from dfrot.models.source import open_safetensors, stored_tensors
+from dfrot.processes import ALONE, Processes
 
 RUN_FILE = "dfrot-run.json"
 FIT_FILE = "dfrot-run.safetensors"
@@ -32,9 +33,15 @@ INDEX_FILE = "model.safetensors.index.json"
 
 @contextlib.contextmanager
 def opened_writer(
-    path: Path, run: dict[str, Any], num_shards: int, *, resume: bool = False, overwrite: bool = False
+    path: Path,
+    run: dict[str, Any],
+    num_shards: int,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    processes: Processes = ALONE,
 ) -> Iterator["CheckpointWriter"]:
-    """A `CheckpointWriter` that is alone in its directory.
+    """A `CheckpointWriter` that is alone in its directory, with those of the other processes of its run.
 
     Args:
         path: the checkpoint directory.
@@ -42,6 +49,7 @@ def opened_writer(
         num_shards: how many shards there will be.
         resume: keep the shards of the same run, interrupted before, that are as it wrote them.
         overwrite: delete a checkpoint, or an interrupted run, that is there.
+        processes: of one run: the first writes, the others know what it has written.
 
     Raises:
         UserError: something is in the way: not ours, finished already, interrupted, of another run, or in use.
@@ -50,21 +58,36 @@ def opened_writer(
     path = path.resolve()
     if resume and overwrite:
         raise UserError("--resume keeps what is there and --overwrite deletes it: give one of them.")
+    writer = CheckpointWriter(path, run, num_shards, processes)
+    if not processes.first:
+        writer.agree()
+        yield writer
+        return
     if not _is_blank(path) and not is_ours(path):
         raise UserError(
             f"{path} exists and is not a dfrot checkpoint; nothing there is touched. Choose another -o directory."
         )
     with alone_in(path):
-        yield CheckpointWriter(path, run, num_shards, resume, overwrite)
+        writer.enter(resume, overwrite)
+        writer.agree()
+        yield writer
 
 
 class CheckpointWriter:
     """Writes the shards of one run into one directory; `opened_writer` makes it."""
 
-    def __init__(self, path: Path, run: dict[str, Any], num_shards: int, resume: bool, overwrite: bool) -> None:
-        self.path, self._run, self._num_shards = path, run, num_shards
+    def __init__(self, path: Path, run: dict[str, Any], num_shards: int, processes: Processes) -> None:
+        self.path, self._run, self._num_shards, self._processes = path, run, num_shards, processes
         self._files: dict[str, dict[str, Any]] = {}  # of the manifest: digest and notes by name
         self._begun = False  # whether the directory is this run's
+
+    def agree(self) -> None:
+        """All processes of the run come here, and go on knowing what the first one has written."""
+        self._files = self._processes.told(self._files)
+
+    def enter(self, resume: bool, overwrite: bool) -> None:
+        """Find out what is in the directory, and take over what an interrupted run left if it is to be resumed."""
+        path, run = self.path, self._run
         if (path / "config.json").is_file():
             self._remove_manifest()  # of a run that was killed while it did so itself
         # with `overwrite` nothing is deleted before there is something to put in its place
@@ -125,9 +148,11 @@ class CheckpointWriter:
         Raises:
             EnvironmentFault: it cannot be written (disk full, no permission).
         """
-        self._begin()
-        write_tensors(self._shard(number), tensors, {"format": "pt"})
-        self._list(self._shard(number), notes)
+        if self._processes.first:
+            self._begin()
+            write_tensors(self._shard(number), tensors, {"format": "pt"})
+            self._list(self._shard(number), notes)
+        self.agree()
 
     def _begin(self) -> None:
         """Make the directory this run's: from now on it says so, and whatever else was in it goes."""
@@ -161,9 +186,11 @@ class CheckpointWriter:
         Raises:
             EnvironmentFault: it cannot be written.
         """
-        self._begin()
-        write_fit(self.path / FIT_FILE, record, tensors)
-        self._list(self.path / FIT_FILE)
+        if self._processes.first:
+            self._begin()
+            write_fit(self.path / FIT_FILE, record, tensors)
+            self._list(self.path / FIT_FILE)
+        self.agree()
 
     def load_fit(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         """What `save_fit` kept, if this run resumes one that got so far."""
@@ -175,6 +202,7 @@ class CheckpointWriter:
         Raises:
             EnvironmentFault: they cannot be written.
         """
+        assert self._processes.count == 1, "the runs of a comparison share, and each is one process"
         self._begin()
         notes = read_json(other / NOTES_FILE).get("weights_by_block", []) if (other / NOTES_FILE).is_file() else []
         for number, shard in enumerate(map(self._shard, range(self._num_shards))):
@@ -189,7 +217,7 @@ class CheckpointWriter:
             self._list(shard, notes[number - 1] if 1 <= number <= len(notes) else None)
 
     def finish(self, config: dict[str, Any], notes: dict[str, Any]) -> None:
-        """Write notes (if any), index and config; only now the directory is a checkpoint.
+        """Write notes (if any), index and config; only now the directory is a checkpoint. Only the first does it.
 
         Raises:
             EnvironmentFault: they cannot be written.

@@ -9,6 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from dfrot.models.source import Source
+from dfrot.processes import ALONE, Processes
 from dfrot.recipe import Recipe
 
 
@@ -20,6 +21,7 @@ class Context:
         calibration: returns token ids of shape (sequences, seq_len). Calling it may read files or the network, so
             methods that need no data never do.
         device: where to compute.
+        processes: that fit together; all come to the same sums.
         notes: what the method found out, as JSON; it stays with the checkpoint.
     """
 
@@ -28,6 +30,7 @@ class Context:
     calibration: Callable[[], Int[Tensor, "sequences seq_len"]]
     device: torch.device
     notes: dict[str, Any] = field(default_factory=dict)
+    processes: Processes = ALONE
 
     def generator(self) -> torch.Generator:
         """A fresh generator with the recipe's seed; always on the CPU, so that every device draws the same."""

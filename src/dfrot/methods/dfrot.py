@@ -49,6 +49,7 @@ from dfrot.methods.context import Context
 from dfrot.methods.damage import kl_divergences
 from dfrot.methods.quarot import around, random_rotation
 from dfrot.methods.sample import Sample, sample_norm_outputs
+from dfrot.processes import ALONE, Processes
 from dfrot.progress import track
 from dfrot.quant.affine import fake_quantize
 from dfrot.recipe import DFRot
@@ -90,7 +91,7 @@ def dfrot(context: Context) -> Transforms:
     start = random_rotation(context, options.rotation)
     logs: list[list[dict[str, float]]] = [[] for _ in gammas]
     refined = [
-        refine(start, sample, quantizer, gamma, solver, options.steps, log.append)
+        refine(start, sample, quantizer, gamma, solver, options.steps, log.append, context.processes)
         for gamma, log in zip(gammas, logs, strict=True)
     ]
     kl = [math.nan]
@@ -115,8 +116,10 @@ def dfrot(context: Context) -> Transforms:
     return around(refined[chosen], context)
 
 
-# From tokens, weights, start, quantizer, number of steps: the rotations met, and each row's ‖xR − Q(xR)‖² under each.
-Solver = Callable[[Tensor, Tensor, Tensor, TensorSpec, int], Iterator[tuple[Tensor, Tensor]]]
+# From tokens, weights, start, quantizer, number of steps, and what adds up sums over tokens that other processes have:
+# the rotations met, and each row's ‖xR − Q(xR)‖² under each.
+Sum = Callable[[Tensor], Tensor]
+Solver = Callable[[Tensor, Tensor, Tensor, TensorSpec, int, Sum], Iterator[tuple[Tensor, Tensor]]]
 
 
 def refine(
@@ -127,6 +130,7 @@ def refine(
     solver: Solver,
     num_steps: int,
     log: Callable[[dict[str, float]], Any] = lambda entry: None,
+    processes: Processes = ALONE,
 ) -> Dense:
     """The best rotation that a solver meets on its way from `start`; never worse on the objective than that.
 
@@ -135,15 +139,18 @@ def refine(
         gamma: weight of massive tokens.
         num_steps: at most; fewer if the objective has converged.
         log: called with the mean squared error of both classes of tokens, and the objective, after every step.
+        processes: share the tokens among them; each has the whole sample.
 
     Returns:
         A rotation orthogonal to 1e-9, on the CPU.
     """
-    X, w = sample.tokens, sample.weights(gamma)
+    w, part = sample.weights(gamma), processes.part
+    X = sample.tokens[part]
     first = start.as_matrix().to(device=X.device, dtype=X.dtype)
     best, least, since = first, math.inf, 0
-    met = itertools.islice(solver(X, w, first, quantizer, num_steps), num_steps + 1)
+    met = itertools.islice(solver(X, w[part], first, quantizer, num_steps, processes.sum_), num_steps + 1)
     for step, (R, error) in enumerate(track(met, "refining", num_steps + 1)):
+        error = processes.whole(error, len(w))
         objective = float((error * w).sum(dtype=torch.float64))
         log({"step": step, "objective": objective, **class_errors(error, sample)})
         since = 0 if objective < least * (1 - CONVERGED) else since + 1
@@ -181,7 +188,7 @@ def pieces(X: Tensor, w: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def alternate(
-    X: Tensor, w: Tensor, R: Tensor, quantizer: TensorSpec, num_steps: int
+    X: Tensor, w: Tensor, R: Tensor, quantizer: TensorSpec, num_steps: int, sum_: Sum = ALONE.sum_
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The paper's algorithm: quantization step, rotation step."""
     while True:
@@ -192,10 +199,12 @@ def alternate(
             errors.append((XR - B).square_().sum(-1))
             XtWB += (x * weight).T @ B
         yield R, torch.cat(errors)
-        R = polar_factor(XtWB).to(X.dtype)
+        R = polar_factor(sum_(XtWB)).to(X.dtype)
 
 
-def descend(X: Tensor, w: Tensor, R: Tensor, quantizer: TensorSpec, num_steps: int) -> Iterator[tuple[Tensor, Tensor]]:
+def descend(
+    X: Tensor, w: Tensor, R: Tensor, quantizer: TensorSpec, num_steps: int, sum_: Sum = ALONE.sum_
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Riemannian descent on the weighted squared ranges."""
     velocity = torch.zeros_like(R)
     for step in itertools.count():
@@ -208,7 +217,7 @@ def descend(X: Tensor, w: Tensor, R: Tensor, quantizer: TensorSpec, num_steps: i
             r, slope = soft_range(XR, tau, symmetric=quantizer.symmetric)
             gradient += x.T @ (slope * (r * weight))
         yield R, torch.cat(errors)
-        tangent = R.T @ gradient
+        tangent = R.T @ sum_(gradient)
         velocity = MOMENTUM * velocity + (tangent - tangent.T)  # the gradient in the Lie algebra
         angle = FIRST_STEP * (1 - done) * math.sqrt(R.shape[0])
         R = R @ torch.matrix_exp(velocity * (-angle / velocity.norm().clamp(min=1e-30)))

@@ -27,6 +27,9 @@ class QParams(NamedTuple):
     scale: Tensor
     zero: Tensor | None
 
+    def rows(self, which: slice) -> "QParams":
+        return QParams(self.scale[which], None if self.zero is None else self.zero[which])
+
 
 def grouped(x: Tensor, granularity: Granularity) -> Tensor:
     """A view of x whose last axis holds what shares one scale: (…, groups, group_size).

@@ -160,6 +160,8 @@ def gptq_block(task: BlockTask) -> dict[str, tuple[Tensor, QParams]]:
     """
     options, spec = task.recipe.weights, task.recipe.spec.weights
     assert isinstance(options, GPTQ), "called with the options of another weight quantizer"
+    assert task.stream is not None, "a recipe that fits weights has inputs"
+    processes = task.stream.processes
     quantized = {}
     notes = task.notes["stages"] = {}
     for stage in task.source.graph.stages:
@@ -172,7 +174,9 @@ def gptq_block(task: BlockTask) -> dict[str, tuple[Tensor, QParams]]:
         except UserError as error:
             raise UserError(f"block {task.index}, {', '.join(stage)}: {error}") from error
         qparams = weight_qparams(weight, spec)
-        codes, losses = never_worse(weight, hessian, factor, qparams, spec)
+        part = processes.part  # rows are rounded by themselves
+        codes, losses = never_worse(weight[part], hessian, factor, qparams.rows(part), spec)
+        codes, losses = processes.whole(codes, len(weight)), processes.sum_(losses)
         size = layer_loss(weight, hessian).sum().clamp(min=torch.finfo(weight.dtype).tiny)  # 0 for a layer of zeros
         loss, rtn_loss = (losses / size).tolist()
         notes[" ".join(stage)] = {"loss": loss, "rtn_loss": rtn_loss, "damping": factor.damping}
@@ -181,6 +185,5 @@ def gptq_block(task: BlockTask) -> dict[str, tuple[Tensor, QParams]]:
         for name, layer in zip(stage, layers, strict=True):
             start, stop = stop, stop + len(layer.weight)  # type: ignore[arg-type]
             layer.weight.data = rounded[start:stop]
-            zero = None if qparams.zero is None else qparams.zero[start:stop]
-            quantized[name] = codes[start:stop], QParams(qparams.scale[start:stop], zero)
+            quantized[name] = codes[start:stop], qparams.rows(slice(start, stop))
     return quantized

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dfrot.errors import EnvironmentFault
 from dfrot.models.source import Source, loaded
 from dfrot.models.stream import BlockRunner
+from dfrot.processes import ALONE, Processes
 from dfrot.recipe import Recipe
 from dfrot.runtime.install import install_block_
 from dfrot.runtime.linear import QuantLinear
@@ -37,6 +38,7 @@ class CalibrationStream:
         dtype: of the computation.
         spill: a directory for a memory-mapped file that holds the states; None keeps them in memory.
         with_originals: also carry what the original model computes.
+        processes: of these each carries a part of the sequences.
     """
 
     def __init__(
@@ -49,8 +51,10 @@ class CalibrationStream:
         device: torch.device,
         spill: Path | None = None,
         with_originals: bool = False,
+        processes: Processes = ALONE,
     ) -> None:
-        self.source, self.plan, self.device = source, plan, device
+        self.source, self.plan, self.device, self.processes = source, plan, device, processes
+        token_ids = token_ids[processes.part]
         shape = (*token_ids.shape, embedding.shape[1])
         self.states = _allocated(shape, dtype, spill)
         for state, ids in zip(self.states, token_ids, strict=True):
@@ -178,7 +182,7 @@ class BlockTask:
     notes: dict[str, Any] = field(default_factory=dict)
 
     def hessian(self, linear: str) -> Float[Tensor, "in in"]:
-        """Xᵀ X over all inputs of one linear layer."""
+        """Xᵀ X over all inputs of one linear layer, those of other processes too."""
         assert self.stream is not None, "a recipe that fits weights has a stream"
         layer = self.module.get_submodule(linear)
         total: Tensor | None = None
@@ -186,4 +190,4 @@ class BlockTask:
             x = (layer.prepared(x) if isinstance(layer, QuantLinear) else x).flatten(0, -2)
             total = x.T @ x if total is None else total.addmm_(x.T, x)
         assert total is not None, "calibration has at least one sequence"
-        return total
+        return self.stream.processes.sum_(total)

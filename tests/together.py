@@ -1,0 +1,65 @@
+"""What tests/test_processes.py starts twice with torchrun: the work of one process, and what it found in a file."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import dfrot
+from dfrot.linalg.rotation import random_hadamard
+from dfrot.methods.dfrot import PAPER_QUANTIZER, SOLVERS, refine
+from dfrot.methods.sample import Sample
+from dfrot.processes import ALONE, Processes
+from dfrot.weights.inputs import BlockTask
+
+STEPS = 10
+
+
+def refined(processes: Processes) -> dict[str, Tensor]:
+    """A rotation from either solver, in float64, and the objective along the way."""
+    x = torch.randn(301, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x[:5, 7] = 100
+    x /= x.square().mean(-1, keepdim=True).sqrt()
+    sample = Sample(x, torch.arange(301) < 5, torch.ones(301, dtype=torch.float64), [])
+    start = random_hadamard(32, torch.Generator().manual_seed(1))
+    found = {}
+    for name, solver in SOLVERS.items():
+        log: list[dict[str, float]] = []
+        rotation = refine(start, sample, PAPER_QUANTIZER, 10.0, solver, STEPS, log.append, processes)
+        found[name] = rotation.as_matrix()
+        found[f"{name}/objective"] = torch.tensor([entry["objective"] for entry in log], dtype=torch.float64)
+    return found
+
+
+def hessians(model: str, text: str, out: str, dtype: str, processes: Processes = ALONE) -> dict[str, Tensor]:
+    """The Hessians of a run, in the order in which they were needed."""
+    found: dict[str, Tensor] = {}
+    original = BlockTask.hessian
+
+    def watched(task: BlockTask, linear: str) -> Tensor:
+        hessian = original(task, linear)
+        found[f"{task.index}.{linear}"] = hessian.clone()
+        return hessian
+
+    words: dict[str, Any] = {"calib": text, "calib_tokens": 120, "calib_seq_len": 24}  # five sequences
+    BlockTask.hessian = watched  # type: ignore[assignment, method-assign]
+    try:
+        dfrot.quantize(model, dfrot.Recipe.parse("quarot", "gptq", dtype=dtype, **words), out, processes=processes)
+    finally:
+        BlockTask.hessian = original  # type: ignore[method-assign]
+    return found
+
+
+if __name__ == "__main__":
+    folder, model, text = sys.argv[1:]
+    us = Processes.of()
+    with us.joined("cpu"):
+        everything = {"refined": refined(us)}
+        for dtype in ("float64", "float32"):
+            everything[dtype] = hessians(model, text, f"{folder}/{dtype}", dtype, us)
+    if us.first:
+        for name, tensors in everything.items():
+            save_file(tensors, Path(folder) / f"{name}.safetensors")
