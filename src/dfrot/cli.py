@@ -221,7 +221,7 @@ class Eval:
     log_to: str | None = None
     """Also log it to a tracker: wandb, trackio, mlflow, tensorboard or another that accelerate knows."""
     device: str = "cpu"
-    """Where to compute: cpu, cuda."""
+    """Where to compute: cpu, cuda, or auto to spread the model over all GPUs."""
 
     def run(self) -> None:
         from dfrot.evaluation.run import evaluate
@@ -398,7 +398,7 @@ class Generate:
     seed: int = 0
     """Of sampling."""
     device: str = "cpu"
-    """Where to compute: cpu, cuda."""
+    """Where to compute: cpu, cuda, or auto to spread the model over all GPUs."""
 
     def run(self) -> None:
         import torch
@@ -409,7 +409,7 @@ class Generate:
         if self.max_new_tokens < 1:
             raise UserError(f"max-new-tokens is at least 1, got {self.max_new_tokens}.")
         model, tokenizer = load(self.model, device=self.device)
-        inputs = tokenizer(self.prompt, return_tensors="pt").to(self.device)
+        inputs = tokenizer(self.prompt, return_tensors="pt").to(model.device)
         if inputs.input_ids.shape[1] == 0:
             raise UserError("the prompt has no tokens. Give some text to continue.")
         torch.manual_seed(self.seed)

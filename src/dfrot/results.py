@@ -141,9 +141,10 @@ def conditions(model: Any, **measured: Any) -> dict[str, Any]:
     Args:
         model: a loaded model, or a tensor, with the device and the dtype of the computation.
     """
+    spread = getattr(model, "hf_device_map", None)
     return {
         **measured,
-        "device": str(model.device),
+        "device": ", ".join(sorted(set(map(str, spread.values())))) if spread else str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "backend": backend(),

@@ -1,5 +1,7 @@
 """Loading a checkpoint: a transformers model and its tokenizer."""
 
+import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,12 @@ from dfrot.errors import EnvironmentFault, UserError
 from dfrot.json_file import read_json
 from dfrot.linalg.rotation import is_permutation
 from dfrot.models.families import graph_for
-from dfrot.models.source import load_tokenizer, locate, read_config, weight_files
+from dfrot.models.source import load_tokenizer, locate, open_safetensors, read_config, weight_files
 from dfrot.recipe import Recipe
 from dfrot.runtime.blocks import BlockRotation
 from dfrot.runtime.plan import RuntimePlan
+
+Device = str | torch.device | Mapping[str, int | str]
 
 
 def checkpoint_recipe(path: Path) -> Recipe | None:
@@ -55,9 +59,12 @@ def usable_device(device: str | torch.device) -> torch.device:
     return torch.device(device)
 
 
-def _check_values(path: Path, model: nn.Module) -> None:
+def _check_values(path: Path, model: nn.Module, files: Mapping[str, Path]) -> None:
     """Raise UserError if numbers are none, or orders no permutations, by which a kernel would read from elsewhere."""
     for name, tensor in model.state_dict().items():
+        if tensor.is_meta:  # not loaded before it is needed
+            with open_safetensors(files[name]) as file:
+                tensor = file.get_tensor(name)
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise UserError(f"'{name}' in {path} holds NaN or infinite values.")
     for name, module in model.named_modules():
@@ -65,11 +72,13 @@ def _check_values(path: Path, model: nn.Module) -> None:
             raise UserError(f"'{name}.orders' in {path} are no permutations.")
 
 
-def load(model: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> tuple[Any, Any]:
+def load(model: str | Path, *, device: Device = "cpu", dtype: torch.dtype | None = None) -> tuple[Any, Any]:
     """Load a checkpoint, or a model that is not quantized.
 
     Args:
         model: a directory written by `dfrot.quantize`, or whatever `dfrot.quantize` takes.
+        device: where to compute. "auto" spreads the decoder blocks over all GPUs, and over the CPU's memory if theirs
+            does not hold them; a mapping from modules to devices (accelerate's device map) says it one by one.
         dtype: of the computation; None takes the one in config.json.
 
     Returns:
@@ -77,14 +86,21 @@ def load(model: str | Path, *, device: str | torch.device = "cpu", dtype: torch.
 
     Raises:
         UserError: there is no such checkpoint or model, or it is incomplete or broken.
-        EnvironmentFault: it has to come from the hub, which cannot be reached.
+        EnvironmentFault: it has to come from the hub, which cannot be reached; or accelerate is not installed, which
+            spreads it.
     """
-    device = usable_device(device)
+    there, spread = None, {}
+    if isinstance(device, Mapping) or device == "auto":
+        spread = {"device_map": device}
+        if importlib.util.find_spec("accelerate") is None:
+            raise EnvironmentFault("spreading a model needs accelerate. Install it: pip install 'dfrot[eval]'")
+    else:
+        there = usable_device(device)
     if (folder := Path(model).expanduser()).is_dir():
         checkpoint_recipe(folder)
     path = locate(str(model))
     graph_for(read_config(path))
-    weight_files(path)
+    files = weight_files(path)
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -95,6 +111,7 @@ def load(model: str | Path, *, device: str | torch.device = "cpu", dtype: torch.
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            **spread,
         )
     except EnvironmentFault:
         raise
@@ -106,5 +123,6 @@ def load(model: str | Path, *, device: str | torch.device = "cpu", dtype: torch.
     wrong = {kind: sorted(names) for kind, names in report.items() if names}
     if wrong:
         raise UserError(f"the weights in {path} do not fit its config: {wrong}")
-    _check_values(path, loaded)
-    return loaded.eval().requires_grad_(False).to(device), load_tokenizer(path)
+    _check_values(path, loaded, files)
+    loaded = loaded.eval().requires_grad_(False)
+    return loaded if there is None else loaded.to(there), load_tokenizer(path)

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from dfrot.checkpoint.load import checkpoint_recipe, load
+from dfrot.checkpoint.load import Device, checkpoint_recipe, load
 from dfrot.checkpoint.save import write_tensors
 from dfrot.errors import UserError
 from dfrot.evaluation.divergence import divergence
@@ -55,12 +54,11 @@ class Measurement:
             raise UserError("predictions are compared on texts: give one.")
 
 
-def evaluate(
-    model: str, measurement: Measurement, *, device: str | torch.device = "cpu", per_token: Path | None = None
-) -> Record:
+def evaluate(model: str, measurement: Measurement, *, device: Device = "cpu", per_token: Path | None = None) -> Record:
     """Measure a model or checkpoint.
 
     Args:
+        device: as `load` takes it.
         per_token: also write what was measured on every token of the texts to this safetensors file; needs
             `measurement.against`.
 
@@ -125,7 +123,7 @@ def evaluate(
     )
 
 
-def _comparable(against: str, model: Any, device: str | torch.device) -> Any:
+def _comparable(against: str, model: Any, device: Device) -> Any:
     original, _ = load(against, device=device)
     if original.config.vocab_size != model.config.vocab_size:
         raise UserError(
