@@ -1,8 +1,10 @@
 """How much memory there is, and how the process treats what it has freed."""
 
+import contextlib
 import ctypes
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from dfrot.errors import UserError
@@ -27,12 +29,43 @@ def keep_freed_memory(largest: int = 1 << 30) -> None:
         mallopt(_M_TRIM_THRESHOLD, 2 * largest - 1)
 
 
-def available_memory() -> int:
-    """Bytes that a program can take without others being swapped out; where the system does not tell, all there are."""
-    meminfo = Path("/proc/meminfo")
+def available_memory(root: Path = Path("/")) -> int:
+    """Bytes that this process can take: without others being swapped out, and within the limits of its control groups.
+
+    Where the system does not tell, all the memory there is.
+
+    Args:
+        root: of the system that is asked.
+    """
+    meminfo = root / "proc/meminfo"
     if meminfo.is_file() and (found := re.search(r"MemAvailable:\s*(\d+) kB", meminfo.read_text())):
-        return int(found[1]) * 1024
+        return max(0, min([int(found[1]) * 1024, *_left_by_control_groups(root)]))
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _left_by_control_groups(root: Path) -> Iterator[int]:
+    """The limit of each control group around this process, less what is in use and is no cache that can be dropped."""
+    try:
+        memberships = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for membership in memberships:
+        _, controllers, path = membership.split(":", 2)
+        if not controllers:  # version 2
+            top, limit, used, cache = root / "sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            top, limit, used = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            cache = "total_inactive_file"
+        else:
+            continue
+        group = top / path.strip("/")
+        for folder in (group, *group.parents):  # in a container the path is the host's, and only the top is there
+            with contextlib.suppress(OSError, ValueError):  # no such file; no limit: "max"
+                kept = re.search(rf"^{cache} (\d+)$", (folder / "memory.stat").read_text(), re.MULTILINE)
+                dropped = int(kept[1]) if kept else 0
+                yield int((folder / limit).read_text()) - int((folder / used).read_text()) + dropped
+            if folder == top:
+                break
 
 
 def parse_size(text: str) -> int:
