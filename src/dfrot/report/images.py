@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from dfrot.errors import EnvironmentFault
-from dfrot.report.figures import Figure
+from dfrot.report.drawing import Figure
 
 WIDTH = 760  # pixels; heights are the figures' own
 SCALE = 2  # of pixels in a PNG

@@ -16,7 +16,8 @@ from typing import Literal
 from dfrot.checkpoint.save import write_text
 from dfrot.errors import EnvironmentFault, UserError
 from dfrot.report.contents import INSPECTION_FILE, Inspection, read_inspection
-from dfrot.report.figures import Figure, figures, number
+from dfrot.report.drawing import Figure, number
+from dfrot.report.figures import figures
 from dfrot.report.images import save_images
 from dfrot.report.tables import MASSIVE_ROWS, choices, definitions, escaped, massive_table, named, results_table, table
 from dfrot.results import RESULTS_FILE, Record, read_records

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from dfrot.report.contents import Inspection, is_finite
-from dfrot.report.figures import by_seeds, mean, number
+from dfrot.report.drawing import mean, number
+from dfrot.report.record_figures import by_seeds
 from dfrot.report.words import deviations, lower_is_better, metrics_of, setting, shorten, shown
 from dfrot.results import Record, is_number
 
