@@ -193,21 +193,15 @@ class Quantize:
 
 
 @dataclass(frozen=True)
-class Eval:
-    """Measure a model or checkpoint."""
+class What:
+    """What is measured, by `eval` and by `compare`."""
 
-    model: Model
-    """Checkpoint, or a model as `quantize` takes it."""
     ppl: tuple[str, ...] | None = None
     """Texts for perplexity: wikitext2, c4, pydoc, or paths (default wikitext2, unless there are tasks)."""
     seq_len: int = 2048
     """Tokens of one block of a text."""
     max_tokens: int | None = None
     """Take the first blocks of this many tokens of each text."""
-    against: str | None = None
-    """The unquantized model: also KL divergence from its predictions, and top-1 agreement with them."""
-    per_token: Path | None = None
-    """Also write what --against measures on every token to this safetensors file."""
     tasks: str | None = None
     """Tasks or groups of lm-eval, joined by commas: piqa,arc_easy,mmlu."""
     task_path: Path | None = None
@@ -216,6 +210,37 @@ class Eval:
     """Take the first so many examples of each task."""
     batch_size: int | None = None
     """Sequences of a task at a time (default: as many as fit)."""
+
+    def measurement(self, against: str | None) -> "Measurement":
+        from dfrot.evaluation.run import Measurement
+
+        tasks = _words(self.tasks)
+        return Measurement(
+            texts=tuple(map(_located, self.ppl)) if self.ppl is not None else () if tasks else ("wikitext2",),
+            seq_len=self.seq_len,
+            max_tokens=self.max_tokens,
+            against=against,
+            tasks=tasks,
+            task_path=None if self.task_path is None else str(self.task_path.resolve()),
+            limit=self.limit,
+            batch_size=self.batch_size,
+        )
+
+
+Measured = Annotated[What, tyro.conf.arg(name="")]
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Measure a model or checkpoint."""
+
+    model: Model
+    """Checkpoint, or a model as `quantize` takes it."""
+    measured: Measured = What()
+    against: str | None = None
+    """The unquantized model: also KL divergence from its predictions, and top-1 agreement with them."""
+    per_token: Path | None = None
+    """Also write what --against measures on every token to this safetensors file."""
     json: Path | None = None
     """Also write the result record to this file."""
     log_to: str | None = None
@@ -229,7 +254,9 @@ class Eval:
 
         if self.json is not None and not self.json.parent.is_dir():
             raise UserError(f"the directory of --json {self.json} does not exist.")
-        record = evaluate(self.model, _measurement(self, self.against), device=self.device, per_token=self.per_token)
+        record = evaluate(
+            self.model, self.measured.measurement(self.against), device=self.device, per_token=self.per_token
+        )
         errors = record.conditions.get("standard_errors", {})
         for metric, value in record.metrics.items():
             shown = f"{value:.4f}" if value < 1e5 else f"{value:.3e}"
@@ -264,22 +291,9 @@ class Compare:
     """Calibration tokens in total (default 65536 where weights are fitted to them, else 2048)."""
     unquantized: bool = True
     """Also measure the model as it is."""
-    ppl: tuple[str, ...] | None = None
-    """Texts for perplexity: wikitext2, c4, pydoc, or paths (default wikitext2, unless there are tasks)."""
-    seq_len: int = 2048
-    """Tokens of one block of a text."""
-    max_tokens: int | None = None
-    """Take the first blocks of this many tokens of each text."""
+    measured: Measured = What()
     divergence: bool = False
     """Also KL divergence from the unquantized model's predictions, and top-1 agreement with them."""
-    tasks: str | None = None
-    """Tasks or groups of lm-eval, joined by commas."""
-    task_path: Path | None = None
-    """A folder with further tasks."""
-    limit: int | None = None
-    """Take the first so many examples of each task."""
-    batch_size: int | None = None
-    """Sequences of a task at a time (default: as many as fit)."""
     jobs: int = 1
     """Cells at a time, each in a process of its own."""
     threads: int | None = None
@@ -308,7 +322,7 @@ class Compare:
             records = compare(
                 model,
                 cells,
-                _measurement(self, model if self.divergence else None),
+                self.measured.measurement(model if self.divergence else None),
                 self.out,
                 device=self.device,
                 jobs=self.jobs,
@@ -582,22 +596,6 @@ def _check_processes(command: Any) -> None:
 
     if not isinstance(command, Quantize) and (count := Processes.of().count) > 1:
         raise UserError(f"`dfrot quantize` is what several processes can share; torchrun has started {count}.")
-
-
-def _measurement(options: "Eval | Compare", against: str | None) -> "Measurement":
-    from dfrot.evaluation.run import Measurement
-
-    tasks = _words(options.tasks)
-    return Measurement(
-        texts=tuple(map(_located, options.ppl)) if options.ppl is not None else () if tasks else ("wikitext2",),
-        seq_len=options.seq_len,
-        max_tokens=options.max_tokens,
-        against=against,
-        tasks=tasks,
-        task_path=None if options.task_path is None else str(options.task_path.resolve()),
-        limit=options.limit,
-        batch_size=options.batch_size,
-    )
 
 
 def _located(name: str) -> str:
