@@ -1,5 +1,6 @@
 """Comparisons: what is shared, what survives a kill, what a cluster computes."""
 
+import dataclasses
 import fcntl
 import io
 import json
@@ -259,3 +260,21 @@ def test_published_numbers_stand_beside_the_cells_that_they_are_of() -> None:
     assert published("/models/Mistral-7B-v0.3/", None, "a/wiki.test.raw")["ppl/wiki.test.raw"]["value"] == 5.32
     assert published("smollm2-135m", recipe) == {}
     assert json.dumps(published("meta-llama/Llama-2-7b-hf", Recipe.parse("dfrot", "lwc", "w4a4kv4"))) == "{}"
+
+
+def test_the_jobs_divide_the_memory_and_it_changes_no_cell(tiny: Tiny, text_file: Path, tmp_path: Path) -> None:
+    heard: list[Any] = []
+    measurement = Measurement((str(text_file),), seq_len=32, max_tokens=64)
+    compare(
+        str(tiny("llama")),
+        [Recipe.parse("quarot", "rtn")],
+        measurement,
+        tmp_path,
+        jobs=2,
+        memory=10**8,
+        listener=lambda cell, outcome: heard.append((cell, outcome)),
+    )
+    cell, failure = heard[-1]
+    assert isinstance(failure, UserError)
+    assert "the budget is 0.05 GB" in str(failure)
+    assert dataclasses.replace(cell, memory=None).key == cell.key

@@ -300,6 +300,8 @@ class Compare:
     """Threads of each (default: the cores divided among the jobs)."""
     ray: str | None = None
     """Address of a Ray cluster that takes the cells in place of jobs; auto for the one that runs here."""
+    memory: str | None = None
+    """Memory that quantizing may take, such as 8GB, divided among the jobs (default: what is available)."""
     device: str = "cpu"
     """Where to compute: cpu, cuda."""
     log_to: str | None = None
@@ -328,6 +330,7 @@ class Compare:
                 jobs=self.jobs,
                 threads=self.threads,
                 ray=self.ray,
+                memory=None if self.memory is None else parse_size(self.memory),
                 listener=table.hear,
             )
         if self.log_to is not None:

@@ -23,7 +23,7 @@ from typing import Any
 from dfrot.errors import EnvironmentFault, UserError
 from dfrot.evaluation.run import Measurement, evaluate
 from dfrot.lock import alone_in
-from dfrot.memory import keep_freed_memory
+from dfrot.memory import available_memory, keep_freed_memory
 from dfrot.models.source import open_source
 from dfrot.pipeline import quantize
 from dfrot.progress import silence
@@ -43,6 +43,7 @@ class Cell:
         fingerprint: of its files.
         recipe: None for the model as it is.
         threads: that torch computes with; they decide how sums are rounded.
+        memory: bytes that quantizing may take; they decide nothing that is measured.
     """
 
     model: str
@@ -51,12 +52,14 @@ class Cell:
     measurement: Measurement
     device: str
     threads: int
+    memory: int | None = None
 
     @property
     def key(self) -> str:
         """16 hexadecimal digits that differ between cells that differ, or are of different versions of dfrot."""
         recipe = None if self.recipe is None else self.recipe.to_json()
         parts = {**asdict(self), "recipe": recipe, "dfrot": __version__}
+        del parts["memory"]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
@@ -81,6 +84,7 @@ def compare(
     jobs: int = 1,
     threads: int | None = None,
     ray: str | None = None,
+    memory: int | None = None,
     listener: Listener = lambda cell, outcome: None,
 ) -> list[Record]:
     """Quantize and measure a model by every recipe.
@@ -92,6 +96,8 @@ def compare(
         threads: of each; None divides the cores among the jobs.
         ray: address of a Ray cluster ("auto" for the one of this machine) whose nodes all see `out` and the model; in
             place of `jobs`, it takes as many cells at a time as it has room for.
+        memory: bytes that may be taken; None takes what the machine has available. The jobs divide it; on a cluster
+            each cell has it to itself.
         listener: told of every cell, finished ones first.
 
     Returns:
@@ -105,7 +111,9 @@ def compare(
         raise UserError(f"jobs and threads are at least 1, got {jobs} and {threads}.")
     threads = threads or max(1, (os.cpu_count() or 1) // jobs)
     fingerprint = open_source(model).fingerprint()
-    cells = [Cell(model, fingerprint, recipe, measurement, device, threads) for recipe in recipes]
+    if ray is None:
+        memory = (available_memory() if memory is None else memory) // jobs
+    cells = [Cell(model, fingerprint, recipe, measurement, device, threads, memory) for recipe in recipes]
     out = out.expanduser().resolve()
     with alone_in(out):
         done = {record.conditions.get("cell"): record for record in read_records(out / RESULTS_FILE, repair=True)}
@@ -139,7 +147,13 @@ def measure(cell: Cell, out: Path) -> Record:
         path = str(folder)
         if not (folder / "config.json").is_file():
             report = quantize(
-                cell.model, cell.recipe, folder, device=cell.device, resume=folder.is_dir(), share=out / "shared"
+                cell.model,
+                cell.recipe,
+                folder,
+                device=cell.device,
+                resume=folder.is_dir(),
+                memory=cell.memory,
+                share=out / "shared",
             )
             timings = report.timings_s
     record = evaluate(path, cell.measurement, device=cell.device)
