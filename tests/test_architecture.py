@@ -19,7 +19,7 @@ FLOORS = [
     {"texts", "transform", "runtime"},
     {"methods", "weights", "checkpoint"},
     {"plan"},
-    {"results", "pipeline"},
+    {"results", "pipeline", "export"},
     {"evaluation", "report"},
     {"published"},
     {"compare"},

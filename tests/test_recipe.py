@@ -90,7 +90,7 @@ def test_recipes_that_differ_have_different_digests() -> None:
         ({"preset": "best"}, "no preset 'best'. Presets: paper, deploy"),
         (
             {"method": "quarot", "gamma": 3.0},
-            "'quarot' with 'gptq' weights has no option gamma; it takes act_order, damping, head_mixing, rotation",
+            "'quarot' with 'gptq' weights has no option gamma; it takes act_order, damping, head_mixing",
         ),
         (
             {"method": "none", "weights": "rtn", "rotation": "hadamard"},

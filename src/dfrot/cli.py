@@ -66,6 +66,8 @@ class Quantize:
     """quarot, dfrot: R1, or its start, is a randomized Hadamard (default) or random orthogonal matrix."""
     head_mixing: bool | None = None
     """quarot: also mix the heads online before o_proj."""
+    online: bool | None = None
+    """quarot, dfrot: also rotate while the model runs (R3, R4; default); without, all is folded, for other engines."""
     gamma: float | Literal["auto"] | None = None
     """dfrot: weight of tokens with massive activations (default auto; 100 with the paper's objective)."""
     steps: int | None = None
@@ -401,6 +403,26 @@ class Report:
 
 
 @dataclass(frozen=True)
+class Export:
+    """Write a checkpoint for another engine."""
+
+    checkpoint: Checkpoint
+    """Directory written by `dfrot quantize`."""
+    to: Literal["huggingface"]
+    """huggingface: plain weights that transformers loads without dfrot."""
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """Directory to make."""
+
+    def run(self) -> None:
+        from dfrot.export import export
+
+        different = export(self.checkpoint, self.to, self.out)
+        out.print(f"[bold]{self.out}[/bold]", soft_wrap=True)
+        for sentence in different:
+            out.print(f"different there: {sentence}", soft_wrap=True, markup=False)
+
+
+@dataclass(frozen=True)
 class Generate:
     """Continue a prompt with a quantized model."""
 
@@ -543,6 +565,7 @@ COMMANDS = {
     "compare": Compare,
     "inspect": Inspect,
     "report": Report,
+    "export": Export,
     "generate": Generate,
     "bench": Bench,
     "info": Info,

@@ -57,6 +57,12 @@ class QuaRot:
     """R1: a randomized Hadamard matrix (the papers' RH) or a random orthogonal one (RO)."""
     head_mixing: bool = False
     """Also mix the heads by an online Hadamard before o_proj, as QuaRot does and DFRot does not."""
+    online: bool = True
+    """Also what is rotated while the model runs, R3 and R4. Without it all is folded, for engines that cannot."""
+
+    def __post_init__(self) -> None:
+        if self.head_mixing and not self.online:
+            raise UserError("head-mixing is an online rotation: it does not go with --online False.")
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,8 @@ class DFRot:
     """The rule that finds massive tokens: a small relative error, or an error that a random rotation raises."""
     samples: int = 1
     """Calibration sequences that the rotation is refined on, from the first; weights are fitted to all."""
+    online: bool = True
+    """Also what is rotated while the model runs, R3 and R4. Without it all is folded, for engines that cannot."""
 
     def __post_init__(self) -> None:
         if self.samples < 1:

@@ -113,7 +113,7 @@ def dfrot(context: Context) -> Transforms:
             }.items()
         },
     )
-    return around(refined[chosen], context)
+    return around(refined[chosen], context, online=options.online)
 
 
 # From tokens, weights, start, quantizer, number of steps, and what adds up sums over tokens that other processes have:

@@ -26,7 +26,9 @@ def quarot(context: Context) -> Transforms:
     """
     options = context.recipe.method
     assert isinstance(options, QuaRot), "fitted with the options of another method"
-    return around(random_rotation(context, options.rotation), context, head_mixing=options.head_mixing)
+    return around(
+        random_rotation(context, options.rotation), context, online=options.online, head_mixing=options.head_mixing
+    )
 
 
 def random_rotation(context: Context, kind: str) -> Rotation:
@@ -45,14 +47,14 @@ def random_rotation(context: Context, kind: str) -> Rotation:
     return random_hadamard(width, context.generator())
 
 
-def around(residual: Rotation, context: Context, *, head_mixing: bool = False) -> Transforms:
-    """QuaRot's other rotations around a given R1."""
+def around(residual: Rotation, context: Context, *, online: bool, head_mixing: bool = False) -> Transforms:
+    """QuaRot's other rotations around a given R1; without `online` those that are folded."""
     config = context.source.config
     return Transforms(
         residual=residual,
         values=hadamard("one head", head_dim(config)),
-        keys=hadamard("one head", head_dim(config)),
-        ffn=hadamard("the input of down_proj", config.intermediate_size),
+        keys=hadamard("one head", head_dim(config)) if online else None,
+        ffn=hadamard("the input of down_proj", config.intermediate_size) if online else None,
         heads=hadamard("head mixing", config.num_attention_heads) if head_mixing else None,
     )
 

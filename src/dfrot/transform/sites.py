@@ -57,14 +57,15 @@ class InputTransform:
         return block_rotation(self.matrices, self.orders)
 
 
-def _input_widths(config: Config) -> tuple[int, int, int, int]:
-    """Channels that the stages of a block read, in the order in which they run."""
-    return (
+def input_widths(graph: ModelGraph, config: Config) -> dict[str, int]:
+    """Channels that the linear layers of a block read."""
+    widths = (
         config.hidden_size,
         config.num_attention_heads * head_dim(config),
         config.hidden_size,
         config.intermediate_size,
     )
+    return {name: width for stage, width in zip(graph.stages, widths, strict=True) for name in stage}
 
 
 def _input_transform(name: str, tensors: Mapping[str, Tensor]) -> InputTransform:
@@ -142,7 +143,8 @@ class Transforms:
         sizes = {site: rotation.size for site in SITES if (rotation := getattr(self, site)) is not None}
         if any(size != {**widths, "heads": heads}[site] for site, size in sizes.items()):
             return False
-        inputs = dict(zip((stage[0] for stage in graph.stages), _input_widths(config), strict=True))
+        input_width = input_widths(graph, config)
+        inputs = {stage[0]: input_width[stage[0]] for stage in graph.stages}
         wanted = [inputs] * config.num_hidden_layers if self.inputs else []
         return [{stage: part.orders.shape[-1] for stage, part in stages.items()} for stages in self.inputs] == wanted
 

@@ -1,0 +1,52 @@
+"""Writing an exported model so that an unfinished one never looks finished."""
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from dfrot.checkpoint.save import INDEX_FILE, write_json, write_tensors
+from dfrot.errors import EnvironmentFault, UserError
+from dfrot.export.checkpoint import Checkpoint
+from dfrot.lock import LOCK_FILE, alone_in
+from dfrot.progress import track
+
+
+def write_directory(
+    checkpoint: Checkpoint, out: Path, shards: Iterable[dict[str, Tensor]], config: dict[str, Any]
+) -> None:
+    """Write a directory in the layout of transformers: safetensors shards, an index, the tokenizer, config.json last.
+
+    Args:
+        shards: the ends, and then every block.
+
+    Raises:
+        UserError: something is in the way.
+        EnvironmentFault: it cannot be written.
+    """
+    count = checkpoint.config.num_hidden_layers + 1
+    weight_map: dict[str, str] = {}
+    total = 0
+    with alone_in(out):
+        require_empty(out)
+        for number, tensors in enumerate(track(shards, "exporting", count), start=1):
+            file = out / f"model-{number:05}-of-{count:05}.safetensors"
+            write_tensors(file, tensors, {"format": "pt"})
+            weight_map |= dict.fromkeys(tensors, file.name)
+            total += sum(tensor.nbytes for tensor in tensors.values())
+        write_json(out / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        try:
+            checkpoint.tokenizer().save_pretrained(out)
+            if (settings := checkpoint.path / "generation_config.json").is_file():
+                shutil.copyfile(settings, out / settings.name)
+        except OSError as error:
+            raise EnvironmentFault(f"cannot write the tokenizer to {out}: {error}") from error
+        write_json(out / "config.json", config)
+
+
+def require_empty(out: Path) -> None:
+    """Raise UserError if something is in a directory."""
+    if found := sorted(file.name for file in out.iterdir() if file.name != LOCK_FILE):
+        raise UserError(f"{out} is not empty ({found[0]}); nothing there is touched. Choose another -o directory.")
