@@ -408,15 +408,17 @@ class Export:
 
     checkpoint: Checkpoint
     """Directory written by `dfrot quantize`."""
-    to: Literal["huggingface"]
-    """huggingface: plain weights that transformers loads without dfrot."""
+    to: Literal["huggingface", "vllm"]
+    """huggingface: plain weights that transformers loads without dfrot. vllm: compressed-tensors."""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Directory to make."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """vllm: where it is to run; the two do not run the same."""
 
     def run(self) -> None:
         from dfrot.export import export
 
-        different = export(self.checkpoint, self.to, self.out)
+        different = export(self.checkpoint, self.to, self.out, device=self.device)
         out.print(f"[bold]{self.out}[/bold]", soft_wrap=True)
         for sentence in different:
             out.print(f"different there: {sentence}", soft_wrap=True, markup=False)

@@ -162,9 +162,9 @@ PRESETS = {
     "paper": Preset(
         weight_symmetric=True, weight_clip=None, act_symmetric=False, act_clip=0.9, kv_clip=0.95, value_clip=0.95
     ),
-    # What stock servers compute: symmetric integers on both sides of the product.
+    # What stock servers compute: symmetric integers on both sides of the product, activations not clipped.
     "deploy": Preset(
-        weight_symmetric=True, weight_clip=None, act_symmetric=True, act_clip=0.9, kv_clip=0.95, value_clip=0.95
+        weight_symmetric=True, weight_clip=None, act_symmetric=True, act_clip=1.0, kv_clip=0.95, value_clip=0.95
     ),
     # DuQuant's command: everything asymmetric, fixed clip ratios 0.8 and 0.9, queries too; values are not clipped.
     "duquant": Preset(
