@@ -21,7 +21,7 @@ FLOORS = [
     {"plan"},
     {"results", "pipeline", "export"},
     {"evaluation", "report"},
-    {"published"},
+    {"published", "hub"},
     {"compare"},
     {"grid"},
     {"cli", "__init__"},

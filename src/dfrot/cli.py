@@ -425,6 +425,36 @@ class Export:
 
 
 @dataclass(frozen=True)
+class Push:
+    """Upload a checkpoint to the Hub, with a model card."""
+
+    checkpoint: Checkpoint
+    """Directory written by `dfrot quantize`."""
+    repository: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OWNER/NAME")]
+    """Where to: made if it is not there."""
+    results: tuple[Path, ...] = ()
+    """What `dfrot eval --json` or `dfrot compare` wrote, for the card."""
+    base_model: str | None = None
+    """Hub id of the model that it was made from, for the card."""
+    private: bool = False
+    """Make a private repository."""
+    card: bool = False
+    """Only print the card."""
+
+    def run(self) -> None:
+        from dfrot.hub import model_card, push, read_results
+
+        records = read_results(self.results)
+        if self.card:
+            print(model_card(self.checkpoint, self.repository, records, self.base_model), end="")
+            return
+        address = push(
+            self.checkpoint, self.repository, records=records, base_model=self.base_model, private=self.private
+        )
+        out.print(address, soft_wrap=True)
+
+
+@dataclass(frozen=True)
 class Generate:
     """Continue a prompt with a quantized model."""
 
@@ -568,6 +598,7 @@ COMMANDS = {
     "inspect": Inspect,
     "report": Report,
     "export": Export,
+    "push": Push,
     "generate": Generate,
     "bench": Bench,
     "info": Info,
