@@ -29,6 +29,28 @@ def test_freed_buffers_are_used_again_without_page_faults() -> None:
     assert faults["keep"] * 10 < faults["give back"]
 
 
+_HOLES = """
+import re, torch
+from dfrot.memory import give_freed_memory_back, keep_freed_memory
+
+def resident():
+    return int(re.search(r"RssAnon:\\s*(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
+
+keep_freed_memory()
+held = [torch.ones(1 << 18) for _ in range(200)]  # a megabyte each
+del held[::2]
+before = resident()
+give_freed_memory_back()
+print(before - resident())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's malloc is told to give memory back")
+def test_holes_between_what_is_in_use_are_given_back() -> None:
+    freed = int(subprocess.run([sys.executable, "-c", _HOLES], check=True, capture_output=True).stdout)
+    assert 90 << 20 < freed < 120 << 20  # half of 200 MB, whole pages only
+
+
 def system(root: Path, groups: str, files: dict[str, str]) -> Path:
     """The files of a system with 8 MB available."""
     for name, text in {"proc/meminfo": "MemAvailable: 8000 kB\n", "proc/self/cgroup": groups, **files}.items():

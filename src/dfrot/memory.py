@@ -29,6 +29,17 @@ def keep_freed_memory(largest: int = 1 << 30) -> None:
         mallopt(_M_TRIM_THRESHOLD, 2 * largest - 1)
 
 
+def give_freed_memory_back() -> None:
+    """Return to the system what was freed, also from between what is in use; where glibc is, else nothing happens.
+
+    A heap that has held a decoder block is full of holes, and the next block does not fit into them: what is resident
+    would be one block and what is left of those before.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 def available_memory(root: Path = Path("/")) -> int:
     """Bytes that this process can take: without others being swapped out, and within the limits of its control groups.
 

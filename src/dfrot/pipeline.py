@@ -23,6 +23,7 @@ from dfrot.checkpoint.load import usable_device
 from dfrot.checkpoint.save import CheckpointWriter, opened_writer
 from dfrot.checkpoint.shared import Shared
 from dfrot.errors import EnvironmentFault, UserError
+from dfrot.memory import give_freed_memory_back
 from dfrot.methods import METHODS
 from dfrot.methods.context import Context
 from dfrot.models.source import Source, open_source, stored_tensors
@@ -121,7 +122,7 @@ def quantize(
             blocks = _depended_on_by_blocks(context)
             if (other := shared.checkpoint(blocks)) is not None:
                 writer.adopt(other)
-            _quantize_blocks(context, transforms, plan, writer, report, Path(out) if expected.spills else None)
+            _quantize_blocks(context, transforms, plan, writer, report, expected)
             if processes.first:
                 _finish(context, transforms, plan, writer)
             writer.agree()
@@ -195,7 +196,7 @@ def _quantize_blocks(
     plan: RuntimePlan,
     writer: CheckpointWriter,
     report: Report,
-    spill: Path | None,
+    expected: Plan,
 ) -> None:
     source, recipe = context.source, context.recipe
     stored = storage_dtype(source, recipe)
@@ -217,7 +218,7 @@ def _quantize_blocks(
             context.calibration(),
             working,
             context.device,
-            spill,
+            writer.path if expected.spills else None,
             isinstance(recipe.weights, LWC),
             context.processes,
         )
@@ -248,6 +249,8 @@ def _quantize_blocks(
 
     for index in track(range(source.num_blocks), "quantizing"):
         through(index)
+        if expected.tight:
+            give_freed_memory_back()
     stream = None  # the head may need the room
     norm, head = source.final_norm(), source.head()
     fuses = transforms.residual is not None
