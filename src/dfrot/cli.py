@@ -408,15 +408,17 @@ class Export:
 
     checkpoint: Checkpoint
     """Directory written by `dfrot quantize`."""
-    to: Literal["huggingface"]
-    """huggingface: plain weights that transformers loads without dfrot."""
+    to: Literal["huggingface", "gguf"]
+    """huggingface: plain weights that transformers loads without dfrot; gguf: a file for llama.cpp."""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
-    """Directory to make."""
+    """Directory to make, or file."""
+    type: Literal["f16", "bf16", "f32", "q8_0", "q4_0"] | None = None
+    """gguf: of the weights (default q4_0 or q8_0 if that keeps the checkpoint's integers, else f16)."""
 
     def run(self) -> None:
         from dfrot.export import export
 
-        different = export(self.checkpoint, self.to, self.out)
+        different = export(self.checkpoint, self.to, self.out, self.type)
         out.print(f"[bold]{self.out}[/bold]", soft_wrap=True)
         for sentence in different:
             out.print(f"different there: {sentence}", soft_wrap=True, markup=False)
