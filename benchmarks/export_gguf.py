@@ -6,7 +6,7 @@
 PYTHON is an interpreter that has xllamacpp (llama.cpp with its CPU kernels). Both sides get the same blocks of tokens,
 ours as `dfrot eval` makes them, llama.cpp's from there, and whether llama.cpp cuts the text alike is said. The second
 form is what a rotated Q4_0 competes with: the model as it is, its linear layers rounded to Q4_0 as llama.cpp does it,
-by the gguf package, as xllamacpp has no quantizer. Embedding and head are not rounded to integers in any of these files.
+by the gguf package, as xllamacpp has no quantizer. Embedding and head are never in integers here.
 """
 
 import argparse

@@ -28,7 +28,7 @@ gguf = pytest.importorskip("gguf", reason="reads and writes GGUF files")
 
 Make = Callable[..., Path]
 VOCABULARY = 300
-TEXT = "The quick brown fox's 12345 jumps\n\n  over naïve 狐 dogs, isn't IT?\t<|end|> "
+TEXT = "The quick brown fox's 12345 jumps\n\n  over naïve 狐 dogs, isn't IT?\t<tool><|end|> "
 TOKENS = torch.randint(1, VOCABULARY, (2, 8), generator=torch.Generator().manual_seed(7))
 # What a block of 32 needs; the attention of tiny Mistral looks back 8 tokens, as many as there are
 SIZES = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 96, "vocab_size": VOCABULARY}
@@ -37,6 +37,11 @@ LLAMA_3 = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 QWEN_2 = LLAMA_3.replace("{1,3}", "")
+O200K = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 PLAIN = pre_tokenizers.ByteLevel(add_prefix_space=False)
 CUT = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 
@@ -50,6 +55,7 @@ PRE_TOKENIZERS = {
     "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), PLAIN]),
     "llama-bpe": split(LLAMA_3),
     "qwen2": split(QWEN_2),
+    "gpt-4o": split(O200K),
 }
 
 
@@ -59,9 +65,9 @@ def byte_tokenizer(name: str = "gpt-2", size: int = VOCABULARY - 3) -> Tokenizer
     tokenizer.pre_tokenizer = PRE_TOKENIZERS[name]
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=size - 1, initial_alphabet=alphabet, special_tokens=["<|begin|>"])
+    trainer = trainers.BpeTrainer(vocab_size=size - 2, initial_alphabet=alphabet, special_tokens=["<|begin|>"])
     tokenizer.train_from_iterator([TEXT] * 3, trainer)
-    tokenizer.add_tokens(["<|end|>"])
+    tokenizer.add_tokens(["<|end|>", "<tool>"])
     tokenizer.post_processor = processors.TemplateProcessing(single="<|begin|> $A", special_tokens=[("<|begin|>", 0)])
     return tokenizer
 
@@ -349,10 +355,12 @@ def test_the_tokenizer_is_carried_over(made: Make, tmp_path: Path, name: str) ->
     assert tokens[:297] == tokenizer.convert_ids_to_tokens(list(range(297)))
     assert tokens[297:] == ["[PAD297]", "[PAD298]", "[PAD299]"]
     kinds = fields["tokenizer.ggml.token_type"]
-    assert [kinds[index] for index in (0, 1, 296, 297)] == [3, 1, 4, 5]  # control, normal, of the user's, unused
+    control, normal, user_defined, unused = 3, 1, 4, 5
+    found = [kinds[index] for index in (0, 1, 295, 296, 297)]
+    assert found == [control, normal, control, user_defined, unused]
     rules = json.loads((tmp_path / "ckpt" / "tokenizer.json").read_text())
     assert fields["tokenizer.ggml.merges"] == [" ".join(merge) for merge in rules["model"]["merges"]]
-    assert (fields["tokenizer.ggml.bos_token_id"], fields["tokenizer.ggml.eos_token_id"]) == (0, 296)
+    assert (fields["tokenizer.ggml.bos_token_id"], fields["tokenizer.ggml.eos_token_id"]) == (0, 295)
     assert (fields["tokenizer.ggml.add_bos_token"], fields["tokenizer.ggml.add_eos_token"]) == (True, False)
     assert fields["tokenizer.chat_template"] == "{{ messages }}"
 
@@ -379,7 +387,7 @@ def test_sentencepieces_merges_become_scores(made: Make, tmp_path: Path) -> None
     assert fields["tokenizer.ggml.add_space_prefix"] is True
     assert fields["tokenizer.ggml.token_type"][:4] == [2, 3, 3, 6]  # unknown, control, control, byte
     scores = dict(zip(fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.scores"], strict=True))
-    assert [scores[token] for token in ("qu", "▁f", "ic", "▁Th", "▁The", "T")] == [0, -1, -2, -4, -7, -300]
+    assert [scores[token] for token in ("qu", "▁f", "ic", "▁Th", "▁The", "T")] == [0, -1, -2, -4, -7, -9]
     theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file="a.gguf")
     for text in ("The quick brown fox", "quic The  Thé fo", "TheThe"):
         assert ours.convert_ids_to_tokens(ours(text).input_ids) == [
@@ -531,16 +539,16 @@ def test_llama_cpp_reads_and_computes_the_same(
 
     checkpoint = made(architecture, **changed)
     np.save(tmp_path / "tokens.npy", TOKENS.numpy())
-    model, tokenizer = dfrot.load(checkpoint)
-    ours = model(TOKENS).logits.detach()
+    ours = dfrot.load(checkpoint)[0](TOKENS).logits.detach()
     for kind, tolerance in (("f32", 1e-3), ("q4_0", 5e-2)):  # the cache in float16; activations in 8 bits
         export(checkpoint, "gguf", tmp_path / f"{kind}.gguf", kind)
         theirs = torch.from_numpy(run(f"{kind}.gguf", "tokens.npy"))
         assert float((theirs - ours).norm() / ours.norm()) < tolerance
-    if changed:
+    if architecture != "llama" or changed:
         return
     (tmp_path / "text.txt").write_text(TEXT, newline="")
-    assert run("q4_0.gguf", "text.txt", "--tokenize").tolist() == tokenizer(TEXT).input_ids
-    characters = with_tokenizer(checkpoint, tmp_path / "ckpt", character_tokenizer(), **SPECIAL)
-    export(tmp_path / "ckpt", "gguf", tmp_path / "characters.gguf")
-    assert run("characters.gguf", "text.txt", "--tokenize").tolist() == characters(TEXT).input_ids
+    kinds: dict[str, tuple[Tokenizer, dict[str, str]]] = {name: (byte_tokenizer(name), {}) for name in PRE_TOKENIZERS}
+    for name, (tokenizer, special) in {**kinds, "llama": (character_tokenizer(), SPECIAL)}.items():
+        loaded = with_tokenizer(checkpoint, tmp_path / name, tokenizer, **special)
+        export(tmp_path / name, "gguf", tmp_path / f"{name}.gguf")
+        assert run(f"{name}.gguf", "text.txt", "--tokenize").tolist() == loaded(TEXT).input_ids, name
