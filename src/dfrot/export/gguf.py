@@ -13,7 +13,6 @@ written; then to write them. So memory holds one, and what cannot be written is 
 """
 
 import importlib.util
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,7 +53,7 @@ def to_gguf(checkpoint: Checkpoint, out: Path, kind: str | None = None) -> list[
     """
     if importlib.util.find_spec("gguf") is None:
         raise EnvironmentFault("writing GGUF files needs the package gguf. Install it: pip install 'dfrot[gguf]'")
-    from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGMLQuantizationType, GGUFWriter, get_tensor_name_map
+    from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFWriter, get_tensor_name_map
 
     checkpoint.require_folded("llama.cpp")
     _require_known(checkpoint.config)
@@ -62,16 +61,14 @@ def to_gguf(checkpoint: Checkpoint, out: Path, kind: str | None = None) -> list[
     if out.exists():
         raise UserError(f"{out} is there already, and is not touched. Choose another -o file.")
     architecture = ARCHITECTURES[checkpoint.config.model_type]
-    (number,) = (arch for arch in MODEL_ARCH if MODEL_ARCH_NAMES[arch] == architecture)
-    names = get_tensor_name_map(number, checkpoint.config.num_hidden_layers)
+    names = get_tensor_name_map(MODEL_ARCH[architecture.upper()], checkpoint.config.num_hidden_layers)
     writer = GGUFWriter(None, architecture)
     _add_hyperparameters(writer, checkpoint, kind)
     add_vocabulary(writer, checkpoint.path, checkpoint.tokenizer(), checkpoint.config.vocab_size)
     count = 0
     for name, stored, tensor in _tensors(checkpoint, names, kind):
         data = as_array(tensor)
-        number_of_type = GGMLQuantizationType[stored.upper()]
-        writer.add_tensor_info(name, data.shape, data.dtype, data.nbytes, raw_dtype=number_of_type)
+        writer.add_tensor_info(name, data.shape, data.dtype, data.nbytes, GGMLQuantizationType[stored.upper()])
         count += 1
     with atomically(out) as temporary:
         try:
@@ -142,21 +139,19 @@ def _add_hyperparameters(writer: "GGUFWriter", checkpoint: Checkpoint, kind: str
     writer.add_rope_dimension_count(2 * len(_inverse_frequencies(config)))
     writer.add_rope_freq_base(rope["rope_theta"])
     scaling = rope.get("rope_type", "default")
-    if scaling == "linear":
-        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(rope["factor"])
-    elif scaling == "longrope":
-        original = rope["original_max_position_embeddings"]
-        longer = config.max_position_embeddings / original
-        writer.add_rope_scaling_orig_ctx_len(original)
-        attention = math.sqrt(1 + math.log(longer) / math.log(original)) if longer > 1 else 1.0
-        writer.add_rope_scaling_attn_factors(rope.get("attention_factor") or attention)
     known = {"llama": "llama3", "phi3": "longrope"}.get(writer.arch)
     if scaling not in ("default", "linear", known):
         raise UserError(
             f"RoPE is scaled by '{scaling}', which is not known as GGUF for {config.model_type}. Known: default, "
             f"linear{f', {known}' if known else ''}. dfrot export --to huggingface keeps it."
         )
+    if scaling == "linear":
+        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
+    elif scaling == "longrope":
+        _, attention = ROPE_INIT_FUNCTIONS["longrope"](config, torch.device("cpu"))
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+        writer.add_rope_scaling_attn_factors(attention)
 
 
 def _inverse_frequencies(config: Config) -> Tensor:
