@@ -526,6 +526,7 @@ LONG_ROPE = {
         ("llama", {"rope_parameters": LLAMA3_ROPE}),
         ("qwen2", {"rope_parameters": LINEAR}),
         ("phi3", {"rope_parameters": LONG_ROPE, "max_position_embeddings": 1024}),
+        ("phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
     ],
 )
 def test_llama_cpp_reads_and_computes_the_same(
