@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dfrot.errors import UserError
 from dfrot.export.checkpoint import Checkpoint
+from dfrot.spec import TensorSpec
 from dfrot.transform.sites import input_widths
 
 if TYPE_CHECKING:
@@ -29,7 +30,8 @@ def choose_type(checkpoint: Checkpoint, asked: str | None) -> str:
     Raises:
         UserError: integers are asked for that the checkpoint's are not.
     """
-    fitting = _fitting(checkpoint)
+    widths = sorted(set(input_widths(checkpoint.graph, checkpoint.config).values()))
+    fitting = _fitting(checkpoint.recipe.spec.weights, widths)
     if asked is None:
         return fitting[0] if fitting else "f16"
     if asked in INTEGER_BITS and asked not in fitting:
@@ -37,26 +39,22 @@ def choose_type(checkpoint: Checkpoint, asked: str | None) -> str:
         have = "left alone" if not spec.quantizes else f"in {spec.bits} bits"
         have += "" if spec.symmetric else ", asymmetric"
         have += "" if spec.group is None else f", in groups of {spec.group}"
+        instead = f", or quantize with --preset deploy --spec w{INTEGER_BITS[asked]}g{BLOCK}a16kv16"
+        instead = "" if any(width % BLOCK for width in widths) else instead
         raise UserError(
             f"{asked} holds symmetric integers of up to {INTEGER_BITS[asked]} bits, whose scale is that of {BLOCK} "
             f"channels or a multiple; the weights of {checkpoint.path} are {have}, for layers that read "
-            f"{', '.join(map(str, _widths(checkpoint)))} channels. Take --type {' or '.join((*fitting, *FLOATS))}, "
-            f"or quantize with --preset deploy --spec w{INTEGER_BITS[asked]}g{BLOCK}a16kv16."
+            f"{', '.join(map(str, widths))} channels. Take --type {' or '.join((*fitting, *FLOATS))}{instead}."
         )
     return asked
 
 
-def _fitting(checkpoint: Checkpoint) -> list[str]:
-    """The types whose integers can be the checkpoint's, the smallest first."""
-    spec = checkpoint.recipe.spec.weights
-    sizes = _widths(checkpoint) if spec.group is None else [spec.group]
+def _fitting(spec: TensorSpec, widths: list[int]) -> list[str]:
+    """The types whose integers can be those of layers that read so many channels, the smallest first."""
+    sizes = widths if spec.group is None else [spec.group]
     if not spec.quantizes or not spec.symmetric or any(size % BLOCK for size in sizes):
         return []
     return [name for name, bits in INTEGER_BITS.items() if spec.bits <= bits]
-
-
-def _widths(checkpoint: Checkpoint) -> list[int]:
-    return sorted(set(input_widths(checkpoint.graph, checkpoint.config).values()))
 
 
 def packed(name: str, codes: Int[Tensor, "out in"], scales: Float[Tensor, "out groups"]) -> Tensor:
