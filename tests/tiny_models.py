@@ -5,6 +5,7 @@ and the residual writers is large, as in real models.
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -41,14 +42,22 @@ CONFIGS: dict[str, PreTrainedConfig] = {
 }
 
 
-def write_tiny_model(name: str, folder: Path, dtype: torch.dtype = torch.float32, head_dim: int | None = None) -> Path:
-    """Write the tiny model `name`, or one like it with larger heads, with a tokenizer of single characters."""
+def write_tiny_model(
+    name: str, folder: Path, dtype: torch.dtype = torch.float32, head_dim: int | None = None, **changed: Any
+) -> Path:
+    """Write the tiny model `name` with a tokenizer of single characters.
+
+    Args:
+        head_dim: one like it with larger heads.
+        changed: of its config.
+    """
     generator = torch.Generator().manual_seed(1)
     config = CONFIGS[name]
+    kind = type(config)
     if head_dim is not None:
-        kind = type(config)
         width = {"hidden_size": 4 * head_dim} if kind in (Qwen2Config, Phi3Config) else {}
-        config = kind(**{**config.to_diff_dict(), "head_dim": head_dim, **width})
+        changed = {"head_dim": head_dim, **width, **changed}
+    config = kind(**{**config.to_diff_dict(), **changed})
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for key, parameter in model.named_parameters():

@@ -408,17 +408,19 @@ class Export:
 
     checkpoint: Checkpoint
     """Directory written by `dfrot quantize`."""
-    to: Literal["huggingface", "vllm"]
-    """huggingface: plain weights that transformers loads without dfrot. vllm: compressed-tensors."""
+    to: Literal["huggingface", "vllm", "gguf"]
+    """huggingface: plain weights, without dfrot; vllm: compressed-tensors; gguf: a file for llama.cpp."""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
-    """Directory to make."""
-    device: Literal["cpu", "cuda"] = "cpu"
-    """vllm: where it is to run; the two do not run the same."""
+    """Directory to make; for gguf a file."""
+    device: Literal["cpu", "cuda"] | None = None
+    """vllm: where it is to run (default cpu); the two do not run the same."""
+    type: Literal["f16", "bf16", "f32", "q8_0", "q4_0"] | None = None
+    """gguf: of the weights (default q4_0 or q8_0 if that keeps the checkpoint's integers, else f16)."""
 
     def run(self) -> None:
         from dfrot.export import export
 
-        different = export(self.checkpoint, self.to, self.out, device=self.device)
+        different = export(self.checkpoint, self.to, self.out, device=self.device, kind=self.type)
         out.print(f"[bold]{self.out}[/bold]", soft_wrap=True)
         for sentence in different:
             out.print(f"different there: {sentence}", soft_wrap=True, markup=False)

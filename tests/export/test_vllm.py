@@ -120,3 +120,10 @@ def test_a_width_that_words_do_not_divide_is_refused(
 def test_an_engine_that_is_not_known_is_refused(tiny: Tiny, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no export to 'onnx'"):
         export(made(tiny, tmp_path / "ckpt", "w4a16kv16"), "onnx", tmp_path / "out")
+
+
+def test_options_of_another_engine_are_refused(tiny: Tiny, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--device is for vllm, and means nothing to gguf"):
+        export(tmp_path, "gguf", tmp_path / "out", device="cuda")
+    with pytest.raises(UserError, match="--type is for gguf, and means nothing to vllm"):
+        export(tmp_path, "vllm", tmp_path / "out", kind="f16")

@@ -340,9 +340,20 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         EnvironmentFault: it cannot be written.
     """
+    with atomically(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="replace")
+
+
+@contextlib.contextmanager
+def atomically(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to; what is there in the end is synced and gets its name, or is removed.
+
+    Raises:
+        EnvironmentFault: it cannot be written.
+    """
     temporary = path.with_name(path.name + ".tmp")
     with _faults(path.parent, temporary):
-        temporary.write_text(text, encoding="utf-8", errors="replace")
+        yield temporary
         _publish(temporary, path)
 
 

@@ -1,23 +1,29 @@
 """One rotated, quantized checkpoint for the engines that people run."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from dfrot.errors import UserError
 from dfrot.export.checkpoint import Checkpoint
+from dfrot.export.gguf import to_gguf
 from dfrot.export.huggingface import to_huggingface
 from dfrot.export.vllm import to_vllm
 
-ENGINES = ("huggingface", "vllm")
+EXPORTERS: dict[str, Callable[..., list[str]]] = {"huggingface": to_huggingface, "vllm": to_vllm, "gguf": to_gguf}
+_TAKEN_BY = {"device": "vllm", "kind": "gguf"}
 
 
-def export(checkpoint: str | Path, to: str, out: str | Path, *, device: str = "cpu") -> list[str]:
+def export(
+    checkpoint: str | Path, to: str, out: str | Path, *, device: str | None = None, kind: str | None = None
+) -> list[str]:
     """Write a checkpoint for another engine.
 
     Args:
         checkpoint: a directory that `dfrot.quantize` wrote.
-        to: huggingface or vllm.
-        out: what to make; it must not be there, or be empty.
-        device: where vLLM is to run: cpu or cuda.
+        to: huggingface, vllm or gguf.
+        out: what to make, a directory or for gguf a file; it must not be there, or be empty.
+        device: vllm: where it is to run, cpu (default) or cuda.
+        kind: gguf: type of the weights, f16, bf16, f32, q8_0 or q4_0 (default: that which keeps them, else f16).
 
     Returns:
         Sentences: what is otherwise there than in dfrot's runtime.
@@ -26,7 +32,10 @@ def export(checkpoint: str | Path, to: str, out: str | Path, *, device: str = "c
         UserError: the engine would run it wrongly; something is in the way.
         EnvironmentFault: it cannot be written.
     """
-    if to not in ENGINES:
-        raise UserError(f"there is no export to '{to}'. Engines: {', '.join(ENGINES)}.")
-    opened, out = Checkpoint.open(Path(checkpoint)), Path(out).expanduser()
-    return to_vllm(opened, out, device) if to == "vllm" else to_huggingface(opened, out)
+    if to not in EXPORTERS:
+        raise UserError(f"there is no export to '{to}'. Engines: {', '.join(EXPORTERS)}.")
+    words = {name: value for name, value in {"device": device, "kind": kind}.items() if value is not None}
+    if wrong := [name for name in words if _TAKEN_BY[name] != to]:
+        option = "--type" if wrong[0] == "kind" else "--device"
+        raise UserError(f"{option} is for {_TAKEN_BY[wrong[0]]}, and means nothing to {to}. Leave it out.")
+    return EXPORTERS[to](Checkpoint.open(Path(checkpoint)), Path(out).expanduser(), **words)
