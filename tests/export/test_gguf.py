@@ -1,8 +1,9 @@
 """A GGUF file is read by the gguf package, by transformers and by llama.cpp, none of which know dfrot, and compared."""
 
+import importlib.util
 import json
-import os
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -533,12 +534,12 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.skipif("DFROT_LLAMA_CPP" not in os.environ, reason="no DFROT_LLAMA_CPP, a Python that has xllamacpp")
+@pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="no xllamacpp, which brings llama.cpp")
 def test_llama_cpp_reads_and_computes_the_same(made: Make, tmp_path: Path) -> None:
     def run(file: Path, given: str, *words: str) -> Any:
         script = Path(__file__).parents[2] / "benchmarks" / "llama_cpp.py"
         files = [file, tmp_path / given, tmp_path / "found.npy"]
-        subprocess.run([os.environ["DFROT_LLAMA_CPP"], script, *files, *words], check=True)
+        subprocess.run([sys.executable, script, *files, *words], check=True)
         return np.load(tmp_path / "found.npy")
 
     np.save(tmp_path / "tokens.npy", TOKENS.numpy())
