@@ -345,6 +345,15 @@ def test_a_fit_of_something_else_is_refused(tmp_path: Path) -> None:
         read_fit(tmp_path / "fit.safetensors")
 
 
+@pytest.mark.parametrize(
+    "name", ["../x", "/etc/passwd", "model-00001-of-00004.safetensors\n", "\ud800", "\0", "config.json"]
+)
+def test_a_manifest_lists_files_of_a_run_and_no_others(tmp_path: Path, name: str) -> None:
+    (tmp_path / save.RUN_FILE).write_text(json.dumps({"run": {}, "files": {name: {"sha256": ""}}}))
+    with pytest.raises(UserError, match="lists a file that no run writes"), opened_writer(tmp_path, {}, 4, resume=True):
+        pass
+
+
 @pytest.mark.parametrize("method", ["quarot", "duquant"])
 def test_a_resumed_run_does_not_go_on_with_the_rotations_of_another_model(
     tiny: Tiny, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch, method: str

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -29,6 +30,7 @@ RUN_FILE = "dfrot-run.json"
 FIT_FILE = "dfrot-run.safetensors"
 NOTES_FILE = "fit.json"
 INDEX_FILE = "model.safetensors.index.json"
+_OF_A_RUN = re.compile(rf"model-\d+-of-\d+\.safetensors|{re.escape(FIT_FILE)}", re.ASCII)
 
 
 @contextlib.contextmanager
@@ -275,8 +277,8 @@ def _read_manifest(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]
         raise UserError(f"{path} is not the manifest of an interrupted run. --overwrite it.")
     for name, entry in files.items():
         known = isinstance(entry, dict) and isinstance(entry.get("sha256"), str)
-        if not known or Path(name).name != name or not isinstance(entry.get("notes", {}), dict):
-            raise UserError(f"{path} lists a file that no run writes, '{name}'. --overwrite it.")
+        if not known or not _OF_A_RUN.fullmatch(name) or not isinstance(entry.get("notes", {}), dict):
+            raise UserError(f"{path} lists a file that no run writes, {name!r}. --overwrite it.")
     return run, files
 
 
