@@ -30,7 +30,7 @@ def write_directory(
     weight_map: dict[str, str] = {}
     total = 0
     with alone_in(out):
-        require_empty(out)
+        _require_empty(out)
         for number, tensors in enumerate(track(shards, "exporting", count), start=1):
             file = out / f"model-{number:05}-of-{count:05}.safetensors"
             write_tensors(file, tensors, {"format": "pt"})
@@ -46,7 +46,7 @@ def write_directory(
         write_json(out / "config.json", config)
 
 
-def require_empty(out: Path) -> None:
+def _require_empty(out: Path) -> None:
     """Raise UserError if something is in a directory."""
     if found := sorted(file.name for file in out.iterdir() if file.name != LOCK_FILE):
         raise UserError(f"{out} is not empty ({found[0]}); nothing there is touched. Choose another -o directory.")
