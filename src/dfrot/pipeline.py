@@ -237,6 +237,7 @@ def _quantize_blocks(
             block.to(context.device)
             fold_block_(block, folds, source.graph, working)
             state = block.state_dict()
+            del block  # the layers' weights go as soon as they are rounded
             rotations = transforms.online_tensors(index, source.graph, working)
             if stream is not None:
                 stream.advance_originals(index, state | rotations)
@@ -274,9 +275,12 @@ def quantize_block(
     stream: CalibrationStream | None,
     stored: torch.dtype,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors that a checkpoint keeps of a folded block, under the names of the runtime's modules, and notes."""
+    """The tensors that a checkpoint keeps of a folded block, under the names of the runtime's modules, and notes.
+
+    The weights of quantized layers are taken out of `folded`.
+    """
     spec = recipe.spec.weights
-    linears = {f"{name}.weight": folded[f"{name}.weight"] for name in source.graph.linears if spec.quantizes}
+    linears = {f"{name}.weight": folded.pop(f"{name}.weight") for name in source.graph.linears if spec.quantizes}
     # what is not quantized is already as it will be stored
     tensors = {name: _narrowed(tensor, stored, name) for name, tensor in folded.items() if name not in linears}
     tensors |= rotations
@@ -285,6 +289,7 @@ def quantize_block(
     wide = linears[f"{source.graph.down}.weight"]
     module = runtime_block(source, index, tensors | linears, plan.without("weights", "activations")).to(wide.dtype)
     task = BlockTask(index, module.to(wide.device), source, recipe, stream)
+    del linears, wide
     for name, (codes, qparams) in WEIGHTS[recipe.weights_name](task).items():
         tensors |= {f"{name}.{key}": tensor for key, tensor in packed_tensors(codes, qparams, spec).items()}
     return tensors, task.notes

@@ -22,7 +22,7 @@ from dfrot.models.source import Source
 from dfrot.processes import ALONE, Processes
 from dfrot.quant.packing import packed_width
 from dfrot.recipe import GPTQ, LWC, DFRot, DuQuant, QuaRot, Recipe
-from dfrot.weights.gptq import FLOAT64_UP_TO
+from dfrot.weights.gptq import FLOAT64_UP_TO, PIECE_ENTRIES
 
 # Folding the embedding or head in float64 takes this many rows at a time, so that no float64 copy of it exists.
 VOCABULARY_ROWS = 8192
@@ -194,7 +194,7 @@ class _Shapes:
             return folding + self.block * self.stored.itemsize
         codes = 2 * self.block  # a byte by weight, and packed
         if isinstance(self.recipe.weights, GPTQ):
-            held = 2 * self.block * self.work + codes + self.work * self.sequence  # folded, and rounded
+            held = self.block * self.work + codes + self.work * self.sequence  # folded, or rounded
             return max(folding, held + max(self._gptq_bytes(*stage) for stage in self.stages))
         if isinstance(self.recipe.weights, LWC):  # folded; rounded with gradients; a sequence's states for them
             return max(folding, self.block * (self.work + 3 * self.work + 1) + codes + 3 * self.work * self.sequence)
@@ -204,7 +204,8 @@ class _Shapes:
         """The Hessian and its factorisation, or rounding with its factor: weights, sums, errors and codes."""
         wide = 8 if width <= FLOAT64_UP_TO else self.work
         factorising = width**2 * (self.work + max(2 * self.work + wide, 2 * wide))
-        return self.work * rows * width + max(factorising, self.work * (2 * width**2 + 5 * rows * width))
+        piece = min(rows * width, PIECE_ENTRIES)
+        return self.work * rows * width + max(factorising, self.work * (2 * width**2 + rows * width + 5 * piece))
 
     def states_bytes(self) -> int:
         if not self.recipe.fits_weights:

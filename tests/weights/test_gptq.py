@@ -95,6 +95,17 @@ def test_blocks_of_columns_change_nothing(generator: torch.Generator, monkeypatc
     assert torch.equal(codes, gptq(weight, factor, qparams, SPECS[0])[0])
 
 
+def test_rows_in_pieces_change_nothing(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, hessian = layer(generator)
+    spec = TensorSpec(4, symmetric=False, group=16)
+    arguments = weight, hessian, factorize(hessian, 0.01, True), weight_qparams(weight, spec), spec
+    together, losses = never_worse(*arguments)
+    monkeypatch.setattr("dfrot.weights.gptq.PIECE_ENTRIES", 5 * weight.shape[1])
+    in_pieces, of_pieces = never_worse(*arguments)
+    assert torch.equal(in_pieces, together)
+    assert torch.allclose(of_pieces, losses, rtol=1e-12)  # float64
+
+
 def test_independent_inputs_leave_nothing_to_compensate(generator: torch.Generator) -> None:
     weight, _ = layer(generator)
     hessian = torch.diag(torch.rand(96, generator=generator, dtype=torch.float64))

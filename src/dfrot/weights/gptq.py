@@ -35,6 +35,8 @@ _INNER, _OUTER = 16, 512
 # Factorised in float64 up to this width; beyond it that costs more than rounding the columns.
 FLOAT64_UP_TO = 2048
 _RAISE, _RAISES = 10.0, 6  # damping, when the Hessian is singular
+# Of a weight whose rows are rounded together; five times as much is needed beside it.
+PIECE_ENTRIES = 1 << 25
 
 
 class Factor(NamedTuple):
@@ -146,6 +148,17 @@ def never_worse(
     spec: TensorSpec,
 ) -> tuple[Integer[Tensor, "out in"], Float[Tensor, "2"]]:
     """GPTQ's integers, and rounded to nearest those rows where greed does not pay; the losses of this and of RTN."""
+    step = max(1, PIECE_ENTRIES // weight.shape[1])
+    pieces = [slice(start, start + step) for start in range(0, len(weight), step)]
+    codes, losses = zip(
+        *(_never_worse(weight[rows], hessian, factor, qparams.rows(rows), spec) for rows in pieces), strict=True
+    )
+    return torch.cat(codes), torch.stack(losses).sum(0)
+
+
+def _never_worse(
+    weight: Tensor, hessian: Tensor, factor: Factor, qparams: QParams, spec: TensorSpec
+) -> tuple[Tensor, Tensor]:
     codes, loss = gptq(weight, factor, qparams, spec)
     nearest = quantize(weight, spec.grid, spec.weight_granularity, qparams)
     rtn_loss = layer_loss(weight - dequantize(nearest, spec.weight_granularity, qparams), hessian)
@@ -167,8 +180,11 @@ def gptq_block(task: BlockTask) -> dict[str, tuple[Tensor, QParams]]:
     for stage in task.source.graph.stages:
         layers = [task.module.get_submodule(name) for name in stage]
         # they read the same input: one Hessian, one factorisation, one pass
-        weight = torch.cat([layer.weight.data for layer in layers])  # type: ignore[misc]
         hessian = task.hessian(stage[0])
+        weight = torch.cat([layer.weight.data for layer in layers])  # type: ignore[misc]
+        counts = [len(layer.weight) for layer in layers]  # type: ignore[arg-type]
+        for layer in layers:
+            layer.weight.data = weight[:0]  # they are all in `weight`, and need no room twice
         try:
             factor = factorize(hessian, options.damping, options.act_order)
         except UserError as error:
@@ -182,8 +198,8 @@ def gptq_block(task: BlockTask) -> dict[str, tuple[Tensor, QParams]]:
         notes[" ".join(stage)] = {"loss": loss, "rtn_loss": rtn_loss, "damping": factor.damping}
         rounded = dequantize(codes, spec.weight_granularity, qparams)
         stop = 0
-        for name, layer in zip(stage, layers, strict=True):
-            start, stop = stop, stop + len(layer.weight)  # type: ignore[arg-type]
+        for name, layer, count in zip(stage, layers, counts, strict=True):
+            start, stop = stop, stop + count
             layer.weight.data = rounded[start:stop]
             quantized[name] = codes[start:stop], qparams.rows(slice(start, stop))
     return quantized

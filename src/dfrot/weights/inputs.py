@@ -5,6 +5,7 @@ quantized already. Memory holds the hidden states of the calibration text, or a 
 """
 
 import contextlib
+import mmap
 import os
 import tempfile
 from collections.abc import Iterator
@@ -56,11 +57,12 @@ class CalibrationStream:
         self.source, self.plan, self.device, self.processes = source, plan, device, processes
         token_ids = token_ids[processes.part]
         shape = (*token_ids.shape, embedding.shape[1])
-        self.states = _allocated(shape, dtype, spill)
+        self._spill = spill
+        self._mapped: list[mmap.mmap] = []  # what is spilled
+        self.states = self._allocated(shape, dtype)
         for state, ids in zip(self.states, token_ids, strict=True):
             state.copy_(embedding[ids])
-        self.originals = _allocated(shape, dtype, spill).copy_(self.states) if with_originals else None
-        self._spill = spill
+        self.originals = self._allocated(shape, dtype).copy_(self.states) if with_originals else None
         self._heads: Tensor | None = None  # the heads' outputs in the block at hand, (sequences, seq_len, channels)
         self._kept: set[int] = set()  # of these sequences
         self.run = BlockRunner(source, self.states[:1].to(device))
@@ -88,10 +90,11 @@ class CalibrationStream:
                 x = self.run.until(layer, block, index, self[number])
             if linear == self.source.graph.output:
                 if self._heads is None:
-                    self._heads = _allocated((*self.states.shape[:2], x.shape[-1]), x.dtype, self._spill)
+                    self._heads = self._allocated((*self.states.shape[:2], x.shape[-1]), x.dtype)
                 self._heads[number] = x[0]
                 self._kept.add(number)
             yield x
+        self._leave_to_disk()
 
     def advance(self, index: int, tensors: dict[str, Tensor]) -> None:
         """Go through block `index` of the checkpoint.
@@ -104,6 +107,7 @@ class CalibrationStream:
             with self._attention_kept(block, number):
                 self.states[number] = self.run(block, index, self[number])[0]
         self._kept.clear()
+        self._leave_to_disk()
 
     def advance_originals(self, index: int, tensors: dict[str, Tensor]) -> None:
         """Go through block `index` with weights that are not quantized; its outputs are what is to be reached."""
@@ -112,6 +116,30 @@ class CalibrationStream:
         block = self.block(index, tensors, self.plan.without("weights", "activations"))
         for state in self.originals.split(1):
             state.copy_(self.run(block, index, state.to(self.device)))
+        self._leave_to_disk()
+
+    def _allocated(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        if self._spill is None:
+            return torch.empty(shape, dtype=dtype)
+        size = torch.Size(shape).numel() * dtype.itemsize
+        try:
+            # without a name, but there, until the tensor is gone
+            with tempfile.TemporaryFile(dir=self._spill, prefix=_SCRATCH) as file:
+                # a full disk is an error now, not a SIGBUS later
+                os.posix_fallocate(file.fileno(), 0, size)
+                mapped = mmap.mmap(file.fileno(), size)
+        except OSError as error:
+            raise EnvironmentFault(
+                f"the calibration text's hidden states, {size / 1e9:.1f} GB, cannot be put into {self._spill}: "
+                f"{error}. Make room, or take fewer --calib-tokens."
+            ) from error
+        self._mapped.append(mapped)
+        return torch.frombuffer(mapped, dtype=dtype).view(shape)
+
+    def _leave_to_disk(self) -> None:
+        """Have nothing of what is spilled in memory; it is read again where it is needed."""
+        for mapped in self._mapped:
+            mapped.madvise(mmap.MADV_DONTNEED)
 
     @contextlib.contextmanager
     def _attention_kept(self, block: nn.Module, number: int) -> Iterator[None]:
@@ -144,23 +172,6 @@ class _Attended(nn.Module):
 
     def forward(self, **_: Any) -> tuple[Tensor, None]:
         return self.output(self.heads), None
-
-
-def _allocated(shape: tuple[int, ...], dtype: torch.dtype, folder: Path | None) -> Tensor:
-    if folder is None:
-        return torch.empty(shape, dtype=dtype)
-    size = torch.Size(shape).numel()
-    try:
-        # without a name, but there, until the tensor is gone
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=_SCRATCH) as file:
-            # a full disk is an error now, not a SIGBUS later
-            os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)
-            return torch.from_file(file.name, shared=True, size=size, dtype=dtype).view(shape)
-    except OSError as error:
-        raise EnvironmentFault(
-            f"the calibration text's hidden states, {size * dtype.itemsize / 1e9:.1f} GB, cannot be put into {folder}: "
-            f"{error}. Make room, or take fewer --calib-tokens."
-        ) from error
 
 
 @dataclass
