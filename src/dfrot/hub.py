@@ -132,7 +132,7 @@ def push(
         if status in (401, 403):
             raise UserError(f"whoever is logged in may not write to '{repository}': `hf auth login`.") from error
         raise EnvironmentFault(f"the Hub refuses '{repository}' ({status}).") from error
-    except OSError as error:
+    except Exception as error:  # of whichever package huggingface_hub talks HTTP by
         raise EnvironmentFault(f"the Hub cannot be reached: {type(error).__name__}.") from error
     return str(address)
 
