@@ -17,8 +17,9 @@ venv: .venv/installed
 demo: venv
 	$(BIN)/python examples/demo.py demo-out
 
+# One thread for each worker: more of them than cores would wait for one another.
 test: venv
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 check: venv
 	$(BIN)/ruff format --check .
