@@ -4,8 +4,7 @@
     python benchmarks/fuzz.py config --only 4711      # one input again, with its traceback
 
 A reader may return, or raise a UserError or an EnvironmentFault; another exception, a hang, a crash, a gigabyte of
-memory or a file outside its directory is a failure, and the exit code 1. Inputs of `load` and `tokenizer`
-mostly pass through code of transformers, which takes a while for each: those get a twentieth of the inputs.
+memory or a file outside its directory is a failure, and the exit code 1.
 """
 
 import argparse
@@ -24,7 +23,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tests.readers import Reader, Tally, broken_directory, fuzz, readers
 
-SHARE = 20  # of the inputs for readers that are not ours
 SHOWN = 5  # failures of each reader
 
 
@@ -81,11 +79,10 @@ def main() -> None:
             return
         print(f"{'reader':12}{'whose':14}{'inputs':>8}{'accepted':>10}{'refused':>9}{'failures':>10}{'seconds':>9}")
         for name, reader in chosen.items():
-            inputs = arguments.inputs if reader.whose == "dfrot" else -(-arguments.inputs // SHARE)
             began = time.perf_counter()
-            tally = fuzzed(name, reader, inputs, arguments.seed, folder)
+            tally = fuzzed(name, reader, arguments.inputs, arguments.seed, folder)
             print(
-                f"{name:12}{reader.whose:14}{inputs:8}{tally.accepted:10}{tally.refused:9}{len(tally.failures):10}"
+                f"{name:12}{reader.whose:14}{arguments.inputs:8}{tally.accepted:10}{tally.refused:9}{len(tally.failures):10}"
                 f"{time.perf_counter() - began:9.0f}",
                 flush=True,
             )
