@@ -195,7 +195,7 @@ class Quantize:
 
 
 @dataclass(frozen=True)
-class What:
+class Measured:
     """What is measured, by `eval` and by `compare`."""
 
     ppl: tuple[str, ...] | None = None
@@ -229,16 +229,13 @@ class What:
         )
 
 
-Measured = Annotated[What, tyro.conf.arg(name="")]
-
-
 @dataclass(frozen=True)
 class Eval:
     """Measure a model or checkpoint."""
 
     model: Model
     """Checkpoint, or a model as `quantize` takes it."""
-    measured: Measured = What()
+    measured: Annotated[Measured, tyro.conf.arg(name="")] = Measured()
     against: str | None = None
     """The unquantized model: also KL divergence from its predictions, and top-1 agreement with them."""
     per_token: Path | None = None
@@ -293,7 +290,7 @@ class Compare:
     """Calibration tokens in total (default 65536 where weights are fitted to them, else 2048)."""
     unquantized: bool = True
     """Also measure the model as it is."""
-    measured: Measured = What()
+    measured: Annotated[Measured, tyro.conf.arg(name="")] = Measured()
     divergence: bool = False
     """Also KL divergence from the unquantized model's predictions, and top-1 agreement with them."""
     jobs: int = 1
