@@ -320,6 +320,15 @@ def test_orders_that_are_no_permutations_never_reach_a_kernel(checkpoint: Path) 
         dfrot.load(checkpoint)
 
 
+@pytest.mark.parametrize(
+    ("name", "factor"), [("hidden_size", 10**6), ("intermediate_size", 10**7), ("vocab_size", 10**7)]
+)
+def test_a_checkpoints_config_cannot_ask_for_gigabytes(checkpoint: Path, name: str, factor: int) -> None:
+    edit(checkpoint / "config.json", lambda config: config.update({name: config[name] * factor}))
+    with pytest.raises(UserError, match=r"has the shape .*; its config asks for|describes no model"):
+        dfrot.load(checkpoint)
+
+
 def test_nan_in_a_checkpoint_is_named(checkpoint: Path) -> None:
     shard = checkpoint / "model-00002-of-00004.safetensors"
     tensors = load_file(shard)

@@ -16,9 +16,11 @@ from dfrot.errors import EnvironmentFault, UserError
 from dfrot.json_file import read_json
 from dfrot.linalg.rotation import is_permutation
 from dfrot.models.families import graph_for
-from dfrot.models.source import load_tokenizer, locate, open_safetensors, read_config, weight_files
+from dfrot.models.graph import Config
+from dfrot.models.source import load_tokenizer, locate, open_safetensors, read_config, stored_tensors, weight_files
 from dfrot.recipe import Recipe
 from dfrot.runtime.blocks import BlockRotation
+from dfrot.runtime.install import install_
 from dfrot.runtime.plan import RuntimePlan
 
 Device = str | torch.device | Mapping[str, int | str]
@@ -57,6 +59,29 @@ def usable_device(device: str | torch.device) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"the device '{device}' cannot be used: {str(error).splitlines()[0]}") from error
     return torch.device(device)
+
+
+def _check_shapes(path: Path, config: Config, files: Mapping[str, Path]) -> None:
+    """Raise UserError if a tensor has another shape than its config asks for.
+
+    transformers would make it, in the shape of the config, before it compares the two: a small file must not ask for
+    gigabytes.
+    """
+    try:
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        if (record := getattr(config, "quantization_config", None)) is not None:
+            install_(skeleton, RuntimePlan.from_json(record))
+    except UserError:
+        raise
+    except Exception as error:  # what a config may say that no model can be made from has no end
+        raise UserError(f"{path / 'config.json'} describes no model that can be made: {error!r}") from error
+    wanted = {name: tensor.shape for name, tensor in skeleton.state_dict().items()}
+    for name, shape, _ in stored_tensors(set(files.values())):
+        if wanted.get(name, shape) != shape:
+            raise UserError(
+                f"'{name}' in {path} has the shape {tuple(shape)}; its config asks for {tuple(wanted[name])}."
+            )
 
 
 def _check_values(path: Path, model: nn.Module, files: Mapping[str, Path]) -> None:
@@ -99,8 +124,10 @@ def load(model: str | Path, *, device: Device = "cpu", dtype: torch.dtype | None
     if (folder := Path(model).expanduser()).is_dir():
         checkpoint_recipe(folder)
     path = locate(str(model))
-    graph_for(read_config(path))
+    config = read_config(path)
+    graph_for(config)
     files = weight_files(path)
+    _check_shapes(path, config, files)
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
