@@ -65,7 +65,7 @@ def model_card(checkpoint: Path, repository: str, records: Sequence[Record] = ()
     if records and not own:
         raise UserError(f"none of the {len(records)} result records is of the recipe of {checkpoint}: {recipe.digest}.")
     size = model_size(checkpoint)
-    tags = ["dfrot", "quantized", "4-bit" if recipe.spec.weights.bits == 4 else f"{recipe.spec.weights.bits}-bit"]
+    tags = ["dfrot", "quantized", f"{recipe.spec.weights.bits}-bit"]
     tags += [f"arxiv:{PAPERS[name][0]}" for name in _methods(recipe)]
     data = ModelCardData(base_model=base_model, library_name="transformers", pipeline_tag="text-generation", tags=tags)
     spec = recipe.spec
@@ -117,12 +117,9 @@ def push(
         address = api.create_repo(repository, private=private, exist_ok=True)
         api.upload_file(path_or_fileobj=card.encode(), path_in_repo="README.md", repo_id=repository)
         # config.json last, as on the disk: without it there is no model
-        patterns = [["config.json", "README.md", ".*", "*.tmp"], None]
-        for ignored in patterns:
-            allowed = None if ignored else ["config.json"]
-            api.upload_folder(
-                repo_id=repository, folder_path=checkpoint, ignore_patterns=ignored, allow_patterns=allowed
-            )
+        later = ["config.json", "README.md", ".*", "*.tmp"]
+        api.upload_folder(repo_id=repository, folder_path=checkpoint, ignore_patterns=later)
+        api.upload_folder(repo_id=repository, folder_path=checkpoint, allow_patterns=["config.json"])
     except HFValidationError as error:
         raise UserError(f"a repository is called owner/name, got '{repository}'.") from error
     except LocalTokenNotFoundError as error:

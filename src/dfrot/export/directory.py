@@ -1,7 +1,7 @@
 """Writing an exported model so that an unfinished one never looks finished."""
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +9,18 @@ from torch import Tensor
 
 from dfrot.checkpoint.save import INDEX_FILE, write_json, write_tensors
 from dfrot.errors import EnvironmentFault, UserError
-from dfrot.export.checkpoint import Checkpoint
+from dfrot.export.checkpoint import Checkpoint, Layer
 from dfrot.lock import LOCK_FILE, alone_in
 from dfrot.progress import track
 
 
 def write_directory(
-    checkpoint: Checkpoint, out: Path, shards: Iterable[dict[str, Tensor]], config: dict[str, Any]
+    checkpoint: Checkpoint, out: Path, weight: Callable[[Layer], dict[str, Tensor]], config: dict[str, Any]
 ) -> None:
     """Write a directory in the layout of transformers: safetensors shards, an index, the tokenizer, config.json last.
 
     Args:
-        shards: the ends, and then every block.
+        weight: what is kept of a linear layer beside its bias; everything else is kept as it is.
 
     Raises:
         UserError: something is in the way.
@@ -31,7 +31,7 @@ def write_directory(
     total = 0
     with alone_in(out):
         _require_empty(out)
-        for number, tensors in enumerate(track(shards, "exporting", count), start=1):
+        for number, tensors in enumerate(track(_shards(checkpoint, weight), "exporting", count), start=1):
             file = out / f"model-{number:05}-of-{count:05}.safetensors"
             write_tensors(file, tensors, {"format": "pt"})
             weight_map |= dict.fromkeys(tensors, file.name)
@@ -44,6 +44,18 @@ def write_directory(
         except OSError as error:
             raise EnvironmentFault(f"cannot write the tokenizer to {out}: {error}") from error
         write_json(out / "config.json", config)
+
+
+def _shards(checkpoint: Checkpoint, weight: Callable[[Layer], dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """The ends, and then every block."""
+    yield checkpoint.ends()
+    for index in range(checkpoint.config.num_hidden_layers):
+        tensors = checkpoint.others(index)
+        for linear in checkpoint.graph.linears:
+            layer = checkpoint.layer(index, linear)
+            kept = weight(layer) | ({} if layer.bias is None else {"bias": layer.bias})
+            tensors |= {f"{linear}.{name}": tensor for name, tensor in kept.items()}
+        yield {f"{checkpoint.graph.blocks}.{index}.{name}": tensor for name, tensor in tensors.items()}
 
 
 def _require_empty(out: Path) -> None:

@@ -4,10 +4,7 @@ Rotations that are folded stay; integers become what they stand for. What happen
 activations and the cache are not quantized, and a checkpoint that rotates online is refused.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
-
-from torch import Tensor
 
 from dfrot.export.checkpoint import Checkpoint
 from dfrot.export.directory import write_directory
@@ -25,17 +22,5 @@ def to_huggingface(checkpoint: Checkpoint, out: Path) -> list[str]:
     """
     checkpoint.require_folded("transformers")
     config = {name: value for name, value in checkpoint.record.items() if name != "quantization_config"}
-    write_directory(checkpoint, out, _shards(checkpoint), config)
+    write_directory(checkpoint, out, lambda layer: {"weight": layer.weight.to(checkpoint.dtype)}, config)
     return checkpoint.lost("transformers", ("activations", "keys"))
-
-
-def _shards(checkpoint: Checkpoint) -> Iterator[dict[str, Tensor]]:
-    yield checkpoint.ends()
-    for index in range(checkpoint.config.num_hidden_layers):
-        prefix, tensors = f"{checkpoint.graph.blocks}.{index}.", checkpoint.others(index)
-        for linear in checkpoint.graph.linears:
-            layer = checkpoint.layer(index, linear)
-            tensors[f"{linear}.weight"] = layer.weight.to(checkpoint.dtype)
-            if layer.bias is not None:
-                tensors[f"{linear}.bias"] = layer.bias
-        yield {prefix + name: tensor for name, tensor in tensors.items()}

@@ -4,7 +4,6 @@ Our integers and scales go over as they are: nothing is rounded again. What vLLM
 a word, is refused here, since it says nothing there.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,7 @@ def to_vllm(checkpoint: Checkpoint, out: Path, device: str = "cpu") -> list[str]
     spec = checkpoint.recipe.spec
     layout = FORMATS[spec.weights.bits, spec.activations.bits]
     config = {**checkpoint.record, "quantization_config": _quantization_config(spec.weights, spec.activations, layout)}
-    write_directory(checkpoint, out, _shards(checkpoint, layout), config)
+    write_directory(checkpoint, out, lambda layer: _weight(layer, spec.weights.bits, layout), config)
     different = checkpoint.lost("vLLM", ("keys",))
     if device == "cpu" and spec.activations.bits == 16 and spec.weights.bits == 4:
         different.append(
@@ -118,18 +117,7 @@ def _quantization_config(weights: TensorSpec, activations: TensorSpec, layout: s
     }
 
 
-def _shards(checkpoint: Checkpoint, layout: str) -> Iterator[dict[str, Tensor]]:
-    yield checkpoint.ends()
-    bits = checkpoint.recipe.spec.weights.bits
-    for index in range(checkpoint.config.num_hidden_layers):
-        tensors = checkpoint.others(index)
-        for linear in checkpoint.graph.linears:
-            layer = checkpoint.layer(index, linear)
-            tensors |= {f"{linear}.{name}": tensor for name, tensor in _tensors(layer, bits, layout).items()}
-        yield {f"{checkpoint.graph.blocks}.{index}.{name}": tensor for name, tensor in tensors.items()}
-
-
-def _tensors(layer: Layer, bits: int, layout: str) -> dict[str, Tensor]:
+def _weight(layer: Layer, bits: int, layout: str) -> dict[str, Tensor]:
     assert layer.codes is not None, "checked: weights are quantized"
     assert layer.scales is not None, "checked: weights are quantized"
     tensors = {"weight_scale": layer.scales.bfloat16()}  # as they are in the checkpoint
@@ -138,8 +126,6 @@ def _tensors(layer: Layer, bits: int, layout: str) -> dict[str, Tensor]:
     else:
         tensors["weight_packed"] = packed_words(layer.codes, bits)
         tensors["weight_shape"] = torch.tensor(layer.codes.shape)
-    if layer.bias is not None:
-        tensors["bias"] = layer.bias
     return tensors
 
 
