@@ -1,6 +1,6 @@
 """Perplexity of a quantized model by recipe and seed, as tables.
 
-    python benchmarks/tables.py OUT --calib TEXT --ppl TEXT [TEXT ...] [--rows paper|released|weights|best|duquant]
+    python benchmarks/tables.py OUT --calib TEXT --ppl TEXT [TEXT ...] [--rows TABLE]
 
 `paper`     what the rotation is worth: none, RO, RH, DFRot with γ = 1, 10, 100 and chosen by measurement, at w16a4kv16.
 `released`  the settings of DFRot's released scripts, on the tokens that they were run on: clip ratios 1; activations
@@ -9,6 +9,8 @@
 `best`      the best recipe at the specs of published numbers, on 20 480 tokens.
 `duquant`   none, QuaRot, DFRot and DuQuant by RTN, LWC and GPTQ, at w4a4kv4 and w4a4kv16; DuQuant on top of QuaRot's
             folded rotations; and on 20 480 tokens its released settings and what each of its parts is worth there.
+`deploy`    what it costs to quantize as stock servers do: preset deploy (symmetric activations, not clipped) against
+            paper, and everything folded, without R3 and R4; at w4a4kv16, w4a4kv4, w8a8kv16 and w4g32a16kv16.
 
 Weights are fitted to 32 × 2048 tokens (LWC: 8 × 2048). Finished cells are lines of OUT/results.jsonl and are not
 measured again, as with `dfrot compare`, which this is with rows that its options do not reach. The gap is that between
@@ -71,6 +73,17 @@ def every_method(spec: str) -> dict[str, Row]:
         for method in methods
         for quantizer in weights
     }
+
+
+def presets(method: str, words: Words) -> dict[str, Row]:
+    """Rows for what a server can compute."""
+    paper = f"{method} {words['weights']} {words['spec']} paper"
+    methods = {"QuaRot": RH, "DFRot": DFROT}
+    deploy = {"deploy": {"preset": "deploy"}, "deploy, folded": {"preset": "deploy", "online": False}}
+    rows = {paper: Row(methods[method] | words, seeds=1)}
+    for name, changed in deploy.items():
+        rows[f"{method} {words['weights']} {words['spec']} {name}"] = Row(methods[method] | words | changed, seeds=1)
+    return rows
 
 
 # Each table has its number of tokens and its rows.
@@ -165,6 +178,18 @@ TABLES: dict[str, list[tuple[int, dict[str, Row]]]] = {
             },
         ),
         (40960, every_method("w4a4kv16")),
+    ],
+    "deploy": [
+        (
+            40960,
+            {
+                **presets("DFRot", GPTQ4 | {"spec": "w4a4kv16"}),
+                **presets("DFRot", GPTQ4),
+                **presets("QuaRot", GPTQ4 | {"spec": "w4a4kv16"}),
+                **presets("QuaRot", {"spec": "w8a8kv16", "weights": "rtn"}),
+                **presets("QuaRot", GPTQ4 | {"spec": "w4g32a16kv16"}),
+            },
+        )
     ],
 }
 
