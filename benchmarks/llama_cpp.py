@@ -2,6 +2,7 @@
 
     PYTHON benchmarks/llama_cpp.py FILE.gguf TOKENS.npy LOGITS.npy       blocks of tokens → logits of all positions
     PYTHON benchmarks/llama_cpp.py FILE.gguf TOKENS.npy NLL.npy --nll    → nats of each block's predictions
+        [--cache q4_0]                                                   keys and values in Q4_0
     PYTHON benchmarks/llama_cpp.py FILE.gguf TEXT.txt TOKENS.npy --tokenize
 
 PYTHON is an interpreter that has xllamacpp and numpy; nothing else is imported. The package's own interface gives no
@@ -45,6 +46,8 @@ class _ContextParams(ctypes.Structure):
     )
 
 
+_F16, _Q4_0 = 1, 2  # ggml's numbers of types
+_TWICE = 1 + 2**32  # the types of keys and values side by side in a word
 _SILENT = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
 
 
@@ -67,9 +70,9 @@ def library() -> Any:
 
 
 class Model:
-    """A GGUF file and a context of `seq_len` tokens."""
+    """A GGUF file and a context of `seq_len` tokens, keys and values of which are in F16 or Q4_0."""
 
-    def __init__(self, path: Path, seq_len: int) -> None:
+    def __init__(self, path: Path, seq_len: int, small_cache: bool = False) -> None:
         self._llama = library()
         model = self._llama.llama_model_load_from_file(str(path).encode(), self._llama.llama_model_default_params())
         if not model:
@@ -78,6 +81,9 @@ class Model:
         self._size = self._llama.llama_n_vocab(self._vocabulary)
         params = self._llama.llama_context_default_params()
         params.context = params.batch = params.physical_batch = seq_len
+        if small_cache:  # of the struct's words there is but one that says F16 twice
+            (where,) = [index for index, word in enumerate(params.unknown[:16]) if word == _F16 * _TWICE]
+            params.unknown[where] = _Q4_0 * _TWICE
         self._context = ctypes.c_void_p(self._llama.llama_init_from_model(ctypes.c_void_p(model), params))
         if not self._context:
             raise SystemExit(f"llama.cpp makes no context of {seq_len} tokens for {path}")
@@ -122,12 +128,13 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--nll", action="store_true")
     parser.add_argument("--tokenize", action="store_true")
+    parser.add_argument("--cache", choices=["f16", "q4_0"], default="f16")
     arguments = parser.parse_args()
     if arguments.tokenize:
         np.save(arguments.output, Model(arguments.model, 8).tokenize(arguments.input.read_text()))
         return
     blocks = np.load(arguments.input)
-    model = Model(arguments.model, blocks.shape[1])
+    model = Model(arguments.model, blocks.shape[1], arguments.cache == "q4_0")
     found = (model.logits(block) for block in blocks)
     if arguments.nll:
         likelihoods = [

@@ -78,8 +78,8 @@ def every_method(spec: str) -> dict[str, Row]:
 def presets(method: str, words: Words) -> dict[str, Row]:
     """Rows for what a server can compute."""
     paper = f"{method} {words['weights']} {words['spec']} paper"
-    methods = {"QuaRot": RH, "DFRot": DFROT}
-    deploy = {"deploy": {"preset": "deploy"}, "deploy, folded": {"preset": "deploy", "online": False}}
+    methods: dict[str, Words] = {"QuaRot": RH, "DFRot": DFROT}
+    deploy: dict[str, Words] = {"deploy": {"preset": "deploy"}, "deploy, folded": {"preset": "deploy", "online": False}}
     rows = {paper: Row(methods[method] | words, seeds=1)}
     for name, changed in deploy.items():
         rows[f"{method} {words['weights']} {words['spec']} {name}"] = Row(methods[method] | words | changed, seeds=1)

@@ -411,13 +411,25 @@ class Export:
     """Directory to make; for gguf a file."""
     device: Literal["cpu", "cuda"] | None = None
     """vllm: where it is to run (default cpu); the two do not run the same."""
+    plugin: bool = False
+    """vllm: dfrot is installed beside it; a CPU then computes online rotations and 4-bit activations."""
+    tensor_parallel: int | None = None
+    """vllm: number of GPUs that every layer is split among (default 1)."""
     type: Literal["f16", "bf16", "f32", "q8_0", "q4_0"] | None = None
     """gguf: of the weights (default q4_0 or q8_0 if that keeps the checkpoint's integers, else f16)."""
 
     def run(self) -> None:
         from dfrot.export import export
 
-        different = export(self.checkpoint, self.to, self.out, device=self.device, kind=self.type)
+        different = export(
+            self.checkpoint,
+            self.to,
+            self.out,
+            device=self.device,
+            plugin=self.plugin or None,
+            tensor_parallel=self.tensor_parallel,
+            kind=self.type,
+        )
         out.print(f"[bold]{self.out}[/bold]", soft_wrap=True)
         for sentence in different:
             out.print(f"different there: {sentence}", soft_wrap=True, markup=False)

@@ -8,14 +8,19 @@ from typing import Any
 import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+from compressed_tensors.transform import TransformConfig
+from compressed_tensors.utils import is_match
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import dfrot
 from dfrot.errors import UserError
 from dfrot.export import export, vllm
+from dfrot.export.checkpoint import Checkpoint
 from dfrot.runtime.linear import QuantLinear
+from dfrot.runtime.plan import RuntimePlan
 from dfrot.spec import LEFT_ALONE
+from tests.tiny_models import write_tiny_model
 
 Tiny = Callable[[str], Path]
 TOKENS = torch.randint(1, 96, (2, 24), generator=torch.Generator().manual_seed(7))
@@ -26,10 +31,15 @@ def made(tiny: Tiny, out: Path, spec: str, architecture: str = "llama", **words:
     return dfrot.quantize(tiny(architecture), dfrot.Recipe.parse(spec=spec, **words), out).path
 
 
+def checkpoint_plan(checkpoint: Path) -> RuntimePlan:
+    return Checkpoint.open(checkpoint).plan
+
+
 @pytest.fixture(autouse=True)
 def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiny models are too narrow for groups of 32."""
+    """Tiny models are too narrow for groups and tiles of 32."""
     monkeypatch.setattr(vllm, "GROUPS", (16,))
+    monkeypatch.setattr(vllm, "CPU_TILE", 16)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -39,7 +49,7 @@ def test_words_are_packed_as_compressed_tensors_packs_them(bits: int, generator:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "phi3"])
-@pytest.mark.parametrize("spec", ["w4g16a16kv16", "w4a16kv16", "w8a16kv16"])
+@pytest.mark.parametrize("spec", ["w4g16a16kv16", "w4a16kv16"])
 def test_transformers_computes_what_the_checkpoint_does(
     tiny: Tiny, tmp_path: Path, spec: str, architecture: str
 ) -> None:
@@ -70,13 +80,61 @@ def test_eight_bit_activations_are_quantized_by_transformers_too(tiny: Tiny, tmp
     assert (theirs - ours).abs().mean() < 2 * (ours - unrounded).abs().mean()  # and not otherwise than twice by that
 
 
+def quantization_config(out: Path) -> dict[str, Any]:
+    return json.loads((out / "config.json").read_text())["quantization_config"]
+
+
 def test_four_bit_activations_are_written_packed_for_a_gpu(tiny: Tiny, tmp_path: Path) -> None:
+    """Without a format compressed-tensors infers `int-quantized`; of keys and values nothing is asked."""
     said = export(made(tiny, tmp_path / "ckpt", "w4a4kv4"), "vllm", tmp_path / "out", device="cuda")
     assert "keys are in 4 bits here, and not quantized by vLLM" in said[0]
-    assert "not verified" in said[0] or "verified on a GPU" in said[1]
-    record = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert "--linear-backend humming" in said[1]
+    assert "verified on a GPU" in said[2]
+    record = quantization_config(tmp_path / "out")
     assert (record["quant_method"], record["format"]) == ("compressed-tensors", "pack-quantized")
-    assert record["config_groups"]["group_0"]["input_activations"]["num_bits"] == 4
+    (group,) = record["config_groups"].values()
+    assert (group["format"], group["input_activations"]["num_bits"]) == ("pack-quantized", 4)
+    assert record["kv_cache_scheme"] is None
+
+
+@pytest.mark.parametrize("head_mixing", [False, True])
+def test_an_online_rotation_is_a_matrix_that_vllm_divides_by_the_root_of_its_size(
+    tiny: Tiny, tmp_path: Path, head_mixing: bool
+) -> None:
+    """transform_config as compressed-tensors reads it; R3, which leaves scores alone, is left out."""
+    checkpoint = made(tiny, tmp_path / "ckpt", "w16a16kv4", "mistral", online=True, head_mixing=head_mixing)
+    assert checkpoint_plan(checkpoint).keys is not None
+    said = export(checkpoint, "vllm", tmp_path / "out", device="cuda")
+    assert "is rotated by a dense matrix" in said[1]
+    assert "transformers leaves the rotation out" in said[1]
+    config = TransformConfig.model_validate(quantization_config(tmp_path / "out")["transform_config"])
+    tensors = load_file(tmp_path / "out" / "model-00002-of-00003.safetensors")
+    rotations = checkpoint_plan(checkpoint).online
+    assert len(config.config_groups) == len(rotations) == 1 + head_mixing
+    for name, rotation in rotations.items():
+        ((scheme, found),) = [
+            (scheme, found)
+            for scheme, found in config.config_groups.items()
+            if is_match(f"model.layers.0.{name}", torch.nn.Linear(1, 1), found.apply[0].targets)
+        ]
+        assert (found.type, found.apply[0].location) == ("random-hadamard", "input")
+        matrix = tensors[f"model.layers.0.{name}.{scheme}_input.weight"].double()
+        assert torch.allclose(matrix / rotation.size**0.5, rotation.as_matrix(), rtol=1e-6, atol=0)
+    assert tensors["model.layers.0.mlp.down_proj.mlp_down_proj_input.weight"].dtype == torch.int8  # ±1
+
+
+def test_for_the_plugin_it_is_a_method_that_only_the_plugin_knows(tiny: Tiny, tmp_path: Path) -> None:
+    said = export(made(tiny, tmp_path / "ckpt", "w4a4kv16", online=True), "vllm", tmp_path / "out", plugin=True)
+    assert "only with dfrot's plugin: pip install 'dfrot[vllm]'" in said[1]
+    record = quantization_config(tmp_path / "out")
+    assert record["quant_method"] == "dfrot-compressed-tensors"
+    assert set(record["transform_config"]["config_groups"]) == {"mlp_down_proj"}
+
+
+def test_split_layers_that_have_scales_of_their_own_are_said(tiny: Tiny, tmp_path: Path) -> None:
+    checkpoint = made(tiny, tmp_path / "ckpt", "w8a8kv16")
+    said = export(checkpoint, "vllm", tmp_path / "out", device="cuda", tensor_parallel=2)
+    assert "every GPU has scales of its own" in said[0]
 
 
 def test_a_cpu_that_quantizes_more_than_was_asked_for_is_said(tiny: Tiny, tmp_path: Path) -> None:
@@ -87,8 +145,9 @@ def test_a_cpu_that_quantizes_more_than_was_asked_for_is_said(tiny: Tiny, tmp_pa
 @pytest.mark.parametrize(
     ("spec", "words", "message"),
     [
-        ("w4a4kv16", {}, "loads 4-bit activations and, without a word, leaves them unquantized"),
-        ("w4a16kv16", {"online": True}, r"rotates the input of mlp\.down_proj.*vLLM cannot.*--online False"),
+        ("w4a4kv16", {}, "loads 4-bit activations and, without a word, leaves them unquantized.*--plugin"),
+        ("w4a16kv16", {"online": True}, r"mlp\.down_proj is rotated.*vLLM on a CPU cannot.*--plugin.*--online False"),
+        ("w8a16kv16", {}, "no kernel for 8-bit weights beside 16-bit activations"),
         ("w16a16kv16", {}, "nothing is quantized: --to huggingface"),
         ("w3a16kv16", {}, r"no kernel for w3a16.*w4a16, w8a16, w8a8, w4a4"),
         ("w8a4kv16", {}, "no kernel for w8a4"),
@@ -108,12 +167,51 @@ def test_what_vllm_would_run_otherwise_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("spec", "online", "parts", "message"),
+    [
+        ("w4a4kv16", True, 2, "rotated while the model runs, which vLLM does on one GPU only.*--online False"),
+        ("w4g16a16kv16", False, 2, "o_proj has 24 inputs on each of 2 GPUs, which groups of 16 do not divide"),
+        ("w8a8kv16", False, 3, "3 GPUs cannot share 4 heads"),
+        ("w4a16kv16", False, 4, "o_proj has 12 inputs on each of 4 GPUs; 4-bit weights are packed 8 to a word"),
+    ],
+)
+def test_what_cannot_be_split_among_gpus_is_refused(
+    tiny: Tiny, tmp_path: Path, spec: str, online: bool, parts: int, message: str
+) -> None:
+    checkpoint = made(tiny, tmp_path / "ckpt", spec, online=online)
+    with pytest.raises(UserError, match=message):
+        export(checkpoint, "vllm", tmp_path / "out", device="cuda", tensor_parallel=parts)
+
+
+@pytest.mark.parametrize("words", [{"device": "cuda"}, {"plugin": True}])
+def test_rotations_that_differ_from_block_to_block_are_refused(
+    tiny: Tiny, tmp_path: Path, text_file: Path, words: dict[str, Any]
+) -> None:
+    calibration: dict[str, Any] = {"calib": str(text_file), "calib_tokens": 64}
+    checkpoint = made(tiny, tmp_path / "ckpt", "w4a4kv16", method="duquant", online=None, block=16, **calibration)
+    with pytest.raises(UserError, match=r"made by duquant, which rotates the input of every layer.*vLLM cannot"):
+        export(checkpoint, "vllm", tmp_path / "out", **words)
+
+
+@pytest.mark.parametrize("words", [{"device": "cuda"}, {"plugin": True}])
+def test_a_bias_beside_an_online_rotation_is_refused(tmp_path: Path, words: dict[str, Any]) -> None:
+    source = write_tiny_model("llama", tmp_path / "source", mlp_bias=True)
+    recipe = dfrot.Recipe.parse(method="quarot", weights="rtn", preset="deploy", spec="w4a4kv16")
+    checkpoint = dfrot.quantize(source, recipe, tmp_path / "ckpt").path
+    with pytest.raises(UserError, match=r"mlp\.down_proj has a bias, which vLLM cannot add then.*--online False"):
+        export(checkpoint, "vllm", tmp_path / "out", **words)
+
+
 def test_a_width_that_words_do_not_divide_is_refused(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = made(tiny, tmp_path / "ckpt", "w4a16kv16")
     monkeypatch.setattr(vllm, "input_widths", lambda graph, config: {"mlp.down_proj": 84})
     with pytest.raises(UserError, match="has 84 inputs; 4-bit weights are packed 8 to a word"):
+        export(checkpoint, "vllm", tmp_path / "out")
+    monkeypatch.setattr(vllm, "input_widths", lambda graph, config: {"mlp.down_proj": 88})
+    with pytest.raises(UserError, match="has 88 inputs; vLLM's 4-bit kernel for CPUs takes multiples of 16"):
         export(checkpoint, "vllm", tmp_path / "out")
 
 
@@ -125,5 +223,7 @@ def test_an_engine_that_is_not_known_is_refused(tiny: Tiny, tmp_path: Path) -> N
 def test_options_of_another_engine_are_refused(tiny: Tiny, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--device is for vllm, and means nothing to gguf"):
         export(tmp_path, "gguf", tmp_path / "out", device="cuda")
+    with pytest.raises(UserError, match="--plugin is for vllm, and means nothing to huggingface"):
+        export(tmp_path, "huggingface", tmp_path / "out", plugin=True)
     with pytest.raises(UserError, match="--type is for gguf, and means nothing to vllm"):
         export(tmp_path, "vllm", tmp_path / "out", kind="f16")

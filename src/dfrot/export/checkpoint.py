@@ -71,15 +71,19 @@ class Checkpoint:
 
     def require_folded(self, engine: str) -> None:
         """Raise UserError if something is rotated while the model runs, which `engine` cannot."""
-        if self.plan.blocks:
-            raise UserError(
-                f"{self.path} was made by duquant, which rotates the input of every layer while the model runs; "
-                f"{engine} cannot. Quantize with --method dfrot --online False."
-            )
+        self.require_shared(engine)
         if self.plan.online:
             raise UserError(
                 f"{self.path} rotates the input of {', '.join(self.plan.online)} while the model runs; "
                 f"{engine} cannot. Quantize with --online False, which folds everything."
+            )
+
+    def require_shared(self, engine: str) -> None:
+        """Raise UserError if every block has rotations of its own (DuQuant), which no engine knows."""
+        if self.plan.blocks:
+            raise UserError(
+                f"{self.path} was made by duquant, which rotates the input of every layer while the model runs; "
+                f"{engine} cannot. Quantize with --method dfrot --online False."
             )
 
     def lost(self, engine: str, kinds: Iterable[str]) -> list[str]:

@@ -15,12 +15,12 @@ from dfrot.progress import track
 
 
 def write_directory(
-    checkpoint: Checkpoint, out: Path, weight: Callable[[Layer], dict[str, Tensor]], config: dict[str, Any]
+    checkpoint: Checkpoint, out: Path, weight: Callable[[str, Layer], dict[str, Tensor]], config: dict[str, Any]
 ) -> None:
     """Write a directory in the layout of transformers: safetensors shards, an index, the tokenizer, config.json last.
 
     Args:
-        weight: what is kept of a linear layer beside its bias; everything else is kept as it is.
+        weight: what is kept of the linear layer of a name beside its bias; everything else is kept as it is.
 
     Raises:
         UserError: something is in the way.
@@ -46,14 +46,14 @@ def write_directory(
         write_json(out / "config.json", config)
 
 
-def _shards(checkpoint: Checkpoint, weight: Callable[[Layer], dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+def _shards(checkpoint: Checkpoint, weight: Callable[[str, Layer], dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
     """The ends, and then every block."""
     yield checkpoint.ends()
     for index in range(checkpoint.config.num_hidden_layers):
         tensors = checkpoint.others(index)
         for linear in checkpoint.graph.linears:
             layer = checkpoint.layer(index, linear)
-            kept = weight(layer) | ({} if layer.bias is None else {"bias": layer.bias})
+            kept = weight(linear, layer) | ({} if layer.bias is None else {"bias": layer.bias})
             tensors |= {f"{linear}.{name}": tensor for name, tensor in kept.items()}
         yield {f"{checkpoint.graph.blocks}.{index}.{name}": tensor for name, tensor in tensors.items()}
 

@@ -22,5 +22,5 @@ def to_huggingface(checkpoint: Checkpoint, out: Path) -> list[str]:
     """
     checkpoint.require_folded("transformers")
     config = {name: value for name, value in checkpoint.record.items() if name != "quantization_config"}
-    write_directory(checkpoint, out, lambda layer: {"weight": layer.weight.to(checkpoint.dtype)}, config)
+    write_directory(checkpoint, out, lambda _, layer: {"weight": layer.weight.to(checkpoint.dtype)}, config)
     return checkpoint.lost("transformers", ("activations", "keys"))

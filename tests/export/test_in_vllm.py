@@ -1,0 +1,119 @@
+"""The real vLLM on a CPU, in an environment of its own (`make vllm`), loads what was exported and predicts the same."""
+
+import json
+import math
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import dfrot
+from dfrot.export import export
+from tests.tiny_models import write_tiny_model
+
+ROOT = Path(__file__).parents[2]
+PYTHON = Path(os.environ.get("DFROT_VLLM_PYTHON", ROOT / ".venv-vllm" / "bin" / "python"))
+BLOCKS = torch.randint(1, 96, (4, 100), generator=torch.Generator().manual_seed(3))
+# What is exported: the recipe, the exporter's words, vLLM's dtype.
+FOLDED: dict[str, Any] = {"online": False}
+PLUGIN: dict[str, Any] = {"plugin": True}
+EXPORTS: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
+    "w8a8": ("w8a8kv16", FOLDED, {}, "bfloat16"),
+    "w4a16": ("w4g32a16kv16", FOLDED, {}, "bfloat16"),
+    "w4a16 by the plugin": ("w4g32a16kv16", FOLDED, PLUGIN, "bfloat16"),
+    "rotated online": ("w16a16kv16", {}, PLUGIN, "float32"),
+    "w4a4": ("w4a4kv16", {}, PLUGIN, "float32"),
+}
+
+pytestmark = pytest.mark.skipif(not PYTHON.exists(), reason="vLLM is not installed: make vllm")
+
+
+def answers(jobs: list[dict[str, Any]], folder: Path, **environment: str) -> list[dict[str, Any]]:
+    """What vLLM says to each job, in a process of its own."""
+    file = folder / "jobs.json"
+    file.write_text(json.dumps(jobs))
+    run = subprocess.run(
+        [str(PYTHON), str(ROOT / "benchmarks" / "in_vllm.py"), str(file)],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+    found = [json.loads(line.removeprefix("ANSWER")) for line in run.stdout.splitlines() if line.startswith("ANSWER")]
+    assert len(found) == len(jobs), run.stderr[-4000:]
+    return found
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
+    """Checkpoint and export by name of `EXPORTS`, of one small model whose sizes vLLM's kernels take."""
+    folder = tmp_path_factory.mktemp("vllm")
+    source = write_tiny_model("llama", folder / "source", head_dim=32, hidden_size=64, intermediate_size=96)
+    made = {}
+    for number, (name, (spec, options, words, _)) in enumerate(EXPORTS.items()):
+        recipe = dfrot.Recipe.parse(method="quarot", weights="rtn", preset="deploy", spec=spec, **options)
+        checkpoint, out = dfrot.quantize(source, recipe, folder / f"{number}").path, folder / f"{number}-vllm"
+        export(checkpoint, "vllm", out, **words)
+        made[name] = (checkpoint, out)
+    return made
+
+
+@pytest.fixture(scope="module")
+def predicted(
+    exported: dict[str, tuple[Path, Path]], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, dict[str, Any]]:
+    """vLLM's answers, W4A16 with its 8-bit activations."""
+    jobs = [
+        {"model": str(exported[name][1]), "dtype": dtype, "blocks": BLOCKS.tolist()}
+        for name, (_, _, _, dtype) in EXPORTS.items()
+    ]
+    return dict(zip(EXPORTS, answers(jobs, tmp_path_factory.mktemp("answers")), strict=True))
+
+
+def log_likelihoods(checkpoint: Path) -> torch.Tensor:
+    model, _ = dfrot.load(checkpoint)
+    with torch.inference_mode():
+        logits = model(BLOCKS).logits[:, :-1].double()
+    return logits.log_softmax(-1).gather(-1, BLOCKS[:, 1:, None])[..., 0]
+
+
+@pytest.mark.parametrize(
+    ("name", "within"),
+    [
+        ("w8a8", 1e-2),
+        ("w4a16", 3e-2),  # in 8 bits activations are off by up to 1/254 of the largest
+        ("w4a16 by the plugin", 1e-2),
+        ("rotated online", 1e-4),
+        ("w4a4", 1e-3),  # by the same kernels
+    ],
+)
+def test_perplexity_there_is_ours(
+    exported: dict[str, tuple[Path, Path]], predicted: dict[str, dict[str, Any]], name: str, within: float
+) -> None:
+    assert "error" not in predicted[name], predicted[name]["error"]
+    theirs = torch.tensor(predicted[name]["log_probabilities"], dtype=torch.float64)
+    ours = log_likelihoods(exported[name][0])
+    assert abs(math.expm1(float(ours.mean() - theirs.mean()))) < within
+    assert (theirs - ours).abs().mean() < 3 * within * ours.std()
+
+
+def test_on_a_gpu_a_kernel_that_does_not_compute_in_4_bits_is_refused() -> None:
+    program = """
+from types import SimpleNamespace
+from dfrot.export.vllm_plugin import FourBitKernel
+
+class MarlinLinearKernel: pass
+
+FourBitKernel(SimpleNamespace(create_weights=lambda layer: None, kernel=MarlinLinearKernel())).create_weights(None)
+"""
+    run = subprocess.run([str(PYTHON), "-c", program], capture_output=True, text=True)
+    assert "RuntimeError: this model has 4-bit activations, and vLLM took MarlinLinearKernel" in run.stderr
+    assert "--linear-backend humming" in run.stderr
+
+
+def test_without_the_plugin_what_needs_it_is_refused(exported: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
+    job = {"model": str(exported["w4a4"][1]), "dtype": "float32", "blocks": BLOCKS.tolist()}
+    (answer,) = answers([job], tmp_path, VLLM_PLUGINS="")
+    assert "Unknown quantization method: dfrot-compressed-tensors" in answer["error"]
