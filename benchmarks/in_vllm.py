@@ -2,7 +2,8 @@
 
     VLLM/bin/python benchmarks/in_vllm.py JOBS.json
 
-JOBS.json: [{"model": directory, "dtype": name, "blocks": [[token, …], …]}, …]. Prints a line of JSON for each job: the
+JOBS.json: [{"model": directory, "dtype": name, "blocks": [[token, …], …], "eager": true}, …]; not eager is
+compiled, as `vllm serve` does it. Prints a line of JSON for each job: the
 log-probabilities of every block's tokens but the first, or the error that vLLM made.
 """
 
@@ -20,7 +21,7 @@ SETTINGS = {
 }
 
 
-def log_probabilities(model: str, dtype: str, blocks: list[list[int]]) -> list[list[float]]:
+def log_probabilities(model: str, dtype: str, blocks: list[list[int]], eager: bool = True) -> list[list[float]]:
     from vllm import LLM, SamplingParams
     from vllm.inputs import TokensPrompt
 
@@ -29,7 +30,7 @@ def log_probabilities(model: str, dtype: str, blocks: list[list[int]]) -> list[l
         model=model,
         dtype=dtype,
         max_model_len=longest + 1,
-        enforce_eager=True,
+        enforce_eager=eager,
         enable_prefix_caching=False,
         skip_tokenizer_init=True,
     )

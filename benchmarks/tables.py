@@ -10,7 +10,7 @@
 `duquant`   none, QuaRot, DFRot and DuQuant by RTN, LWC and GPTQ, at w4a4kv4 and w4a4kv16; DuQuant on top of QuaRot's
             folded rotations; and on 20 480 tokens its released settings and what each of its parts is worth there.
 `deploy`    what it costs to quantize as stock servers do: preset deploy (symmetric activations, not clipped) against
-            paper, and everything folded, without R3 and R4; at w4a4kv16, w4a4kv4, w8a8kv16 and w4g32a16kv16.
+            paper, and everything folded, without R3 and R4; at w4a4kv16, w4a4kv4 and w8a8kv16.
 
 Weights are fitted to 32 × 2048 tokens (LWC: 8 × 2048). Finished cells are lines of OUT/results.jsonl and are not
 measured again, as with `dfrot compare`, which this is with rows that its options do not reach. The gap is that between
@@ -187,7 +187,6 @@ TABLES: dict[str, list[tuple[int, dict[str, Row]]]] = {
                 **presets("DFRot", GPTQ4),
                 **presets("QuaRot", GPTQ4 | {"spec": "w4a4kv16"}),
                 **presets("QuaRot", {"spec": "w8a8kv16", "weights": "rtn"}),
-                **presets("QuaRot", GPTQ4 | {"spec": "w4g32a16kv16"}),
             },
         )
     ],

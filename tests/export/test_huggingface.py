@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM
 import dfrot
 from dfrot.errors import UserError
 from dfrot.export import export
+from dfrot.export.checkpoint import Checkpoint, Layer
+from dfrot.export.directory import write_directory
 from tests.tiny_models import CONFIGS
 
 Tiny = Callable[[str], Path]
@@ -75,6 +77,21 @@ def test_online_rotations_are_refused(
     with pytest.raises(UserError, match=message):
         export(checkpoint, "huggingface", tmp_path / "plain")
     assert not (tmp_path / "plain").exists()
+
+
+def test_an_interrupted_export_leaves_nothing_behind(tiny: Tiny, tmp_path: Path) -> None:
+    checkpoint, blocks = Checkpoint.open(made(tiny, tmp_path / "ckpt")), []
+
+    def interrupted(name: str, layer: Layer) -> dict[str, torch.Tensor]:
+        blocks.append(name)
+        if len(blocks) == 10:  # in the second block, when the first is written
+            raise KeyboardInterrupt
+        return {"weight": layer.weight}
+
+    with pytest.raises(KeyboardInterrupt):
+        write_directory(checkpoint, tmp_path / "out", interrupted, {})
+    assert list((tmp_path / "out").glob("*.*")) == []
+    export(checkpoint.path, "huggingface", tmp_path / "out")
 
 
 def test_a_directory_with_something_in_it_is_left_alone(tiny: Tiny, tmp_path: Path) -> None:

@@ -17,15 +17,16 @@ from tests.tiny_models import write_tiny_model
 ROOT = Path(__file__).parents[2]
 PYTHON = Path(os.environ.get("DFROT_VLLM_PYTHON", ROOT / ".venv-vllm" / "bin" / "python"))
 BLOCKS = torch.randint(1, 96, (4, 100), generator=torch.Generator().manual_seed(3))
-# What is exported: the recipe, the exporter's words, vLLM's dtype.
+# What is exported: the recipe, the exporter's words, vLLM's words.
 FOLDED: dict[str, Any] = {"online": False}
 PLUGIN: dict[str, Any] = {"plugin": True}
-EXPORTS: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
-    "w8a8": ("w8a8kv16", FOLDED, {}, "bfloat16"),
-    "w4a16": ("w4g32a16kv16", FOLDED, {}, "bfloat16"),
-    "w4a16 by the plugin": ("w4g32a16kv16", FOLDED, PLUGIN, "bfloat16"),
-    "rotated online": ("w16a16kv16", {}, PLUGIN, "float32"),
-    "w4a4": ("w4a4kv16", {}, PLUGIN, "float32"),
+EXPORTS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "w8a8": ("w8a8kv16", FOLDED, {}, {"dtype": "bfloat16"}),
+    "w4a16": ("w4g32a16kv16", FOLDED, {}, {"dtype": "bfloat16"}),
+    "w4a16 by the plugin": ("w4g32a16kv16", FOLDED, PLUGIN, {"dtype": "bfloat16"}),
+    "rotated online": ("w16a16kv16", {}, PLUGIN, {"dtype": "float32"}),
+    "w4a4": ("w4a4kv16", {}, PLUGIN, {"dtype": "float32"}),
+    "w4a4 compiled": ("w4a4kv16", {}, PLUGIN, {"dtype": "float32", "eager": False}),
 }
 
 pytestmark = pytest.mark.skipif(not PYTHON.exists(), reason="vLLM is not installed: make vllm")
@@ -66,8 +67,8 @@ def predicted(
 ) -> dict[str, dict[str, Any]]:
     """vLLM's answers, W4A16 with its 8-bit activations."""
     jobs = [
-        {"model": str(exported[name][1]), "dtype": dtype, "blocks": BLOCKS.tolist()}
-        for name, (_, _, _, dtype) in EXPORTS.items()
+        {"model": str(exported[name][1]), "blocks": BLOCKS.tolist(), **words}
+        for name, (_, _, _, words) in EXPORTS.items()
     ]
     return dict(zip(EXPORTS, answers(jobs, tmp_path_factory.mktemp("answers")), strict=True))
 
@@ -87,6 +88,7 @@ def log_likelihoods(checkpoint: Path) -> torch.Tensor:
         ("w4a16 by the plugin", 1e-2),
         ("rotated online", 1e-4),
         ("w4a4", 1e-3),  # by the same kernels
+        ("w4a4 compiled", 1e-3),
     ],
 )
 def test_perplexity_there_is_ours(

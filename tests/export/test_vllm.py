@@ -215,6 +215,14 @@ def test_a_width_that_words_do_not_divide_is_refused(
         export(checkpoint, "vllm", tmp_path / "out")
 
 
+def test_what_is_no_place_to_run_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    checkpoint = made(tiny, tmp_path / "ckpt", "w8a8kv16")
+    with pytest.raises(UserError, match="cpu or cuda, got 'tpu'"):
+        export(checkpoint, "vllm", tmp_path / "out", device="tpu")
+    with pytest.raises(UserError, match="at least 1 GPU, got 0"):
+        export(checkpoint, "vllm", tmp_path / "out", tensor_parallel=0)
+
+
 def test_an_engine_that_is_not_known_is_refused(tiny: Tiny, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no export to 'onnx'"):
         export(made(tiny, tmp_path / "ckpt", "w4a16kv16"), "onnx", tmp_path / "out")

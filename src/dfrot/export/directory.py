@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,7 @@ def write_directory(
     count = checkpoint.config.num_hidden_layers + 1
     weight_map: dict[str, str] = {}
     total = 0
-    with alone_in(out):
-        _require_empty(out)
+    with alone_in(out), _emptied_unless_finished(out):
         for number, tensors in enumerate(track(_shards(checkpoint, weight), "exporting", count), start=1):
             file = out / f"model-{number:05}-of-{count:05}.safetensors"
             write_tensors(file, tensors, {"format": "pt"})
@@ -58,7 +58,18 @@ def _shards(checkpoint: Checkpoint, weight: Callable[[str, Layer], dict[str, Ten
         yield {f"{checkpoint.graph.blocks}.{index}.{name}": tensor for name, tensor in tensors.items()}
 
 
-def _require_empty(out: Path) -> None:
-    """Raise UserError if something is in a directory."""
-    if found := sorted(file.name for file in out.iterdir() if file.name != LOCK_FILE):
-        raise UserError(f"{out} is not empty ({found[0]}); nothing there is touched. Choose another -o directory.")
+@contextmanager
+def _emptied_unless_finished(out: Path) -> Iterator[None]:
+    """Raise UserError if something is in a directory; what is there after an error or Ctrl-C is removed."""
+    if found := _contents(out):
+        raise UserError(f"{out} is not empty ({found[0].name}); nothing there is touched. Choose another -o directory.")
+    try:
+        yield
+    except BaseException:
+        for file in _contents(out):
+            file.unlink()
+        raise
+
+
+def _contents(out: Path) -> list[Path]:
+    return sorted(file for file in out.iterdir() if file.name != LOCK_FILE)

@@ -100,6 +100,10 @@ def _different(checkpoint: Checkpoint, device: str, plugin: bool, tensor_paralle
 
 def check(checkpoint: Checkpoint, device: str, plugin: bool, tensor_parallel: int) -> None:
     """Raise UserError, with what to change, if vLLM would not compute what the checkpoint says."""
+    if device not in ("cpu", "cuda"):
+        raise UserError(f"vLLM runs on cpu or cuda, got '{device}'.")
+    if tensor_parallel < 1:
+        raise UserError(f"a layer is split among at least 1 GPU, got {tensor_parallel}.")
     checkpoint.require_shared("vLLM")
     spec, online = checkpoint.recipe.spec, bool(checkpoint.plan.online)
     weights, activations = spec.weights, spec.activations

@@ -26,6 +26,8 @@ from vllm.model_executor.layers.quantization.compressed_tensors.transform.module
 from vllm.platforms import current_platform
 
 from dfrot.export.vllm import PLUGIN_METHOD
+from dfrot.kernels.linear import bound
+from dfrot.kernels.transform import NO_PASSES
 from dfrot.runtime.linear import QuantLinear
 from dfrot.spec import TensorSpec
 
@@ -85,26 +87,36 @@ class WideActivations(Wrapped):
 
 
 class FourBitActivations(Wrapped):
-    """4-bit weights times 4-bit activations on a CPU, by dfrot's kernels, which take the words as they are."""
+    """4-bit weights times 4-bit activations on a CPU, by dfrot's kernels, which take the words as they are.
+
+    Everything is decided when the weights are there, since vLLM compiles what `apply_weights` does.
+    """
 
     def process_weights_after_loading(self, layer: Any) -> None:
         words, scales = layer.weight_packed.data, layer.weight_scale.data
         out_features, width = words.shape
         group = None if self.scheme.group_size == -1 else self.scheme.group_size
+        weights, activations = TensorSpec(4, symmetric=True, group=group), TensorSpec(4, symmetric=True)
         with torch.device("meta"):
-            self.linear = QuantLinear(
+            reference = QuantLinear(
                 8 * width,
                 out_features,
                 bias=False,
-                weights=TensorSpec(4, symmetric=True, group=group),
-                activations=TensorSpec(4, symmetric=True),
+                weights=weights,
+                activations=activations,
                 rotation=None,
                 dtype=scales.dtype,
             )
-        self.linear.qweight, self.linear.scales = words.view(torch.uint8), scales
+        reference.qweight, reference.scales = words.view(torch.uint8), scales
+        self.multiply = reference.float_product
+        if reference.native(scales.new_empty(1, 8 * width)):
+            products = bound([reference.packed()[0]], NO_PASSES, weights, activations)
+            self.multiply = lambda x: products(x)[0]
+        else:
+            reference.dense_weight(scales.dtype)
 
     def apply_weights(self, layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
-        product: Tensor = self.linear(x)
+        product = self.multiply(x)
         return product if bias is None else product + bias
 
 

@@ -5,7 +5,7 @@ Weights are what the checkpoint holds; nothing is unpacked but a few rows at a t
 """
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -66,7 +66,15 @@ def linear(
     activation_spec: TensorSpec,
 ) -> list[Tensor]:
     """Q(x R) Ŵᵀ + b, (…, out) in the dtype of x, for each of the weights that read x."""
-    return _linear(x, *_columns(weights), *flat(rotation), *_grids(weight_spec, activation_spec), instruction_set())
+    return bound(weights, rotation, weight_spec, activation_spec)(x)
+
+
+def bound(
+    weights: Sequence[PackedWeight], rotation: Passes, weight_spec: TensorSpec, activation_spec: TensorSpec
+) -> Callable[[Tensor], list[Tensor]]:
+    """`linear` as a function of x alone, that torch.compile takes for one operator."""
+    rest = *_columns(weights), *flat(rotation), *_grids(weight_spec, activation_spec), instruction_set()
+    return lambda x: _linear(x, *rest)
 
 
 def _columns(
