@@ -5,28 +5,48 @@ import math
 import os
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
 import dfrot
 from dfrot.export import export
-from tests.tiny_models import write_tiny_model
+from tests.tiny_models import CONFIGS, write_tiny_model
 
 ROOT = Path(__file__).parents[2]
 PYTHON = Path(os.environ.get("DFROT_VLLM_PYTHON", ROOT / ".venv-vllm" / "bin" / "python"))
 BLOCKS = torch.randint(1, 96, (4, 100), generator=torch.Generator().manual_seed(3))
-# What is exported: the recipe, the exporter's words, vLLM's words.
+CHANGED: dict[str, dict[str, Any]] = {
+    "llama": {"hidden_size": 64},
+    "mistral": {"hidden_size": 64, "sliding_window": None},
+    "qwen3": {"hidden_size": 64},
+}
 FOLDED: dict[str, Any] = {"online": False}
 PLUGIN: dict[str, Any] = {"plugin": True}
-EXPORTS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
-    "w8a8": ("w8a8kv16", FOLDED, {}, {"dtype": "bfloat16"}),
-    "w4a16": ("w4g32a16kv16", FOLDED, {}, {"dtype": "bfloat16"}),
-    "w4a16 by the plugin": ("w4g32a16kv16", FOLDED, PLUGIN, {"dtype": "bfloat16"}),
-    "rotated online": ("w16a16kv16", {}, PLUGIN, {"dtype": "float32"}),
-    "w4a4": ("w4a4kv16", {}, PLUGIN, {"dtype": "float32"}),
-    "w4a4 compiled": ("w4a4kv16", {}, PLUGIN, {"dtype": "float32", "eager": False}),
+
+
+class Case(NamedTuple):
+    """A recipe, what the exporter is told, what vLLM is told, and how close its perplexity is to be."""
+
+    spec: str
+    options: dict[str, Any]
+    words: dict[str, Any]
+    engine: dict[str, Any]
+    within: float
+    architecture: str = "llama"
+
+
+SIXTEEN, THIRTY_TWO = {"dtype": "bfloat16"}, {"dtype": "float32"}
+CASES = {
+    "w8a8": Case("w8a8kv16", FOLDED, {}, SIXTEEN, 1e-2),
+    # in 8 bits activations are off by up to 1/254 of the largest
+    "w4a16": Case("w4g32a16kv16", FOLDED, {}, SIXTEEN, 3e-2),
+    "w4a16 by the plugin": Case("w4g32a16kv16", FOLDED, PLUGIN, SIXTEEN, 1e-2),
+    "rotated online": Case("w16a16kv16", {}, PLUGIN, THIRTY_TWO, 1e-4),
+    "w4a4 compiled": Case("w4a4kv16", {}, PLUGIN, THIRTY_TWO | {"eager": False}, 1e-3),
+    # by the same kernels
+    **{f"w4a4 {name}": Case("w4a4kv16", {}, PLUGIN, THIRTY_TWO, 1e-3, name) for name in CONFIGS},
 }
 
 pytestmark = pytest.mark.skipif(not PYTHON.exists(), reason="vLLM is not installed: make vllm")
@@ -49,15 +69,18 @@ def answers(jobs: list[dict[str, Any]], folder: Path, **environment: str) -> lis
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
-    """Checkpoint and export by name of `EXPORTS`, of one small model whose sizes vLLM's kernels take."""
+    """Checkpoint and export by name of `CASES`, of small models whose sizes vLLM's kernels take."""
     folder = tmp_path_factory.mktemp("vllm")
-    source = write_tiny_model("llama", folder / "source", head_dim=32, hidden_size=64, intermediate_size=96)
+    sources = {
+        name: write_tiny_model(name, folder / name, head_dim=32, intermediate_size=96, **CHANGED.get(name, {}))
+        for name in CONFIGS
+    }
     made = {}
-    for number, (name, (spec, options, words, _)) in enumerate(EXPORTS.items()):
-        recipe = dfrot.Recipe.parse(method="quarot", weights="rtn", preset="deploy", spec=spec, **options)
-        checkpoint, out = dfrot.quantize(source, recipe, folder / f"{number}").path, folder / f"{number}-vllm"
-        export(checkpoint, "vllm", out, **words)
-        made[name] = (checkpoint, out)
+    for number, (name, case) in enumerate(CASES.items()):
+        recipe = dfrot.Recipe.parse(method="quarot", weights="rtn", preset="deploy", spec=case.spec, **case.options)
+        checkpoint = dfrot.quantize(sources[case.architecture], recipe, folder / f"{number}").path
+        made[name] = checkpoint, folder / f"{number}-vllm"
+        export(checkpoint, "vllm", made[name][1], **case.words)
     return made
 
 
@@ -65,12 +88,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, 
 def predicted(
     exported: dict[str, tuple[Path, Path]], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, dict[str, Any]]:
-    """vLLM's answers, W4A16 with its 8-bit activations."""
-    jobs = [
-        {"model": str(exported[name][1]), "blocks": BLOCKS.tolist(), **words}
-        for name, (_, _, _, words) in EXPORTS.items()
-    ]
-    return dict(zip(EXPORTS, answers(jobs, tmp_path_factory.mktemp("answers")), strict=True))
+    """vLLM's answers."""
+    jobs = [{"model": str(exported[name][1]), "blocks": BLOCKS.tolist(), **case.engine} for name, case in CASES.items()]
+    return dict(zip(CASES, answers(jobs, tmp_path_factory.mktemp("answers")), strict=True))
 
 
 def log_likelihoods(checkpoint: Path) -> torch.Tensor:
@@ -80,23 +100,14 @@ def log_likelihoods(checkpoint: Path) -> torch.Tensor:
     return logits.log_softmax(-1).gather(-1, BLOCKS[:, 1:, None])[..., 0]
 
 
-@pytest.mark.parametrize(
-    ("name", "within"),
-    [
-        ("w8a8", 1e-2),
-        ("w4a16", 3e-2),  # in 8 bits activations are off by up to 1/254 of the largest
-        ("w4a16 by the plugin", 1e-2),
-        ("rotated online", 1e-4),
-        ("w4a4", 1e-3),  # by the same kernels
-        ("w4a4 compiled", 1e-3),
-    ],
-)
+@pytest.mark.parametrize("name", CASES)
 def test_perplexity_there_is_ours(
-    exported: dict[str, tuple[Path, Path]], predicted: dict[str, dict[str, Any]], name: str, within: float
+    exported: dict[str, tuple[Path, Path]], predicted: dict[str, dict[str, Any]], name: str
 ) -> None:
     assert "error" not in predicted[name], predicted[name]["error"]
     theirs = torch.tensor(predicted[name]["log_probabilities"], dtype=torch.float64)
     ours = log_likelihoods(exported[name][0])
+    within = CASES[name].within
     assert abs(math.expm1(float(ours.mean() - theirs.mean()))) < within
     assert (theirs - ours).abs().mean() < 3 * within * ours.std()
 
@@ -116,6 +127,6 @@ FourBitKernel(SimpleNamespace(create_weights=lambda layer: None, kernel=MarlinLi
 
 
 def test_without_the_plugin_what_needs_it_is_refused(exported: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
-    job = {"model": str(exported["w4a4"][1]), "dtype": "float32", "blocks": BLOCKS.tolist()}
+    job = {"model": str(exported["w4a4 llama"][1]), "dtype": "float32", "blocks": BLOCKS.tolist()}
     (answer,) = answers([job], tmp_path, VLLM_PLUGINS="")
     assert "Unknown quantization method: dfrot-compressed-tensors" in answer["error"]
