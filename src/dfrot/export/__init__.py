@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from dfrot.errors import UserError
 from dfrot.export.checkpoint import Checkpoint
@@ -20,16 +19,26 @@ _TAKEN_BY = {
 }
 
 
-def export(checkpoint: str | Path, to: str, out: str | Path, **words: Any) -> list[str]:
+def export(
+    checkpoint: str | Path,
+    to: str,
+    out: str | Path,
+    *,
+    device: str | None = None,
+    plugin: bool | None = None,
+    tensor_parallel: int | None = None,
+    kind: str | None = None,
+) -> list[str]:
     """Write a checkpoint for another engine.
 
     Args:
         checkpoint: a directory that `dfrot.quantize` wrote.
         to: huggingface, vllm or gguf.
         out: what to make, a directory or for gguf a file; it must not be there, or be empty.
-        words: vllm: device, where it is to run, cpu (default) or cuda; plugin, whether dfrot's plugin is to be there;
-            tensor_parallel, GPUs that share every layer. gguf: kind, type of the weights, f16, bf16, f32, q8_0 or q4_0
-            (default: that which keeps them, else f16). None stands for the default.
+        device: vllm: where it is to run, cpu (default) or cuda.
+        plugin: vllm: whether dfrot's plugin is to be there (default: no).
+        tensor_parallel: vllm: GPUs that every layer is split among (default 1).
+        kind: gguf: type of the weights, f16, bf16, f32, q8_0 or q4_0 (default: that which keeps them, else f16).
 
     Returns:
         Sentences: what is otherwise there than in dfrot's runtime.
@@ -40,7 +49,8 @@ def export(checkpoint: str | Path, to: str, out: str | Path, **words: Any) -> li
     """
     if to not in EXPORTERS:
         raise UserError(f"there is no export to '{to}'. Engines: {', '.join(EXPORTERS)}.")
-    words = {name: value for name, value in words.items() if value is not None}
+    given = {"device": device, "plugin": plugin, "tensor_parallel": tensor_parallel, "kind": kind}
+    words = {name: value for name, value in given.items() if value is not None}
     for name in words:
         engine, option = _TAKEN_BY[name]
         if engine != to:

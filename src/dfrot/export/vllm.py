@@ -28,6 +28,7 @@ FORMATS = {
     (4, 4): "pack-quantized",  # left to itself, compressed-tensors infers one byte a weight
 }
 PLUGIN_METHOD = "dfrot-compressed-tensors"  # what vLLM knows only if the plugin is there
+_ROWS = 1024  # of a matrix that are made at a time
 CPU_TILE = 32  # its 4-bit kernel computes in tiles of as many inputs and outputs
 
 
@@ -182,10 +183,10 @@ def _check_widths(checkpoint: Checkpoint, device: str, parts: int) -> None:
                 f"{name} has {part} inputs{on}, which groups of {weights.group} do not divide. Quantize with a smaller "
                 "group, or none."
             )
-        if part % per_word:
+        if part % per_word and checkpoint.recipe.spec.activations.bits != 8:  # whose weights are bytes
             raise UserError(
                 f"{name} has {part} inputs{on}; {weights.bits}-bit weights are packed {per_word} to a word, which must "
-                "divide them. Quantize with weights of 8 bits, or use --to huggingface."
+                "divide them. Quantize with a spec of w8a8, or use --to huggingface."
             )
         if device == "cpu" and weights.bits == 4 and part % CPU_TILE:
             raise UserError(
@@ -229,10 +230,15 @@ def _group(weights: TensorSpec, activations: TensorSpec, layout: str) -> dict[st
 
 def _matrix(rotation: Rotation, dtype: torch.dtype) -> Tensor:
     """Q √n (n, n), which vLLM divides by √n when it has loaded it: of a Hadamard matrix ±1, in a byte each."""
-    matrix = rotation.as_matrix() * rotation.size**0.5
-    nearest = matrix.round()
-    whole = nearest.abs().max() < 128 and torch.allclose(matrix, nearest, rtol=0, atol=1e-9)  # float64
-    return nearest.to(torch.int8) if whole else matrix.to(dtype)
+    size, pieces = rotation.size, []
+    for start in range(0, size, _ROWS):
+        units = torch.zeros(min(_ROWS, size - start), size, dtype=torch.float64)
+        units.diagonal(start).fill_(1)
+        rows = rotation.apply(units) * size**0.5
+        nearest = rows.round()
+        whole = nearest.abs().max() < 128 and torch.allclose(rows, nearest, rtol=0, atol=1e-9)
+        pieces.append(nearest.to(torch.int8) if whole else rows.to(dtype))
+    return torch.cat(pieces)
 
 
 def _scheme(linear: str) -> str:
