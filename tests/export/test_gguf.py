@@ -472,10 +472,16 @@ def test_what_llama_cpp_computes_otherwise_is_said(made: Make, tmp_path: Path) -
     assert export(made("llama", "w16a16kv16"), "gguf", tmp_path / "c.gguf") == []
 
 
-def test_online_rotations_are_refused(tiny: Callable[[str], Path], tmp_path: Path) -> None:
-    checkpoint = dfrot.quantize(tiny("llama"), dfrot.Recipe.parse("quarot", "rtn"), tmp_path / "ckpt").path
-    with pytest.raises(UserError, match=r"llama.cpp cannot. Quantize with --online False"):
-        export(checkpoint, "gguf", tmp_path / "a.gguf")
+def test_online_rotations_are_refused(tiny: Callable[[str], Path], tmp_path: Path, text_file: Path) -> None:
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"method": "quarot"}, r"llama.cpp cannot. Quantize with --online False"),
+        ({"method": "duquant", "block": 16}, r"llama.cpp cannot. Quantize with --method dfrot --online False"),
+    ]
+    for number, (words, message) in enumerate(cases):
+        recipe = dfrot.Recipe.parse(weights="rtn", calib=str(text_file), calib_tokens=64, **words)
+        checkpoint = dfrot.quantize(tiny("llama"), recipe, tmp_path / f"{number}").path
+        with pytest.raises(UserError, match=message):
+            export(checkpoint, "gguf", tmp_path / "a.gguf")
 
 
 def test_a_file_that_is_there_is_left_alone_and_an_unfinished_one_is_removed(

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,8 +35,11 @@ def made(tiny: Tiny, out: Path, architecture: str = "llama", **words: str) -> Pa
     return dfrot.quantize(tiny(architecture), recipe, out).path
 
 
-def test_plain_transformers_computes_what_the_checkpoint_does(tiny: Tiny, tmp_path: Path) -> None:
-    checkpoint = made(tiny, tmp_path / "ckpt", spec="w4g16a16kv16")
+@pytest.mark.parametrize("words", [{"spec": "w4g16a16kv16"}, {"spec": "w3a16kv16", "weight_symmetric": False}])
+def test_plain_transformers_computes_what_the_checkpoint_does(
+    tiny: Tiny, tmp_path: Path, words: dict[str, Any]
+) -> None:
+    checkpoint = made(tiny, tmp_path / "ckpt", **words)
     assert export(checkpoint, "huggingface", tmp_path / "plain") == []
     torch.save(TOKENS, tmp_path / "tokens")
     files = [str(tmp_path / name) for name in ("plain", "tokens", "logits")]

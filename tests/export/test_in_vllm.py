@@ -42,8 +42,10 @@ CASES = {
     "w8a8": Case("w8a8kv16", FOLDED, {}, SIXTEEN, 1e-2),
     # in 8 bits activations are off by up to 1/254 of the largest
     "w4a16": Case("w4g32a16kv16", FOLDED, {}, SIXTEEN, 3e-2),
-    "w4a16 by the plugin": Case("w4g32a16kv16", FOLDED, PLUGIN, SIXTEEN, 1e-2),
+    "w4a16 by the plugin": Case("w4a16kv16", FOLDED, PLUGIN, SIXTEEN, 1e-2),
+    "w8a8 rotated online": Case("w8a8kv16", {}, PLUGIN, SIXTEEN, 1e-2),
     "rotated online": Case("w16a16kv16", {}, PLUGIN, THIRTY_TWO, 1e-4),
+    "heads mixed online": Case("w16a16kv16", {"head_mixing": True}, PLUGIN, THIRTY_TWO, 1e-4, "mistral"),
     "w4a4 compiled": Case("w4a4kv16", {}, PLUGIN, THIRTY_TWO | {"eager": False}, 1e-3),
     # by the same kernels
     **{f"w4a4 {name}": Case("w4a4kv16", {}, PLUGIN, THIRTY_TWO, 1e-3, name) for name in CONFIGS},
