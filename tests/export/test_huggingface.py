@@ -35,7 +35,9 @@ def made(tiny: Tiny, out: Path, architecture: str = "llama", **words: str) -> Pa
     return dfrot.quantize(tiny(architecture), recipe, out).path
 
 
-@pytest.mark.parametrize("words", [{"spec": "w4g16a16kv16"}, {"spec": "w3a16kv16", "weight_symmetric": False}])
+@pytest.mark.parametrize(
+    "words", [{"spec": "w4g16a16kv16"}, {"spec": "w8a16kv16"}, {"spec": "w3a16kv16", "weight_symmetric": False}]
+)
 def test_plain_transformers_computes_what_the_checkpoint_does(
     tiny: Tiny, tmp_path: Path, words: dict[str, Any]
 ) -> None:

@@ -15,10 +15,11 @@ from dfrot.export import export
 from tests.tiny_models import CONFIGS, write_tiny_model
 
 ROOT = Path(__file__).parents[2]
-PYTHON = Path(os.environ.get("DFROT_VLLM_PYTHON", ROOT / ".venv-vllm" / "bin" / "python"))
+ENVIRONMENT = ROOT / ".venv-vllm"
+PYTHON = ENVIRONMENT / "bin" / "python"
 BLOCKS = torch.randint(1, 96, (4, 100), generator=torch.Generator().manual_seed(3))
 CHANGED: dict[str, dict[str, Any]] = {
-    "llama": {"hidden_size": 64},
+    "llama": {"hidden_size": 128, "intermediate_size": 384},  # for groups of 128
     "mistral": {"hidden_size": 64, "sliding_window": None},
     "qwen3": {"hidden_size": 64},
 }
@@ -37,12 +38,13 @@ class Case(NamedTuple):
     architecture: str = "llama"
 
 
+PLUGIN_SPECS = ("w4a16", "w4g64a16", "w4g128a16")
 SIXTEEN, THIRTY_TWO = {"dtype": "bfloat16"}, {"dtype": "float32"}
 CASES = {
     "w8a8": Case("w8a8kv16", FOLDED, {}, SIXTEEN, 1e-2),
     # in 8 bits activations are off by up to 1/254 of the largest
     "w4a16": Case("w4g32a16kv16", FOLDED, {}, SIXTEEN, 3e-2),
-    "w4a16 by the plugin": Case("w4a16kv16", FOLDED, PLUGIN, SIXTEEN, 1e-2),
+    **{f"{spec} by the plugin": Case(f"{spec}kv16", FOLDED, PLUGIN, SIXTEEN, 1e-2) for spec in PLUGIN_SPECS},
     "w8a8 rotated online": Case("w8a8kv16", {}, PLUGIN, SIXTEEN, 1e-2),
     "rotated online": Case("w16a16kv16", {}, PLUGIN, THIRTY_TWO, 1e-4),
     "heads mixed online": Case("w16a16kv16", {"head_mixing": True}, PLUGIN, THIRTY_TWO, 1e-4, "mistral"),
@@ -51,7 +53,7 @@ CASES = {
     **{f"w4a4 {name}": Case("w4a4kv16", {}, PLUGIN, THIRTY_TWO, 1e-3, name) for name in CONFIGS},
 }
 
-pytestmark = pytest.mark.skipif(not PYTHON.exists(), reason="vLLM is not installed: make vllm")
+pytestmark = pytest.mark.skipif(not (ENVIRONMENT / "installed").exists(), reason="vLLM is not installed: make vllm")
 
 
 def answers(jobs: list[dict[str, Any]], folder: Path, **environment: str) -> list[dict[str, Any]]:
@@ -74,7 +76,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, 
     """Checkpoint and export by name of `CASES`, of small models whose sizes vLLM's kernels take."""
     folder = tmp_path_factory.mktemp("vllm")
     sources = {
-        name: write_tiny_model(name, folder / name, head_dim=32, intermediate_size=96, **CHANGED.get(name, {}))
+        name: write_tiny_model(name, folder / name, head_dim=32, **{"intermediate_size": 96, **CHANGED.get(name, {})})
         for name in CONFIGS
     }
     made = {}

@@ -1,4 +1,4 @@
-"""compressed-tensors checkpoints, as vLLM runs them; transformers loads them too, if compressed-tensors is installed.
+"""compressed-tensors checkpoints, as vLLM runs them; transformers too, with compressed-tensors, if nothing is online.
 
 Our integers and scales go over as they are: nothing is rounded again. What is rotated while the model runs becomes a
 `transform_config`. What vLLM would run wrongly, or otherwise without a word, is refused here, since it says nothing
