@@ -113,7 +113,7 @@ def main() -> None:
         unrotated = by_llama_cpp(arguments.python, file, blocks, "q4_0", LLAMA_ATTN_ROT_DISABLE="1")
         line("… not rotated", unrotated, ours, file)
         piece = text[:20_000]
-        equal = cut_by_llama_cpp(arguments.python, Path(folder) / "f16.gguf", piece) == tokenizer(piece).input_ids
+        equal = cut_by_llama_cpp(arguments.python, file, piece) == tokenizer(piece).input_ids
         print(f"llama.cpp cuts the first 20 000 characters {'alike' if equal else 'OTHERWISE'}")
         if arguments.source is not None:
             rounded_to_q4_0(Path(folder) / "f32.gguf", file := Path(folder) / "own.gguf")

@@ -75,15 +75,15 @@ def every_method(spec: str) -> dict[str, Row]:
     }
 
 
-def presets(method: str, words: Words) -> dict[str, Row]:
-    """Rows for what a server can compute."""
-    paper = f"{method} {words['weights']} {words['spec']} paper"
-    methods: dict[str, Words] = {"QuaRot": RH, "DFRot": DFROT}
-    deploy: dict[str, Words] = {"deploy": {"preset": "deploy"}, "deploy, folded": {"preset": "deploy", "online": False}}
-    rows = {paper: Row(methods[method] | words, seeds=1)}
-    for name, changed in deploy.items():
-        rows[f"{method} {words['weights']} {words['spec']} {name}"] = Row(methods[method] | words | changed, seeds=1)
-    return rows
+def presets(method: Words, words: Words) -> dict[str, Row]:
+    """Rows for what a server can compute, and for the papers' preset."""
+    changes: dict[str, Words] = {
+        "paper": {},
+        "deploy": {"preset": "deploy"},
+        "deploy, folded": {"preset": "deploy", "online": False},
+    }
+    label = f"{method['method']} {words['weights']} {words['spec']}"
+    return {f"{label} {name}": Row(method | words | changed, seeds=1) for name, changed in changes.items()}
 
 
 # Each table has its number of tokens and its rows.
@@ -183,10 +183,10 @@ TABLES: dict[str, list[tuple[int, dict[str, Row]]]] = {
         (
             40960,
             {
-                **presets("DFRot", GPTQ4 | {"spec": "w4a4kv16"}),
-                **presets("DFRot", GPTQ4),
-                **presets("QuaRot", GPTQ4 | {"spec": "w4a4kv16"}),
-                **presets("QuaRot", {"spec": "w8a8kv16", "weights": "rtn"}),
+                **presets(DFROT, GPTQ4 | {"spec": "w4a4kv16"}),
+                **presets(DFROT, GPTQ4),
+                **presets(RH, GPTQ4 | {"spec": "w4a4kv16"}),
+                **presets(RH, {"spec": "w8a8kv16", "weights": "rtn"}),
             },
         )
     ],
