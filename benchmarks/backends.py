@@ -22,9 +22,9 @@ import torch
 import dfrot
 from dfrot.evaluation.perplexity import negative_log_likelihood
 from dfrot.kernels.library import backend
-from dfrot.memory import keep_freed_memory
-from dfrot.progress import track
-from dfrot.texts import read_text, token_blocks
+from dfrot.models.texts import read_text, token_windows
+from dfrot.system.memory import keep_freed_memory
+from dfrot.system.progress import track
 
 PROMPT = 32  # tokens
 
@@ -64,7 +64,7 @@ def main() -> None:
     print(f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; {backend()}")
     (native, tokenizer), (slow, _) = dfrot.load(arguments.checkpoint), dfrot.load(arguments.checkpoint)
     text = read_text(arguments.ppl, "test")
-    blocks = token_blocks(tokenizer, text, arguments.ppl, 2048, arguments.max_tokens)
+    blocks = token_windows(tokenizer, text, arguments.ppl, 2048, arguments.max_tokens)
     with reference():
         expected, logits = losses(slow, blocks, "reference"), slow(blocks[:1]).logits
     print(f"reference: perplexity {expected.mean().exp():.4f} on {blocks.numel()} tokens", flush=True)

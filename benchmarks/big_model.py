@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from dfrot.progress import track
+from dfrot.system.progress import track
 
 # hidden size, intermediate size, attention heads, heads of keys and values, layers (arXiv 2307.09288, and the hub)
 SIZES = {"7b": (4096, 11008, 32, 32, 32), "13b": (5120, 13824, 40, 40, 40), "70b": (8192, 28672, 64, 8, 80)}

@@ -23,10 +23,10 @@ import numpy as np
 import torch
 
 import dfrot
-from dfrot.errors import UserError
 from dfrot.evaluation.perplexity import perplexity
 from dfrot.export import export
-from dfrot.texts import read_text, token_blocks
+from dfrot.models.texts import read_text, token_windows
+from dfrot.system.errors import UserError
 
 ENGINE = Path(__file__).parent / "llama_cpp.py"
 TYPES = ("f32", "bf16", "f16", "q8_0", "q4_0")
@@ -94,7 +94,7 @@ def main() -> None:
             checkpoint = dfrot.quantize(arguments.source, recipe, Path(folder) / "plain").path
         model, tokenizer = dfrot.load(checkpoint)
         text = read_text(arguments.text, "test")
-        blocks = token_blocks(tokenizer, text, arguments.text, arguments.seq_len, arguments.max_tokens)
+        blocks = token_windows(tokenizer, text, arguments.text, arguments.seq_len, arguments.max_tokens)
         recipe = model.config.quantization_config.record["recipe"]
         label = f"{recipe['method']} {recipe['weights']} {recipe['spec']}"
         ours = perplexity(model, blocks)

@@ -23,7 +23,7 @@ import torch
 import dfrot
 from dfrot.evaluation.perplexity import perplexity
 from dfrot.export import export
-from dfrot.texts import read_text, token_blocks
+from dfrot.models.texts import read_text, token_windows
 
 ROOT = Path(__file__).parents[1]
 
@@ -69,7 +69,7 @@ def main() -> None:
         for checkpoint in options.checkpoints:
             model, tokenizer = dfrot.load(checkpoint)
             text = read_text(options.ppl, "test")
-            blocks = token_blocks(tokenizer, text, options.ppl, options.seq_len, options.max_tokens)
+            blocks = token_windows(tokenizer, text, options.ppl, options.seq_len, options.max_tokens)
             ours = perplexity(model, blocks, "dfrot")
             computes = str(model.dtype).removeprefix("torch.")
             out = Path(scratch) / checkpoint.name

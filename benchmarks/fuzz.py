@@ -3,7 +3,7 @@
     python benchmarks/fuzz.py all [--inputs 10000] [--seed 0]
     python benchmarks/fuzz.py config --only 4711      # one input again, with its traceback
 
-A reader may return, or raise a UserError or an EnvironmentFault; another exception, a hang, a crash, a gigabyte of
+A reader may return, or raise a UserError or an SetupError; another exception, a hang, a crash, a gigabyte of
 memory or a file outside its directory is a failure, and the exit code 1.
 """
 

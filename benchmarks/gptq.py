@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dfrot.progress import track
 from dfrot.quant.affine import QParams, choose_qparams, dequantize, quantize
-from dfrot.spec import TensorSpec
-from dfrot.weights.gptq import factorize, gptq, layer_loss
+from dfrot.quant.spec import TensorSpec
+from dfrot.rounding.gptq import factorize, gptq, layer_loss
+from dfrot.system.progress import track
 
 SPEC, DAMPING = TensorSpec(4, symmetric=True), 0.01
 # LLaMA-2-7B: 32 blocks of (out, in), layers with the same input together.

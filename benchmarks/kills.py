@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from dfrot.progress import track
+from dfrot.system.progress import track
 
 
 def contents(folder: Path) -> dict[str, bytes]:

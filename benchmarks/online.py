@@ -17,10 +17,10 @@ import torch
 
 import dfrot
 from dfrot.kernels.library import backend
-from dfrot.memory import keep_freed_memory
-from dfrot.runtime.blocks import RotatedNorm
 from dfrot.runtime.kv import KVQuantizer
 from dfrot.runtime.linear import QuantLinear
+from dfrot.runtime.norms import RotatedNorm
+from dfrot.system.memory import keep_freed_memory
 
 
 def load(checkpoint: str, *, rotates: bool) -> Any:

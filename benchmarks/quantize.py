@@ -25,15 +25,17 @@ from pathlib import Path
 import tyro
 
 from dfrot.cli import Quantize
-from dfrot.memory import parse_size
+from dfrot.evaluation.record import model_size
 from dfrot.models.source import locate, open_source
-from dfrot.plan import Plan
-from dfrot.results import model_size
+from dfrot.pipeline.estimate import Estimate
+from dfrot.system.memory import parse_size
 
 
-def planned(model: str, words: list[str]) -> Plan:
+def planned(model: str, words: list[str]) -> Estimate:
     options = tyro.cli(Quantize, args=[model, "-o", "nowhere", *words])
-    return Plan.of(open_source(model), options.recipe(), None if options.memory is None else parse_size(options.memory))
+    return Estimate.of(
+        open_source(model), options.recipe(), None if options.memory is None else parse_size(options.memory)
+    )
 
 
 def main() -> None:

@@ -15,14 +15,14 @@ import time
 import torch
 
 import dfrot
+from dfrot.evaluation.record import peak_rss_bytes
 from dfrot.linalg.rotation import Rotation, random_hadamard
-from dfrot.methods.context import Context
 from dfrot.methods.dfrot import ORDINARY_TOKENS, SOLVERS, refine, squared_errors
+from dfrot.methods.method import Context
 from dfrot.methods.sample import Sample, Sampler, sample_norm_outputs
 from dfrot.models.source import open_source
-from dfrot.results import peak_rss_bytes
-from dfrot.spec import TensorSpec
-from dfrot.texts import calibration_blocks, read_text
+from dfrot.models.texts import calibration_windows, read_text
+from dfrot.quant.spec import TensorSpec
 
 QUANTIZER = TensorSpec(4, symmetric=False, clip=0.9)
 TOKENS, PIECE = 131_072, 2048
@@ -32,7 +32,7 @@ def compare(text: str, model: str, gamma: float) -> None:
     source = open_source(model)
     recipe = dfrot.Recipe.parse("dfrot", calib=text)
     generator = torch.Generator().manual_seed(0)
-    ids = calibration_blocks(source.tokenizer(), read_text(text, "train"), text, 2048, 2048, generator)
+    ids = calibration_windows(source.tokenizer(), read_text(text, "train"), text, 2048, 2048, generator)
     context = Context(source, recipe, lambda: ids, torch.device("cpu"))
     everything = sample_norm_outputs(context, ids, "relative", kept=None)
     start = random_hadamard(source.config.hidden_size, context.generator())

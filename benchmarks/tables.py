@@ -26,10 +26,10 @@ from typing import Any
 from rich.console import Console
 
 import dfrot
-from dfrot.compare import compare
+from dfrot.compare.table import LiveTable
+from dfrot.compare.trials import compare
 from dfrot.evaluation.run import Measurement
-from dfrot.grid import LiveTable
-from dfrot.texts import text_label
+from dfrot.models.texts import text_label
 
 Words = dict[str, Any]
 

@@ -16,12 +16,12 @@ from rich.console import Console
 from rich.table import Table
 
 import dfrot
-from dfrot.compare import compare
+from dfrot.compare.table import LiveTable
+from dfrot.compare.trials import compare
+from dfrot.evaluation.record import Record
 from dfrot.evaluation.run import Measurement
-from dfrot.grid import LiveTable
-from dfrot.memory import keep_freed_memory
 from dfrot.report import report
-from dfrot.results import Record
+from dfrot.system.memory import keep_freed_memory
 
 MODEL, TEXT = "smollm2-135m", "pydoc"
 CALIBRATION_TOKENS = 16384  # for the weights; rotations take the first sequence of 2048

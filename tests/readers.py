@@ -1,6 +1,6 @@
 """Everything that reads what somebody else may have written, with something valid to read, as targets of fuzzing.
 
-A reader may return, or raise a UserError or an EnvironmentFault. Anything else is a failure: another exception, a hang,
+A reader may return, or raise a UserError or an SetupError. Anything else is a failure: another exception, a hang,
 memory without measure, a file that appears outside the directory it works in.
 """
 
@@ -26,19 +26,21 @@ import torch
 from safetensors.torch import load, save
 
 import dfrot
+from dfrot.checkpoint.fit_file import read_fit, write_fit
 from dfrot.checkpoint.load import checkpoint_recipe
-from dfrot.checkpoint.save import is_ours, opened_writer, read_fit, write_fit
-from dfrot.errors import EnvironmentFault, UserError
+from dfrot.checkpoint.manifest import is_ours
+from dfrot.checkpoint.writer import opened_writer
+from dfrot.evaluation.record import read_records
 from dfrot.models.gguf import check_structure
 from dfrot.models.source import load_tokenizer, open_safetensors, open_source, read_config, stored_tensors, weight_files
-from dfrot.recipe import Recipe
+from dfrot.models.texts import read_text
+from dfrot.pipeline.recipe import Recipe
 from dfrot.report.contents import read_inspection
 from dfrot.report.figures import figures
 from dfrot.report.page import page
-from dfrot.results import read_records
-from dfrot.runtime.plan import RuntimePlan
-from dfrot.texts import read_text
-from dfrot.transform.sites import Transforms
+from dfrot.runtime.config import RuntimeConfig
+from dfrot.system.errors import SetupError, UserError
+from dfrot.transform.transforms import Transforms
 from tests.mutations import mutated_bytes, mutated_json_file, mutated_safetensors
 from tests.report.records import record, write_inspection
 from tests.tiny_models import write_tiny_model
@@ -110,7 +112,7 @@ def readers(scratch: Path) -> dict[str, Reader]:
     return {
         "recipe": Reader(_object(Recipe.from_json), {"o.json": json.dumps(recipe.to_json()).encode()}, _json("o.json")),
         "plan": Reader(
-            _object(RuntimePlan.from_json), {"o.json": json.dumps(record_of_plan).encode()}, _json("o.json")
+            _object(RuntimeConfig.from_json), {"o.json": json.dumps(record_of_plan).encode()}, _json("o.json")
         ),
         "config": Reader(read_config, {"config.json": model["config.json"]}, _json("config.json")),
         "index": Reader(weight_files, contents(sharded), _json("model.safetensors.index.json")),
@@ -176,7 +178,7 @@ def transforms_of_all_kinds() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """A description with every type of rotation, and its tensors."""
     generator = torch.Generator().manual_seed(0)
     from dfrot.linalg.rotation import Hadamard, Permutation, block_diagonal, random_hadamard, random_orthogonal
-    from dfrot.transform.sites import InputTransform
+    from dfrot.transform.transforms import InputTransform
 
     order = torch.randperm(8, generator=generator)
     tensors: dict[str, torch.Tensor] = {}
@@ -349,7 +351,7 @@ def _outcome(reader: Reader, folder: Path) -> str | None:
     try:
         reader.read(folder)
         wrong = None
-    except (UserError, EnvironmentFault) as error:
+    except (UserError, SetupError) as error:
         wrong = "" if str(error) and len(str(error)) < 10_000 else f"a message of {len(str(error))} characters"
     except KeyboardInterrupt:
         raise

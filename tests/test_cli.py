@@ -153,7 +153,8 @@ def test_interrupting_says_how_to_resume_and_resuming_finishes(tiny: Tiny, tmp_p
     pause = (
         "import signal, sys, time\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # background jobs inherit that it is ignored
-        "from dfrot import cli, pipeline\n"
+        "from dfrot import cli\n"
+        "from dfrot.pipeline import run as pipeline\n"
         "pipeline.quantize_block = lambda *_: time.sleep(60)\n"
         "sys.exit(cli.main(sys.argv[1:]))\n"
     )

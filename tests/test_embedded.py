@@ -9,9 +9,9 @@ import torch
 
 import dfrot
 from dfrot.cli import main
+from dfrot.evaluation.record import model_size
 from dfrot.evaluation.run import Measurement, evaluate
 from dfrot.models.source import open_source
-from dfrot.results import model_size
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 WIKITEXT = DATA / "wikitext2" / "wiki.test.raw"

@@ -17,19 +17,21 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import dfrot
-from dfrot import pipeline
-from dfrot.checkpoint import save
-from dfrot.checkpoint.save import opened_writer, read_fit, write_fit
+from dfrot.checkpoint.fit_file import read_fit, write_fit
+from dfrot.checkpoint.manifest import FIT_FILE
+from dfrot.checkpoint.writer import opened_writer
 from dfrot.cli import main
-from dfrot.errors import EnvironmentFault, UserError
-from dfrot.json_file import parse_json
 from dfrot.linalg.hadamard import is_hadamard_size, require_hadamard_size
 from dfrot.linalg.rotation import rotation_from
 from dfrot.models.gguf import check_structure
 from dfrot.models.source import open_source, read_config, weight_files
-from dfrot.recipe import Recipe
+from dfrot.models.texts import read_text
+from dfrot.pipeline import run as pipeline
+from dfrot.pipeline.recipe import Recipe
 from dfrot.report.contents import read_inspection
-from dfrot.texts import read_text
+from dfrot.system import files as save
+from dfrot.system.errors import SetupError, UserError
+from dfrot.system.files import parse_json
 from tests.report.records import write_inspection
 
 Tiny = Callable[[str], Path]
@@ -72,7 +74,7 @@ def test_a_disk_that_fills_up_anywhere_leaves_nothing_finished_and_says_resume(t
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
             try:
                 dfrot.quantize({str(tiny("llama"))!r}, recipe, {str(tmp_path / "out")!r}, resume=limit > 10)
-            except dfrot.EnvironmentFault as error:
+            except dfrot.SetupError as error:
                 message = str(error)
             resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
             print(limit, message, flush=True)
@@ -99,7 +101,7 @@ def test_a_tokenizer_that_cannot_be_written_is_the_environments_fault(
         raise Exception("No space left on device (os error 28)")
 
     monkeypatch.setattr("transformers.PreTrainedTokenizerFast.save_pretrained", full)
-    with pytest.raises(EnvironmentFault, match=r"No space left.*--resume"):
+    with pytest.raises(SetupError, match=r"No space left.*--resume"):
         dfrot.quantize(model, RECIPE, tmp_path / "out")
     monkeypatch.undo()
     assert not (tmp_path / "out" / "config.json").exists()
@@ -109,7 +111,7 @@ def test_a_tokenizer_that_cannot_be_written_is_the_environments_fault(
 @pytest.mark.skipif(os.geteuid() == 0, reason="what is read-only for others is not for root")
 def test_a_read_only_directory_is_one_message(tiny: Tiny, tmp_path: Path) -> None:
     (tmp_path / "locked").mkdir(mode=0o500)
-    with pytest.raises(EnvironmentFault, match=r"cannot write to .*Permission denied"):
+    with pytest.raises(SetupError, match=r"cannot write to .*Permission denied"):
         dfrot.quantize(tiny("llama"), RECIPE, tmp_path / "locked" / "out")
 
 
@@ -125,7 +127,7 @@ def test_a_write_that_is_not_permitted_is_one_message(
         return original(path, *given, **named)
 
     monkeypatch.setattr(Path, call, denied)
-    with pytest.raises(EnvironmentFault, match=r"cannot write to .*Permission denied"):
+    with pytest.raises(SetupError, match=r"cannot write to .*Permission denied"):
         dfrot.quantize(model, RECIPE, tmp_path / "out")
     assert not (tmp_path / "out" / "config.json").exists()
 
@@ -378,16 +380,16 @@ def test_a_resumed_run_does_not_go_on_with_the_rotations_of_another_model(
     with pytest.raises(KeyboardInterrupt):
         dfrot.quantize(model, recipe, out)
     monkeypatch.undo()
-    kept = read_fit(out / save.FIT_FILE)
+    kept = read_fit(out / FIT_FILE)
     assert kept is not None, "it was written before the first block"
     record, tensors = kept
     if method == "duquant":
         record["transforms"]["inputs"].pop()
     else:
         record["transforms"]["values"] = {"type": "identity", "size": 5}
-    write_fit(out / save.FIT_FILE, record, tensors)
-    digest = hashlib.sha256((out / save.FIT_FILE).read_bytes()).hexdigest()
-    edit(out / save.RUN_FILE, lambda manifest: manifest["files"][save.FIT_FILE].update(sha256=digest))
+    write_fit(out / FIT_FILE, record, tensors)
+    digest = hashlib.sha256((out / FIT_FILE).read_bytes()).hexdigest()
+    edit(out / save.RUN_FILE, lambda manifest: manifest["files"][FIT_FILE].update(sha256=digest))
     with pytest.raises(UserError, match="keeps the rotations of another model"):
         dfrot.quantize(model, recipe, out, resume=True)
 

@@ -12,13 +12,13 @@ import dfrot
 from dfrot.linalg.rotation import random_hadamard
 from dfrot.methods.dfrot import PAPER_QUANTIZER, SOLVERS, refine
 from dfrot.methods.sample import Sample
-from dfrot.processes import ALONE, Processes
-from dfrot.weights.inputs import BlockTask
+from dfrot.rounding.stream import BlockTask
+from dfrot.system.distributed import SINGLE_PROCESS, ProcessGroup
 
 STEPS = 10
 
 
-def refined(processes: Processes) -> dict[str, Tensor]:
+def refined(processes: ProcessGroup) -> dict[str, Tensor]:
     """A rotation from either solver, in float64, and the objective along the way."""
     x = torch.randn(301, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     x[:5, 7] = 100
@@ -34,7 +34,9 @@ def refined(processes: Processes) -> dict[str, Tensor]:
     return found
 
 
-def hessians(model: str, text: str, out: str, dtype: str, processes: Processes = ALONE) -> dict[str, Tensor]:
+def hessians(
+    model: str, text: str, out: str, dtype: str, processes: ProcessGroup = SINGLE_PROCESS
+) -> dict[str, Tensor]:
     """The Hessians of a run, in the order in which they were needed."""
     found: dict[str, Tensor] = {}
     original = BlockTask.hessian
@@ -55,11 +57,11 @@ def hessians(model: str, text: str, out: str, dtype: str, processes: Processes =
 
 if __name__ == "__main__":
     folder, model, text = sys.argv[1:]
-    us = Processes.of()
+    us = ProcessGroup.of()
     with us.joined("cpu"):
         everything = {"refined": refined(us)}
         for dtype in ("float64", "float32"):
             everything[dtype] = hessians(model, text, f"{folder}/{dtype}", dtype, us)
-    if us.first:
+    if us.is_main:
         for name, tensors in everything.items():
             save_file(tensors, Path(folder) / f"{name}.safetensors")

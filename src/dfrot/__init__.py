@@ -4,16 +4,16 @@ from dfrot.version import __version__
 
 # isort: split
 from dfrot.checkpoint.load import load
-from dfrot.errors import EnvironmentFault, UserError
 from dfrot.evaluation.perplexity import perplexity
-from dfrot.pipeline import Report, quantize
-from dfrot.recipe import Recipe
-from dfrot.spec import Spec
+from dfrot.pipeline.recipe import Recipe
+from dfrot.pipeline.run import Report, quantize
+from dfrot.quant.spec import Spec
+from dfrot.system.errors import SetupError, UserError
 
 __all__ = [
-    "EnvironmentFault",
     "Recipe",
     "Report",
+    "SetupError",
     "Spec",
     "UserError",
     "__version__",

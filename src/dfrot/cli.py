@@ -20,14 +20,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dfrot.errors import EnvironmentFault, UserError
-from dfrot.memory import keep_freed_memory, parse_size
+from dfrot.system.errors import SetupError, UserError
+from dfrot.system.memory import keep_freed_memory, parse_size
 from dfrot.version import __version__
 
 if TYPE_CHECKING:
     from dfrot.evaluation.run import Measurement
-    from dfrot.processes import Processes
-    from dfrot.recipe import Recipe
+    from dfrot.pipeline.recipe import Recipe
+    from dfrot.system.distributed import ProcessGroup
 
 out = Console()
 err = Console(stderr=True)
@@ -128,7 +128,7 @@ class Quantize:
     """Only say what is expected: memory, disk, time."""
 
     def recipe(self) -> "Recipe":
-        from dfrot.recipe import Recipe
+        from dfrot.pipeline.recipe import Recipe
 
         given = {name: value for name, value in vars(self).items()}
         for name in ("model", "out", "device", "resume", "overwrite", "memory", "plan"):
@@ -136,32 +136,32 @@ class Quantize:
         return Recipe.parse(**given)
 
     def run(self) -> None:
-        from dfrot.processes import Processes
-        from dfrot.progress import silence
+        from dfrot.system.distributed import ProcessGroup
+        from dfrot.system.progress import silence
 
-        processes = Processes.of()
+        processes = ProcessGroup.of()
         device = processes.device(self.device)
-        if not processes.first:
+        if not processes.is_main:
             out.quiet = True
             silence()
         with processes.joined(device):
             self._run(processes, device)
 
-    def _run(self, processes: "Processes", device: str) -> None:
+    def _run(self, processes: "ProcessGroup", device: str) -> None:
         from dfrot.models.source import open_source
-        from dfrot.plan import Plan
+        from dfrot.pipeline.estimate import Estimate
 
         recipe = self.recipe()
         memory = None if self.memory is None else parse_size(self.memory)
-        expected = Plan.of(open_source(self.model), recipe, memory, processes)
+        expected = Estimate.of(open_source(self.model), recipe, memory, processes)
         if expected.tight:
             keep_freed_memory(largest=1 << 27)  # half the peak for twice the time, as measured
         if self.plan:
             out.print(str(expected), highlight=False, soft_wrap=True)
             expected.require_room(self.out)
             return
-        from dfrot.pipeline import quantize
-        from dfrot.results import model_size
+        from dfrot.evaluation.record import model_size
+        from dfrot.pipeline.run import quantize
 
         report = quantize(
             self.model,
@@ -307,9 +307,9 @@ class Compare:
     """Also log the records to a tracker: wandb, trackio, mlflow, tensorboard or another that accelerate knows."""
 
     def run(self) -> None:
-        from dfrot.compare import compare
+        from dfrot.compare.table import LiveTable, recipes
+        from dfrot.compare.trials import compare
         from dfrot.evaluation.trackers import log_records
-        from dfrot.grid import LiveTable, recipes
 
         grid = recipes(
             *map(_words, (self.methods, self.weights, self.specs, self.seeds)),
@@ -335,9 +335,7 @@ class Compare:
         if self.log_to is not None:
             log_records(records, self.log_to)
         if len(records) < len(cells):
-            raise EnvironmentFault(
-                f"{len(cells) - len(records)} of {len(cells)} cells failed; the others are recorded."
-            )
+            raise SetupError(f"{len(cells) - len(records)} of {len(cells)} cells failed; the others are recorded.")
 
 
 @dataclass(frozen=True)
@@ -364,8 +362,8 @@ class Inspect:
     """Where to compute: cpu, cuda."""
 
     def run(self) -> None:
-        from dfrot.evaluation.inspect import FIGURES, inspect
-        from dfrot.json_file import read_json
+        from dfrot.inspect.inspect import FIGURES, inspect
+        from dfrot.system.files import read_json
 
         found = read_json(inspect(**vars(self)) / FIGURES)
         table = Table("rotation", "error: ordinary", "massive", "kurtosis", "damage, nats")
@@ -453,7 +451,7 @@ class Push:
     """Only print the card."""
 
     def run(self) -> None:
-        from dfrot.hub import model_card, push, read_results
+        from dfrot.export.hub import model_card, push, read_results
 
         records = read_results(self.results)
         if self.card:
@@ -535,7 +533,7 @@ class Bench:
         import torch
 
         from dfrot.evaluation.bench import bench, bench_shape
-        from dfrot.recipe import Recipe
+        from dfrot.pipeline.recipe import Recipe
 
         if (self.checkpoint is None) == (self.shape is None):
             raise UserError("bench takes a checkpoint, or --shape.")
@@ -579,8 +577,8 @@ class Info:
 
     def run(self) -> None:
         from dfrot.checkpoint.load import checkpoint_recipe
+        from dfrot.evaluation.record import model_size
         from dfrot.kernels.library import backend
-        from dfrot.results import model_size
 
         recipe = checkpoint_recipe(self.checkpoint)
         if recipe is None:
@@ -636,7 +634,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         _check_processes(command)
         command.run()
-    except (UserError, EnvironmentFault) as error:
+    except (UserError, SetupError) as error:
         if debug:
             raise
         _complain(str(error))
@@ -662,9 +660,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _check_processes(command: Any) -> None:
-    from dfrot.processes import Processes
+    from dfrot.system.distributed import ProcessGroup
 
-    if not isinstance(command, Quantize) and (count := Processes.of().count) > 1:
+    if not isinstance(command, Quantize) and (count := ProcessGroup.of().count) > 1:
         raise UserError(f"`dfrot quantize` is what several processes can share; torchrun has started {count}.")
 
 

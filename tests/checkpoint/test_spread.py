@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import dfrot
-from dfrot.errors import EnvironmentFault, UserError
 from dfrot.evaluation.run import Measurement, evaluate
+from dfrot.system.errors import SetupError, UserError
 
 pytest.importorskip("accelerate", reason="spreading a model needs accelerate")
 
@@ -55,5 +55,5 @@ def test_what_is_not_loaded_yet_is_checked_too(checkpoint: Path) -> None:
 
 def test_without_accelerate_it_is_named(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(EnvironmentFault, match=r"pip install 'dfrot\[eval\]'"):
+    with pytest.raises(SetupError, match=r"pip install 'dfrot\[eval\]'"):
         dfrot.load(tiny("llama"), device="auto")

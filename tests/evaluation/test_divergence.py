@@ -8,9 +8,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import dfrot
-from dfrot.errors import UserError
 from dfrot.evaluation.divergence import divergence
 from dfrot.evaluation.run import Measurement, evaluate
+from dfrot.system.errors import UserError
 
 Tiny = Callable[[str], Path]
 BLOCKS = torch.randint(1, 96, (2, 20), generator=torch.Generator().manual_seed(3))

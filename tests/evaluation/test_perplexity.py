@@ -8,10 +8,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import dfrot
-from dfrot.errors import UserError
 from dfrot.evaluation import perplexity as module
+from dfrot.evaluation.record import Record, append_records, model_size
 from dfrot.evaluation.run import Measurement, evaluate
-from dfrot.results import Record, append_records, model_size
+from dfrot.system.errors import UserError
 from tests.tiny_models import CONFIGS
 
 Tiny = Callable[[str], Path]

@@ -3,10 +3,10 @@ from typing import Any
 import pytest
 from accelerate import tracking
 
-from dfrot.errors import EnvironmentFault, UserError
+from dfrot.evaluation.record import Record
 from dfrot.evaluation.trackers import log_records
-from dfrot.recipe import Recipe
-from dfrot.results import Record
+from dfrot.pipeline.recipe import Recipe
+from dfrot.system.errors import SetupError, UserError
 
 heard: list[tuple[str, Any]] = []
 
@@ -51,5 +51,5 @@ def test_trackers_that_are_not_there_are_said(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(UserError, match="no tracker 'paper'"):
         log_records([], "paper")
     monkeypatch.setattr(tracking, "get_available_trackers", lambda: [])
-    with pytest.raises(EnvironmentFault, match="pip install mlflow"):
+    with pytest.raises(SetupError, match="pip install mlflow"):
         log_records([], "mlflow")

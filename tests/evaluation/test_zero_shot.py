@@ -9,9 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dfrot
-from dfrot.errors import UserError
 from dfrot.evaluation.run import Measurement, evaluate
 from dfrot.evaluation.zero_shot import scores
+from dfrot.system.errors import UserError
 
 Tiny = Callable[[str], Path]
 QUESTIONS = [

@@ -17,12 +17,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 import dfrot
 from dfrot.cli import main
-from dfrot.errors import EnvironmentFault, UserError
 from dfrot.export import export
 from dfrot.export.checkpoint import Checkpoint
-from dfrot.export.gguf import ARCHITECTURES
+from dfrot.export.gguf_file import ARCHITECTURES
 from dfrot.export.gguf_types import choose_type, packed
 from dfrot.models.families import GRAPHS
+from dfrot.system.errors import SetupError, UserError
 from tests.tiny_models import CONFIGS, write_tiny_model
 
 gguf = pytest.importorskip("gguf", reason="reads and writes GGUF files")
@@ -491,14 +491,14 @@ def test_a_file_that_is_there_is_left_alone_and_an_unfinished_one_is_removed(
     with pytest.raises(UserError, match=r"a.gguf is there already, and is not touched"):
         export(made(), "gguf", tmp_path / "a.gguf")
     assert (tmp_path / "a.gguf").read_text() == "mine"
-    with pytest.raises(EnvironmentFault, match="cannot write to"):
+    with pytest.raises(SetupError, match="cannot write to"):
         export(made(), "gguf", tmp_path / "nowhere" / "a.gguf")
 
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", full)
-    with pytest.raises(EnvironmentFault, match="No space left on device"):
+    with pytest.raises(SetupError, match="No space left on device"):
         export(made(), "gguf", tmp_path / "b.gguf")
     assert [file.name for file in tmp_path.iterdir()] == ["a.gguf"]
 

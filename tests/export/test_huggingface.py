@@ -11,10 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import dfrot
-from dfrot.errors import UserError
 from dfrot.export import export
 from dfrot.export.checkpoint import Checkpoint, Layer
 from dfrot.export.directory import write_directory
+from dfrot.system.errors import UserError
 from tests.tiny_models import CONFIGS
 
 Tiny = Callable[[str], Path]

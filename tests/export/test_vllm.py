@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import dfrot
-from dfrot.errors import UserError
 from dfrot.export import export, vllm
 from dfrot.export.checkpoint import Checkpoint
+from dfrot.quant.spec import UNQUANTIZED
+from dfrot.runtime.config import RuntimeConfig
 from dfrot.runtime.linear import QuantLinear
-from dfrot.runtime.plan import RuntimePlan
-from dfrot.spec import LEFT_ALONE
+from dfrot.system.errors import UserError
 from tests.tiny_models import write_tiny_model
 
 Tiny = Callable[[str], Path]
@@ -31,7 +31,7 @@ def made(tiny: Tiny, out: Path, spec: str, architecture: str = "llama", **words:
     return dfrot.quantize(tiny(architecture), dfrot.Recipe.parse(spec=spec, **words), out).path
 
 
-def checkpoint_plan(checkpoint: Path) -> RuntimePlan:
+def checkpoint_plan(checkpoint: Path) -> RuntimeConfig:
     return Checkpoint.open(checkpoint).plan
 
 
@@ -74,7 +74,7 @@ def test_eight_bit_activations_are_quantized_by_transformers_too(tiny: Tiny, tmp
     assert torch.equal(stored["model.layers.0.mlp.down_proj.weight_scale"], layer.scales)
     for module in model.modules():
         if isinstance(module, QuantLinear):
-            module.activations = LEFT_ALONE
+            module.activations = UNQUANTIZED
     unrounded = model(TOKENS).logits.detach()
     assert (theirs - unrounded).abs().mean() > 0.1 * (ours - unrounded).abs().mean()  # they do round
     assert (theirs - ours).abs().mean() < 2 * (ours - unrounded).abs().mean()  # and not otherwise than twice by that

@@ -6,25 +6,25 @@ import pytest
 import torch
 
 from dfrot.kernels import attention
-from dfrot.kernels.transform import NO_PASSES, passes_of
+from dfrot.kernels.lowering import NO_PASSES, lower
 from dfrot.linalg.rotation import Hadamard
 from dfrot.quant.affine import QParams, dequantize
 from dfrot.quant.packing import unpack
-from dfrot.runtime.kv import KVQuantizer, Packed, QuantizedLayer
-from dfrot.spec import TensorSpec
+from dfrot.quant.spec import TensorSpec
+from dfrot.runtime.kv import KVQuantizer, PackedKV, QuantizedCacheLayer
 
 EPS = {torch.float32: 2**-23, torch.bfloat16: 2**-7}
 BATCH, HEADS, LENGTH = 2, 3, 201
 
 
-def reference(packed: Packed, spec: TensorSpec, head_dim: int) -> torch.Tensor:
+def reference(packed: PackedKV, spec: TensorSpec, head_dim: int) -> torch.Tensor:
     codes = unpack(packed.codes, spec.bits, head_dim).double()
     return dequantize(codes, spec.token_granularity, QParams(packed.scale.double(), packed.zero.double()))
 
 
-def filled(quantizer: KVQuantizer, keys: torch.Tensor, values: torch.Tensor) -> tuple[Packed, Packed]:
+def filled(quantizer: KVQuantizer, keys: torch.Tensor, values: torch.Tensor) -> tuple[PackedKV, PackedKV]:
     """The cache after a long piece and single tokens."""
-    layer = QuantizedLayer(quantizer)
+    layer = QuantizedCacheLayer(quantizer)
     packed = layer.update(keys[:, :, :150], values[:, :, :150])
     for at in range(150, LENGTH):
         packed = layer.update(keys[:, :, at : at + 1], values[:, :, at : at + 1])
@@ -68,7 +68,7 @@ def test_attention_over_the_cache_is_sdpa_over_what_it_stands_for(
     k, v = (reference(part, spec, head_dim).repeat_interleave(repeats, 1) for part in packed)
     query = torch.randn(BATCH, HEADS * repeats, tokens, head_dim, generator=generator).to(dtype)
     mask = None if tokens == 1 else torch.rand(BATCH, 1, tokens, LENGTH, generator=generator) > 0.3
-    passes = passes_of(rotation)
+    passes = lower(rotation)
     assert passes is not None
     y = attention.attend(query, *packed, mask, passes, head_dim**-0.5, spec)
     rotated = query.double() @ rotation.as_matrix()

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dfrot.kernels.linear import PackedWeight, linear, rotate, supported
-from dfrot.kernels.transform import NO_PASSES, passes_of
+from dfrot.kernels.lowering import NO_PASSES, lower
 from dfrot.linalg.rotation import (
     Compose,
     Hadamard,
@@ -23,7 +23,7 @@ from dfrot.linalg.rotation import (
 )
 from dfrot.quant.affine import QParams, choose_qparams, dequantize, quantize
 from dfrot.quant.packing import pack
-from dfrot.spec import TensorSpec
+from dfrot.quant.spec import TensorSpec
 
 EPS = {torch.float32: 2**-23, torch.bfloat16: 2**-7}
 SLOW_SETUP = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -159,7 +159,7 @@ ROTATIONS: list[Rotation] = [
 @pytest.mark.parametrize("rotation", ROTATIONS, ids=lambda rotation: f"{type(rotation).__name__}{rotation.size}")
 def test_passes_are_the_rotation(isa: int, rotation: Rotation, generator: torch.Generator) -> None:
     x = torch.randn(3, rotation.size, generator=generator)
-    passes = passes_of(rotation)
+    passes = lower(rotation)
     assert passes is not None
     expected = x.double() @ rotation.as_matrix()
     error = (rotate(x, passes).double() - expected).abs().amax(-1)
@@ -168,15 +168,15 @@ def test_passes_are_the_rotation(isa: int, rotation: Rotation, generator: torch.
 
 
 def test_a_rotation_that_the_kernels_do_not_know_is_said(generator: torch.Generator) -> None:
-    assert passes_of(random_hadamard(16, generator)) is None
-    assert passes_of(Kronecker(Permutation(torch.arange(3)), Hadamard(4))) is None
+    assert lower(random_hadamard(16, generator)) is None
+    assert lower(Kronecker(Permutation(torch.arange(3)), Hadamard(4))) is None
 
 
 def test_weights_that_read_one_input_share_its_rotation_and_quantization(isa: int, generator: torch.Generator) -> None:
     """Eight bits, so that an integer that falls on the other side of a tie hardly shows."""
     weights, activations = TensorSpec(4, True), TensorSpec(8, False, 1.0)
     (one, w_one), (two, w_two) = (random_weight(out, 64, weights, generator) for out in (96, 33))
-    passes = passes_of(Hadamard(64))
+    passes = lower(Hadamard(64))
     assert passes is not None
     for rows in (1, 40, 300):
         x = torch.randn(rows, 64, generator=generator)

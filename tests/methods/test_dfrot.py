@@ -20,7 +20,7 @@ from dfrot.methods.dfrot import (
 )
 from dfrot.methods.massive import massive_tokens
 from dfrot.methods.sample import Sample, Sampler
-from dfrot.spec import TensorSpec
+from dfrot.quant.spec import TensorSpec
 
 Tiny = Callable[[str], Path]
 IN_USE = TensorSpec(4, symmetric=False, clip=0.9)

@@ -8,8 +8,8 @@ import torch
 
 import dfrot
 from dfrot.methods.duquant import block_rotations, block_size, greedy_rotation, smoothing, spreading, zigzag
-from dfrot.recipe import DuQuant, Recipe
-from dfrot.transform.sites import InputTransform
+from dfrot.pipeline.recipe import DuQuant, Recipe
+from dfrot.transform.transforms import InputTransform
 
 
 def test_channels_are_dealt_to_the_blocks_in_zigzag() -> None:

@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config
 
 import dfrot
-from dfrot.errors import EnvironmentFault, UserError
 from dfrot.models.families import GRAPHS
 from dfrot.models.source import open_source, use_torch_norms_
 from dfrot.models.stream import BlockRunner, captured_inputs
+from dfrot.system.errors import SetupError, UserError
 from tests.tiny_models import CONFIGS
 
 Tiny = Callable[[str], Path]
@@ -99,7 +99,7 @@ def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:
 
 def test_a_hub_that_cannot_be_reached_is_the_environments_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(EnvironmentFault, match=r"nobody/nothing.*cannot be reached"):
+    with pytest.raises(SetupError, match=r"nobody/nothing.*cannot be reached"):
         open_source("nobody/nothing")
 
 

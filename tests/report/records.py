@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from dfrot.recipe import Recipe
-from dfrot.results import Record, append_records
+from dfrot.evaluation.record import Record, append_records
+from dfrot.pipeline.recipe import Recipe
 
 MODEL = "smollm2-135m"
 TEXT = "wiki.test.raw"
@@ -28,12 +28,12 @@ CELLS = {
     ("duquant", "gptq", "w4a4kv4"): 31.57,
 }
 SEEDED = {("quarot", "gptq", "w4a4kv4"): (39.27, 40.19), ("dfrot", "gptq", "w4a4kv4"): (34.09, 34.56)}
-UNQUANTIZED = 20.97
+UNQUANTIZED_BITS = 20.97
 
 
 def record(recipe: Recipe | None, perplexity: float, model: str = MODEL, **conditions: Any) -> Record:
     """A record whose other metrics follow from its perplexity."""
-    loss = np.log(perplexity / UNQUANTIZED)
+    loss = np.log(perplexity / UNQUANTIZED_BITS)
     metrics = {
         **{f"ppl/{TEXT}": perplexity, f"kl/{TEXT}": float(loss), f"top1/{TEXT}": float(np.exp(-0.8 * loss))},
         **{f"{task}_local": float(0.5 + 0.18 * np.exp(-loss)) for task in ("acc/piqa", "acc_norm/arc_easy")},
@@ -64,7 +64,7 @@ def record(recipe: Recipe | None, perplexity: float, model: str = MODEL, **condi
 
 
 def records() -> list[Record]:
-    made = [record(None, UNQUANTIZED)]
+    made = [record(None, UNQUANTIZED_BITS)]
     for (method, weights, spec), perplexity in CELLS.items():
         values = (perplexity, *SEEDED.get((method, weights, spec), ()))
         for seed, value in enumerate(values):

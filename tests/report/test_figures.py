@@ -6,15 +6,15 @@ import numpy as np
 import plotly.graph_objects as go
 import pytest
 
-from dfrot.errors import UserError
-from dfrot.recipe import Recipe
+from dfrot.evaluation.record import read_records
+from dfrot.pipeline.recipe import Recipe
 from dfrot.report.contents import Inspection, read_inspection
 from dfrot.report.drawing import number
 from dfrot.report.figures import figures
 from dfrot.report.inspection_figures import kurtosis, max_pooled, sampled_ranks, surfaces, token_errors
 from dfrot.report.record_figures import against_bits, by_recipe, by_seeds, zero_shot
 from dfrot.report.words import deviations
-from dfrot.results import read_records
+from dfrot.system.errors import UserError
 from tests.report.records import TEXT, record, records, write_inspection, write_results
 
 

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from dfrot.cli import main
-from dfrot.errors import EnvironmentFault, UserError
-from dfrot.recipe import Recipe
+from dfrot.evaluation.record import append_records
+from dfrot.pipeline.recipe import Recipe
 from dfrot.report import report
 from dfrot.report.contents import read_inspection
 from dfrot.report.figures import figures
 from dfrot.report.images import save_images
-from dfrot.results import append_records
+from dfrot.system.errors import SetupError, UserError
 from tests.browser import Visit, in_browser
 from tests.report.records import TEXT, record, records, write_inspection, write_results
 
@@ -208,9 +208,7 @@ def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     for package in ("plotly", "kaleido"):
         monkeypatch.setattr(builtins, "__import__", without(package))
-        with pytest.raises(
-            EnvironmentFault, match=rf"the package {package}. Install it: pip install 'dfrot\[report\]'"
-        ):
+        with pytest.raises(SetupError, match=rf"the package {package}. Install it: pip install 'dfrot\[report\]'"):
             report(tmp_path, images=["png"])
 
 

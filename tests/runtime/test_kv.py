@@ -7,13 +7,13 @@ import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
 import dfrot
+from dfrot.evaluation.record import kv_bytes_per_token
 from dfrot.linalg.rotation import Hadamard
 from dfrot.models.source import read_config
 from dfrot.quant.affine import fake_quantize
 from dfrot.quant.grids import IntGrid, PerToken
-from dfrot.results import kv_bytes_per_token
-from dfrot.runtime.kv import KVQuantizer, QuantizedLayer
-from dfrot.spec import LEFT_ALONE, TensorSpec
+from dfrot.quant.spec import UNQUANTIZED, TensorSpec
+from dfrot.runtime.kv import KVQuantizer, QuantizedCacheLayer
 
 Tiny = Callable[[str], Path]
 SPEC = TensorSpec(4, symmetric=False, clip=0.95)
@@ -42,12 +42,12 @@ def test_queries_are_quantized_per_head_and_token_after_rotation() -> None:
     q = torch.randn(2, 3, 5, 12, dtype=torch.float64)
     rotated = q @ Hadamard(12).as_matrix()
     left_alone = KVQuantizer(SPEC, SPEC, Hadamard(12), 12)
-    torch.testing.assert_close(left_alone.prepared(q), rotated, rtol=0, atol=1e-14)
+    torch.testing.assert_close(left_alone.quantize_queries(q), rotated, rtol=0, atol=1e-14)
     low, high = (0.95 * rotated.clamp(max=0).amin(-1, True)), (0.95 * rotated.clamp(min=0).amax(-1, True))
     step = (high - low) / 15
     codes = ((rotated / step).round() + (-low / step).round()).clamp(0, 15)
     expected = (codes - (-low / step).round()) * step
-    quantized = KVQuantizer(SPEC, SPEC, Hadamard(12), 12, queries=SPEC).prepared(q)
+    quantized = KVQuantizer(SPEC, SPEC, Hadamard(12), 12, queries=SPEC).quantize_queries(q)
     torch.testing.assert_close(quantized, expected, rtol=0, atol=1e-12)
 
 
@@ -56,7 +56,7 @@ def test_a_checkpoint_quantizes_queries_where_its_recipe_does(model: Any, tiny: 
     with_queries = dfrot.load(dfrot.quantize(tiny("llama"), recipe, tmp_path / "queries").path)[0]
     assert not torch.equal(logits(with_queries, TOKENS), logits(model, TOKENS))
     for attention in (block.self_attn for block in with_queries.model.layers):
-        attention.kv_quantizer.queries = LEFT_ALONE
+        attention.kv_quantizer.queries = UNQUANTIZED
     assert torch.equal(logits(with_queries, TOKENS), logits(model, TOKENS))
 
 
@@ -75,7 +75,7 @@ def test_unpacking_gives_what_quantizing_leaves(bits: int) -> None:
 
 def test_the_bytes_of_a_cached_token_are_those_of_the_record(model: Any) -> None:
     cache = model(TOKENS, use_cache=True).past_key_values
-    assert all(isinstance(layer, QuantizedLayer) for layer in cache.layers)
+    assert all(isinstance(layer, QuantizedCacheLayer) for layer in cache.layers)
     stored = sum(layer.nbytes for layer in cache.layers)
     assert stored == TOKENS.numel() * kv_bytes_per_token(read_config(Path(model.name_or_path)), SPEC)
 

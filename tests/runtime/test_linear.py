@@ -8,13 +8,13 @@ import dfrot
 from dfrot.linalg.rotation import Hadamard, Rotation
 from dfrot.quant.affine import dequantize, fake_quantize
 from dfrot.quant.grids import IntGrid, PerToken
+from dfrot.quant.spec import UNQUANTIZED, TensorSpec
+from dfrot.rounding.rtn import rtn
 from dfrot.runtime.linear import QuantLinear, packed_tensors
-from dfrot.spec import LEFT_ALONE, TensorSpec
-from dfrot.weights.rtn import rtn
 
 
 def layer(
-    weight: torch.Tensor, weights: TensorSpec, activations: TensorSpec = LEFT_ALONE, rotation: Rotation | None = None
+    weight: torch.Tensor, weights: TensorSpec, activations: TensorSpec = UNQUANTIZED, rotation: Rotation | None = None
 ) -> QuantLinear:
     made = QuantLinear(
         weight.shape[1],
@@ -25,7 +25,7 @@ def layer(
         rotation=rotation,
         dtype=weight.dtype,
     )
-    tensors = packed_tensors(*rtn(weight, weights), weights) if weights.quantizes else {"weight": weight}
+    tensors = packed_tensors(*rtn(weight, weights), weights) if weights.enabled else {"weight": weight}
     made.load_state_dict(tensors)
     return made
 
@@ -62,7 +62,7 @@ def test_a_pass_with_gradients_has_the_value_of_one_without_and_the_gradient_of_
 
 def test_with_everything_left_alone_it_is_a_linear_layer() -> None:
     weight, x = torch.randn(5, 12), torch.randn(3, 12)
-    assert torch.equal(layer(weight, LEFT_ALONE)(x), torch.nn.functional.linear(x, weight))
+    assert torch.equal(layer(weight, UNQUANTIZED)(x), torch.nn.functional.linear(x, weight))
 
 
 def test_changing_the_dtype_changes_the_unpacked_weight() -> None:

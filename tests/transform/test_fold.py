@@ -6,7 +6,11 @@ from dfrot.transform.fold import Fold
 
 def test_what_a_layer_absorbs_moves_to_the_device_of_its_weight() -> None:
     generator = torch.Generator().manual_seed(0)
-    fold = Fold(gain=torch.ones(8), reads=random_hadamard(8, generator), writes=random_orthogonal(4, generator))
+    fold = Fold(
+        gain=torch.ones(8),
+        input_rotation=random_hadamard(8, generator),
+        output_rotation=random_orthogonal(4, generator),
+    )
     folded = fold.weight(torch.empty(4, 8, device="meta"))
     assert (folded.device.type, folded.dtype) == ("meta", torch.float64)
 
@@ -15,12 +19,12 @@ def test_a_folded_layer_computes_the_same_from_rotated_and_smoothed_inputs() -> 
     """x ↦ ((x̂ Q) / s) R goes in, (y P) with its last rows divided by t comes out, y = x̂ diag(g) Wᵀ + b."""
     generator = torch.Generator().manual_seed(0)
     weight, bias, x = (torch.randn(*shape, generator=generator).double() for shape in ((6, 8), (6,), (5, 8)))
-    gain, smooth, shrink = (torch.rand(size, generator=generator) + 0.5 for size in (8, 8, 2))
+    gain, smooth, output_divisor = (torch.rand(size, generator=generator) + 0.5 for size in (8, 8, 2))
     q, p = random_orthogonal(8, generator), random_orthogonal(4, generator)
     online = block_diagonal(random_hadamard(4, generator), 2)
-    fold = Fold(gain, q, smooth, online, p, first_row=2, shrink=shrink)
+    fold = Fold(gain, q, smooth, online, p, first_output_row=2, output_divisor=output_divisor)
     got = online.apply(q.apply(x) / smooth.double()) @ fold.weight(weight).T + fold.bias(bias)
     expected = (x * gain.double()) @ weight.T + bias
     expected[:, 2:] = p.apply(expected[:, 2:])
-    expected[:, -2:] /= shrink.double()
+    expected[:, -2:] /= output_divisor.double()
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-13)

@@ -10,18 +10,17 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-import dfrot.checkpoint.huggingface  # noqa: F401 — registers the quantizer
-from dfrot.checkpoint.save import RUN_FILE
-from dfrot.errors import EnvironmentFault, UserError
-from dfrot.json_file import read_json
+import dfrot.checkpoint.hf_quantizer  # noqa: F401 — registers the quantizer
 from dfrot.linalg.rotation import is_permutation
 from dfrot.models.families import graph_for
 from dfrot.models.graph import Config
 from dfrot.models.source import load_tokenizer, locate, open_safetensors, read_config, stored_tensors, weight_files
-from dfrot.recipe import Recipe
-from dfrot.runtime.blocks import BlockRotation
+from dfrot.pipeline.recipe import Recipe
+from dfrot.runtime.config import RuntimeConfig
 from dfrot.runtime.install import install_
-from dfrot.runtime.plan import RuntimePlan
+from dfrot.runtime.norms import BlockRotation
+from dfrot.system.errors import SetupError, UserError
+from dfrot.system.files import RUN_FILE, read_json
 
 Device = str | torch.device | Mapping[str, int | str]
 
@@ -44,7 +43,7 @@ def checkpoint_recipe(path: Path) -> Recipe | None:
     made_by = record.get("quant_method") if isinstance(record, dict) else record
     if made_by != "dfrot":
         raise UserError(f"{path} was quantized by '{made_by}', which dfrot does not read.")
-    RuntimePlan.from_json(record)
+    RuntimeConfig.from_json(record)
     return Recipe.from_json(record["recipe"])
 
 
@@ -71,7 +70,7 @@ def _check_shapes(path: Path, config: Config, files: Mapping[str, Path]) -> None
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         if (record := getattr(config, "quantization_config", None)) is not None:
-            install_(skeleton, RuntimePlan.from_json(record))
+            install_(skeleton, RuntimeConfig.from_json(record))
     except UserError:
         raise
     except Exception as error:  # what a config may say that no model can be made from has no end
@@ -111,14 +110,14 @@ def load(model: str | Path, *, device: Device = "cpu", dtype: torch.dtype | None
 
     Raises:
         UserError: there is no such checkpoint or model, or it is incomplete or broken.
-        EnvironmentFault: it has to come from the hub, which cannot be reached; or accelerate is not installed, which
+        SetupError: it has to come from the hub, which cannot be reached; or accelerate is not installed, which
             spreads it.
     """
     there, spread = None, {}
     if isinstance(device, Mapping) or device == "auto":
         spread = {"device_map": device}
         if importlib.util.find_spec("accelerate") is None:
-            raise EnvironmentFault("spreading a model needs accelerate. Install it: pip install 'dfrot[eval]'")
+            raise SetupError("spreading a model needs accelerate. Install it: pip install 'dfrot[eval]'")
     else:
         there = usable_device(device)
     if (folder := Path(model).expanduser()).is_dir():
@@ -140,7 +139,7 @@ def load(model: str | Path, *, device: Device = "cpu", dtype: torch.dtype | None
             output_loading_info=True,
             **spread,
         )
-    except EnvironmentFault:
+    except SetupError:
         raise
     except Exception as error:  # transformers raises errors of many kinds for files that do not fit together
         raise UserError(f"{path} cannot be loaded: {error}") from error

@@ -16,18 +16,18 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from dfrot.checkpoint.load import load
-from dfrot.errors import UserError
+from dfrot.evaluation.record import conditions
 from dfrot.linalg.rotation import Hadamard
 from dfrot.models.families import graph_for
 from dfrot.models.graph import head_dim
-from dfrot.progress import track
-from dfrot.recipe import Recipe
-from dfrot.results import conditions
+from dfrot.pipeline.recipe import Recipe
+from dfrot.runtime.config import RuntimeConfig
 from dfrot.runtime.install import install_
-from dfrot.runtime.kv import ATTENTION, QuantizedLayer
+from dfrot.runtime.kv import ATTENTION, QuantizedCacheLayer
 from dfrot.runtime.linear import QuantLinear
-from dfrot.runtime.plan import RuntimePlan
-from dfrot.transform.sites import Transforms
+from dfrot.system.errors import UserError
+from dfrot.system.progress import track
+from dfrot.transform.transforms import Transforms
 
 # One block of a real model: hidden and intermediate size, heads, key-value heads.
 SHAPES = {
@@ -119,13 +119,13 @@ def random_block(shape: str, recipe: Recipe | None, dtype: torch.dtype) -> Any:
         max_position_embeddings=1 << 17,
         dtype=dtype,
     )
-    if recipe is not None and recipe.spec.keys.quantizes:
+    if recipe is not None and recipe.spec.keys.enabled:
         config._attn_implementation = ATTENTION
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     if recipe is not None:
         rotations = Transforms(ffn=Hadamard(intermediate), keys=Hadamard(head_dim(config)))
-        install_(model, RuntimePlan(recipe.spec, rotations.online(graph_for(config), config), rotations.keys, {}))
+        install_(model, RuntimeConfig(recipe.spec, rotations.online(graph_for(config), config), rotations.keys, {}))
     model.model.norm = nn.Identity()  # a model has one for all its blocks
     model.to_empty(device="cpu").eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
@@ -202,7 +202,7 @@ def decoder_bytes(model: Any) -> int:
 def _kv_bytes(cache: Any) -> int:
     total = 0
     for layer in cache.layers:
-        packed = isinstance(layer, QuantizedLayer)
+        packed = isinstance(layer, QuantizedCacheLayer)
         total += layer.resident_bytes if packed else layer.keys.nbytes + layer.values.nbytes
     return total
 

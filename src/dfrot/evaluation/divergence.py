@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dfrot.evaluation.perplexity import logits_by_piece
-from dfrot.progress import track
+from dfrot.system.progress import track
 
 
 @dataclass(frozen=True, eq=False)

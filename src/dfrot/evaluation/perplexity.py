@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dfrot.errors import UserError
-from dfrot.progress import track
+from dfrot.system.errors import UserError
+from dfrot.system.progress import track
 
 # Positions whose logits are computed at a time: 256 × 128 000 logits in float32 are 131 MB.
 _LOGIT_POSITIONS = 256
@@ -24,7 +24,7 @@ def perplexity(model: Any, blocks: Int[Tensor, "blocks seq_len"], description: s
 
     Args:
         model: a causal language model of transformers.
-        blocks: token ids; `dfrot.texts.token_blocks` makes them.
+        blocks: token ids; `dfrot.models.texts.token_windows` makes them.
 
     Raises:
         UserError: blocks of fewer than two tokens, or the model's logits are NaN.

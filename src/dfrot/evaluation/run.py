@@ -9,14 +9,14 @@ from typing import Any
 from torch import Tensor
 
 from dfrot.checkpoint.load import Device, checkpoint_recipe, load
-from dfrot.checkpoint.save import write_tensors
-from dfrot.errors import UserError
 from dfrot.evaluation.divergence import divergence
 from dfrot.evaluation.perplexity import perplexity
+from dfrot.evaluation.record import Record, conditions, model_size
 from dfrot.evaluation.zero_shot import zero_shot
 from dfrot.models.source import locate
-from dfrot.results import Record, conditions, model_size
-from dfrot.texts import read_text, text_label, token_blocks
+from dfrot.models.texts import read_text, text_label, token_windows
+from dfrot.system.errors import UserError
+from dfrot.system.files import write_tensors
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def evaluate(model: str, measurement: Measurement, *, device: Device = "cpu", pe
 
     Raises:
         UserError: model, text, tasks or lengths do not fit.
-        EnvironmentFault: something has to come from the hub, which cannot be reached; an optional package is missing;
+        SetupError: something has to come from the hub, which cannot be reached; an optional package is missing;
             the file cannot be written.
     """
     if per_token is not None and measurement.against is None:
@@ -74,7 +74,7 @@ def evaluate(model: str, measurement: Measurement, *, device: Device = "cpu", pe
     loaded, tokenizer = load(model, device=device)
     original = None if measurement.against is None else _comparable(measurement.against, loaded, device)
     blocks = {
-        text: token_blocks(tokenizer, content, text, measurement.seq_len, measurement.max_tokens)
+        text: token_windows(tokenizer, content, text, measurement.seq_len, measurement.max_tokens)
         for text, content in contents.items()
     }
     started = time.perf_counter()

@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from dfrot.errors import EnvironmentFault, UserError
-from dfrot.results import Record
+from dfrot.evaluation.record import Record
+from dfrot.system.errors import SetupError, UserError
 
 PROJECT = "dfrot"
 
@@ -17,17 +17,17 @@ def log_records(records: Iterable[Record], tracker: str) -> None:
 
     Raises:
         UserError: accelerate knows no such tracker.
-        EnvironmentFault: accelerate or the tracker's package is not installed, or the tracker refuses.
+        SetupError: accelerate or the tracker's package is not installed, or the tracker refuses.
     """
     try:
         from accelerate import PartialState
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
     except ImportError as error:
-        raise EnvironmentFault("logging to a tracker needs the package accelerate: pip install accelerate.") from error
+        raise SetupError("logging to a tracker needs the package accelerate: pip install accelerate.") from error
     if tracker not in LOGGER_TYPE_TO_CLASS:
         raise UserError(f"there is no tracker '{tracker}'. Trackers: {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}.")
     if tracker not in map(str, get_available_trackers()):
-        raise EnvironmentFault(f"the package of the tracker '{tracker}' is not installed: pip install {tracker}.")
+        raise SetupError(f"the package of the tracker '{tracker}' is not installed: pip install {tracker}.")
     PartialState()  # accelerate's trackers ask it which process they are in
     kind = LOGGER_TYPE_TO_CLASS[tracker]
     try:
@@ -39,7 +39,7 @@ def log_records(records: Iterable[Record], tracker: str) -> None:
             logger.log(record.metrics | _flat(record.recipe or {}, "recipe/"), step=step)
         logger.finish()
     except Exception as error:  # each tracker has errors of its own
-        raise EnvironmentFault(f"{tracker} refused the results: {error}") from error
+        raise SetupError(f"{tracker} refused the results: {error}") from error
 
 
 def _flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

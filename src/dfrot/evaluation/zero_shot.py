@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
-from dfrot.errors import EnvironmentFault, UserError
-from dfrot.results import AVERAGE, REPORTED
+from dfrot.evaluation.record import AVERAGE, REPORTED
+from dfrot.system.errors import SetupError, UserError
 
 _BATCH_TOKENS = 2048  # of a batch on a CPU; more are no faster there, and their logits take gigabytes
 
@@ -53,14 +53,14 @@ def zero_shot(
 
     Raises:
         UserError: there is no such task.
-        EnvironmentFault: lm-eval is not installed, or a task's data cannot be had.
+        SetupError: lm-eval is not installed, or a task's data cannot be had.
     """
     try:
         with _quiet():
             from lm_eval import evaluator
             from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise EnvironmentFault("zero-shot tasks need the package lm-eval: pip install 'dfrot[eval]'.") from error
+        raise SetupError("zero-shot tasks need the package lm-eval: pip install 'dfrot[eval]'.") from error
     if limit is not None and limit < 1:
         raise UserError(f"limit is at least 1 example, got {limit}.")
     if task_path is not None and not task_path.is_dir():
@@ -85,7 +85,7 @@ def zero_shot(
                     bootstrap_iters=100,
                 )
         except (OSError, ConnectionError, ValueError) as error:  # datasets' own errors are some of these
-            raise EnvironmentFault(f"lm-eval cannot run {', '.join(tasks)}: {error}") from error
+            raise SetupError(f"lm-eval cannot run {', '.join(tasks)}: {error}") from error
     assert found is not None, "only other processes than the first get None"
     return scores(found, tasks)
 

@@ -3,11 +3,11 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from dfrot.errors import UserError
 from dfrot.export.checkpoint import Checkpoint
-from dfrot.export.gguf import to_gguf
-from dfrot.export.huggingface import to_huggingface
+from dfrot.export.gguf_file import to_gguf
+from dfrot.export.plain import to_huggingface
 from dfrot.export.vllm import to_vllm
+from dfrot.system.errors import UserError
 
 EXPORTERS: dict[str, Callable[..., list[str]]] = {"huggingface": to_huggingface, "vllm": to_vllm, "gguf": to_gguf}
 # Word of `export` → the engine that it is for, and the command line's option.
@@ -45,7 +45,7 @@ def export(
 
     Raises:
         UserError: the engine would run it wrongly; something is in the way.
-        EnvironmentFault: it cannot be written.
+        SetupError: it cannot be written.
     """
     if to not in EXPORTERS:
         raise UserError(f"there is no export to '{to}'. Engines: {', '.join(EXPORTERS)}.")

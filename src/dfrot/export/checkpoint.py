@@ -10,15 +10,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dfrot.checkpoint.load import checkpoint_recipe
-from dfrot.errors import UserError
 from dfrot.models.families import graph_for
 from dfrot.models.graph import Config, ModelGraph
 from dfrot.models.source import load_tokenizer, open_safetensors, read_config, weight_files
+from dfrot.pipeline.recipe import Recipe
 from dfrot.quant.affine import QParams, dequantize
 from dfrot.quant.packing import unpack
-from dfrot.recipe import Recipe
-from dfrot.runtime.plan import RuntimePlan
-from dfrot.transform.sites import input_widths
+from dfrot.runtime.config import RuntimeConfig
+from dfrot.system.errors import UserError
+from dfrot.transform.transforms import input_widths
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Checkpoint:
     record: dict[str, Any]
     config: Config
     recipe: Recipe
-    plan: RuntimePlan
+    plan: RuntimeConfig
     graph: ModelGraph
     files: dict[str, Path]
 
@@ -66,7 +66,7 @@ class Checkpoint:
             raise UserError(f"{path} is a model, but not a dfrot checkpoint. Make one: dfrot quantize {path} -o CKPT.")
         config = read_config(path)
         record = config.to_dict()
-        plan = RuntimePlan.from_json(record["quantization_config"])
+        plan = RuntimeConfig.from_json(record["quantization_config"])
         return Checkpoint(path, record, config, recipe, plan, graph_for(config), weight_files(path))
 
     def require_folded(self, engine: str) -> None:
@@ -92,7 +92,7 @@ class Checkpoint:
         return [
             f"{kind} are in {grid.bits} bits here, and not quantized by {engine}: its quality is another."
             for kind, grid in grids.items()
-            if grid.quantizes
+            if grid.enabled
         ]
 
     @property
@@ -111,7 +111,7 @@ class Checkpoint:
         """Linear layer `linear` of block `index`."""
         name, spec = f"{self.graph.blocks}.{index}.{linear}", self.recipe.spec.weights
         bias = self.tensor(f"{name}.bias") if f"{name}.bias" in self.files else None
-        if not spec.quantizes:
+        if not spec.enabled:
             return Layer(None, None, None, self.tensor(f"{name}.weight"), bias)
         scales = self.tensor(f"{name}.scales").float()
         width = input_widths(self.graph, self.config)[linear]

@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
-from dfrot.checkpoint.save import INDEX_FILE, write_json, write_tensors
-from dfrot.errors import EnvironmentFault, UserError
+from dfrot.checkpoint.writer import INDEX_FILE
 from dfrot.export.checkpoint import Checkpoint, Layer
-from dfrot.lock import LOCK_FILE, alone_in
-from dfrot.progress import track
+from dfrot.system.errors import SetupError, UserError
+from dfrot.system.files import write_json, write_tensors
+from dfrot.system.lock import LOCK_FILE, exclusive_lock
+from dfrot.system.progress import track
 
 
 def write_directory(
@@ -25,12 +26,12 @@ def write_directory(
 
     Raises:
         UserError: something is in the way.
-        EnvironmentFault: it cannot be written.
+        SetupError: it cannot be written.
     """
     count = checkpoint.config.num_hidden_layers + 1
     weight_map: dict[str, str] = {}
     total = 0
-    with alone_in(out), _emptied_unless_finished(out):
+    with exclusive_lock(out), _emptied_unless_finished(out):
         for number, tensors in enumerate(track(_shards(checkpoint, weight), "exporting", count), start=1):
             file = out / f"model-{number:05}-of-{count:05}.safetensors"
             write_tensors(file, tensors, {"format": "pt"})
@@ -42,7 +43,7 @@ def write_directory(
             if (settings := checkpoint.path / "generation_config.json").is_file():
                 shutil.copyfile(settings, out / settings.name)
         except OSError as error:
-            raise EnvironmentFault(f"cannot write the tokenizer to {out}: {error}") from error
+            raise SetupError(f"cannot write the tokenizer to {out}: {error}") from error
         write_json(out / "config.json", config)
 
 

@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dfrot.errors import UserError
 from dfrot.export.checkpoint import Checkpoint
-from dfrot.spec import TensorSpec
-from dfrot.transform.sites import input_widths
+from dfrot.quant.spec import TensorSpec
+from dfrot.system.errors import UserError
+from dfrot.transform.transforms import input_widths
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,7 +36,7 @@ def choose_type(checkpoint: Checkpoint, asked: str | None) -> str:
         return fitting[0] if fitting else "f16"
     if asked in INTEGER_BITS and asked not in fitting:
         spec = checkpoint.recipe.spec.weights
-        have = "left alone" if not spec.quantizes else f"in {spec.bits} bits"
+        have = "left alone" if not spec.enabled else f"in {spec.bits} bits"
         have += "" if spec.symmetric else ", asymmetric"
         have += "" if spec.group is None else f", in groups of {spec.group}"
         instead = f", or quantize with --preset deploy --spec w{INTEGER_BITS[asked]}g{BLOCK}a16kv16"
@@ -52,7 +52,7 @@ def choose_type(checkpoint: Checkpoint, asked: str | None) -> str:
 def _fitting(spec: TensorSpec, widths: list[int]) -> list[str]:
     """The types whose integers can be those of layers that read so many channels, the smallest first."""
     sizes = widths if spec.group is None else [spec.group]
-    if not spec.quantizes or not spec.symmetric or any(size % BLOCK for size in sizes):
+    if not spec.enabled or not spec.symmetric or any(size % BLOCK for size in sizes):
         return []
     return [name for name, bits in INTEGER_BITS.items() if spec.bits <= bits]
 

@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dfrot.errors import UserError
+from dfrot.system.errors import UserError
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter

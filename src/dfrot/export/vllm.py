@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dfrot.errors import UserError
 from dfrot.export.checkpoint import Checkpoint, Layer
 from dfrot.export.directory import write_directory
 from dfrot.linalg.rotation import Rotation
-from dfrot.spec import TensorSpec
-from dfrot.transform.sites import input_widths
+from dfrot.quant.spec import TensorSpec
+from dfrot.system.errors import UserError
+from dfrot.transform.transforms import input_widths
 
 GROUPS = (32, 64, 128)  # of weights, beside one scale for a whole channel
 # (bits of weights, of activations) → compressed-tensors' format
@@ -47,7 +47,7 @@ def to_vllm(
 
     Raises:
         UserError: vLLM would not compute what the checkpoint says; something is in the way.
-        EnvironmentFault: it cannot be written.
+        SetupError: it cannot be written.
     """
     check(checkpoint, device, plugin, tensor_parallel)
     spec, rotations = checkpoint.recipe.spec, checkpoint.plan.online
@@ -92,7 +92,7 @@ def _different(checkpoint: Checkpoint, device: str, plugin: bool, tensor_paralle
             "vLLM quantizes activations to 4 bits in its kernel Humming alone and takes another without a word: start "
             "it with --linear-backend humming and read which its log names, or give --plugin, which insists."
         )
-    if tensor_parallel > 1 and activations.quantizes:
+    if tensor_parallel > 1 and activations.enabled:
         different.append("every GPU has scales of its own for its part of what o_proj and down_proj read.")
     if device == "cuda":
         different.append("nothing of this was verified on a GPU.")
@@ -108,18 +108,18 @@ def check(checkpoint: Checkpoint, device: str, plugin: bool, tensor_parallel: in
     checkpoint.require_shared("vLLM")
     spec, online = checkpoint.recipe.spec, bool(checkpoint.plan.online)
     weights, activations = spec.weights, spec.activations
-    if not weights.quantizes and not activations.quantizes and not online:
+    if not weights.enabled and not activations.enabled and not online:
         raise UserError("nothing is quantized: --to huggingface writes what vLLM loads as it is.")
     if (weights.bits, activations.bits) not in FORMATS:
         known = ", ".join(f"w{w}a{a}" for w, a in FORMATS if w != 16)
         raise UserError(f"vLLM has no kernel for w{weights.bits}a{activations.bits}. Quantize with a spec of {known}.")
-    if not weights.symmetric and weights.quantizes:
+    if not weights.symmetric and weights.enabled:
         raise UserError("weights are asymmetric; vLLM takes symmetric ones. Quantize with --weight-symmetric True.")
-    if activations.quantizes:
+    if activations.enabled:
         _check_activations(weights, activations, device, plugin)
     if online:
         _check_rotations(checkpoint, device, plugin, tensor_parallel)
-    if weights.quantizes:
+    if weights.enabled:
         _check_widths(checkpoint, device, tensor_parallel)
 
 
@@ -164,7 +164,7 @@ def _check_widths(checkpoint: Checkpoint, device: str, parts: int) -> None:
     if weights.group is not None and weights.group not in GROUPS:
         sizes = ", ".join(map(str, GROUPS))
         raise UserError(f"weights are in groups of {weights.group}; vLLM takes {sizes}, or none (one scale a channel).")
-    if weights.bits == 8 and device == "cpu" and not checkpoint.recipe.spec.activations.quantizes:
+    if weights.bits == 8 and device == "cpu" and not checkpoint.recipe.spec.activations.enabled:
         raise UserError(
             "vLLM on a CPU has no kernel for 8-bit weights beside 16-bit activations. Quantize with a spec of w8a8 or "
             "w4a16, or give --device cuda for a GPU."
@@ -205,7 +205,7 @@ def _quantization_config(checkpoint: Checkpoint, layout: str) -> dict[str, Any]:
         "ignore": ["lm_head"],
         "kv_cache_scheme": None,
     }
-    if weights.quantizes:
+    if weights.enabled:
         record["config_groups"]["group_0"] = _group(weights, activations, layout)
     if checkpoint.plan.online:
         record["transform_config"] = {
@@ -222,7 +222,7 @@ def _group(weights: TensorSpec, activations: TensorSpec, layout: str) -> dict[st
     return {
         "targets": ["Linear"],
         "weights": of_weights,
-        "input_activations": of_activations if activations.quantizes else None,
+        "input_activations": of_activations if activations.enabled else None,
         "output_activations": None,
         "format": layout,
     }

@@ -27,9 +27,9 @@ from vllm.platforms import current_platform
 
 from dfrot.export.vllm import PLUGIN_METHOD
 from dfrot.kernels.linear import bound
-from dfrot.kernels.transform import NO_PASSES
+from dfrot.kernels.lowering import NO_PASSES
+from dfrot.quant.spec import TensorSpec
 from dfrot.runtime.linear import QuantLinear
-from dfrot.spec import TensorSpec
 
 
 def register() -> None:

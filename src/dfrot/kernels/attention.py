@@ -1,4 +1,4 @@
-"""Packed keys and values: into the cache, out of it, and attention of a few new tokens over it.
+"""PackedKV keys and values: into the cache, out of it, and attention of a few new tokens over it.
 
 A cache is three tensors, (batch, heads, capacity, …): codes uint8, scales bfloat16, zero points uint8. Capacity is what
 there is room for; the tensors may be views of the first tokens, as long as only that axis is cut.
@@ -13,9 +13,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dfrot.kernels.library import AVX2, instruction_set
+from dfrot.kernels.lowering import Lowered, flatten
 from dfrot.kernels.structures import DTYPES, cache, check, computable, mask_strides, native, pointer, size, transform
-from dfrot.kernels.transform import Passes, flat
-from dfrot.spec import TensorSpec
+from dfrot.quant.spec import TensorSpec
 
 FEW = 8  # new tokens, up to which there is a kernel for their attention
 MOST_CHANNELS = 512  # of a head, as in native/cache.h
@@ -32,12 +32,12 @@ def append(
     x: Float[Tensor, "batch heads tokens head_dim"],
     packed: Sequence[Tensor],
     position: int,
-    rotation: Passes,
+    rotation: Lowered,
     spec: TensorSpec,
 ) -> None:
     """Quantize x R into a cache, from a position on."""
     assert spec.clip is not None, "keys and values have a fixed clip ratio"
-    _append(x, *packed, position, *flat(rotation), spec.bits, spec.clip, instruction_set())
+    _append(x, *packed, position, *flatten(rotation), spec.bits, spec.clip, instruction_set())
 
 
 def unpack(
@@ -52,12 +52,12 @@ def attend(
     keys: Sequence[Tensor],
     values: Sequence[Tensor],
     mask: Bool[Tensor, "batch 1 tokens length"] | None,
-    rotation: Passes,
+    rotation: Lowered,
     scaling: float,
     spec: TensorSpec,
 ) -> Float[Tensor, "batch tokens heads head_dim"]:
     """softmax(scaling · (q R) kᵀ) v over all tokens of a cache; `mask` says where a query looks."""
-    return _attend(query, *keys, *values, mask, *flat(rotation), scaling, spec.bits, instruction_set())
+    return _attend(query, *keys, *values, mask, *flatten(rotation), scaling, spec.bits, instruction_set())
 
 
 @torch.library.custom_op("dfrot::append", mutates_args=("codes", "scale", "zero"))

@@ -9,8 +9,8 @@ import os
 import platform
 import subprocess
 
-from dfrot.cache import cache_dir
 from dfrot.kernels.compile import SOURCES, compile_library, library_name
+from dfrot.system.files import cache_dir
 
 INSTRUCTION_SETS = ("none", "AVX2", "AVX512-VNNI", "AMX-int8")
 AVX2 = 1

@@ -13,9 +13,9 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from dfrot.kernels.library import AVX2, instruction_set
+from dfrot.kernels.lowering import Lowered, flatten
 from dfrot.kernels.structures import DTYPES, Grid, check, computable, native, pointer, size, transform, weights_of
-from dfrot.kernels.transform import Passes, flat
-from dfrot.spec import TensorSpec
+from dfrot.quant.spec import TensorSpec
 
 
 class PackedWeight(NamedTuple):
@@ -49,7 +49,7 @@ def supported(x: Tensor, weights: TensorSpec, activations: TensorSpec) -> bool:
     """Whether there is a kernel for such grids and an input like x (…, in)."""
     if not computable(x):
         return False
-    if weights.bits not in (4, 8) or not activations.quantizes or x.shape[-1] * weights.bits % 8:
+    if weights.bits not in (4, 8) or not activations.enabled or x.shape[-1] * weights.bits % 8:
         return False
     if (isa := instruction_set()) < AVX2 or weights.group is None:
         return isa >= AVX2
@@ -61,7 +61,7 @@ def supported(x: Tensor, weights: TensorSpec, activations: TensorSpec) -> bool:
 def linear(
     x: Float[Tensor, "*batch in"],
     weights: Sequence[PackedWeight],
-    rotation: Passes,
+    rotation: Lowered,
     weight_spec: TensorSpec,
     activation_spec: TensorSpec,
 ) -> list[Tensor]:
@@ -70,10 +70,10 @@ def linear(
 
 
 def bound(
-    weights: Sequence[PackedWeight], rotation: Passes, weight_spec: TensorSpec, activation_spec: TensorSpec
+    weights: Sequence[PackedWeight], rotation: Lowered, weight_spec: TensorSpec, activation_spec: TensorSpec
 ) -> Callable[[Tensor], list[Tensor]]:
     """`linear` as a function of x alone, that torch.compile takes for one operator."""
-    rest = *_columns(weights), *flat(rotation), *_grids(weight_spec, activation_spec), instruction_set()
+    rest = *_columns(weights), *flatten(rotation), *_grids(weight_spec, activation_spec), instruction_set()
     return lambda x: _linear(x, *rest)
 
 
@@ -94,9 +94,9 @@ def rotatable(x: Tensor) -> bool:
     return computable(x) and instruction_set() >= AVX2
 
 
-def rotate(x: Float[Tensor, "*batch n"], rotation: Passes) -> Float[Tensor, "*batch n"]:
+def rotate(x: Float[Tensor, "*batch n"], rotation: Lowered) -> Float[Tensor, "*batch n"]:
     """x R in the dtype of x, computed in float32, for float32 in float64."""
-    return _rotate(x, *flat(rotation), instruction_set())
+    return _rotate(x, *flatten(rotation), instruction_set())
 
 
 # ---- The operators ---------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dfrot.kernels.library import library
-from dfrot.kernels.transform import BUTTERFLIES
+from dfrot.kernels.lowering import BUTTERFLIES
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 size = ctypes.c_int64
@@ -92,7 +92,7 @@ def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
 
 
 def transform(passes: Sequence[int], data: Sequence[Tensor], square: float) -> Transform:
-    """From what `flat` made."""
+    """From what `flatten` made."""
     count, tensors = len(passes) // 3, iter(data)
     made = (Pass * count)()
     for number in range(count):
@@ -124,7 +124,7 @@ def weights_of(
 
 
 def cache(codes: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Cache:
-    """Packed keys or values (batch, heads, tokens, …), of which only the tokens may be cut."""
+    """PackedKV keys or values (batch, heads, tokens, …), of which only the tokens may be cut."""
     _, heads, _, num_bytes = codes.shape
     capacity = codes.stride(1) // num_bytes
     for tensor in (codes, scale, zero):

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable
 
-from dfrot.methods.context import Context
 from dfrot.methods.dfrot import dfrot
 from dfrot.methods.duquant import duquant
+from dfrot.methods.method import Context
 from dfrot.methods.none import none
 from dfrot.methods.quarot import quarot
-from dfrot.transform.sites import Transforms
+from dfrot.transform.transforms import Transforms
 
 METHODS: dict[str, Callable[[Context], Transforms]] = {
     "none": none,

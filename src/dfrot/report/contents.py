@@ -15,9 +15,9 @@ from jaxtyping import Bool, Float
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from dfrot.errors import UserError
-from dfrot.json_file import read_json
-from dfrot.results import is_number
+from dfrot.evaluation.record import is_number
+from dfrot.system.errors import UserError
+from dfrot.system.files import read_json
 
 INSPECTION_FILE = "inspect.json"
 TENSORS_FILE = "inspect.safetensors"

@@ -8,6 +8,7 @@ table of its data, for those who cannot see it.
 import dataclasses
 from collections.abc import Sequence
 
+from dfrot.evaluation.record import Record
 from dfrot.report.contents import Inspection
 from dfrot.report.drawing import Figure
 from dfrot.report.inspection_figures import (
@@ -22,7 +23,6 @@ from dfrot.report.inspection_figures import (
 )
 from dfrot.report.record_figures import against_bits, by_recipe, zero_shot
 from dfrot.report.words import metrics_of
-from dfrot.results import Record
 
 
 def figures(records: Sequence[Record], inspection: Inspection | None) -> list[Figure]:

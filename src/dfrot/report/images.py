@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from dfrot.errors import EnvironmentFault
 from dfrot.report.drawing import Figure
+from dfrot.system.errors import SetupError
 
 WIDTH = 760  # pixels; heights are the figures' own
 SCALE = 2  # of pixels in a PNG
@@ -15,12 +15,12 @@ def save_images(figures: Sequence[Figure], folder: Path, formats: Sequence[Liter
     """Write every figure as `folder/<name>.<format>`.
 
     Raises:
-        EnvironmentFault: kaleido or a browser is missing, or drawing failed.
+        SetupError: kaleido or a browser is missing, or drawing failed.
     """
     try:
         import kaleido
     except ImportError as error:
-        raise EnvironmentFault("images need the package kaleido. Install it: pip install 'dfrot[report]'") from error
+        raise SetupError("images need the package kaleido. Install it: pip install 'dfrot[report]'") from error
     from choreographer.errors import BrowserFailedError, ChromeNotFoundError
 
     orders = [
@@ -37,9 +37,9 @@ def save_images(figures: Sequence[Figure], folder: Path, formats: Sequence[Liter
         # mathjax would be fetched from the network
         kaleido.write_fig_from_object_sync(orders, kopts={"mathjax": False}, cancel_on_error=True)
     except ChromeNotFoundError as error:
-        raise EnvironmentFault(
+        raise SetupError(
             "images are drawn by Chrome or Chromium, and there is none. Install one or say where it is in BROWSER_PATH."
         ) from error
     except (BrowserFailedError, OSError, TimeoutError) as error:
         reason = error.args[0] if error.args else type(error).__name__  # choreographer's further ones are advice
-        raise EnvironmentFault(f"the browser that draws images failed: {reason} The page itself is written.") from error
+        raise SetupError(f"the browser that draws images failed: {reason} The page itself is written.") from error

@@ -13,14 +13,14 @@ from pathlib import Path
 from string import Template
 from typing import Literal
 
-from dfrot.checkpoint.save import write_text
-from dfrot.errors import EnvironmentFault, UserError
+from dfrot.evaluation.record import RESULTS_FILE, Record, read_records
 from dfrot.report.contents import INSPECTION_FILE, Inspection, read_inspection
 from dfrot.report.drawing import Figure, number
 from dfrot.report.figures import figures
 from dfrot.report.images import save_images
 from dfrot.report.tables import MASSIVE_ROWS, choices, definitions, escaped, massive_table, named, results_table, table
-from dfrot.results import RESULTS_FILE, Record, read_records
+from dfrot.system.errors import SetupError, UserError
+from dfrot.system.files import write_text
 from dfrot.version import __version__
 
 PAGE_FILE = "report.html"
@@ -49,7 +49,7 @@ def report(directory: Path, out: Path | None = None, *, images: Sequence[Literal
 
     Raises:
         UserError: there is nothing to report, or it cannot be read.
-        EnvironmentFault: plotly, or for images kaleido or a browser, is missing; the page cannot be written.
+        SetupError: plotly, or for images kaleido or a browser, is missing; the page cannot be written.
     """
     records, inspection = read_records(directory / RESULTS_FILE), read_inspection(directory)
     if not records and inspection is None:
@@ -62,7 +62,7 @@ def report(directory: Path, out: Path | None = None, *, images: Sequence[Literal
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise EnvironmentFault(f"cannot make {out.parent}: {error}") from error
+        raise SetupError(f"cannot make {out.parent}: {error}") from error
     write_text(out, page(records, inspection, drawn))
     if images:
         save_images(drawn, out.parent / IMAGES, images)
@@ -198,7 +198,7 @@ def _plotly_js() -> str:
     try:
         from plotly.offline import get_plotlyjs
     except ImportError as error:
-        raise EnvironmentFault("a report needs the package plotly. Install it: pip install 'dfrot[report]'") from error
+        raise SetupError("a report needs the package plotly. Install it: pip install 'dfrot[report]'") from error
     source: str = get_plotlyjs()
     return source
 

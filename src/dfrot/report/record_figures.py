@@ -4,10 +4,10 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from dfrot.evaluation.record import AVERAGE, Record, reported
 from dfrot.report.contents import is_finite
 from dfrot.report.drawing import STYLES, Figure, digits, mean, new_axis, new_layout, number, plain, rule, slug, style
 from dfrot.report.words import deviations, lower_is_better, metrics_of, recipe_label, shown, without_seed
-from dfrot.results import AVERAGE, Record, reported
 
 
 def by_recipe(records: Sequence[Record], metric: str) -> Figure | None:

@@ -5,11 +5,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dfrot.evaluation.record import Record, is_number
 from dfrot.report.contents import Inspection, is_finite
 from dfrot.report.drawing import mean, number
 from dfrot.report.record_figures import by_seeds
 from dfrot.report.words import deviations, lower_is_better, metrics_of, setting, shorten, shown
-from dfrot.results import Record, is_number
 
 MASSIVE_ROWS = 200  # of the table of massive tokens; a model has more, and they repeat themselves
 

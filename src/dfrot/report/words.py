@@ -5,8 +5,8 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from dfrot.recipe import METHOD_OPTIONS, WEIGHT_OPTIONS
-from dfrot.results import AVERAGE, Record
+from dfrot.evaluation.record import AVERAGE, Record
+from dfrot.pipeline.recipe import METHOD_OPTIONS, WEIGHT_OPTIONS
 
 # Kinds of metrics in the order in which they are shown.
 METRICS = {

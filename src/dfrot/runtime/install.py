@@ -4,19 +4,19 @@ import torch
 from torch import nn
 from transformers.activations import SiLUActivation
 
-from dfrot.errors import UserError
 from dfrot.linalg.rotation import Rotation
 from dfrot.models.families import graph_for
 from dfrot.models.graph import ModelGraph, head_dim
 from dfrot.models.source import use_torch_norms_
-from dfrot.runtime.blocks import BlockRotation, RotatedNorm, WideNorm, WideSiLU
+from dfrot.runtime.config import RuntimeConfig
+from dfrot.runtime.fused import fuse_block_
 from dfrot.runtime.kv import install_kv_
 from dfrot.runtime.linear import QuantLinear
-from dfrot.runtime.plan import RuntimePlan
-from dfrot.runtime.step import accelerate_
+from dfrot.runtime.norms import BlockRotation, Float64RMSNorm, Float64SiLU, RotatedNorm
+from dfrot.system.errors import UserError
 
 
-def install_(model: nn.Module, plan: RuntimePlan) -> None:
+def install_(model: nn.Module, plan: RuntimeConfig) -> None:
     """Put the runtime's modules into a transformers model that is still on the meta device."""
     config = model.config
     graph = graph_for(config)
@@ -26,17 +26,17 @@ def install_(model: nn.Module, plan: RuntimePlan) -> None:
         block = model.get_submodule(f"{graph.blocks}.{index}")
         install_block_(block, graph, plan)
         attentions.append(block.get_submodule(graph.attention))
-    if plan.spec.keys.quantizes:
+    if plan.spec.keys.enabled:
         if plan.keys is not None and plan.keys.size != head_dim(config):
             raise UserError(
                 f"this checkpoint's config rotates keys of {plan.keys.size}, not {head_dim(config)} channels."
             )
         install_kv_(model.get_submodule(graph.decoder), attentions, plan.spec, plan.keys)
     for index in range(config.num_hidden_layers):  # type: ignore[union-attr,arg-type]
-        accelerate_(model.get_submodule(f"{graph.blocks}.{index}"), graph, config)
+        fuse_block_(model.get_submodule(f"{graph.blocks}.{index}"), graph, config)
 
 
-def _check_sizes(block: nn.Module, graph: ModelGraph, plan: RuntimePlan) -> None:
+def _check_sizes(block: nn.Module, graph: ModelGraph, plan: RuntimeConfig) -> None:
     """Raise UserError if the plan is one for another model."""
     wrong = "this checkpoint's config does not fit its model"
     for name, rotation in plan.online.items():
@@ -52,7 +52,7 @@ def _width(block: nn.Module, name: str) -> int:
     return block.get_submodule(name).weight.shape[-1]  # type: ignore[index,return-value]
 
 
-def install_block_(block: nn.Module, graph: ModelGraph, plan: RuntimePlan) -> None:
+def install_block_(block: nn.Module, graph: ModelGraph, plan: RuntimeConfig) -> None:
     """Replace what a decoder block computes otherwise, and the linear layers for which the plan has something to do."""
     _check_sizes(block, graph, plan)
     rotations: dict[str, Rotation | BlockRotation] = dict(plan.online)
@@ -66,12 +66,12 @@ def install_block_(block: nn.Module, graph: ModelGraph, plan: RuntimePlan) -> No
             rotations[site] = blocks
     for name, module in list(block.named_modules()):
         if type(module) is nn.RMSNorm:
-            block.set_submodule(name, WideNorm(module))
+            block.set_submodule(name, Float64RMSNorm(module))
         elif isinstance(module, SiLUActivation):
-            block.set_submodule(name, WideSiLU())
+            block.set_submodule(name, Float64SiLU())
     for name in graph.linears:
         rotation = rotations.get(name)
-        if rotation is None and not plan.spec.weights.quantizes and not plan.spec.activations.quantizes:
+        if rotation is None and not plan.spec.weights.enabled and not plan.spec.activations.enabled:
             continue
         linear = block.get_submodule(name)
         assert isinstance(linear, nn.Linear), f"{name} is a {type(linear).__name__}"

@@ -25,18 +25,18 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from dfrot.kernels import attention
-from dfrot.kernels.transform import NO_PASSES, Passes, passes_of
+from dfrot.kernels.lowering import NO_PASSES, Lowered, lower
 from dfrot.linalg.rotation import Rotation
 from dfrot.quant.affine import SCALE_DTYPE, QParams, choose_qparams, dequantize, fake_quantize, quantize
 from dfrot.quant.packing import pack, packed_width, unpack
-from dfrot.runtime.blocks import wide
-from dfrot.spec import LEFT_ALONE, Spec, TensorSpec
+from dfrot.quant.spec import UNQUANTIZED, Spec, TensorSpec
+from dfrot.runtime.norms import in_float64
 
 ATTENTION = "dfrot"
 _ROOM = 64  # tokens by which a cache grows at least
 
 
-class Packed(NamedTuple):
+class PackedKV(NamedTuple):
     """Quantized keys or values of one layer.
 
     Attributes:
@@ -53,11 +53,11 @@ class Packed(NamedTuple):
     def nbytes(self) -> int:
         return sum(part.nbytes for part in self)
 
-    def first(self, tokens: int) -> "Packed":
+    def first(self, tokens: int) -> "PackedKV":
         """A view of the first tokens."""
-        return Packed(*(part[:, :, :tokens] for part in self))
+        return PackedKV(*(part[:, :, :tokens] for part in self))
 
-    def put(self, new: "Packed", at: int) -> None:
+    def put(self, new: "PackedKV", at: int) -> None:
         """Overwrite tokens from position `at` on."""
         for part, of_new in zip(self, new, strict=True):
             part[:, :, at : at + of_new.shape[2]] = of_new
@@ -78,21 +78,23 @@ class KVQuantizer(nn.Module):
         values: TensorSpec,
         rotation: Rotation | None,
         head_dim: int,
-        queries: TensorSpec = LEFT_ALONE,
+        queries: TensorSpec = UNQUANTIZED,
     ) -> None:
         super().__init__()
         self.keys, self.values, self.queries = keys, values, queries
         self.rotation, self.head_dim = rotation, head_dim
-        self._passes: tuple[Rotation | None, Passes | None] | None = None
+        self._passes: tuple[Rotation | None, Lowered | None] | None = None
 
     def rotate(self, x: Float[Tensor, "batch heads tokens head_dim"]) -> Float[Tensor, "batch heads tokens head_dim"]:
         """Queries or keys, rotated by R3."""
-        return x if self.rotation is None else wide(self.rotation.apply, x)
+        return x if self.rotation is None else in_float64(self.rotation.apply, x)
 
-    def prepared(self, x: Float[Tensor, "batch heads tokens head_dim"]) -> Float[Tensor, "batch heads tokens head_dim"]:
+    def quantize_queries(
+        self, x: Float[Tensor, "batch heads tokens head_dim"]
+    ) -> Float[Tensor, "batch heads tokens head_dim"]:
         """Queries as keys meet them: rotated, and quantized if that is asked for."""
         x = self.rotate(x)
-        if not self.queries.quantizes:
+        if not self.queries.enabled:
             return x
         assert self.queries.clip is not None, "queries have a fixed clip ratio"
         return fake_quantize(x, self.queries.grid, self.queries.token_granularity, self.queries.clip)
@@ -102,13 +104,13 @@ class KVQuantizer(nn.Module):
         return attention.supported(x, self.keys) and self.passes is not None
 
     @property
-    def passes(self) -> Passes | None:
+    def passes(self) -> Lowered | None:
         """R3 as the kernels take it, if they can."""
         if self._passes is None or self._passes[0] is not self.rotation:
-            self._passes = self.rotation, NO_PASSES if self.rotation is None else passes_of(self.rotation)
+            self._passes = self.rotation, NO_PASSES if self.rotation is None else lower(self.rotation)
         return self._passes[1]
 
-    def write_keys(self, x: Float[Tensor, "batch heads tokens head_dim"], room: Packed, at: int) -> None:
+    def write_keys(self, x: Float[Tensor, "batch heads tokens head_dim"], room: PackedKV, at: int) -> None:
         """Keys, rotated and quantized, into `room`, from position `at` on."""
         if self.native(x):
             assert self.passes is not None, "native() has seen to it"
@@ -116,20 +118,20 @@ class KVQuantizer(nn.Module):
         else:
             room.put(self.pack_keys(x), at)
 
-    def write_values(self, x: Float[Tensor, "batch heads tokens head_dim"], room: Packed, at: int) -> None:
+    def write_values(self, x: Float[Tensor, "batch heads tokens head_dim"], room: PackedKV, at: int) -> None:
         if self.native(x):
             attention.append(x, room, at, NO_PASSES, self.values)
         else:
             room.put(self.pack_values(x), at)
 
-    def pack_keys(self, x: Float[Tensor, "batch heads tokens head_dim"]) -> Packed:
+    def pack_keys(self, x: Float[Tensor, "batch heads tokens head_dim"]) -> PackedKV:
         """Keys, rotated and quantized."""
         return self._pack(self.rotate(x), self.keys)
 
-    def pack_values(self, x: Float[Tensor, "batch heads tokens head_dim"]) -> Packed:
+    def pack_values(self, x: Float[Tensor, "batch heads tokens head_dim"]) -> PackedKV:
         return self._pack(x, self.values)
 
-    def _pack(self, x: Float[Tensor, "batch heads tokens head_dim"], spec: TensorSpec) -> Packed:
+    def _pack(self, x: Float[Tensor, "batch heads tokens head_dim"], spec: TensorSpec) -> PackedKV:
         assert spec.clip is not None, "keys and values have a fixed clip ratio"
         wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
         grid, granularity = spec.grid, spec.token_granularity
@@ -138,9 +140,9 @@ class KVQuantizer(nn.Module):
         assert qparams.zero is not None, "keys and values have an asymmetric grid"
         zero = torch.nan_to_num(qparams.zero).to(torch.uint8)  # a NaN lives on in the scale
         parts = pack(codes, spec.bits), qparams.scale.to(SCALE_DTYPE), zero
-        return Packed(*(part.contiguous() for part in parts))
+        return PackedKV(*(part.contiguous() for part in parts))
 
-    def unpack(self, packed: Packed, dtype: torch.dtype) -> Float[Tensor, "batch heads tokens head_dim"]:
+    def unpack(self, packed: PackedKV, dtype: torch.dtype) -> Float[Tensor, "batch heads tokens head_dim"]:
         if attention.supported(torch.empty(0, self.head_dim, dtype=dtype, device=packed.codes.device), self.keys):
             return attention.unpack(packed, self.keys, dtype)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -149,10 +151,10 @@ class KVQuantizer(nn.Module):
         return dequantize(codes, self.keys.token_granularity, qparams).to(dtype)
 
 
-class QuantizedLayer(DynamicLayer):
+class QuantizedCacheLayer(DynamicLayer):
     """A growing cache layer of packed keys and values.
 
-    `update` returns `Packed` keys and values, which only the "dfrot" attention understands.
+    `update` returns `PackedKV` keys and values, which only the "dfrot" attention understands.
     """
 
     is_sliding = False
@@ -160,8 +162,8 @@ class QuantizedLayer(DynamicLayer):
     def __init__(self, quantizer: KVQuantizer) -> None:
         super().__init__()
         self._quantizer = quantizer
-        self._room: tuple[Packed, Packed] | None = None  # of which the first tokens are used
-        self._packed: tuple[Packed, Packed] | None = None
+        self._room: tuple[PackedKV, PackedKV] | None = None  # of which the first tokens are used
+        self._packed: tuple[PackedKV, PackedKV] | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -176,7 +178,7 @@ class QuantizedLayer(DynamicLayer):
         self._quantizer.write_values(value_states, values, length)
         return self.advance(tokens)
 
-    def reserve(self, batch: int, heads: int, tokens: int) -> tuple[Packed, Packed]:
+    def reserve(self, batch: int, heads: int, tokens: int) -> tuple[PackedKV, PackedKV]:
         """The cache with room for so many more tokens, and a sixteenth beyond, so that appending seldom copies it."""
         needed = self.get_seq_length() + tokens
         if self._room is not None and self._room[0].codes.shape[-2] >= needed:
@@ -189,8 +191,8 @@ class QuantizedLayer(DynamicLayer):
         def empty(width: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(batch, heads, capacity, width, dtype=dtype, device=self.device)
 
-        def packed() -> Packed:
-            return Packed(empty(width, torch.uint8), empty(1, SCALE_DTYPE), empty(1, torch.uint8))
+        def packed() -> PackedKV:
+            return PackedKV(empty(width, torch.uint8), empty(1, SCALE_DTYPE), empty(1, torch.uint8))
 
         room = packed(), packed()
         if self._packed is not None:
@@ -199,7 +201,7 @@ class QuantizedLayer(DynamicLayer):
         self._room = room
         return room
 
-    def advance(self, tokens: int) -> tuple[Packed, Packed]:
+    def advance(self, tokens: int) -> tuple[PackedKV, PackedKV]:
         """The cache with so many of the reserved tokens, which have been written."""
         assert self._room is not None, "reserve comes first"
         keys, values = self._room
@@ -209,7 +211,7 @@ class QuantizedLayer(DynamicLayer):
 
     def _map(self, change: Any) -> None:
         if self._packed is not None:
-            self._packed = self._room = tuple(Packed(*map(change, packed)) for packed in self._packed)  # type: ignore[assignment]
+            self._packed = self._room = tuple(PackedKV(*map(change, packed)) for packed in self._packed)  # type: ignore[assignment]
 
     def get_seq_length(self) -> int:
         return 0 if self._packed is None else self._packed[0].codes.shape[-2]
@@ -252,8 +254,8 @@ class QuantizedLayer(DynamicLayer):
 def quantized_attention(
     module: nn.Module,
     query: Tensor,
-    key: Tensor | Packed,
-    value: Tensor | Packed,
+    key: Tensor | PackedKV,
+    value: Tensor | PackedKV,
     attention_mask: Tensor | None,
     **arguments: Any,
 ) -> tuple[Tensor, None]:
@@ -261,18 +263,22 @@ def quantized_attention(
     quantizer = getattr(module, "kv_quantizer", None)
     if not isinstance(quantizer, KVQuantizer):
         raise ValueError(f"the attention '{ATTENTION}' belongs to checkpoints of dfrot that quantize keys and values")
-    keys = key if isinstance(key, Packed) else quantizer.pack_keys(key)
-    values = value if isinstance(value, Packed) else quantizer.pack_values(value)
+    keys = key if isinstance(key, PackedKV) else quantizer.pack_keys(key)
+    values = value if isinstance(value, PackedKV) else quantizer.pack_values(value)
     tokens = query.shape[-2]
     seen = tokens == 1 if attention_mask is None else attention_mask.dtype == torch.bool
     if tokens <= attention.FEW and seen and quantizer.native(query):
-        rotated = quantizer.queries.quantizes
+        rotated = quantizer.queries.enabled
         passes = NO_PASSES if rotated else quantizer.passes
         assert passes is not None, "native() has seen to it"
         scaling = arguments.get("scaling") or quantizer.head_dim**-0.5
-        query = quantizer.prepared(query) if rotated else query
+        query = quantizer.quantize_queries(query) if rotated else query
         return attention.attend(query, keys, values, attention_mask, passes, scaling, quantizer.keys), None
-    parts = quantizer.prepared(query), quantizer.unpack(keys, query.dtype), quantizer.unpack(values, query.dtype)
+    parts = (
+        quantizer.quantize_queries(query),
+        quantizer.unpack(keys, query.dtype),
+        quantizer.unpack(values, query.dtype),
+    )
     if tokens <= attention.FEW and query.dtype == torch.float32:  # like what a block computes between its products
         adds = attention_mask is not None and attention_mask.dtype == torch.float32
         mask = attention_mask.double() if adds else attention_mask  # type: ignore[union-attr]
@@ -293,7 +299,7 @@ def _quantize_empty_cache(quantizers: list[KVQuantizer]) -> Any:
         if cache is None and (decoder.config.use_cache if wanted is None else wanted):  # type: ignore[union-attr]
             cache = kwargs["past_key_values"] = DynamicCache()
         if isinstance(cache, DynamicCache) and cache.get_seq_length() == 0:
-            cache.layers = [QuantizedLayer(quantizer) for quantizer in quantizers]
+            cache.layers = [QuantizedCacheLayer(quantizer) for quantizer in quantizers]
         return args, kwargs
 
     return hook

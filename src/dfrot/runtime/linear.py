@@ -11,12 +11,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dfrot.kernels.linear import PackedWeight, linear, supported
-from dfrot.kernels.transform import NO_PASSES, Passes, passes_of
+from dfrot.kernels.lowering import NO_PASSES, Lowered, lower
 from dfrot.linalg.rotation import Rotation
 from dfrot.quant.affine import SCALE_DTYPE, QParams, choose_qparams, dequantize, fake_quantize, quantize
 from dfrot.quant.packing import pack, packed_width, unpack
-from dfrot.runtime.blocks import BlockRotation, wide
-from dfrot.spec import TensorSpec
+from dfrot.quant.spec import TensorSpec
+from dfrot.runtime.norms import BlockRotation, in_float64
 
 
 def version(tensor: Tensor | None) -> int:
@@ -70,7 +70,7 @@ class QuantLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.weights, self.activations, self.rotation = weights, activations, rotation
         self.weight: nn.Parameter | None = None
-        if weights.quantizes:
+        if weights.enabled:
             groups = 1 if weights.group is None else in_features // weights.group
             width = packed_width(in_features, weights.bits)
             self.register_buffer("qweight", torch.empty(out_features, width, dtype=torch.uint8))
@@ -82,7 +82,7 @@ class QuantLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype), requires_grad=False) if bias else None
         self._dense: Tensor | None = None
         self._integers: Tensor | None = None
-        self._packed: tuple[int, PackedWeight, Passes | None] | None = None
+        self._packed: tuple[int, PackedWeight, Lowered | None] | None = None
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         if self.native(x):
@@ -97,11 +97,11 @@ class QuantLinear(nn.Module):
 
     def float_product(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         """Q(x R) Ŵᵀ + b, a product of what the integers stand for; gradients pass straight through Q."""
-        return nn.functional.linear(self.prepared(x), self.dense_weight(x.dtype), self.bias)
+        return nn.functional.linear(self.quantize_input(x), self.dense_weight(x.dtype), self.bias)
 
     def exact(self, x: Tensor) -> bool:
         """Whether the reference multiplies integers; in 16 bits a product of floats is faster on a GPU."""
-        quantizes = self.weight is None and self.weights.group is None and self.activations.quantizes
+        quantizes = self.weight is None and self.weights.group is None and self.activations.enabled
         return quantizes and x.dtype in (torch.float32, torch.float64)
 
     def integer_product(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
@@ -121,23 +121,23 @@ class QuantLinear(nn.Module):
         """Whether the kernels can compute the layer for such an input."""
         return self.weight is None and supported(x, self.weights, self.activations)
 
-    def packed(self) -> tuple[PackedWeight, Passes | None]:
+    def packed(self) -> tuple[PackedWeight, Lowered | None]:
         """The weight as the kernels take it, and the rotation if they can do it."""
         now = version(self.qweight)
         if self._packed is None or self._packed[1].qweight is not self.qweight or self._packed[0] != now:
             zeros = None if self.weights.symmetric else self.zeros
             weight = PackedWeight.of(self.qweight, self.scales, zeros, self.bias, self.weights)
             rotation = self.rotation.as_rotation if isinstance(self.rotation, BlockRotation) else self.rotation
-            self._packed = now, weight, NO_PASSES if rotation is None else passes_of(rotation)
+            self._packed = now, weight, NO_PASSES if rotation is None else lower(rotation)
         return self._packed[1:]
 
-    def prepared(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch in"]:
+    def quantize_input(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch in"]:
         """What the weight is multiplied by: the input rotated and quantized."""
         return self.quantized(self.rotated(x))
 
     def quantized(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch in"]:
         """What is left of a rotated input after quantizing it."""
-        if self.activations.quantizes:
+        if self.activations.enabled:
             assert self.activations.clip is not None, "activations have a fixed clip ratio"
             grid, granularity = self.activations.grid, self.activations.token_granularity
             q = fake_quantize(x.detach(), grid, granularity, self.activations.clip)
@@ -148,7 +148,7 @@ class QuantLinear(nn.Module):
         """The input in the basis of the weight."""
         if self.rotation is None:
             return x
-        return self.rotation(x) if isinstance(self.rotation, BlockRotation) else wide(self.rotation.apply, x)
+        return self.rotation(x) if isinstance(self.rotation, BlockRotation) else in_float64(self.rotation.apply, x)
 
     def dense_weight(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
         """The weight that the integers stand for."""

@@ -36,42 +36,42 @@ class Fold:
         smooth: s (in,), by which its input, so rotated, arrives divided.
         online: R, which the runtime applies to that just before the layer.
         writes: P, how its output is to leave rotated.
-        first_row: `writes` acts on the output rows from here on (the values are the last rows of a fused qkv).
-        shrink: what its last output rows, so rotated, are to leave divided by.
+        first_output_row: `writes` acts on the output rows from here on (the values are the last rows of a fused qkv).
+        output_divisor: what its last output rows, so rotated, are to leave divided by.
     """
 
     gain: Float[Tensor, " in"] | None = None
-    reads: Rotation | None = None
+    input_rotation: Rotation | None = None
     smooth: Float[Tensor, " in"] | None = None
     online: Rotation | None = None
-    writes: Rotation | None = None
-    first_row: int = 0
-    shrink: Float[Tensor, " rows"] | None = None
+    output_rotation: Rotation | None = None
+    first_output_row: int = 0
+    output_divisor: Float[Tensor, " rows"] | None = None
 
     def weight(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """Pᵀ W diag(g) Q diag(s) R in float64, its last rows shrunk; always a new tensor."""
         w = weight.to(torch.float64, copy=True)
         if self.gain is not None:
             w = w * self.gain.to(w)
-        if self.reads is not None:
-            w = self.reads.apply(w)
+        if self.input_rotation is not None:
+            w = self.input_rotation.apply(w)
         if self.smooth is not None:
             w = w * self.smooth.to(w)
         if self.online is not None:
             w = self.online.apply(w)
-        if self.writes is not None:
-            w[self.first_row :] = self.writes.apply(w[self.first_row :].T).T
-        if self.shrink is not None:
-            w[-len(self.shrink) :] /= self.shrink.to(w)[:, None]
+        if self.output_rotation is not None:
+            w[self.first_output_row :] = self.output_rotation.apply(w[self.first_output_row :].T).T
+        if self.output_divisor is not None:
+            w[-len(self.output_divisor) :] /= self.output_divisor.to(w)[:, None]
         return w
 
     def bias(self, bias: Float[Tensor, " out"]) -> Float[Tensor, " out"]:
         """b P in float64; always a new tensor."""
         b = bias.to(torch.float64, copy=True)
-        if self.writes is not None:
-            b[self.first_row :] = self.writes.apply(b[self.first_row :])
-        if self.shrink is not None:
-            b[-len(self.shrink) :] /= self.shrink.to(b)
+        if self.output_rotation is not None:
+            b[self.first_output_row :] = self.output_rotation.apply(b[self.first_output_row :])
+        if self.output_divisor is not None:
+            b[-len(self.output_divisor) :] /= self.output_divisor.to(b)
         return b
 
     def norm_gain(self, gain: Float[Tensor, " in"]) -> Float[Tensor, " in"]:

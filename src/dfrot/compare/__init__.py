@@ -1,0 +1,1 @@
+"""A model by many recipes: trials, their table, published numbers."""

@@ -1,0 +1,215 @@
+"""The result record: a number and everything it depends on, as one line of JSON (docs/interface.md)."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dfrot.kernels.library import backend
+from dfrot.models.graph import head_dim
+from dfrot.models.source import read_config, stored_tensors, weight_files
+from dfrot.pipeline.recipe import Recipe
+from dfrot.quant.packing import packed_width
+from dfrot.quant.spec import TensorSpec
+from dfrot.system.errors import SetupError, UserError
+from dfrot.system.files import parse_json, read_json
+from dfrot.version import __version__
+
+SCHEMA = 1
+RESULTS_FILE = "results.jsonl"
+AVERAGE = "zero_shot_average"  # of what `REPORTED` picks for each task
+REPORTED = ("acc_norm", "acc")  # the first that a task has is what papers report
+_QPARAM_BYTES = 3  # of one head of one token in a quantized cache: a bfloat16 scale and a byte of zero point
+
+
+@dataclass
+class Record:
+    """One evaluated model.
+
+    Attributes:
+        model: how the user called it.
+        recipe: the recipe as JSON; None for a model that is not quantized.
+        metrics: "ppl/<text>" and the like.
+        size: bytes; see `model_size`.
+        timings_s: seconds per stage.
+        conditions: text, tokens, seq_len, seed, device, dtype, threads and versions.
+    """
+
+    model: str
+    recipe: dict[str, Any] | None
+    metrics: dict[str, float]
+    size: dict[str, int | float]
+    timings_s: dict[str, float]
+    conditions: dict[str, Any]
+    schema: int = SCHEMA
+    peak_rss_bytes: int = field(default_factory=lambda: peak_rss_bytes())
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(record: Any) -> "Record":
+        """Raises UserError if it is no record, or has another schema."""
+        if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+            given = record.get("schema") if isinstance(record, dict) else record
+            raise UserError(f"a result record has schema {SCHEMA}, got {given!r}.")
+        if not isinstance(record.get("model"), str) or not isinstance(record.get("recipe"), dict | None):
+            raise UserError("the model of a result record is a text, its recipe an object or null.")
+        if not is_number(record.get("peak_rss_bytes", 0)):
+            raise UserError("the peak_rss_bytes of a result record are a number.")
+        for name in ("metrics", "size", "timings_s", "conditions"):
+            part = record.get(name)
+            if not isinstance(part, dict) or (name != "conditions" and not all(map(is_number, part.values()))):
+                raise UserError(
+                    f"the {name} of a result record are an object{'' if name == 'conditions' else ' of numbers'}."
+                )
+        try:
+            return Record(**record)
+        except TypeError as error:
+            raise UserError(f"this is not a result record: {error}") from error
+
+
+def reported(metrics: Iterable[str]) -> list[str]:
+    """Of the metrics of each task the one that papers report, and all others."""
+    found = list(metrics)
+    tasks = {metric.partition("/")[2] for metric in found if metric.startswith(("acc/", "acc_norm/"))}
+    kept = {next(f"{name}/{task}" for name in REPORTED if f"{name}/{task}" in found) for task in tasks}
+    return [metric for metric in found if metric.partition("/")[2] not in tasks or metric in kept]
+
+
+def is_number(value: Any) -> bool:
+    """Whether this is a number that a float can hold, infinite or not."""
+    return isinstance(value, float) or (type(value) is int and abs(value) < 2**1023)
+
+
+def append_records(path: Path, records: list[Record]) -> None:
+    """Append records to a `.jsonl` file, one line each, durably.
+
+    Raises:
+        SetupError: it cannot be written.
+    """
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            for record in records:
+                file.write(json.dumps(record.to_json()) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise SetupError(f"cannot write {path}: {error}") from error
+
+
+def read_records(path: Path, *, repair: bool = False) -> list[Record]:
+    """The records of a `.jsonl` file; none if it is not there. A last line without an end, which a killed process has
+    left, is no record.
+
+    Args:
+        repair: also cut that line off the file, so that others can be appended.
+
+    Raises:
+        UserError: another line is no record.
+    """
+    if not path.is_file():
+        return []
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if repair and len(whole) < len(content):
+        with path.open("rb+") as file:
+            file.truncate(len(whole))
+    records = []
+    for number, line in enumerate(whole.splitlines(), start=1):
+        try:
+            records.append(Record.from_json(parse_json(line)))
+        except ValueError as error:  # a UserError is a ValueError
+            raise UserError(
+                f"{path}, line {number}: not a result record: {error} Remove that line, or run `dfrot compare` again."
+            ) from error
+    return records
+
+
+def conditions(model: Any, **measured: Any) -> dict[str, Any]:
+    """What a measurement depended on, beside what was `measured`.
+
+    Args:
+        model: a loaded model, or a tensor, with the device and the dtype of the computation.
+    """
+    spread = getattr(model, "hf_device_map", None)
+    return {
+        **measured,
+        "device": ", ".join(sorted(set(map(str, spread.values())))) if spread else str(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "backend": backend(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "dfrot": __version__,
+        "commit": _commit(),
+        "torch": torch.__version__,
+        "transformers": importlib.metadata.version("transformers"),
+    }
+
+
+def _commit() -> str | None:
+    """The commit of the source tree that dfrot runs from, if it runs from one."""
+    here = Path(__file__).parent
+    try:
+        run = subprocess.run(
+            ["git", "-C", str(here), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return run.stdout.strip()
+
+
+def peak_rss_bytes() -> int:
+    """The most memory that this process has had resident."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def model_size(path: Path) -> dict[str, int | float]:
+    """Bytes of a model directory.
+
+    Returns:
+        weight_bytes: all tensors on disk.
+        decoder_bits_per_weight: bits on disk per weight of the decoder's linear layers, scales included.
+        unquantized_bytes: the model that it was made from, at 16 bits.
+        kv_bytes_per_token: keys and values of one token in all layers.
+        unquantized_kv_bytes_per_token: the same at 16 bits.
+    """
+    config = read_config(path)
+    quantized = read_json(path / "config.json").get("quantization_config")
+    spec = Recipe.from_json(quantized["recipe"]).spec if quantized else None
+    total = entries = decoder_bytes = decoder_weights = 0
+    for name, shape, nbytes in stored_tensors(set(weight_files(path).values())):
+        total += nbytes
+        entries += shape.numel()
+        if ".layers." in name and len(shape) == 2:  # a weight, or the codes, scales and zero points of one
+            decoder_bytes += nbytes
+            if name.endswith(".qweight"):
+                assert spec is not None, "only quantized checkpoints have packed weights"
+                decoder_weights += shape.numel() * 8 // spec.weights.bits
+            elif name.endswith(".weight"):
+                decoder_weights += shape.numel()
+    unquantized_kv = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim(config) * 2
+    kv = unquantized_kv if spec is None else kv_bytes_per_token(config, spec.keys)
+    return {
+        "weight_bytes": total,
+        "decoder_bits_per_weight": 8 * decoder_bytes / decoder_weights,
+        "unquantized_bytes": quantized["unquantized_bytes"] if quantized else 2 * entries,
+        "kv_bytes_per_token": kv,
+        "unquantized_kv_bytes_per_token": unquantized_kv,
+    }
+
+
+def kv_bytes_per_token(config: Any, spec: TensorSpec) -> int:
+    """Bytes that one token takes in the cache of all layers."""
+    per_head = packed_width(head_dim(config), spec.bits) + _QPARAM_BYTES if spec.enabled else 2 * head_dim(config)
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * per_head

@@ -1,0 +1,1 @@
+"""Why a model is hard to quantize, in numbers."""

@@ -1,0 +1,45 @@
+"""What is lost of what is stored in few bits: weights, keys and values, by rotation."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from dfrot.inspect.norm_stats import ratio
+from dfrot.linalg.rotation import Rotation
+from dfrot.methods.quarot import hadamard
+from dfrot.models.source import Source
+from dfrot.quant.affine import dequantize
+from dfrot.quant.spec import TensorSpec
+from dfrot.rounding.rtn import rtn
+from dfrot.runtime.kv import KVQuantizer
+from dfrot.transform.transforms import Transforms, block_folds
+
+
+def weight_errors(
+    block: nn.Module, index: int, source: Source, transforms: Mapping[str, Transforms], spec: TensorSpec
+) -> list[dict[str, Any]]:
+    """‖W − Q(W)‖ / ‖W‖ of every linear layer of a block, folded and rounded to nearest without clipping by search."""
+    spec = spec if spec.clip is not None else dataclasses.replace(spec, clip=1.0)
+    errors: dict[str, dict[str, float]] = {name: {} for name in source.graph.linears}
+    for method, fit in transforms.items():
+        for name, fold in block_folds(fit, index, source.graph, source.config, block).items():
+            weight = fold.weight(block.get_submodule(name).weight.data).float()  # type: ignore[arg-type]
+            codes, qparams = rtn(weight, spec)
+            left = weight - dequantize(codes, spec.weight_granularity, qparams)
+            errors[name][method] = float(left.norm() / weight.norm())
+    return [{"block": index, "layer": name, "error": by_method} for name, by_method in errors.items() if by_method]
+
+
+def kv_errors(x: Float[Tensor, "batch heads tokens head_dim"], spec: TensorSpec) -> dict[str, float]:
+    """‖x − Q(x)‖ / ‖x‖ of keys or values in the cache, as they are and rotated; mean over heads and tokens."""
+    size = x.shape[-1]
+    choices: dict[str, Rotation | None] = {"plain": None, "rotated": hadamard("one head", size)}
+    errors = {}
+    for name, rotation in choices.items():
+        quantizer = KVQuantizer(spec, spec, rotation, size)
+        rotated = quantizer.rotate(x)
+        errors[name] = float(ratio(rotated - quantizer.unpack(quantizer.pack_keys(x), x.dtype), rotated).mean())
+    return errors

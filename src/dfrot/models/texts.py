@@ -1,0 +1,149 @@
+"""Texts by name, and the tokens of them.
+
+A text is `wikitext2`, `c4`, `pydoc` or a path: a text file is one stream; `wiki.*.raw` is joined the way the
+quantization papers join it (rows joined with two newlines); `.jsonl` and `.jsonl.gz` give the field `text`.
+"""
+
+import gzip
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from dfrot.system.errors import SetupError, UserError
+from dfrot.system.files import parse_json
+
+Split = Literal["train", "test"]
+NAMED = ("wikitext2", "c4", "pydoc")
+
+
+def read_text(name: str, split: Split = "test") -> str:
+    """The text called `name`.
+
+    Args:
+        split: for wikitext2 and c4, the part to take: train for calibration, test for evaluation (c4 has a
+            validation part instead); pydoc is cut into its first three quarters and the rest.
+
+    Raises:
+        UserError: there is no such text, it is empty or not text.
+        SetupError: it has to come from the hub, which cannot be reached.
+    """
+    text = _read(name, split)
+    if not text.strip():
+        raise UserError(f"the text '{name}' is empty.")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half a character
+        raise UserError(f"the text '{name}' cannot be written in UTF-8: {error}") from error
+    return text
+
+
+def text_label(name: str) -> str:
+    """What results call a text: its name, or the file's."""
+    return name if name in NAMED else Path(name).name
+
+
+def _read(name: str, split: Split) -> str:
+    if name == "pydoc":
+        return _pydoc(split)
+    if name == "wikitext2":
+        rows = _hub_rows("Salesforce/wikitext", "wikitext-2-raw-v1", split)
+        return "\n\n".join(rows)
+    if name == "c4":
+        part = {"train": "en/c4-train.00000-of-01024.json.gz", "test": "en/c4-validation.00000-of-00008.json.gz"}
+        return " ".join(_hub_rows("allenai/c4", None, "train", data_files=part[split]))
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise UserError(f"there is no text '{name}'. TEXT is {', '.join(NAMED)}, or the path of a text file.")
+    try:
+        if path.name.endswith((".jsonl", ".jsonl.gz")):
+            return "\n\n".join(_jsonl_rows(path))
+        if path.name.startswith("wiki.") and path.suffix == ".raw":
+            with path.open(encoding="utf-8", newline="\n") as lines:  # one row of the data set per line
+                return "\n\n".join(line if line.strip() else "" for line in lines)
+        return path.read_text(encoding="utf-8")
+    except (UnicodeDecodeError, OSError, zlib.error, EOFError) as error:
+        raise UserError(f"{path} is not a text file in UTF-8: {error}") from error
+
+
+def _jsonl_rows(path: Path) -> Iterable[str]:
+    opened = gzip.open if path.suffix == ".gz" else open
+    with opened(path, "rt", encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                row = parse_json(line)["text"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{path}, line {number}: expected a JSON object with the field 'text'.") from error
+            if not isinstance(row, str):
+                raise UserError(f"{path}, line {number}: the field 'text' is no text but {type(row).__name__}.")
+            yield row
+
+
+def _pydoc(split: Split) -> str:
+    """The help topics that every CPython carries: English prose about Python."""
+    from pydoc_data.topics import topics
+
+    text = "\n\n".join(topics[key] for key in sorted(topics))
+    cut = text.rindex("\n\n", 0, len(text) * 3 // 4)
+    return text[:cut] if split == "train" else text[cut:]
+
+
+def _hub_rows(repository: str, config: str | None, split: str, **options: Any) -> list[str]:
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise SetupError(
+            f"reading {repository} needs the package datasets: pip install 'dfrot[eval]'. "
+            "Without it give 'pydoc' or the path of a text file."
+        ) from error
+    try:
+        return list(load_dataset(repository, config, split=split, **options)["text"])
+    except Exception as error:  # datasets passes on whatever its many backends raise
+        raise SetupError(
+            f"{repository} cannot be had from the hub ({type(error).__name__}). Give 'pydoc', which needs no network, "
+            "or the path of a text file."
+        ) from error
+
+
+def token_windows(
+    tokenizer: Any, text: str, name: str, seq_len: int, max_tokens: int | None = None
+) -> Int[Tensor, "blocks seq_len"]:
+    """The whole text tokenized once and cut into non-overlapping blocks; the tail is dropped.
+
+    Args:
+        name: of the text, for messages.
+        max_tokens: take the first ⌊max_tokens / seq_len⌋ blocks.
+
+    Raises:
+        UserError: the text, or max_tokens, is shorter than one block.
+    """
+    if seq_len < 2:
+        raise UserError(f"a block has at least two tokens, the second to be predicted; got seq_len {seq_len}.")
+    if max_tokens is not None and max_tokens < seq_len:
+        raise UserError(f"one block is {seq_len} tokens long, but only {max_tokens} tokens are asked for.")
+    ids = tokenizer(text, verbose=False).input_ids
+    blocks = len(ids) // seq_len
+    if blocks == 0:
+        raise UserError(f"the text '{name}' has {len(ids)} tokens, fewer than one block of {seq_len}.")
+    if max_tokens is not None:
+        blocks = min(blocks, max_tokens // seq_len)
+    return torch.tensor(ids[: blocks * seq_len]).view(blocks, seq_len)
+
+
+def calibration_windows(
+    tokenizer: Any, text: str, name: str, seq_len: int, tokens: int, generator: torch.Generator
+) -> Int[Tensor, "blocks seq_len"]:
+    """⌊tokens / seq_len⌋ windows at random places of the text, as the papers draw their calibration samples.
+
+    Raises:
+        UserError: the text is shorter than one window.
+    """
+    ids = torch.tensor(tokenizer(text, verbose=False).input_ids)
+    if len(ids) < seq_len:
+        raise UserError(f"the calibration text '{name}' has {len(ids)} tokens, fewer than one sample of {seq_len}.")
+    starts = torch.randint(len(ids) - seq_len + 1, (tokens // seq_len,), generator=generator)
+    return torch.stack([ids[start : start + seq_len] for start in starts.tolist()])

@@ -1,0 +1,1 @@
+"""quantize(): the recipe, what it will take, and the loop over decoder blocks."""

@@ -1,0 +1,205 @@
+"""GPTQ: quantize column after column, each compensating for those before (Frantar et al. 2022, arXiv 2210.17323).
+
+A layer's loss on its inputs X (tokens, in) is, for every row w of its weight and H = Xᵀ X,
+
+    ‖X wᵀ − X ŵᵀ‖² = (w − ŵ) H (w − ŵ)ᵀ.
+
+The paper rounds column after column and updates the columns still to come with the Cholesky factor of H⁻¹. The same
+numbers come from H itself, with nothing inverted. Let H = M D Mᵀ, M unit upper triangular, D diagonal. Then
+
+    (w − ŵ) H (w − ŵ)ᵀ = Σⱼ Dⱼ eⱼ²,      eⱼ = wⱼ − ŵⱼ + Σ_{i<j} (wᵢ − ŵᵢ) Mᵢⱼ,
+
+so, going from the first column to the last, ŵⱼ = Q(wⱼ + Σ_{i<j} (wᵢ − ŵᵢ) Mᵢⱼ) makes one term after the other as small
+as the grid allows. (That this is GPTQ, and Babai's nearest plane algorithm: Chen et al. 2025, arXiv 2507.18553.)
+
+The grid is chosen before, by clip search on the weight as it is; with groups too, so that with `act_order`, which takes
+the columns with the largest Hᵢᵢ first, each column keeps the scale of the group it stands in ("static groups").
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int, Integer
+from torch import Tensor
+
+from dfrot.pipeline.recipe import GPTQ
+from dfrot.quant.affine import QParams, dequantize, quantize
+from dfrot.quant.grids import IntGrid, PerGroup
+from dfrot.quant.spec import TensorSpec
+from dfrot.rounding.rtn import weight_qparams
+from dfrot.rounding.stream import BlockTask
+from dfrot.system.errors import UserError
+
+# Columns whose updates are delayed and applied as one product: within the cache, and beyond it.
+_INNER, _OUTER = 16, 512
+# Factorised in float64 up to this width; beyond it that costs more than rounding the columns.
+FLOAT64_UP_TO = 2048
+_RAISE, _RAISES = 10.0, 6  # damping, when the Hessian is singular
+# Of a weight whose rows are rounded together; five times as much is needed beside it.
+PIECE_ENTRIES = 1 << 25
+
+
+class Factor(NamedTuple):
+    """M D Mᵀ of a damped Hessian whose columns are taken in some order.
+
+    Attributes:
+        upper: M, (in, in), unit upper triangular.
+        diagonal: D, (in,).
+        order: position → column, (in,).
+        added: what damping added to the diagonal.
+        damping: the same as a share of the diagonal's mean: what was asked for unless the Hessian was singular.
+    """
+
+    upper: Float[Tensor, "in in"]
+    diagonal: Float[Tensor, " in"]
+    order: Int[Tensor, " in"]
+    added: float
+    damping: float
+
+
+def factorize(hessian: Float[Tensor, "in in"], damping: float, act_order: bool) -> Factor:
+    """Decompose H + δ I, δ the share `damping` of the mean diagonal, raised tenfold until that is positive definite.
+
+    Args:
+        hessian: XᵀX, or any multiple of it.
+        act_order: take the columns in the order of falling Hᵢᵢ.
+
+    Raises:
+        UserError: the Hessian holds NaN or infinities, or no damping helps.
+    """
+    diagonal = hessian.diagonal()  # Σ x², so a NaN anywhere is here too
+    if not torch.isfinite(diagonal).all():
+        raise UserError("the Hessian holds NaN or infinite values: the model's activations overflowed.")
+    order = torch.arange(len(diagonal), device=hessian.device)
+    if act_order:
+        order = torch.argsort(diagonal, descending=True, stable=True)
+    wide = torch.float64 if len(diagonal) <= FLOAT64_UP_TO else hessian.dtype
+    mean = float(diagonal.mean()) or 1.0  # a layer that saw nothing but zeros is rounded to nearest
+    for _ in range(_RAISES):
+        # H = V Vᵀ with V upper triangular is the usual factorisation read from the last row and column to the first
+        backwards = order.flip(0)
+        damped = (hessian[backwards][:, backwards] if act_order else hessian.flip(0, 1)).to(wide)
+        added = damping * mean
+        damped.diagonal().add_(added)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        del damped
+        if not failed:
+            break
+        damping = max(damping * _RAISE, torch.finfo(hessian.dtype).eps)
+    else:
+        raise UserError(f"the Hessian is not positive semidefinite: damping it by {damping / _RAISE:g} did not help.")
+    roots = lower.diagonal().flip(0).clone()
+    upper = lower.to(hessian.dtype).flip(0, 1)
+    return Factor(upper.div_(roots.to(upper)), roots.square().to(upper), order, added, damping)
+
+
+def gptq(
+    weight: Float[Tensor, "out in"], factor: Factor, qparams: QParams, spec: TensorSpec
+) -> tuple[Integer[Tensor, "out in"], Float[Tensor, " out"]]:
+    """Integers on a given grid, and each row's loss (w − ŵ) H (w − ŵ)ᵀ without the damping.
+
+    Args:
+        qparams: scales (and zero points) of shape (out, groups).
+    """
+    grid, granularity = spec.grid, spec.weight_granularity
+    in_features = weight.shape[1]
+    size = granularity.size if isinstance(granularity, PerGroup) else in_features
+    group = (factor.order // size).tolist()
+    scale = qparams.scale.T.contiguous()  # (groups, out): all that follows has a column of the weight as one row
+    zero = None if qparams.zero is None else qparams.zero.T.contiguous()
+    error = weight.T[factor.order]  # w, and from the top w − ŵ; (in, out)
+    wanted = error.clone()  # w + Σ (w − ŵ) M, and from the top e
+    codes = torch.empty_like(error)
+    for start in range(0, in_features, _OUTER):
+        stop = min(start + _OUTER, in_features)
+        for first in range(start, stop, _INNER):
+            last = min(first + _INNER, stop)
+            for j in range(first, last):
+                step, shift = scale[group[j]], None if zero is None else zero[group[j]]
+                rounded = _nearest(wanted[j], step, shift, grid, codes[j])
+                error[j] -= rounded
+                wanted[j] -= rounded
+                wanted[j + 1 : last].addr_(factor.upper[j, j + 1 : last], error[j])
+            wanted[last:stop].addmm_(factor.upper[first:last, last:stop].T, error[first:last])
+        wanted[stop:].addmm_(factor.upper[start:stop, stop:].T, error[start:stop])
+    loss = factor.diagonal @ wanted.square_() - factor.added * error.square_().sum(0)
+    loss.clamp_(min=0)  # a difference of rounded sums
+    return codes[torch.argsort(factor.order)].T.to(torch.int8 if grid.symmetric else torch.uint8), loss
+
+
+def _nearest(w: Tensor, scale: Tensor, zero: Tensor | None, grid: IntGrid, code: Tensor) -> Tensor:
+    """The grid point nearest to every entry; its integer goes into `code`."""
+    torch.div(w, scale, out=code).round_()
+    if zero is None:
+        return code.clamp_(grid.lowest, grid.highest) * scale
+    return (code.add_(zero).clamp_(grid.lowest, grid.highest) - zero).mul_(scale)
+
+
+def layer_loss(error: Float[Tensor, "out in"], hessian: Float[Tensor, "in in"]) -> Float[Tensor, " out"]:
+    """(w − ŵ) H (w − ŵ)ᵀ of every row."""
+    return (error @ hessian).mul_(error).sum(-1)
+
+
+def gptq_with_rtn_fallback(
+    weight: Float[Tensor, "out in"],
+    hessian: Float[Tensor, "in in"],
+    factor: Factor,
+    qparams: QParams,
+    spec: TensorSpec,
+) -> tuple[Integer[Tensor, "out in"], Float[Tensor, "2"]]:
+    """GPTQ's integers, and rounded to nearest those rows where greed does not pay; the losses of this and of RTN."""
+    step = max(1, PIECE_ENTRIES // weight.shape[1])
+    pieces = [slice(start, start + step) for start in range(0, len(weight), step)]
+    codes, losses = zip(
+        *(_never_worse(weight[rows], hessian, factor, qparams.rows(rows), spec) for rows in pieces), strict=True
+    )
+    return torch.cat(codes), torch.stack(losses).sum(0)
+
+
+def _never_worse(
+    weight: Tensor, hessian: Tensor, factor: Factor, qparams: QParams, spec: TensorSpec
+) -> tuple[Tensor, Tensor]:
+    codes, loss = gptq(weight, factor, qparams, spec)
+    nearest = quantize(weight, spec.grid, spec.weight_granularity, qparams)
+    rtn_loss = layer_loss(weight - dequantize(nearest, spec.weight_granularity, qparams), hessian)
+    codes = torch.where((loss <= rtn_loss)[:, None], codes, nearest)
+    return codes, torch.stack([torch.minimum(loss, rtn_loss), rtn_loss]).sum(1)
+
+
+def gptq_block(task: BlockTask) -> dict[str, tuple[Tensor, QParams]]:
+    """Quantize the layers of a block in the order in which they run, on inputs from layers quantized before.
+
+    Notes by stage: ‖XW − XŴ‖² / ‖XW‖², the same if rounded to nearest, and the damping that was needed.
+    """
+    options, spec = task.recipe.weights, task.recipe.spec.weights
+    assert isinstance(options, GPTQ), "called with the options of another weight quantizer"
+    assert task.stream is not None, "a recipe that fits weights has inputs"
+    processes = task.stream.processes
+    quantized = {}
+    notes = task.notes["stages"] = {}
+    for stage in task.source.graph.stages:
+        layers = [task.module.get_submodule(name) for name in stage]
+        # they read the same input: one Hessian, one factorisation, one pass
+        hessian = task.hessian(stage[0])
+        weight = torch.cat([layer.weight.data for layer in layers])  # type: ignore[misc]
+        counts = [len(layer.weight) for layer in layers]  # type: ignore[arg-type]
+        for layer in layers:
+            layer.weight.data = weight[:0]  # they are all in `weight`, and need no room twice
+        try:
+            factor = factorize(hessian, options.damping, options.act_order)
+        except UserError as error:
+            raise UserError(f"block {task.index}, {', '.join(stage)}: {error}") from error
+        qparams = weight_qparams(weight, spec)
+        part = processes.shard  # rows are rounded by themselves
+        codes, losses = gptq_with_rtn_fallback(weight[part], hessian, factor, qparams.rows(part), spec)
+        codes, losses = processes.all_gather(codes, len(weight)), processes.all_reduce_sum(losses)
+        size = layer_loss(weight, hessian).sum().clamp(min=torch.finfo(weight.dtype).tiny)  # 0 for a layer of zeros
+        loss, rtn_loss = (losses / size).tolist()
+        notes[" ".join(stage)] = {"loss": loss, "rtn_loss": rtn_loss, "damping": factor.damping}
+        rounded = dequantize(codes, spec.weight_granularity, qparams)
+        stop = 0
+        for name, layer, count in zip(stage, layers, counts, strict=True):
+            start, stop = stop, stop + count
+            layer.weight.data = rounded[start:stop]
+            quantized[name] = codes[start:stop], qparams.rows(slice(start, stop))
+    return quantized

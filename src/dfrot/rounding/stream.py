@@ -1,0 +1,204 @@
+"""What the blocks of the quantized-so-far model really get as input, carried from block to block.
+
+Weights are fitted to the inputs that they will meet: those that the rotated model produces whose earlier blocks are
+quantized already. Memory holds the hidden states of the calibration text, or a memory-mapped file does.
+"""
+
+import contextlib
+import mmap
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from dfrot.models.source import Source, loaded
+from dfrot.models.stream import BlockRunner
+from dfrot.pipeline.recipe import Recipe
+from dfrot.runtime.config import RuntimeConfig
+from dfrot.runtime.install import install_block_
+from dfrot.runtime.linear import QuantLinear
+from dfrot.system.distributed import SINGLE_PROCESS, ProcessGroup
+from dfrot.system.errors import SetupError
+
+_SCRATCH = "dfrot-run-"  # how such files are called, so that a resumed run knows what a killed one left
+
+
+class CalibrationStream:
+    """Hidden states of the calibration text before one block after the other.
+
+    Args:
+        plan: how the checkpoint computes.
+        embedding: of the checkpoint, (vocabulary, hidden).
+        token_ids: (sequences, seq_len).
+        dtype: of the computation.
+        offload: a directory for a memory-mapped file that holds the states; None keeps them in memory.
+        with_originals: also carry what the original model computes.
+        processes: of these each carries a part of the sequences.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        plan: RuntimeConfig,
+        embedding: Tensor,
+        token_ids: Int[Tensor, "sequences seq_len"],
+        dtype: torch.dtype,
+        device: torch.device,
+        offload: Path | None = None,
+        with_originals: bool = False,
+        processes: ProcessGroup = SINGLE_PROCESS,
+    ) -> None:
+        self.source, self.plan, self.device, self.processes = source, plan, device, processes
+        token_ids = token_ids[processes.shard]
+        shape = (*token_ids.shape, embedding.shape[1])
+        self._offload = offload
+        self._mapped: list[mmap.mmap] = []  # what is offloaded
+        self.states = self._allocated(shape, dtype)
+        for state, ids in zip(self.states, token_ids, strict=True):
+            state.copy_(embedding[ids])
+        self.teacher_states = self._allocated(shape, dtype).copy_(self.states) if with_originals else None
+        self._heads: Tensor | None = None  # the heads' outputs in the block at hand, (sequences, seq_len, channels)
+        self._kept: set[int] = set()  # of these sequences
+        self.run = BlockRunner(source, self.states[:1].to(device))
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+    def __getitem__(self, number: int) -> Float[Tensor, "1 seq_len hidden"]:
+        """The input that one sequence makes for the block at hand."""
+        return self.states[number : number + 1].to(self.device)
+
+    def block(self, index: int, tensors: dict[str, Tensor], plan: RuntimeConfig) -> nn.Module:
+        """Block `index` as `plan` computes it."""
+        return runtime_block(self.source, index, tensors, plan).to(self.states.dtype).to(self.device)
+
+    def inputs(self, index: int, block: nn.Module, linear: str) -> Iterator[Float[Tensor, "1 seq_len in"]]:
+        """What one linear layer of the block at hand reads, for every sequence.
+
+        Layers are asked for in the order in which they run, weights before them being final: what the heads give is
+        kept from when the layer that reads it was asked for, so that attention is computed once.
+        """
+        layer = block.get_submodule(linear)
+        for number in range(len(self)):
+            with self._attention_kept(block, number):
+                x = self.run.until(layer, block, index, self[number])
+            if linear == self.source.graph.output:
+                if self._heads is None:
+                    self._heads = self._allocated((*self.states.shape[:2], x.shape[-1]), x.dtype)
+                self._heads[number] = x[0]
+                self._kept.add(number)
+            yield x
+        self._leave_to_disk()
+
+    def advance(self, index: int, tensors: dict[str, Tensor]) -> None:
+        """Go through block `index` of the checkpoint.
+
+        As in the papers, GPTQ's stream does not quantize activations, and that of LWC, which has targets, does.
+        """
+        plan = self.plan.without("activations") if self.teacher_states is None else self.plan
+        block = self.block(index, tensors, plan)
+        for number in range(len(self)):
+            with self._attention_kept(block, number):
+                self.states[number] = self.run(block, index, self[number])[0]
+        self._kept.clear()
+        self._leave_to_disk()
+
+    def advance_teacher(self, index: int, tensors: dict[str, Tensor]) -> None:
+        """Go through block `index` with weights that are not quantized; its outputs are what is to be reached."""
+        if self.teacher_states is None:
+            return
+        block = self.block(index, tensors, self.plan.without("weights", "activations"))
+        for state in self.teacher_states.split(1):
+            state.copy_(self.run(block, index, state.to(self.device)))
+        self._leave_to_disk()
+
+    def _allocated(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        if self._offload is None:
+            return torch.empty(shape, dtype=dtype)
+        size = torch.Size(shape).numel() * dtype.itemsize
+        try:
+            # without a name, but there, until the tensor is gone
+            with tempfile.TemporaryFile(dir=self._offload, prefix=_SCRATCH) as file:
+                # a full disk is an error now, not a SIGBUS later
+                os.posix_fallocate(file.fileno(), 0, size)
+                mapped = mmap.mmap(file.fileno(), size)
+        except OSError as error:
+            raise SetupError(
+                f"the calibration text's hidden states, {size / 1e9:.1f} GB, cannot be put into {self._offload}: "
+                f"{error}. Make room, or take fewer --calib-tokens."
+            ) from error
+        self._mapped.append(mapped)
+        return torch.frombuffer(mapped, dtype=dtype).view(shape)
+
+    def _leave_to_disk(self) -> None:
+        """Have nothing of what is offloaded in memory; it is read again where it is needed."""
+        for mapped in self._mapped:
+            mapped.madvise(mmap.MADV_DONTNEED)
+
+    @contextlib.contextmanager
+    def _attention_kept(self, block: nn.Module, number: int) -> Iterator[None]:
+        """While open, the block takes the kept outputs of its heads, if they are there, and does not compute them."""
+        graph = self.source.graph
+        if number not in self._kept or self._heads is None:
+            yield
+            return
+        attention, output = block.get_submodule(graph.attention), block.get_submodule(graph.output)
+        block.set_submodule(graph.attention, _Attended(output, self._heads[number : number + 1].to(self.device)))
+        try:
+            yield
+        finally:
+            block.set_submodule(graph.attention, attention)
+
+
+def runtime_block(source: Source, index: int, tensors: dict[str, Tensor], plan: RuntimeConfig) -> nn.Module:
+    """Block `index` with the runtime's modules."""
+    block = source.empty_block(index)
+    install_block_(block, source.graph, plan)
+    return loaded(block, tensors)
+
+
+class _Attended(nn.Module):
+    """An attention module whose heads are done."""
+
+    def __init__(self, output: nn.Module, heads: Tensor) -> None:
+        super().__init__()
+        self.output, self.heads = output, heads
+
+    def forward(self, **_: Any) -> tuple[Tensor, None]:
+        return self.output(self.heads), None
+
+
+@dataclass
+class BlockTask:
+    """A folded block whose linear layers are to be quantized.
+
+    Attributes:
+        index: which block.
+        module: with the runtime's modules and weights that are not quantized yet.
+        stream: the inputs, if the recipe fits weights.
+        notes: what the weight quantizer found out, as JSON; it stays with the checkpoint.
+    """
+
+    index: int
+    module: nn.Module
+    source: Source
+    recipe: Recipe
+    stream: CalibrationStream | None
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    def hessian(self, linear: str) -> Float[Tensor, "in in"]:
+        """Xᵀ X over all inputs of one linear layer, those of other processes too."""
+        assert self.stream is not None, "a recipe that fits weights has a stream"
+        layer = self.module.get_submodule(linear)
+        total: Tensor | None = None
+        for x in self.stream.inputs(self.index, self.module, linear):
+            x = (layer.quantize_input(x) if isinstance(layer, QuantLinear) else x).flatten(0, -2)
+            total = x.T @ x if total is None else total.addmm_(x.T, x)
+        assert total is not None, "calibration has at least one sequence"
+        return self.stream.processes.all_reduce_sum(total)

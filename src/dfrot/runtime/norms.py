@@ -1,0 +1,76 @@
+"""What a block computes between its products: norms, activation functions, rotations.
+
+In float32 they compute in float64 and round once. So the reference and the kernels, which sum in other orders, hand the
+same floats to the quantizers, nearly always to the last bit; it matters, because at 4 bits a float on the other side of
+a tie changes everything behind it.
+"""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from dfrot.kernels.linear import rotatable, rotate
+from dfrot.kernels.lowering import lower
+from dfrot.linalg.rotation import Rotation, block_rotation
+
+
+def in_float64(compute: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """compute(x), for float32 in float64."""
+    return compute(x.double()).float() if x.dtype == torch.float32 else compute(x)
+
+
+class Float64SiLU(nn.SiLU):
+    """x σ(x)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return in_float64(super().forward, x)
+
+
+class Float64RMSNorm(nn.RMSNorm):
+    """x / √(mean x² + ε) · weight."""
+
+    def __init__(self, norm: nn.RMSNorm) -> None:
+        super().__init__(norm.normalized_shape, eps=norm.eps, device="meta")
+        self.weight = norm.weight
+
+    def forward(self, x: Float[Tensor, "*batch size"]) -> Float[Tensor, "*batch size"]:
+        weight = self.weight.double() if x.dtype == torch.float32 else self.weight
+        return in_float64(lambda y: nn.functional.rms_norm(y, self.normalized_shape, weight, self.eps), x)
+
+
+class BlockRotation(nn.Module):
+    """x ↦ x B₁ P₁ B₂ …, each B one block along the diagonal, each P a permutation.
+
+    Buffers: `matrices` float32 (float64 in a float64 model) (count, block, block), `orders` int32 (count − 1, size).
+    """
+
+    matrices: Tensor
+    orders: Tensor
+
+    def __init__(self, size: int, block: int, count: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        self.register_buffer("matrices", torch.empty(count, block, block, dtype=wide))
+        self.register_buffer("orders", torch.empty(count - 1, size, dtype=torch.int32))
+
+    @property
+    def as_rotation(self) -> Rotation:
+        return block_rotation(self.matrices, self.orders)
+
+    def forward(self, x: Float[Tensor, "*batch size"]) -> Float[Tensor, "*batch size"]:
+        passes = lower(self.as_rotation) if rotatable(x) else None
+        return in_float64(self.as_rotation.apply, x) if passes is None else rotate(x, passes)
+
+
+class RotatedNorm(Float64RMSNorm):
+    """A norm that hands its output out rotated, once for all layers that read it."""
+
+    def __init__(self, norm: nn.RMSNorm, rotation: BlockRotation | None) -> None:
+        super().__init__(norm)
+        self.rotation = rotation
+
+    def forward(self, x: Float[Tensor, "*batch size"]) -> Float[Tensor, "*batch size"]:
+        x = super().forward(x)
+        return x if self.rotation is None else self.rotation(x)

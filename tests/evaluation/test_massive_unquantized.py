@@ -1,0 +1,56 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import dfrot
+from dfrot.evaluation.massive_unquantized import (
+    massive_positions,
+    massive_unquantized,
+    perplexity_with_massive_unquantized,
+)
+from dfrot.quant.spec import UNQUANTIZED
+
+Tiny = Callable[[str], Path]
+BLOCKS = torch.randint(1, 96, (2, 30), generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture
+def models(tiny: Tiny, tmp_path: Path) -> tuple[Any, Any]:
+    """A checkpoint with quantized activations, and its original."""
+    path = dfrot.quantize(tiny("llama"), dfrot.Recipe.parse("quarot", spec="w16a4kv16"), tmp_path / "out").path
+    return dfrot.load(path)[0], dfrot.load(tiny("llama"))[0]
+
+
+@torch.no_grad()
+def test_with_every_token_passing_by_the_readers_are_not_quantized(models: tuple[Any, Any]) -> None:
+    checkpoint, original = models
+    everywhere = {name: torch.ones_like(mask) for name, mask in massive_positions(original, BLOCKS[0]).items()}
+    with massive_unquantized(checkpoint, everywhere):
+        passing = checkpoint(BLOCKS[:1], use_cache=False).logits
+    quantized = checkpoint(BLOCKS[:1], use_cache=False).logits
+    for block in checkpoint.model.layers:
+        for reader in ("q_proj", "k_proj", "v_proj"):
+            block.self_attn.get_submodule(reader).activations = UNQUANTIZED
+        block.mlp.gate_proj.activations = block.mlp.up_proj.activations = UNQUANTIZED
+    torch.testing.assert_close(passing, checkpoint(BLOCKS[:1], use_cache=False).logits, rtol=0, atol=1e-5)
+    assert not torch.equal(passing, quantized)
+
+
+def test_without_massive_tokens_nothing_changes(models: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint, original = models
+    monkeypatch.setattr("dfrot.methods.massive.DOMINANT_SHARE", 1.1)
+    found = perplexity_with_massive_unquantized(checkpoint, original, BLOCKS)
+    assert found == pytest.approx(dfrot.perplexity(checkpoint, BLOCKS), rel=1e-6)
+
+
+@torch.no_grad()
+def test_a_planted_token_is_found_where_it_is(models: tuple[Any, Any]) -> None:
+    _, original = models
+    original.model.embed_tokens.weight[7, 5] = 1e6
+    original.model.embed_tokens.weight[:, 3] /= 12  # the tiny model's outlier channel is in every token
+    tokens = torch.tensor([1, 2, 7, 3, 7])
+    first = massive_positions(original, tokens)["model.layers.0.input_layernorm"]
+    assert first.nonzero().flatten().tolist() == [2, 4]

@@ -1,0 +1,44 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import dfrot
+from dfrot.linalg.rotation import random_hadamard
+from dfrot.methods.method import Context
+from dfrot.methods.sensitivity import kl_divergences
+from dfrot.models.source import open_source
+from dfrot.quant.spec import UNQUANTIZED, TensorSpec
+
+Tiny = Callable[[str], Path]
+TOKENS = torch.randint(1, 96, (2, 24), generator=torch.Generator().manual_seed(7))
+
+
+def context(path: Path, recipe: dfrot.Recipe) -> Context:
+    return Context(open_source(str(path)), recipe, lambda: TOKENS, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "phi3"])
+def test_the_divergence_is_that_of_the_quantized_checkpoint(tiny: Tiny, tmp_path: Path, architecture: str) -> None:
+    """Against the artifact with everything but the readers of the norms left unquantized."""
+    recipe = dfrot.Recipe.parse("quarot", spec="w16a4kv16")
+    there = context(tiny(architecture), recipe)
+    model, _ = dfrot.load(dfrot.quantize(tiny(architecture), recipe, tmp_path / "out").path)
+    for name in ("o_proj", "down_proj"):
+        for block in model.model.layers:
+            (block.self_attn if name == "o_proj" else block.mlp).get_submodule(name).activations = UNQUANTIZED
+    original, _ = dfrot.load(tiny(architecture))
+    with torch.no_grad():
+        p, q = (m(TOKENS, use_cache=False).logits[:, 6:].double().log_softmax(-1) for m in (original, model))
+    expected = (p.exp() * (p - q)).sum(-1).mean().item()
+    rotation = random_hadamard(48, there.generator())
+    (found,) = kl_divergences(there, [rotation], recipe.spec.activations, TOKENS, first=6)
+    assert found == pytest.approx(expected, rel=0.05)  # float32 rounding now and then picks the next code
+
+
+def test_eight_bits_do_less_damage_than_two(tiny: Tiny) -> None:
+    there = context(tiny("llama"), dfrot.Recipe.parse("quarot", "rtn"))
+    rotations = [random_hadamard(48, there.generator())]
+    damage = [kl_divergences(there, rotations, TensorSpec(bits, False, 0.9), TOKENS, first=0)[0] for bits in (8, 4, 2)]
+    assert 0 < damage[0] < damage[1] < damage[2]

@@ -1,0 +1,164 @@
+"""What weights are fitted to, against the checkpoint that comes out and the model that went in."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+import dfrot
+from dfrot.models.graph import ModelGraph
+from dfrot.models.source import open_source
+from dfrot.pipeline import run as pipeline
+from dfrot.pipeline.estimate import Estimate
+from dfrot.rounding.stream import BlockTask, CalibrationStream
+from dfrot.runtime.linear import QuantLinear
+from dfrot.system.errors import SetupError, UserError
+from tests.tiny_models import CONFIGS
+
+Tiny = Callable[[str], Path]
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The stream, the calibration tokens and the Hessians of the next run."""
+    found: dict[str, Any] = {"hessians": {}}
+
+    class Watched(CalibrationStream):
+        def __init__(self, source: Any, plan: Any, embedding: Tensor, token_ids: Tensor, *rest: Any) -> None:
+            super().__init__(source, plan, embedding, token_ids, *rest)
+            found.update(stream=self, tokens=token_ids)
+
+    def hessian(task: BlockTask, linear: str) -> Tensor:
+        found["hessians"][task.index, linear] = original(task, linear).clone()
+        return found["hessians"][task.index, linear]
+
+    original = BlockTask.hessian
+    monkeypatch.setattr(pipeline, "CalibrationStream", Watched)
+    monkeypatch.setattr(BlockTask, "hessian", hessian)
+    return found
+
+
+def run(tiny: Tiny, text: Path, out: Path, architecture: str, **words: Any) -> dfrot.Recipe:
+    recipe = dfrot.Recipe.parse(**{"calib": str(text), "calib_tokens": 96, "calib_seq_len": 24, **words})
+    dfrot.quantize(tiny(architecture), recipe, out)
+    return recipe
+
+
+def inputs_of(model: nn.Module, name: str, tokens: Tensor) -> Tensor:
+    """What the named module of a model reads."""
+    caught: list[Tensor] = []
+    handle = model.get_submodule(name).register_forward_pre_hook(lambda _, args: caught.append(args[0]))
+    with torch.no_grad():
+        model(tokens, use_cache=False)
+    handle.remove()
+    return caught[0]
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+@pytest.mark.parametrize("method", ["quarot", "duquant"])
+@pytest.mark.parametrize(
+    ("weights", "spec"), [("gptq", "w4a16kv16"), ("lwc", "w4a4kv16")], ids=["gptq-w4a16", "lwc-w4a4"]
+)
+def test_the_stream_ends_where_the_checkpoint_does(
+    tiny: Tiny,
+    tmp_path: Path,
+    text_file: Path,
+    seen: dict[str, Any],
+    architecture: str,
+    method: str,
+    weights: str,
+    spec: str,
+) -> None:
+    """GPTQ's stream leaves activations alone, so the checkpoint it is compared with does; that of LWC does not."""
+    options: dict[str, Any] = {"epochs": 1} if weights == "lwc" else {}
+    options |= {"greedy_steps": 4} if method == "duquant" else {}
+    run(tiny, text_file, tmp_path / "out", architecture, method=method, weights=weights, spec=spec, **options)
+    model, _ = dfrot.load(tmp_path / "out")
+    torch.testing.assert_close(seen["stream"].states, inputs_of(model, "model.norm", seen["tokens"]))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "phi3"])
+def test_hessians_are_those_of_the_inputs_that_the_checkpoint_computes(
+    tiny: Tiny, tmp_path: Path, text_file: Path, seen: dict[str, Any], architecture: str
+) -> None:
+    run(
+        tiny,
+        text_file,
+        tmp_path / "out",
+        architecture,
+        method="quarot",
+        weights="gptq",
+        spec="w4a16kv16",
+        head_mixing=True,
+    )
+    model, _ = dfrot.load(tmp_path / "out")
+    graph: ModelGraph = seen["stream"].source.graph
+    assert len(seen["tokens"].unique(dim=0)) > 1
+    assert set(seen["hessians"]) == {(index, stage[0]) for index in range(2) for stage in graph.stages}
+    for (index, linear), hessian in seen["hessians"].items():
+        name = f"model.layers.{index}.{linear}"
+        layer = model.get_submodule(name)
+        assert isinstance(layer, QuantLinear)
+        x = layer.quantize_input(inputs_of(model, name, seen["tokens"])).flatten(0, 1)
+        # float32 sums in another order: relative to the largest entries
+        torch.testing.assert_close(hessian, x.T @ x, rtol=1e-4, atol=float(hessian.abs().max()) * 1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen3"])
+def test_clipping_is_learned_towards_the_original_model(
+    tiny: Tiny, tmp_path: Path, text_file: Path, seen: dict[str, Any], architecture: str
+) -> None:
+    words = {"method": "none", "weights": "lwc", "spec": "w4a4kv16", "epochs": 4, "dtype": "float32"}
+    run(tiny, text_file, tmp_path / "out", architecture, **words)
+    original = AutoModelForCausalLM.from_pretrained(tiny(architecture), dtype=torch.float32)
+    target = inputs_of(original, "model.norm", seen["tokens"])
+    torch.testing.assert_close(seen["stream"].teacher_states, target)
+    got = inputs_of(dfrot.load(tmp_path / "out")[0], "model.norm", seen["tokens"])
+    reached = float((got - target).square().mean() / target.square().mean())
+    last = dfrot.checkpoint.writer.read_json(tmp_path / "out" / "fit.json")["weights_by_block"][-1]["loss_by_epoch"][-1]
+    assert reached == pytest.approx(last, rel=0.05)  # the shares still move a little in the last epoch
+
+
+@pytest.mark.parametrize("name", ["mlp.down_proj", "self_attn.o_proj", "mlp.gate_proj"])
+def test_a_layer_of_zeros_stays_one(tiny: Tiny, tmp_path: Path, text_file: Path, name: str) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny("qwen2"))
+    nn.init.zeros_(model.get_submodule(f"model.layers.1.{name}").weight)
+    model.save_pretrained(tmp_path / "model")
+    for file in tiny("qwen2").glob("token*"):
+        (tmp_path / "model" / file.name).write_bytes(file.read_bytes())
+    run(lambda _: tmp_path / "model", text_file, tmp_path / "out", "", method="none", weights="gptq")
+    layer = dfrot.load(tmp_path / "out")[0].get_submodule(f"model.layers.1.{name}")
+    assert isinstance(layer, QuantLinear)
+    assert not layer.dense_weight(torch.float32).any()
+
+
+def test_a_full_disk_is_a_message_when_states_are_spilled(
+    tiny: Tiny, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    recipe = dfrot.Recipe.parse("none", "gptq", calib=str(text_file), calib_tokens=96)
+    without_states = Estimate.of(open_source(str(tiny("llama"))), recipe).resident
+    with pytest.raises(SetupError, match=r"hidden states, 0\.0 GB, cannot be put into"):
+        dfrot.quantize(tiny("llama"), recipe, tmp_path / "out", memory=without_states)
+
+
+def test_resuming_with_another_calibration_text_is_refused(
+    tiny: Tiny, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(text_file.read_text())
+    recipe = dfrot.Recipe.parse("none", "gptq", calib=str(text), calib_tokens=96)
+    monkeypatch.setattr(pipeline, "quantize_block", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        dfrot.quantize(tiny("llama"), recipe, tmp_path / "out")
+    monkeypatch.undo()
+    text.write_text(text_file.read_text().upper())
+    with pytest.raises(UserError, match="interrupted run whose calibration text was another"):
+        dfrot.quantize(tiny("llama"), recipe, tmp_path / "out", resume=True)

@@ -1,0 +1,103 @@
+"""A block in one go against the block layer by layer."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+import dfrot
+from dfrot.kernels.library import backend, instruction_set
+from dfrot.runtime.fused import FusedBlock
+from tests.tiny_models import CONFIGS, write_tiny_model
+
+TOKENS = torch.randint(1, 96, (2, 20), generator=torch.Generator().manual_seed(3))
+UNPADDED = [*range(8), *range(12, 28)]  # of what `stepwise` returns
+pytestmark = pytest.mark.skipif(instruction_set() == 0, reason=backend())
+
+
+@pytest.fixture(scope="session")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Tiny models whose heads have 32 channels, as the kernels want them."""
+    made: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in made:
+            made[name] = write_tiny_model(name, tmp_path_factory.mktemp(name), head_dim=32)
+        return made[name]
+
+    return get
+
+
+def checkpoint(model: Path, out: Path, text: Path, **words: Any) -> Any:
+    recipe = dfrot.Recipe.parse(
+        **{"method": "quarot", "weights": "rtn", "calib": str(text), "calib_tokens": 64, **words}
+    )
+    return dfrot.load(dfrot.quantize(model, recipe, out).path)[0]
+
+
+@torch.no_grad()
+def stepwise(model: Any, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Logits of the last tokens, one by one and the last two together."""
+    mask = torch.ones_like(TOKENS) if mask is None else mask
+    output = model(TOKENS[:, :12], attention_mask=mask[:, :12], use_cache=True)
+    logits = []
+    for start, stop in ((12, 13), (13, 14), (14, 15), (15, 16), (16, 18), (18, 20)):
+        arguments = {"attention_mask": mask[:, :stop], "past_key_values": output.past_key_values}
+        output = model(TOKENS[:, start:stop], use_cache=True, **arguments)
+        logits.append(output.logits)
+    whole = model(TOKENS, attention_mask=mask, use_cache=False).logits
+    return torch.cat([*logits, whole], dim=1)
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "quarot": {"method": "quarot"},
+    "heads": {"method": "quarot", "head_mixing": True},
+    "duquant": {"method": "duquant", "preset": "duquant", "block": 16, "greedy_steps": 4},
+    "none": {"method": "none"},
+    "16-bit cache": {"method": "quarot", "spec": "w8a8kv16"},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_step_is_the_block_layer_by_layer(
+    wide: Callable[[str], Path],
+    name: str,
+    method: str,
+    tmp_path: Path,
+    text_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Padding is not compared: it attends to nothing."""
+    model = checkpoint(wide(name), tmp_path / "out", text_file, **{"spec": "w4a4kv4", **METHODS[method]})
+    mask = torch.ones_like(TOKENS)
+    mask[0, :4] = 0
+    short = stepwise(model, mask)[:, UNPADDED]
+    steps = [block.fused for block in model.model.layers]
+    assert all(step._made is not None and step._made[1] is not None for step in steps)
+    monkeypatch.setattr(FusedBlock, "__call__", lambda *_, **__: None)
+    long = stepwise(model, mask)[:, UNPADDED]
+    # what quantizers are handed is equal to the last bit; the two differ in float32 sums of heads alone
+    assert (short - long).abs().max() <= 2**-17 * long.abs().max()
+
+
+def test_hooks_and_other_caches_take_the_long_way(wide: Callable[[str], Path], tmp_path: Path, text_file: Path) -> None:
+    model = checkpoint(wide("llama"), tmp_path / "out", text_file, spec="w4a4kv4")
+    seen = []
+    handle = model.model.layers[0].self_attn.q_proj.register_forward_hook(lambda *_: seen.append(1))
+    watched = stepwise(model)
+    assert len(seen) == 8  # forward passes
+    handle.remove()
+    torch.testing.assert_close(stepwise(model), watched, rtol=0, atol=0.2 * float(watched.std()))
+    assert len(seen) == 8
+    with torch.no_grad():
+        states = model(TOKENS, output_hidden_states=True, use_cache=True).hidden_states
+    assert len(states) == 3
+
+
+def test_configurations_have_the_heads_that_they_were_given(wide: Callable[[str], Path]) -> None:
+    config: PreTrainedConfig = AutoModelForCausalLM.from_pretrained(wide("phi3")).config
+    assert config.head_dim == 32
