@@ -12,7 +12,7 @@
 `deploy`    what it costs to quantize as stock servers do: preset deploy (symmetric activations, not clipped) against
             paper, and everything folded, without R3 and R4; at w4a4kv16, w4a4kv4 and w8a8kv16.
 
-Weights are fitted to 32 × 2048 tokens (LWC: 8 × 2048). Finished cells are lines of OUT/results.jsonl and are not
+Weights are fitted to 32 × 2048 tokens (LWC: 8 × 2048). Finished trials are lines of OUT/results.jsonl and are not
 measured again, as with `dfrot compare`, which this is with rows that its options do not reach. The gap is that between
 a row's peer, QuaRot with the same grids or RTN, and the unquantized model.
 """
@@ -227,7 +227,7 @@ def main() -> None:
         every = list(dict.fromkeys(recipe for of_row in recipes.values() for recipe in of_row))
         measurement = Measurement(tuple(arguments.ppl), max_tokens=max_tokens)
         with LiveTable([None, *every], Console()) as table:
-            records = compare(arguments.model, [None, *every], measurement, arguments.out, listener=table.hear)
+            records = compare(arguments.model, [None, *every], measurement, arguments.out, on_trial=table.on_trial)
         measured = dict(zip([None, *every], records, strict=True))
         for text in arguments.ppl:
             metric = f"ppl/{text_label(text)}"

@@ -73,7 +73,7 @@ def main() -> None:
     recipes = [dfrot.Recipe.parse(*words, calib=TEXT, calib_tokens=CALIBRATION_TOKENS) for words in RECIPES]
     measurement = Measurement((TEXT,), max_tokens=arguments.max_tokens)
     with LiveTable([None, *recipes], console) as table:
-        records = compare(MODEL, [None, *recipes], measurement, arguments.out, listener=table.hear)
+        records = compare(MODEL, [None, *recipes], measurement, arguments.out, on_trial=table.on_trial)
     console.print(table_of(records))
     if len(records) <= len(recipes):
         raise SystemExit("some recipes failed; what is above says why, and the same command goes on")

@@ -106,6 +106,7 @@ def test_models_lists_every_family(capsys: pytest.CaptureFixture[str]) -> None:
         (["eval", "TINY", "--seq-len", "0", "--ppl", "SHORT"], "a block has at least two tokens"),
         (["eval", "TINY", "--ppl"], "give texts for perplexity, or tasks"),
         (["eval", "TINY", "--ppl", "SHORT", "--per-token", "t.safetensors"], "say which, --against MODEL"),
+        (["eval", "TINY", "--ppl", "SHORT", "--massive-unquantized"], "massive tokens are found in the unquantized"),
         (["eval", "TINY", "--tasks", "nothing"], "lm-eval has no task 'nothing'"),
         (["compare", "TINY", "-o", "OUT", "--methods", "none,magic", "--ppl", "SHORT"], "there is no method 'magic'"),
         (["compare", "TINY", "-o", "OUT", "--seeds", "one", "--ppl", "SHORT"], "a seed is a whole number, got 'one'"),

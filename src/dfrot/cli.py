@@ -213,6 +213,9 @@ class Measured:
     batch_size: int | None = None
     """Sequences of a task at a time (default: as many as fit)."""
 
+    massive_unquantized: bool = False
+    """Also perplexity with massive tokens left unquantized, the papers' QuaRot.FP16(); eval needs --against."""
+
     def measurement(self, against: str | None) -> "Measurement":
         from dfrot.evaluation.run import Measurement
 
@@ -222,6 +225,7 @@ class Measured:
             seq_len=self.seq_len,
             max_tokens=self.max_tokens,
             against=against,
+            massive_unquantized=self.massive_unquantized,
             tasks=tasks,
             task_path=None if self.task_path is None else str(self.task_path.resolve()),
             limit=self.limit,
@@ -268,14 +272,14 @@ class Eval:
 
 @dataclass(frozen=True)
 class Compare:
-    """Quantize and measure a model by every recipe of a grid. Finished cells are kept: the same command goes on."""
+    """Quantize and measure a model by many recipes. Finished trials are kept: the same command goes on."""
 
     model: Model
     """Hub id, directory with safetensors weights, .gguf file, or smollm2-135m."""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Folder for results.jsonl and the checkpoints."""
     methods: str = "none,quarot,dfrot"
-    """Methods, joined by commas."""
+    """Methods, joined by commas; RO and RH are quarot with a random orthogonal or a randomized Hadamard matrix."""
     weights: str = "rtn,gptq"
     """Weight quantizers, joined by commas."""
     specs: str = "w4a4kv4"
@@ -294,11 +298,11 @@ class Compare:
     divergence: bool = False
     """Also KL divergence from the unquantized model's predictions, and top-1 agreement with them."""
     jobs: int = 1
-    """Cells at a time, each in a process of its own."""
+    """Trials at a time, each in a process of its own."""
     threads: int | None = None
     """Threads of each (default: the cores divided among the jobs)."""
     ray: str | None = None
-    """Address of a Ray cluster that takes the cells in place of jobs; auto for the one that runs here."""
+    """Address of a Ray cluster that takes the trials in place of jobs; auto for the one that runs here."""
     memory: str | None = None
     """Memory that quantizing may take, such as 8GB, divided among the jobs (default: what is available)."""
     device: str = "cpu"
@@ -311,31 +315,32 @@ class Compare:
         from dfrot.compare.trials import compare
         from dfrot.evaluation.trackers import log_records
 
-        grid = recipes(
+        trials: list[Recipe | None] = [None] if self.unquantized else []
+        trials += recipes(
             *map(_words, (self.methods, self.weights, self.specs, self.seeds)),
             preset=self.preset,
             calib=_located(self.calib),
             calib_tokens=self.calib_tokens,
         )
         model = _located(self.model)
-        cells = [*([None] if self.unquantized else []), *grid]
-        with LiveTable(cells, out) as table:
+        against = model if self.divergence or self.measured.massive_unquantized else None
+        with LiveTable(trials, out) as table:
             records = compare(
                 model,
-                cells,
-                self.measured.measurement(model if self.divergence else None),
+                trials,
+                self.measured.measurement(against),
                 self.out,
                 device=self.device,
                 jobs=self.jobs,
                 threads=self.threads,
                 ray=self.ray,
                 memory=None if self.memory is None else parse_size(self.memory),
-                listener=table.hear,
+                on_trial=table.on_trial,
             )
         if self.log_to is not None:
             log_records(records, self.log_to)
-        if len(records) < len(cells):
-            raise SetupError(f"{len(cells) - len(records)} of {len(cells)} cells failed; the others are recorded.")
+        if len(records) < len(trials):
+            raise SetupError(f"{len(trials) - len(records)} of {len(trials)} trials failed; the others are recorded.")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import fcntl
+import hashlib
 import io
 import json
 import os
@@ -20,9 +21,10 @@ from rich.console import Console
 
 import dfrot
 from dfrot.checkpoint.load import checkpoint_recipe
-from dfrot.compare.published import published
+from dfrot.compare import trials
+from dfrot.compare.published import is_recipe, published
 from dfrot.compare.table import LiveTable, recipes
-from dfrot.compare.trials import Cell, compare
+from dfrot.compare.trials import Trial, compare
 from dfrot.evaluation.record import Record, read_records
 from dfrot.evaluation.run import Measurement
 from dfrot.inspect.inspect import inspect
@@ -32,27 +34,29 @@ from dfrot.pipeline.recipe import Recipe
 from dfrot.report import report
 from dfrot.system.errors import UserError
 from dfrot.transform.transforms import Transforms
+from dfrot.version import __version__
 from tests.browser import Visit, in_browser
 
 Tiny = Callable[[str], Path]
-GRID = ("--methods", "none,quarot", "--weights", "rtn", "--specs", "w4a4kv4,w4a4kv16", "--threads", "1", "--jobs", "2")
+RECIPES = ("--methods", "none,quarot", "--weights", "rtn", "--specs", "w4a4kv4,w4a4kv16")
 
 
 def command(model: Path, text: Path, out: Path, *more: str) -> list[str]:
     texts = ("--calib", str(text), "--calib-tokens", "64", "--ppl", str(text), "--seq-len", "32", "--max-tokens", "96")
-    return [sys.executable, "-m", "dfrot", "compare", str(model), *GRID, *texts, "-o", str(out), *more]
+    processes = ("--threads", "1", "--jobs", "2")
+    return [sys.executable, "-m", "dfrot", "compare", str(model), *RECIPES, *texts, *processes, "-o", str(out), *more]
 
 
 def measured(out: Path) -> dict[str, dict[str, Any]]:
-    """By cell, all of a record but what differs from run to run."""
+    """By trial, all of a record but what differs from run to run."""
     records = read_records(out / "results.jsonl")
     found = {}
     for record in records:
         kept = record.to_json()
         for name in ("timings_s", "peak_rss_bytes"):
             del kept[name]
-        found[record.conditions["cell"]] = kept
-    assert len(found) == len(records), "a cell was measured twice"
+        found[record.conditions["trial"]] = kept
+    assert len(found) == len(records), "a trial was measured twice"
     return found
 
 
@@ -65,11 +69,11 @@ def uninterrupted(tiny: Tiny, text_file: Path, tmp_path_factory: pytest.TempPath
     return out
 
 
-def test_every_cell_of_the_grid_and_the_model_as_it_is_are_measured(uninterrupted: Path, tiny: Tiny) -> None:
+def test_every_trial_and_the_unquantized_model_are_measured(uninterrupted: Path, tiny: Tiny) -> None:
     found = measured(uninterrupted).values()
-    cells = {(record["recipe"] or {}).get("method"): 0 for record in found}
+    methods = {(record["recipe"] or {}).get("method") for record in found}
     assert len(found) == 5
-    assert set(cells) == {None, "none", "quarot"}
+    assert methods == {None, "none", "quarot"}
     assert {record["model"] for record in found} == {str(tiny("llama"))}
 
 
@@ -104,7 +108,7 @@ def test_a_comparison_that_is_killed_again_and_again_ends_like_one_that_is_not(
             os.kill(run.pid, signal.SIGKILL)
             run.wait()
         if out.is_dir():
-            assert not before or (out / "results.jsonl").read_bytes().startswith(before), "a finished cell was touched"
+            assert not before or (out / "results.jsonl").read_bytes().startswith(before), "a finished trial was touched"
     deadline = time.monotonic() + 60  # a worker may be about to notice that its parent is gone
     while time.monotonic() < deadline:
         run_again = subprocess.run(command(tiny("llama"), text_file, out), capture_output=True, text=True)
@@ -127,6 +131,27 @@ def test_a_line_that_a_kill_has_torn_is_measured_again(
     results.write_bytes(lines[0][:50] + b"\n" + lines[1])
     with pytest.raises(UserError, match="line 1: not a result record"):
         read_records(results)
+
+
+def test_records_from_before_trials_were_called_so_are_not_measured_again(
+    uninterrupted: Path, tiny: Tiny, text_file: Path, tmp_path: Path
+) -> None:
+    lines = (uninterrupted / "results.jsonl").read_text().replace('"trial": ', '"cell": ')
+    (tmp_path / "results.jsonl").write_text(lines)
+    run = subprocess.run(command(tiny("llama"), text_file, tmp_path), capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert (tmp_path / "results.jsonl").read_text() == lines
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_massive_tokens_unquantized_is_part_of_a_key_only_where_it_is_asked_for() -> None:
+    measurement = Measurement(("pydoc",), against="model")
+    trial = Trial("model", "0123", None, measurement, "cpu", 1)
+    asked = dataclasses.replace(trial, measurement=dataclasses.replace(measurement, massive_unquantized=True))
+    parts = {**dataclasses.asdict(trial), "dfrot": __version__}
+    del parts["memory"], parts["measurement"]["massive_unquantized"]  # the key's parts before there was that field
+    assert trial.key == hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+    assert trial.key != asked.key
 
 
 @pytest.fixture
@@ -200,10 +225,12 @@ def test_blocks_are_quantized_once_for_recipes_that_differ_in_the_cache_alone(
         dfrot.load(tmp_path / str(number))
 
 
-def test_a_grid_has_every_combination_once() -> None:
+def test_every_combination_is_tried_once() -> None:
     made = recipes(("none", "duquant"), ("rtn", "gptq"), ("w4a4kv4", "w16a4kv16"), ("0", "1"))
     assert len(made) == 2 * 2 * 2 + 2 * 2  # weights that are left alone need no quantizer
     assert {recipe.spec.weights.symmetric for recipe in made if recipe.method_name == "duquant"} == {False}
+    words = recipes(("RO", "RH", "quarot"), ("rtn",), ("w4a4kv4",), ("0",))
+    assert words == [Recipe.parse("quarot", "rtn", rotation=rotation) for rotation in ("orthogonal", "hadamard")]
     with pytest.raises(UserError, match="got 'one'"):
         recipes(("none",), ("rtn",), ("w4a4kv4",), ("one",))
     with pytest.raises(UserError, match="at least one method"):
@@ -211,13 +238,13 @@ def test_a_grid_has_every_combination_once() -> None:
 
 
 def test_the_table_shows_what_papers_report_and_fits_a_terminal() -> None:
-    cells = [None, Recipe.parse("dfrot", "gptq")]
+    shown_recipes = [None, Recipe.parse("dfrot", "gptq")]
     console = Console(width=60, file=io.StringIO())
-    table = LiveTable(cells, console)
+    table = LiveTable(shown_recipes, console)
     metrics = {"perplexity/a": 3.0, "acc/a": 0.25, "acc/b": 0.5, "acc_norm/b": 0.75, "zero_shot_average": 0.5}
-    for recipe in cells:
-        cell = Cell("m", "", recipe, Measurement(("pydoc",)), "cpu", 1)
-        table.hear(cell, Record("m", None, metrics, {"weight_bytes": 5e6}, {}, {}))
+    for recipe in shown_recipes:
+        trial = Trial("m", "", recipe, Measurement(("pydoc",)), "cpu", 1)
+        table.on_trial(trial, Record("m", None, metrics, {"weight_bytes": 5e6}, {}, {}))
     console.print(table.table())
     shown = [line.split() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
     rows = [[word for word in line if word != "│"] for line in shown if line and line[0] == "│"]
@@ -230,16 +257,15 @@ def test_the_table_shows_what_papers_report_and_fits_a_terminal() -> None:
     ]
 
 
-def test_a_cell_that_fails_is_said_and_the_others_go_on(tiny: Tiny, text_file: Path, tmp_path: Path) -> None:
+def test_a_trial_that_fails_is_reported_and_the_others_go_on(tiny: Tiny, text_file: Path, tmp_path: Path) -> None:
     heard: dict[str, Any] = {}
 
-    def listen(cell: Cell, outcome: Record | Exception | None) -> None:
-        heard[str(cell.recipe and cell.recipe.spec)] = outcome
+    def on_trial(trial: Trial, outcome: Record | Exception | None) -> None:
+        heard[str(trial.recipe and trial.recipe.spec)] = outcome
 
-    cells = [Recipe.parse("none", "rtn", "w4g100a4kv4"), None]  # 100 divides no width
-    records = compare(
-        str(tiny("llama")), cells, Measurement((str(text_file),), seq_len=32, max_tokens=32), tmp_path, listener=listen
-    )
+    made = [Recipe.parse("none", "rtn", "w4g100a4kv4"), None]  # 100 divides no width
+    measurement = Measurement((str(text_file),), seq_len=32, max_tokens=32)
+    records = compare(str(tiny("llama")), made, measurement, tmp_path, on_trial=on_trial)
     assert [record.recipe for record in records] == [None]
     assert isinstance(heard["w4g100a4kv4"], UserError)
     assert "group_size must divide" in str(heard["w4g100a4kv4"])
@@ -253,16 +279,93 @@ def test_two_comparisons_in_one_folder_are_refused(tiny: Tiny, text_file: Path, 
             compare(str(tiny("llama")), [None], Measurement((str(text_file),)), tmp_path)
 
 
-def test_published_numbers_stand_beside_the_cells_that_they_are_of() -> None:
-    recipe = Recipe.parse("dfrot", "gptq", "w4a4kv4")
+LLAMA, WIKITEXT2 = "meta-llama/Llama-2-7b-hf", Measurement(("wikitext2",))
+# the released commands: DFRot's README and scripts, DuQuant's run.sh and run_lwc.sh
+UNCLIPPED: dict[str, Any] = {"act_clip": 1.0, "kv_clip": 1.0}
+GPTQ: dict[str, Any] = {"weights": "gptq", "act_order": False, "calib_tokens": 128 * 2048, **UNCLIPPED}
+DFROT: dict[str, Any] = {"method": "dfrot", "objective": "paper", **GPTQ}
+
+
+def published_value(metric: str = "ppl/wikitext2", measurement: Measurement = WIKITEXT2, **words: Any) -> float | None:
+    found = published(LLAMA, Recipe.parse(**words), measurement).get(metric)
+    return None if found is None else found["value"]
+
+
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [
+        (DFROT, 6.21),
+        (DFROT | {"gamma": 100.0, "solver": "procrustes"}, 6.21),  # as the objective implies
+        (DFROT | {"seed": 3, "calib": "/data/wiki.train.raw"}, 6.21),
+        (DFROT | {"spec": "w4a4kv16", "kv_clip": None}, 6.14),  # of what is not quantized, the clip ratio is nothing
+        (GPTQ | {"method": "quarot"}, 6.27),
+        (GPTQ | {"method": "quarot", "rotation": "orthogonal"}, 7.96),
+        ({"method": "quarot", "weights": "rtn", "kv_clip": 1.0}, 9.04),
+        ({"method": "dfrot", "weights": "rtn", "kv_clip": 1.0, "objective": "paper"}, 7.68),
+        ({"method": "duquant", "weights": "rtn", "preset": "duquant"}, 6.28),
+        ({"method": "duquant", "weights": "lwc", "preset": "duquant", "calib_tokens": 128 * 2048}, 6.08),
+    ],
+)
+def test_a_published_number_stands_beside_the_recipe_that_it_is_of(words: dict[str, Any], value: float) -> None:
+    assert published_value(**words) == value
+
+
+@pytest.mark.parametrize(
+    "deviation",
+    [
+        *({"gamma": 10.0}, {"objective": "recipe"}, {"solver": "descent"}, {"steps": 50}, {"massive": "rotation"}),
+        *({"samples": 2}, {"rotation": "orthogonal"}, {"online": False}),
+        *({"act_clip": 0.9}, {"kv_clip": 0.95}, {"value_clip": 0.95}, {"act_symmetric": True}, {"weight_clip": 0.9}),
+        *({"weight_symmetric": False}, {"spec": "w4g128a4kv4"}, {"spec": "w4a8kv4"}, {"quantize_queries": True}),
+        *({"weights": "lwc", "act_order": None}, {"act_order": True}, {"damping": 0.1}),
+        *({"calib_tokens": 65536}, {"calib_seq_len": 1024}, {"calib": "c4"}),
+    ],
+)
+def test_no_published_number_stands_beside_a_recipe_that_deviates(deviation: dict[str, Any]) -> None:
+    assert published_value(**DFROT) is not None
+    assert published_value(**DFROT | deviation) is None
+
+
+def test_published_numbers_are_of_the_papers_measurement() -> None:
     source = "Xiang and Zhang 2024, arXiv 2412.00648"
-    assert published("meta-llama/Llama-2-7b-hf", recipe) == {"ppl/wikitext2": {"value": 6.21, "source": source}}
-    assert published("/models/Mistral-7B-v0.3/", None, "a/wiki.test.raw")["ppl/wiki.test.raw"]["value"] == 5.32
-    assert published("smollm2-135m", recipe) == {}
-    assert json.dumps(published("meta-llama/Llama-2-7b-hf", Recipe.parse("dfrot", "lwc", "w4a4kv4"))) == "{}"
+    assert published(LLAMA, None, WIKITEXT2) == {"ppl/wikitext2": {"value": 5.47, "source": source}}
+    local = Measurement(("a/wiki.test.raw",))
+    assert published("/models/Mistral-7B-v0.3/", None, local)["ppl/wiki.test.raw"]["value"] == 5.32
+    assert published("/models/Mistral-7B-v0.3/", Recipe.parse(**DFROT), local) == {}  # its rule is another
+    assert published("smollm2-135m", None, WIKITEXT2) == {}
+    changes: list[dict[str, Any]] = [{"seq_len": 1024}, {"max_tokens": 20480}, {"texts": ("c4",)}]
+    for change in changes:
+        assert published(LLAMA, None, dataclasses.replace(WIKITEXT2, **change)) == {}
+    tasks = ("arc_challenge", "arc_easy", "hellaswag", "lambada_openai", "piqa", "winogrande")
+    zero_shot = Measurement(tasks=tasks)
+    assert published_value("zero_shot_average", zero_shot, **DFROT) == 0.6615
+    assert published_value("zero_shot_average", Measurement(tasks=tasks[1:]), **DFROT) is None
+    assert published_value("zero_shot_average", dataclasses.replace(zero_shot, limit=100), **DFROT) is None
+    words = GPTQ | {"method": "quarot", "rotation": "orthogonal"}
+    assert published_value("ppl_massive_unquantized/wikitext2", **words) == 6.17
 
 
-def test_the_jobs_divide_the_memory_and_it_changes_no_cell(tiny: Tiny, text_file: Path, tmp_path: Path) -> None:
+def test_every_published_recipe_is_one_that_dfrot_can_make() -> None:
+    """Every part is in some recipe, so that no option's name has changed without published.json."""
+    parts = json.loads((Path(trials.__file__).parent / "published.json").read_text())["parts"]
+    methods: list[dict[str, Any]] = [
+        *({"method": "quarot", "rotation": rotation} for rotation in ("hadamard", "orthogonal")),
+        *({"method": "dfrot", "objective": "paper", "massive": massive} for massive in ("relative", "rotation")),
+        *({"method": "duquant", "preset": "duquant", "alpha": alpha} for alpha in (0.5, 0.6)),
+    ]
+    roundings: list[dict[str, Any]] = [{"weights": "rtn"}, {"weights": "lwc"}, {"weights": "gptq", "act_order": False}]
+    made = [
+        Recipe.parse(**words | rounding | clips, spec=spec, calib_tokens=128 * 2048)
+        for words in methods
+        for rounding in roundings
+        for spec in ("w4a4kv4", "w4a8kv4", "w4a4kv16")
+        for clips in ({}, UNCLIPPED)
+    ]
+    for part in parts:
+        assert any(is_recipe(recipe.to_json(), [part]) for recipe in made), part
+
+
+def test_the_jobs_divide_the_memory_and_it_changes_no_trial(tiny: Tiny, text_file: Path, tmp_path: Path) -> None:
     heard: list[Any] = []
     measurement = Measurement((str(text_file),), seq_len=32, max_tokens=64)
     compare(
@@ -272,9 +375,9 @@ def test_the_jobs_divide_the_memory_and_it_changes_no_cell(tiny: Tiny, text_file
         tmp_path,
         jobs=2,
         memory=10**8,
-        listener=lambda cell, outcome: heard.append((cell, outcome)),
+        on_trial=lambda trial, outcome: heard.append((trial, outcome)),
     )
-    cell, failure = heard[-1]
+    trial, failure = heard[-1]
     assert isinstance(failure, UserError)
     assert "the budget is 0.05 GB" in str(failure)
-    assert dataclasses.replace(cell, memory=None).key == cell.key
+    assert dataclasses.replace(trial, memory=None).key == trial.key

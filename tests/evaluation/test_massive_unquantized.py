@@ -11,7 +11,9 @@ from dfrot.evaluation.massive_unquantized import (
     massive_unquantized,
     perplexity_with_massive_unquantized,
 )
+from dfrot.evaluation.run import Measurement, evaluate
 from dfrot.quant.spec import UNQUANTIZED
+from dfrot.system.errors import UserError
 
 Tiny = Callable[[str], Path]
 BLOCKS = torch.randint(1, 96, (2, 30), generator=torch.Generator().manual_seed(2))
@@ -44,6 +46,24 @@ def test_without_massive_tokens_nothing_changes(models: tuple[Any, Any], monkeyp
     monkeypatch.setattr("dfrot.methods.massive.DOMINANT_SHARE", 1.1)
     found = perplexity_with_massive_unquantized(checkpoint, original, BLOCKS)
     assert found == pytest.approx(dfrot.perplexity(checkpoint, BLOCKS), rel=1e-6)
+
+
+def test_a_record_has_it_for_every_text(
+    tiny: Tiny, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dfrot.methods.massive.DOMINANT_SHARE", 0)
+    monkeypatch.setattr("dfrot.methods.massive.RELATIVE_ERROR", 1)  # so every token is massive
+    path = dfrot.quantize(tiny("llama"), dfrot.Recipe.parse("none", "rtn"), tmp_path / "out").path
+    source = str(tiny("llama"))
+    measurement = Measurement((str(text_file),), 32, max_tokens=96, against=source, massive_unquantized=True)
+    metrics = evaluate(str(path), measurement).metrics
+    assert metrics["ppl_massive_unquantized/text.txt"] != pytest.approx(metrics["ppl/text.txt"], rel=1e-3)
+    metrics = evaluate(source, measurement).metrics  # no checkpoint: nothing is quantized
+    assert metrics["ppl_massive_unquantized/text.txt"] == pytest.approx(metrics["ppl/text.txt"], rel=1e-6)
+    with pytest.raises(UserError, match="--against MODEL"):
+        Measurement(("pydoc",), massive_unquantized=True)
+    with pytest.raises(UserError, match="compared on texts: give one"):
+        Measurement(tasks=("piqa",), against=source, massive_unquantized=True)
 
 
 @torch.no_grad()

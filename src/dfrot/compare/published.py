@@ -1,11 +1,12 @@
-"""Numbers that papers report, to be shown beside ours. The file published.json has them, with their sources."""
+"""Numbers that papers report, beside ours wherever model, measurement and whole recipe are theirs (published.json)."""
 
 import functools
 import json
 from importlib import resources
 from typing import Any, TypedDict
 
-from dfrot.evaluation.record import AVERAGE
+from dfrot.evaluation.record import AVERAGE, MASSIVE_UNQUANTIZED
+from dfrot.evaluation.run import Measurement
 from dfrot.models.texts import text_label
 from dfrot.pipeline.recipe import Recipe
 
@@ -17,33 +18,59 @@ class Value(TypedDict):
     source: str
 
 
-def published(model: str, recipe: Recipe | None, text: str | None = "wikitext2") -> dict[str, Value]:
-    """By metric, what papers report for a model, method, weight quantizer and spec; usually nothing.
+def published(model: str, recipe: Recipe | None, measurement: Measurement) -> dict[str, Value]:
+    """By metric, what papers report for a trial; usually nothing.
 
     Args:
         model: a hub id or path; its last part names the model.
         recipe: None for the unquantized model.
-        text: which of our texts is WikiText-2, whose perplexity the papers report; None if none is.
     """
-    record = _record()
+    table = _table()
     name = model.rstrip("/").rpartition("/")[2].lower().removesuffix("-hf")
-    column = next((key for key, names in record["models"].items() if name in names), None)
+    column = next((place for place, names in enumerate(table["models"].values()) if name in names), None)
     if column is None:
         return {}
-    place = record["columns"].index(column)
-    cell = (None, None, None) if recipe is None else (recipe.method_name, recipe.weights_name, str(recipe.spec))
-    found: dict[str, Value] = {}
-    for table, metric, unit in (
-        ("perplexity", text and f"ppl/{text_label(text)}", 1),
-        ("zero_shot_average", AVERAGE, 100),
-    ):
-        for row in record[table]:
-            value = row["values"][place]
-            if metric and value is not None and (row["method"], row["weights"], row["spec"]) == cell:
-                found[metric] = {"value": round(value / unit, 4), "source": record["sources"][row["source"]]}
-    return found
+    given = None if recipe is None else recipe.to_json()
+    if given is not None and _is_wikitext2(given["calibration"]["text"], "train"):
+        given["calibration"]["text"] = "wikitext2"  # wherever the file lies
+    metrics = _metrics(measurement)
+    return {
+        metrics[row["metric"]]: {"value": row["values"][column], "source": table["sources"][row["source"]]}
+        for row in table["rows"]
+        if row["metric"] in metrics and row["values"][column] is not None and is_recipe(given, row["recipe"])
+    }
+
+
+def is_recipe(given: dict[str, Any] | None, parts: list[str] | None) -> bool:
+    """Whether a recipe (its JSON) has all that the named parts of published.json fix; None is the unquantized model."""
+    if given is None or parts is None:
+        return given is None and parts is None
+    return all(_has(given, _table()["parts"][part]) for part in parts)
+
+
+def _has(given: Any, wanted: Any) -> bool:
+    if isinstance(wanted, dict):
+        return all(name in given and _has(given[name], value) for name, value in wanted.items())
+    return given in wanted if isinstance(wanted, list) else given == wanted
+
+
+def _metrics(measurement: Measurement) -> dict[str, str]:
+    """Our names of the metrics that are measured as the papers do: on the whole test part in blocks of 2048 tokens, and
+    on all examples of exactly their tasks."""
+    metrics: dict[str, str] = {}
+    if measurement.seq_len == 2048 and measurement.max_tokens is None:
+        for text in measurement.texts:
+            if _is_wikitext2(text, "test"):
+                metrics |= {kind: f"{kind}/{text_label(text)}" for kind in ("ppl", MASSIVE_UNQUANTIZED)}
+    if set(measurement.tasks) == set(_table()["tasks"]) and measurement.limit is None:
+        metrics[AVERAGE] = AVERAGE
+    return metrics
+
+
+def _is_wikitext2(text: str, split: str) -> bool:
+    return text == "wikitext2" or text_label(text) == f"wiki.{split}.raw"
 
 
 @functools.cache
-def _record() -> dict[str, Any]:
+def _table() -> dict[str, Any]:
     return json.loads((resources.files("dfrot.compare") / "published.json").read_text(encoding="utf-8"))

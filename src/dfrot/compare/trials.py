@@ -1,9 +1,9 @@
-"""Which recipe for my model: every cell of a grid of recipes quantized, measured and recorded.
+"""Which recipe suits a model: trials are quantized, measured and recorded.
 
-A cell is a recipe (or none: the model as it is) and what is measured. Finished cells are lines of results.jsonl, which
-this process alone writes, as they finish; a comparison that was killed goes on where it was, in the middle of a cell
-too. Cells with the same rotations follow one another in a chain, and share what they can (checkpoint/shared.py);
-chains run side by side in processes of their own, here or on a Ray cluster.
+A trial is a recipe (or none: the unquantized model) and a measurement. Finished trials are lines of results.jsonl,
+which this process alone writes, as they finish; a comparison that was killed continues, even in the middle of a trial.
+Trials that share their rotations form a group and follow one another, so that they can reuse each other's work
+(checkpoint/reuse.py); groups run side by side in separate processes, here or on a Ray cluster.
 """
 
 import contextlib
@@ -18,13 +18,12 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dfrot.compare.published import published
 from dfrot.evaluation.record import RESULTS_FILE, Record, append_records, read_records
 from dfrot.evaluation.run import Measurement, evaluate
 from dfrot.models.source import open_source
-from dfrot.models.texts import text_label
 from dfrot.pipeline.recipe import Recipe
 from dfrot.pipeline.run import quantize
 from dfrot.system.errors import SetupError, UserError
@@ -35,15 +34,15 @@ from dfrot.version import __version__
 
 
 @dataclass(frozen=True)
-class Cell:
+class Trial:
     """One recipe, to be measured.
 
     Attributes:
         model: how the user called it.
         fingerprint: of its files.
-        recipe: None for the model as it is.
+        recipe: None for the unquantized model.
         threads: that torch computes with; they decide how sums are rounded.
-        memory: bytes that quantizing may take; they decide nothing that is measured.
+        memory: bytes that quantizing may take; no measured number depends on them.
     """
 
     model: str
@@ -56,22 +55,23 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """16 hexadecimal digits that differ between cells that differ, or are of different versions of dfrot."""
-        recipe = None if self.recipe is None else self.recipe.to_json()
-        parts = {**asdict(self), "recipe": recipe, "dfrot": __version__}
+        """16 hexadecimal digits that differ between trials that differ, or are of different versions of dfrot."""
+        parts = {**asdict(self), "recipe": self.recipe and self.recipe.to_json(), "dfrot": __version__}
         del parts["memory"]
+        if not self.measurement.massive_unquantized:  # came later: trials without it keep their keys
+            del parts["measurement"]["massive_unquantized"]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
-    def chain(self) -> str:
-        """Cells that have it in common have their rotations in common."""
-        recipe = None if self.recipe is None else self.recipe.to_json()
-        alike = None if recipe is None else [recipe[name] for name in ("method", "options", "seed")]
-        return json.dumps([alike, recipe and recipe["grids"]["activations"]], sort_keys=True)
+    def group(self) -> str:
+        """Equal for trials that have their rotations in common."""
+        recipe = {} if self.recipe is None else self.recipe.to_json()
+        alike = [recipe.get(name) for name in ("method", "options", "seed")]
+        return json.dumps([alike, recipe.get("grids", {}).get("activations")], sort_keys=True)
 
 
-# Called when a cell begins (None) or is done: with its record, or with what went wrong.
-Listener = Callable[[Cell, Record | Exception | None], None]
+# Called when a trial begins (None) or is done: with its record, or with the error.
+OnTrial = Callable[[Trial, Record | Exception | None], None]
 
 
 def compare(
@@ -85,27 +85,28 @@ def compare(
     threads: int | None = None,
     ray: str | None = None,
     memory: int | None = None,
-    listener: Listener = lambda cell, outcome: None,
+    on_trial: OnTrial = lambda trial, outcome: None,
 ) -> list[Record]:
     """Quantize and measure a model by every recipe.
 
     Args:
-        recipes: None stands for the model as it is.
+        recipes: None stands for the unquantized model.
         out: a folder for results.jsonl, the checkpoints and what they share; a comparison that was begun there goes on.
-        jobs: cells at a time, each in a process of its own.
+        jobs: trials at a time, each in a process of its own.
         threads: of each; None divides the cores among the jobs.
         ray: address of a Ray cluster ("auto" for the one of this machine) whose nodes all see `out` and the model; in
-            place of `jobs`, it takes as many cells at a time as it has room for.
+            place of `jobs`, it takes as many trials at a time as it has room for.
         memory: bytes that may be taken; None takes what the machine has available. The jobs divide it; on a cluster
-            each cell has it to itself.
-        listener: told of every cell, finished ones first.
+            each trial has it to itself.
+        on_trial: told of every trial, finished ones first.
 
     Returns:
-        The records, in the order of the recipes; those of cells that failed are missing.
+        The records, in the order of the recipes; those of trials that failed are missing.
 
     Raises:
         UserError: there is no such model, or another process works in `out`.
-        SetupError: `out` cannot be written; ray is not installed, or its cluster cannot be reached.
+        SetupError: `out` cannot be written; a process that measured was killed; ray is not installed, or its cluster
+            cannot be reached.
     """
     if jobs < 1 or (threads is not None and threads < 1):
         raise UserError(f"jobs and threads are at least 1, got {jobs} and {threads}.")
@@ -113,178 +114,133 @@ def compare(
     fingerprint = open_source(model).fingerprint()
     if ray is None:
         memory = (available_memory() if memory is None else memory) // jobs
-    cells = [Cell(model, fingerprint, recipe, measurement, device, threads, memory) for recipe in recipes]
+    trials = [Trial(model, fingerprint, recipe, measurement, device, threads, memory) for recipe in recipes]
     out = out.expanduser().resolve()
     with exclusive_lock(out):
-        done = {record.conditions.get("cell"): record for record in read_records(out / RESULTS_FILE, repair=True)}
-        chains: dict[str, list[Cell]] = {}
-        for cell in cells:
-            if cell.key in done:
-                listener(cell, done[cell.key])
+        done = {_key(record): record for record in read_records(out / RESULTS_FILE, repair=True)}
+        groups: dict[str, list[Trial]] = {}
+        for trial in trials:
+            if trial.key in done:
+                on_trial(trial, done[trial.key])
             else:
-                chains.setdefault(cell.chain, []).append(cell)
+                groups.setdefault(trial.group, []).append(trial)
         with _on_ray(ray, threads) if ray is not None else _in_processes(jobs) as pool:
-            for cell, outcome in _outcomes(pool, list(chains.values()), out, listener):
+            for trial, outcome in _outcomes(pool, list(groups.values()), out, on_trial):
                 if isinstance(outcome, Record):
                     append_records(out / RESULTS_FILE, [outcome])
-                    done[cell.key] = outcome
-                listener(cell, outcome)
-    return [done[cell.key] for cell in cells if cell.key in done]
+                    done[trial.key] = outcome
+                on_trial(trial, outcome)
+    return [done[trial.key] for trial in trials if trial.key in done]
 
 
-def measure(cell: Cell, out: Path) -> Record:
-    """Quantize and evaluate; runs in a process of its own."""
+def _key(record: Record) -> str | None:
+    """The key of the trial that a record is of; a trial used to be called a cell."""
+    return record.conditions.get("trial", record.conditions.get("cell"))
+
+
+def measure(trial: Trial, out: Path) -> Record | UserError | SetupError:
+    """Quantize and evaluate in a process that exists for this; an error that only this trial has is returned."""
     import torch
 
-    torch.set_num_threads(cell.threads)
+    silence()
+    torch.set_num_threads(trial.threads)
+    try:
+        return _measured(trial, out)
+    except (UserError, SetupError) as error:
+        return error
+
+
+def _measured(trial: Trial, out: Path) -> Record:
     timings: dict[str, float] = {}
-    path = cell.model
-    checkpoint: Path | None = None
-    if cell.recipe is not None:
-        name = f"{Path(cell.model).name}-{cell.fingerprint[:6]}-{cell.recipe.digest}"
-        checkpoint = Path("checkpoints") / name  # as it is called within `out`
+    checkpoint: Path | None = None  # relative to `out`, which may be moved
+    if trial.recipe is not None:
+        checkpoint = Path("checkpoints") / f"{Path(trial.model).name}-{trial.fingerprint[:6]}-{trial.recipe.digest}"
         folder = out / checkpoint
-        path = str(folder)
-        if not (folder / "config.json").is_file():
+        if not (folder / "config.json").is_file():  # written last: without it the checkpoint is unfinished
             report = quantize(
-                cell.model,
-                cell.recipe,
+                trial.model,
+                trial.recipe,
                 folder,
-                device=cell.device,
+                device=trial.device,
                 resume=folder.is_dir(),
-                memory=cell.memory,
+                memory=trial.memory,
                 share=out / "shared",
             )
             timings = report.timings_s
-    record = evaluate(path, cell.measurement, device=cell.device)
-    record.model = cell.model
+    record = evaluate(str(out / checkpoint) if checkpoint else trial.model, trial.measurement, device=trial.device)
+    record.model = trial.model
     record.timings_s |= timings
-    record.conditions["cell"] = cell.key
-    record.conditions["checkpoint"] = checkpoint and str(checkpoint)
-    if beside := published(cell.model, cell.recipe, _as_published(cell.measurement)):
+    record.conditions |= {"trial": trial.key, "checkpoint": checkpoint and str(checkpoint)}
+    if beside := published(trial.model, trial.recipe, trial.measurement):
         record.conditions["published"] = beside
     return record
 
 
-def _as_published(measurement: Measurement) -> str | None:
-    """The text that is WikiText-2's whole test part in blocks of 2048 tokens, as the papers take it."""
-    if measurement.seq_len != 2048 or measurement.max_tokens is not None:
-        return None
-    texts = (text for text in measurement.texts if text == "wikitext2" or text_label(text) == "wiki.test.raw")
-    return next(texts, None)
+class _Pool(NamedTuple):
+    """Processes that call `measure`.
 
+    Attributes:
+        submit: begins a trial.
+        room: trials at a time.
+        lost: errors of the pool that one trial alone has; others can go on.
+    """
 
-class _Pool:
-    """Something that measures cells: `submit` begins one, `wait` gives those that are done."""
-
+    submit: Callable[[Trial, Path], "futures.Future[Record | UserError | SetupError]"]
     room: float
-
-    def submit(self, cell: Cell, out: Path) -> Any:
-        raise NotImplementedError
-
-    def wait(self, begun: list[Any]) -> list[Any]:
-        raise NotImplementedError
-
-    def result(self, begun: Any) -> Record:
-        """Raises what went wrong."""
-        raise NotImplementedError
+    lost: tuple[type[Exception], ...] = ()
 
 
 def _outcomes(
-    pool: _Pool, chains: list[list[Cell]], out: Path, listener: Listener
-) -> Iterator[tuple[Cell, Record | Exception]]:
-    """Every cell as it is done; the next of its chain begins then."""
-    begun: dict[Any, list[Cell]] = {}
-    while chains or begun:
-        while chains and len(begun) < pool.room:
-            chain = chains.pop(0)
-            listener(chain[0], None)
-            begun[pool.submit(chain[0], out)] = chain
-        for handle in pool.wait(list(begun)):
-            cell, *rest = begun.pop(handle)
+    pool: _Pool, groups: list[list[Trial]], out: Path, on_trial: OnTrial
+) -> Iterator[tuple[Trial, Record | Exception]]:
+    """Every trial as it is done; the next of its group begins then."""
+    begun: dict[futures.Future[Any], list[Trial]] = {}
+    while groups or begun:
+        while groups and len(begun) < pool.room:
+            group = groups.pop(0)
+            on_trial(group[0], None)
+            begun[pool.submit(group[0], out)] = group
+        for future in futures.wait(begun, return_when=futures.FIRST_COMPLETED).done:
+            trial, *rest = begun.pop(future)
             if rest:
-                chains.insert(0, rest)
+                groups.insert(0, rest)
             try:
-                yield cell, pool.result(handle)
-            except (UserError, SetupError) as error:
-                yield cell, error
-
-
-class _Processes(_Pool):
-    def __init__(self, executor: futures.Executor, jobs: int) -> None:
-        self._executor, self.room = executor, jobs
-
-    def submit(self, cell: Cell, out: Path) -> Any:
-        return self._executor.submit(measure, cell, out)
-
-    def wait(self, begun: list[Any]) -> list[Any]:
-        return list(futures.wait(begun, return_when=futures.FIRST_COMPLETED).done)
-
-    def result(self, begun: Any) -> Record:
-        try:
-            return begun.result()
-        except futures.process.BrokenProcessPool as error:
-            raise SetupError(
-                "a process that measured a cell was killed, perhaps for want of memory. The same command goes on; "
-                "with fewer --jobs it needs less."
-            ) from error
+                yield trial, future.result()
+            except pool.lost as error:
+                yield trial, SetupError(f"the cluster lost a trial: {error}")
 
 
 @contextlib.contextmanager
 def _in_processes(jobs: int) -> Iterator[_Pool]:
-    """A process for every cell: what one keeps in memory does not count for the next."""
+    """A process for every trial: memory that one keeps does not count for the next."""
     spawn = multiprocessing.get_context("spawn")
     with futures.ProcessPoolExecutor(jobs, spawn, _begin_worker, max_tasks_per_child=1) as executor:
         try:
-            yield _Processes(executor, jobs)
-        except BaseException:
+            yield _Pool(lambda trial, out: executor.submit(measure, trial, out), jobs)
+        except BaseException as error:
             for process in list((executor._processes or {}).values()):  # or leaving would wait for them
                 process.kill()
             executor.shutdown(wait=False, cancel_futures=True)
+            if isinstance(error, futures.process.BrokenProcessPool):
+                raise SetupError(
+                    "a process that measured a trial was killed, perhaps for want of memory. The same command goes "
+                    "on; with fewer --jobs it needs less."
+                ) from error
             raise
 
 
 def _begin_worker() -> None:
-    """Be quiet, leave Ctrl-C to the parent, and do not outlive it."""
-    silence()
+    """Leave Ctrl-C to the parent, and do not outlive it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     keep_freed_memory()
     parent = multiprocessing.parent_process()
     assert parent is not None, "a worker has a parent"
-    threading.Thread(target=_end_with, args=[parent], daemon=True).start()
 
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
 
-def _end_with(parent: Any) -> None:
-    parent.join()
-    os._exit(1)
-
-
-class _Ray(_Pool):
-    room = float("inf")  # Ray itself lets tasks wait
-
-    def __init__(self, ray: Any, threads: int) -> None:
-        self._ray = ray
-        # a process for every cell, as above
-        self._measure = ray.remote(num_cpus=threads, max_calls=1, max_retries=0)(_measure_on_ray)
-
-    def submit(self, cell: Cell, out: Path) -> Any:
-        return self._measure.remote(cell, out)
-
-    def wait(self, begun: list[Any]) -> list[Any]:
-        return self._ray.wait(begun, num_returns=1)[0]
-
-    def result(self, begun: Any) -> Record:
-        try:
-            return self._ray.get(begun)
-        except self._ray.exceptions.RayTaskError as error:
-            raise error.cause if isinstance(error.cause, (UserError, SetupError)) else error from None
-        except self._ray.exceptions.RayError as error:
-            raise SetupError(f"Ray lost a cell: {error}") from error
-
-
-def _measure_on_ray(cell: Cell, out: Path) -> Record:
-    silence()
-    return measure(cell, out)
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @contextlib.contextmanager
@@ -298,6 +254,13 @@ def _on_ray(address: str, threads: int) -> Iterator[_Pool]:
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise SetupError(f"there is no Ray cluster at '{address}': {error}") from error
     try:
-        yield _Ray(ray, threads)
+        remote = ray.remote(num_cpus=threads, max_calls=1, max_retries=0)(
+            measure
+        )  # a process for every trial, as above
+        yield _Pool(
+            lambda trial, out: remote.remote(trial, out).future(),
+            room=float("inf"),  # Ray itself lets tasks wait
+            lost=(ray.exceptions.RayError,),
+        )
     finally:
         ray.shutdown()

@@ -1,14 +1,13 @@
 """Speed and memory of a quantized model, against the same model unquantized, in one process and alternating.
 
-A number of tokens per second means little on a machine that other work shares; ratios of what ran moments apart do. So
-every round measures each model once, and medians are compared.
+A number of tokens per second means little on a machine that does other work too; ratios of runs that are moments apart
+do. So every round measures each model once, and medians are compared.
 """
 
 import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,7 +28,8 @@ from dfrot.system.errors import UserError
 from dfrot.system.progress import track
 from dfrot.transform.transforms import Transforms
 
-# One block of a real model: hidden and intermediate size, heads, key-value heads.
+# One block of a real model, by fields of its config.
+FIELDS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
 SHAPES = {
     "llama-2-7b": (4096, 11008, 32, 32),
     "llama-3-8b": (4096, 14336, 32, 8),
@@ -38,95 +38,51 @@ SHAPES = {
 }
 
 
-@dataclass
-class Timed:
-    """What one model took.
-
-    Attributes:
-        prefill_s, decode_s: seconds of a prompt, which is the time to the first token, and of one more token; by round.
-        decoder_bytes: what the decoder's linear layers keep in memory.
-        kv_bytes: what the cache keeps of the prompt and the new tokens.
-    """
-
-    prefill_s: list[float] = field(default_factory=list)
-    decode_s: list[float] = field(default_factory=list)
-    decoder_bytes: int = 0
-    kv_bytes: int = 0
-
-
-def bench(
-    checkpoint: str,
-    source: str,
-    *,
-    baselines: Sequence[str] = ("bfloat16",),
-    dtype: str = "bfloat16",
-    prompt: int = 1024,
-    new_tokens: int = 32,
-    rounds: int = 5,
-) -> dict[str, Any]:
+def bench(checkpoint: str, source: str, **settings: Any) -> dict[str, Any]:
     """Time a checkpoint and the model that it was made from.
 
     Args:
         source: the unquantized model.
-        baselines: its dtypes; each is a model of its own in memory.
-        dtype: in which the checkpoint computes.
+        settings: as `compare_speed` takes them.
 
     Returns:
-        JSON: seconds by round, bytes, ratios of medians to each baseline, conditions.
+        JSON. For each model, by round, the seconds of the prompt, which is the time to the first token (`prefill_s`),
+        and of one more token (`decode_s`); memory of the decoder's linear layers, and of the cache after the prompt and
+        the new tokens (`decoder_bytes`, `kv_bytes`). Medians as multiples of each baseline's (`ratios`); conditions.
 
     Raises:
-        UserError: one of the two models cannot be loaded, or `checkpoint` is not quantized.
+        UserError: one of the two models cannot be loaded, or a setting does not fit.
     """
-    models: dict[str, Callable[[], Any]] = {"checkpoint": lambda: load(checkpoint, dtype=_dtype(dtype))[0]}
-    for baseline in baselines:
-        models[baseline] = lambda baseline=baseline: load(source, dtype=_dtype(baseline))[0]  # type: ignore[misc]
-    return _compare(models, prompt, new_tokens, rounds)
+    return compare_speed(
+        lambda dtype: load(checkpoint, dtype=dtype)[0], lambda dtype: load(source, dtype=dtype)[0], **settings
+    )
 
 
-def bench_shape(
-    shape: str,
-    recipe: Recipe,
-    *,
-    baselines: Sequence[str] = ("bfloat16",),
-    dtype: str = "bfloat16",
-    prompt: int = 2048,
-    new_tokens: int = 32,
-    rounds: int = 5,
-) -> dict[str, Any]:
+def bench_shape(shape: str, recipe: Recipe, **settings: Any) -> dict[str, Any]:
     """The same for one decoder block with random weights and the shape of a real model.
 
     Raises:
-        UserError: the shape is not known.
+        UserError: the shape is not known, or a setting does not fit.
     """
     if shape not in SHAPES:
         raise UserError(f"there is no shape '{shape}'. Shapes: {', '.join(SHAPES)}.")
-    models: dict[str, Callable[[], Any]] = {"checkpoint": lambda: random_block(shape, recipe, _dtype(dtype))}
-    for baseline in baselines:
-        models[baseline] = lambda baseline=baseline: random_block(shape, None, _dtype(baseline))  # type: ignore[misc]
-    return _compare(models, prompt, new_tokens, rounds)
+    return compare_speed(
+        lambda dtype: random_block(shape, recipe, dtype), lambda dtype: random_block(shape, None, dtype), **settings
+    )
 
 
 def random_block(shape: str, recipe: Recipe | None, dtype: torch.dtype) -> Any:
     """A model of one block and a tiny vocabulary, quantized as QuaRot would if there is a recipe."""
-    hidden, intermediate, heads, kv_heads = SHAPES[shape]
-    config = LlamaConfig(
-        vocab_size=256,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=1,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=1 << 17,
-        dtype=dtype,
-    )
+    sizes = dict(zip(FIELDS, SHAPES[shape], strict=True))
+    config = LlamaConfig(vocab_size=256, num_hidden_layers=1, max_position_embeddings=1 << 17, dtype=dtype, **sizes)
     if recipe is not None and recipe.spec.keys.enabled:
         config._attn_implementation = ATTENTION
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     if recipe is not None:
-        rotations = Transforms(ffn=Hadamard(intermediate), keys=Hadamard(head_dim(config)))
+        rotations = Transforms(ffn=Hadamard(config.intermediate_size), keys=Hadamard(head_dim(config)))
         install_(model, RuntimeConfig(recipe.spec, rotations.online(graph_for(config), config), rotations.keys, {}))
-    model.model.norm = nn.Identity()  # a model has one for all its blocks
+    model.model.norm = nn.Identity()  # a real model has one for all its blocks, not one a block
     model.to_empty(device="cpu").eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -135,44 +91,60 @@ def random_block(shape: str, recipe: Recipe | None, dtype: torch.dtype) -> Any:
         elif "inv_freq" in name:
             tensor.copy_(1 / config.rope_parameters["rope_theta"] ** torch.linspace(0, 1, tensor.numel()))
         else:
-            tensor.normal_(0, 0.02, generator=generator).abs_()
+            tensor.normal_(0, 0.02, generator=generator).abs_()  # scales are positive
     return model
 
 
 @torch.inference_mode()
-def _compare(models: dict[str, Callable[[], Any]], prompt: int, new_tokens: int, rounds: int) -> dict[str, Any]:
+def compare_speed(
+    checkpoint: Callable[[torch.dtype], Any],
+    source: Callable[[torch.dtype], Any],
+    *,
+    baselines: Sequence[str] = ("bfloat16",),
+    dtype: str = "bfloat16",
+    prompt: int = 1024,
+    new_tokens: int = 32,
+    rounds: int = 5,
+) -> dict[str, Any]:
+    """Time two models, made by functions of their dtype; the rest as `bench` says.
+
+    Args:
+        baselines: dtypes of the source; each is a model of its own in memory.
+        dtype: in which the checkpoint computes.
+        prompt: tokens of the prompt.
+        new_tokens: tokens that are generated after it.
+        rounds: how often each model is timed.
+    """
     if min(prompt, new_tokens, rounds) < 1:
         raise UserError(f"prompt, new-tokens and rounds are at least 1, got {prompt}, {new_tokens} and {rounds}.")
-    loaded = {name: make() for name, make in models.items()}
-    timed = {name: Timed() for name in models}
-    first = next(iter(loaded.values()))
-    token_ids = torch.randint(first.config.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(0))
+    loaded = {"checkpoint": checkpoint(_dtype(dtype)), **{name: source(_dtype(name)) for name in baselines}}
+    timed: dict[str, dict[str, Any]] = {name: {"prefill_s": [], "decode_s": []} for name in loaded}
+    vocabulary = loaded["checkpoint"].config.vocab_size
+    token_ids = torch.randint(vocabulary, (1, prompt), generator=torch.Generator().manual_seed(0))
     for number in track(range(rounds + 1), "timing"):
         for name, model in loaded.items():
             gc.collect()
             prefill, decode, cache = _once(model, token_ids, new_tokens)
             if number == 0:  # warms up: kernels are compiled, the reference unpacks its weights
-                timed[name].decoder_bytes, timed[name].kv_bytes = decoder_bytes(model), _kv_bytes(cache)
-                continue
-            timed[name].prefill_s.append(prefill)
-            timed[name].decode_s.append(decode)
+                timed[name] |= {"decoder_bytes": decoder_bytes(model), "kv_bytes": _kv_bytes(cache)}
+            else:
+                timed[name]["prefill_s"].append(prefill)
+                timed[name]["decode_s"].append(decode)
     ours = timed.pop("checkpoint")
     return {
-        "checkpoint": vars(ours),
-        "baselines": {name: vars(other) for name, other in timed.items()},
+        "checkpoint": ours,
+        "baselines": timed,
         "ratios": {name: _ratios(ours, other) for name, other in timed.items()},
         "conditions": conditions(loaded["checkpoint"], prompt=prompt, new_tokens=new_tokens, rounds=rounds),
     }
 
 
-def _ratios(ours: Timed, other: Timed) -> dict[str, float]:
+def _ratios(ours: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
     """How many times as fast, and which share of the memory."""
-    return {
-        "prefill": statistics.median(other.prefill_s) / statistics.median(ours.prefill_s),
-        "decode": statistics.median(other.decode_s) / statistics.median(ours.decode_s),
-        "decoder_bytes": ours.decoder_bytes / other.decoder_bytes,
-        "kv_bytes": ours.kv_bytes / other.kv_bytes,
+    speeds = {
+        key: statistics.median(other[f"{key}_s"]) / statistics.median(ours[f"{key}_s"]) for key in ("prefill", "decode")
     }
+    return speeds | {key: ours[key] / other[key] for key in ("decoder_bytes", "kv_bytes")}
 
 
 def _once(model: Any, token_ids: Tensor, new_tokens: int) -> tuple[float, float, Any]:
@@ -190,7 +162,7 @@ def _once(model: Any, token_ids: Tensor, new_tokens: int) -> tuple[float, float,
 def decoder_bytes(model: Any) -> int:
     """Memory of the linear layers of all blocks, with whatever they have unpacked or put aside."""
     graph = graph_for(model.config)
-    found: dict[int, int] = {}
+    found: dict[int, int] = {}  # address → bytes: layers may share tensors
     for block in model.get_submodule(graph.blocks):
         for name in graph.linears:
             layer = block.get_submodule(name)
@@ -200,11 +172,10 @@ def decoder_bytes(model: Any) -> int:
 
 
 def _kv_bytes(cache: Any) -> int:
-    total = 0
-    for layer in cache.layers:
-        packed = isinstance(layer, QuantizedCacheLayer)
-        total += layer.resident_bytes if packed else layer.keys.nbytes + layer.values.nbytes
-    return total
+    return sum(
+        layer.resident_bytes if isinstance(layer, QuantizedCacheLayer) else layer.keys.nbytes + layer.values.nbytes
+        for layer in cache.layers
+    )
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -1,6 +1,6 @@
-"""How far a model is from another, token by token: KL divergence, and whether both think the same token likeliest.
+"""How far a model is from another, token by token: KL divergence, and whether both find the same token likeliest.
 
-Perplexity can stay where it is while the predictions change: some tokens gain what others lose. These measures cannot.
+Perplexity can stay the same while predictions change: some tokens gain what others lose. These measures cannot.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from dfrot.system.progress import track
 
 @dataclass(frozen=True, eq=False)
 class Divergence:
-    """Of every prediction of every block, all (blocks, seq_len − 1).
+    """Every prediction of every block.
 
     Attributes:
         nll, original_nll: negative log-likelihood of the token that came, in nats, by either model.
@@ -28,10 +28,6 @@ class Divergence:
     original_nll: Float[Tensor, "blocks predictions"]
     kl: Float[Tensor, "blocks predictions"]
     agrees: Bool[Tensor, "blocks predictions"]
-
-    def tensors(self, token_ids: Int[Tensor, "blocks seq_len"]) -> dict[str, Tensor]:
-        """For a safetensors file."""
-        return {"token_ids": token_ids, **{name: tensor.contiguous() for name, tensor in vars(self).items()}}
 
 
 @torch.no_grad()

@@ -4,8 +4,9 @@ The text is tokenized once and cut into non-overlapping blocks; the mean negativ
 predictions of every block is exponentiated.
 """
 
+import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -19,12 +20,18 @@ from dfrot.system.progress import track
 _LOGIT_POSITIONS = 256
 
 
-def perplexity(model: Any, blocks: Int[Tensor, "blocks seq_len"], description: str = "perplexity") -> float:
+def perplexity(
+    model: Any,
+    blocks: Int[Tensor, "blocks seq_len"],
+    description: str = "perplexity",
+    during: Callable[[Tensor], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+) -> float:
     """exp of the mean negative log-likelihood of blocks of tokens; every block starts from an empty context.
 
     Args:
         model: a causal language model of transformers.
         blocks: token ids; `dfrot.models.texts.token_windows` makes them.
+        during: a context of the block, open while the model runs on it.
 
     Raises:
         UserError: blocks of fewer than two tokens, or the model's logits are NaN.
@@ -33,11 +40,16 @@ def perplexity(model: Any, blocks: Int[Tensor, "blocks seq_len"], description: s
         raise UserError(f"a block needs two tokens, the second to be predicted; got blocks of {blocks.shape[1]}.")
     total = 0.0
     for block in track(blocks, description):
-        total += negative_log_likelihood(model, block)
-    mean = total / (blocks.shape[0] * (blocks.shape[1] - 1))
+        with during(block):
+            total += negative_log_likelihood(model, block)
+    return perplexity_of(total / (blocks.shape[0] * (blocks.shape[1] - 1)))
+
+
+def perplexity_of(mean: float) -> float:
+    """exp of a mean negative log-likelihood in nats. Raises UserError if it is NaN."""
     if math.isnan(mean):
         raise UserError("the model's logits are NaN on this text: its weights or its recipe are broken.")
-    return math.exp(mean) if mean < 700 else math.inf
+    return math.exp(mean) if mean < 700 else math.inf  # math.exp raises from 710 on
 
 
 @torch.no_grad()
@@ -52,7 +64,7 @@ def negative_log_likelihood(model: Any, tokens: Int[Tensor, " seq_len"]) -> floa
 def logits_by_piece(
     model: Any, tokens: Int[Tensor, " seq_len"]
 ) -> Iterator[tuple[Float[Tensor, "positions vocabulary"], Int[Tensor, " positions"]]]:
-    """Logits of the seq_len − 1 predictions of one sequence, in float32 at least, and the tokens that came."""
+    """Logits of the seq_len − 1 predictions of one sequence, in float32 or float64, and the tokens that came."""
     tokens = tokens.to(model.device)
     hidden = model.base_model(tokens[None], use_cache=False).last_hidden_state[0, :-1]  # (seq_len − 1, hidden)
     head = model.get_output_embeddings()

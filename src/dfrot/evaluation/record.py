@@ -1,13 +1,14 @@
-"""The result record: a number and everything it depends on, as one line of JSON (docs/interface.md)."""
+"""The result record: numbers and everything they depend on, as one line of JSON (docs/index.md, "Results")."""
 
 import importlib.metadata
 import json
 import os
 import platform
+import reprlib
 import resource
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from dfrot.version import __version__
 
 SCHEMA = 1
 RESULTS_FILE = "results.jsonl"
+MASSIVE_UNQUANTIZED = "ppl_massive_unquantized"  # of a text: perplexity with massive tokens left unquantized
 AVERAGE = "zero_shot_average"  # of what `REPORTED` picks for each task
 REPORTED = ("acc_norm", "acc")  # the first that a task has is what papers report
 _QPARAM_BYTES = 3  # of one head of one token in a quantized cache: a bfloat16 scale and a byte of zero point
@@ -38,7 +40,7 @@ class Record:
     Attributes:
         model: how the user called it.
         recipe: the recipe as JSON; None for a model that is not quantized.
-        metrics: "ppl/<text>" and the like.
+        metrics: "ppl/<text>", "<metric>/<task>" and the like.
         size: bytes; see `model_size`.
         timings_s: seconds per stage.
         conditions: text, tokens, seq_len, seed, device, dtype, threads and versions.
@@ -62,33 +64,41 @@ class Record:
         if not isinstance(record, dict) or record.get("schema") != SCHEMA:
             given = record.get("schema") if isinstance(record, dict) else record
             raise UserError(f"a result record has schema {SCHEMA}, got {given!r}.")
-        if not isinstance(record.get("model"), str) or not isinstance(record.get("recipe"), dict | None):
-            raise UserError("the model of a result record is a text, its recipe an object or null.")
-        if not is_number(record.get("peak_rss_bytes", 0)):
-            raise UserError("the peak_rss_bytes of a result record are a number.")
-        for name in ("metrics", "size", "timings_s", "conditions"):
-            part = record.get(name)
-            if not isinstance(part, dict) or (name != "conditions" and not all(map(is_number, part.values()))):
-                raise UserError(
-                    f"the {name} of a result record are an object{'' if name == 'conditions' else ' of numbers'}."
-                )
+        record = {"peak_rss_bytes": 0, **record}
+        for name, (holds, rule) in _FORM.items():
+            if not holds(record.get(name)):
+                raise UserError(f"the {name} of a result record {rule}, got {reprlib.repr(record.get(name))}.")
         try:
             return Record(**record)
         except TypeError as error:
             raise UserError(f"this is not a result record: {error}") from error
 
 
+def is_number(value: Any) -> bool:
+    """Whether this is a number that a float can hold, infinite or not."""
+    return isinstance(value, float) or (type(value) is int and abs(value) < 2**1023)
+
+
+def _are_numbers(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(is_number, value.values()))
+
+
+# By field, a check of what readers rely on and its wording: anyone may have written the file.
+_FORM: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "model": (lambda value: isinstance(value, str), "is a text"),
+    "recipe": (lambda value: isinstance(value, dict | None), "is an object or null"),
+    **dict.fromkeys(("metrics", "size", "timings_s"), (_are_numbers, "are an object of numbers")),
+    "conditions": (lambda value: isinstance(value, dict), "are an object"),
+    "peak_rss_bytes": (is_number, "is a number"),
+}
+
+
 def reported(metrics: Iterable[str]) -> list[str]:
-    """Of the metrics of each task the one that papers report, and all others."""
+    """Of the metrics of each task, the one that papers report; all metrics that are not of tasks."""
     found = list(metrics)
     tasks = {metric.partition("/")[2] for metric in found if metric.startswith(("acc/", "acc_norm/"))}
     kept = {next(f"{name}/{task}" for name in REPORTED if f"{name}/{task}" in found) for task in tasks}
     return [metric for metric in found if metric.partition("/")[2] not in tasks or metric in kept]
-
-
-def is_number(value: Any) -> bool:
-    """Whether this is a number that a float can hold, infinite or not."""
-    return isinstance(value, float) or (type(value) is int and abs(value) < 2**1023)
 
 
 def append_records(path: Path, records: list[Record]) -> None:
@@ -108,8 +118,8 @@ def append_records(path: Path, records: list[Record]) -> None:
 
 
 def read_records(path: Path, *, repair: bool = False) -> list[Record]:
-    """The records of a `.jsonl` file; none if it is not there. A last line without an end, which a killed process has
-    left, is no record.
+    """The records of a `.jsonl` file; none if it is not there. A last line without its newline is left out: the process
+    that wrote it was killed.
 
     Args:
         repair: also cut that line off the file, so that others can be appended.

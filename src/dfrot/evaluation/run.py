@@ -1,6 +1,5 @@
 """Load, measure, record."""
 
-import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +9,9 @@ from torch import Tensor
 
 from dfrot.checkpoint.load import Device, checkpoint_recipe, load
 from dfrot.evaluation.divergence import divergence
-from dfrot.evaluation.perplexity import perplexity
-from dfrot.evaluation.record import Record, conditions, model_size
+from dfrot.evaluation.massive_unquantized import perplexity_with_massive_unquantized
+from dfrot.evaluation.perplexity import perplexity, perplexity_of
+from dfrot.evaluation.record import MASSIVE_UNQUANTIZED, Record, conditions, model_size
 from dfrot.evaluation.zero_shot import zero_shot
 from dfrot.models.source import locate
 from dfrot.models.texts import read_text, text_label, token_windows
@@ -28,6 +28,7 @@ class Measurement:
         seq_len: tokens of one block of a text.
         max_tokens: take the first ⌊max_tokens / seq_len⌋ blocks of each text.
         against: the unquantized model, whose predictions on the texts are compared; None leaves that out.
+        massive_unquantized: also measure perplexity with massive tokens left unquantized; needs `against`.
         tasks: tasks or groups of lm-eval.
         task_path: a folder with further tasks.
         limit: take the first so many examples of each task.
@@ -38,6 +39,7 @@ class Measurement:
     seq_len: int = 2048
     max_tokens: int | None = None
     against: str | None = None
+    massive_unquantized: bool = False
     tasks: tuple[str, ...] = ()
     task_path: str | None = None
     limit: int | None = None
@@ -50,8 +52,10 @@ class Measurement:
             raise UserError(
                 f"results name a text after its file, so the names must differ; got {', '.join(self.texts)}."
             )
+        if self.massive_unquantized and self.against is None:
+            raise UserError("massive tokens are found in the unquantized model: say which, --against MODEL.")
         if self.against is not None and not self.texts:
-            raise UserError("predictions are compared on texts: give one.")
+            raise UserError("predictions are compared on texts: give one, --ppl TEXT.")
 
 
 def evaluate(model: str, measurement: Measurement, *, device: Device = "cpu", per_token: Path | None = None) -> Record:
@@ -59,7 +63,7 @@ def evaluate(model: str, measurement: Measurement, *, device: Device = "cpu", pe
 
     Args:
         device: as `load` takes it.
-        per_token: also write what was measured on every token of the texts to this safetensors file; needs
+        per_token: also write the divergence of every token of the texts to this safetensors file; needs
             `measurement.against`.
 
     Raises:
@@ -68,35 +72,36 @@ def evaluate(model: str, measurement: Measurement, *, device: Device = "cpu", pe
             the file cannot be written.
     """
     if per_token is not None and measurement.against is None:
-        raise UserError("what is written of every token compares the model with another: say which, --against MODEL.")
+        raise UserError("figures by token compare the model with another: say which, --against MODEL.")
     path = locate(model)
-    contents = {text: read_text(text, "test") for text in measurement.texts}
+    contents = {text: read_text(text, "test") for text in measurement.texts}  # before the models, which take minutes
     loaded, tokenizer = load(model, device=device)
     original = None if measurement.against is None else _comparable(measurement.against, loaded, device)
     blocks = {
-        text: token_windows(tokenizer, content, text, measurement.seq_len, measurement.max_tokens)
+        text_label(text): token_windows(tokenizer, content, text, measurement.seq_len, measurement.max_tokens)
         for text, content in contents.items()
     }
     started = time.perf_counter()
     metrics: dict[str, float] = {}
     measured: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
-    for text in measurement.texts:
-        label = text_label(text)
+    for label, tokens in blocks.items():
         if original is None:
-            metrics[f"ppl/{label}"] = perplexity(loaded, blocks[text], label)
+            metrics[f"ppl/{label}"] = perplexity(loaded, tokens, label)
             continue
-        found = divergence(loaded, original, blocks[text], label)
-        metrics[f"ppl/{label}"] = math.exp(min(700.0, float(found.nll.double().mean())))
+        found = divergence(loaded, original, tokens, label)
+        metrics[f"ppl/{label}"] = perplexity_of(float(found.nll.double().mean()))
         metrics[f"kl/{label}"] = float(found.kl.double().mean())
         metrics[f"top1/{label}"] = float(found.agrees.double().mean())
-        tensors |= {f"{label}/{name}": tensor for name, tensor in found.tensors(blocks[text]).items()}
+        tensors |= {f"{label}/{name}": tensor for name, tensor in vars(found).items()} | {f"{label}/token_ids": tokens}
+        if measurement.massive_unquantized:
+            metrics[f"{MASSIVE_UNQUANTIZED}/{label}"] = perplexity_with_massive_unquantized(loaded, original, tokens)
     if measurement.tasks:
         scores = zero_shot(
             loaded,
             tokenizer,
             measurement.tasks,
-            task_path=None if measurement.task_path is None else Path(measurement.task_path),
+            task_path=measurement.task_path,
             limit=measurement.limit,
             batch_size=measurement.batch_size,
         )
@@ -113,9 +118,9 @@ def evaluate(model: str, measurement: Measurement, *, device: Device = "cpu", pe
         timings_s={"evaluate": time.perf_counter() - started},
         conditions=conditions(
             loaded,
-            text=", ".join(map(text_label, measurement.texts)),
+            text=", ".join(blocks),
             seq_len=measurement.seq_len,
-            tokens={text_label(text): blocks[text].numel() for text in measurement.texts},
+            tokens={label: tokens.numel() for label, tokens in blocks.items()},
             against=measurement.against,
             seed=None if recipe is None else recipe.seed,
             **measured,

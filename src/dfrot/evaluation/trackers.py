@@ -38,12 +38,12 @@ def log_records(records: Iterable[Record], tracker: str) -> None:
                 logger.store_init_configuration(_flat({"model": record.model, **record.conditions}))
             logger.log(record.metrics | _flat(record.recipe or {}, "recipe/"), step=step)
         logger.finish()
-    except Exception as error:  # each tracker has errors of its own
+    except Exception as error:  # every tracker raises its own kinds
         raise SetupError(f"{tracker} refused the results: {error}") from error
 
 
 def _flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """One level, which is all that some trackers take."""
+    """One level, the only form that some trackers take."""
     flat: dict[str, Any] = {}
     for name, value in record.items():
         if isinstance(value, Mapping):

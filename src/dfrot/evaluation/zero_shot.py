@@ -1,18 +1,21 @@
 """Zero-shot tasks through lm-eval, on a model that is loaded already.
 
-Tasks, prompts and metrics are lm-eval's own. What is added is how large a batch is where no memory can run out in a way
-that could be caught, and which of a task's metrics the papers report: acc_norm where it is defined, else acc.
+Tasks, prompts and metrics are lm-eval's own. dfrot adds two things: a batch size that fits a CPU, where running out of
+memory cannot be caught, and the choice of the metric that papers report, acc_norm where a task defines it, else acc.
 """
 
 import contextlib
 import io
 import logging
+import random
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
+
+import numpy as np
+import torch
 
 from dfrot.evaluation.record import AVERAGE, REPORTED
 from dfrot.system.errors import SetupError, UserError
@@ -25,8 +28,8 @@ class Scores(NamedTuple):
 
     Attributes:
         metrics: "<metric>/<task>" for every metric of every task or group that was asked for; with two or more, also
-            `zero_shot_average`, the mean of what `REPORTED` picks for each.
-        standard_errors: of those that have one.
+            `zero_shot_average`, the mean of the metrics that `REPORTED` picks.
+        standard_errors: by metric, for those that have one.
         examples: how many each task was measured on.
     """
 
@@ -40,7 +43,7 @@ def zero_shot(
     tokenizer: Any,
     tasks: Sequence[str],
     *,
-    task_path: Path | None = None,
+    task_path: str | None = None,
     limit: int | None = None,
     batch_size: int | None = None,
 ) -> Scores:
@@ -63,41 +66,50 @@ def zero_shot(
         raise SetupError("zero-shot tasks need the package lm-eval: pip install 'dfrot[eval]'.") from error
     if limit is not None and limit < 1:
         raise UserError(f"limit is at least 1 example, got {limit}.")
-    if task_path is not None and not task_path.is_dir():
+    if task_path is not None and not Path(task_path).is_dir():
         raise UserError(f"there is no folder of tasks '{task_path}'.")
     with _quiet():
-        manager = TaskManager(include_path=None if task_path is None else str(task_path))
+        manager = TaskManager(include_path=task_path)
         if unknown := [task for task in tasks if task not in manager.all_tasks]:
             raise UserError(
                 f"lm-eval has no task '{unknown[0]}'. `lm-eval ls tasks` lists them; --task-path adds others."
             )
         wrapped = _wrapped(model, tokenizer, batch_size)
-        # it would gather what is installed, which takes seconds, and ask git, which complains outside of a repository
-        bare = mock.patch.multiple(evaluator, add_env_info=lambda results: None, get_git_commit_hash=lambda: None)
         try:
-            with bare:
-                found = evaluator.simple_evaluate(
-                    wrapped,
-                    tasks=list(tasks),
-                    task_manager=manager,
-                    limit=limit,
-                    log_samples=False,
-                    bootstrap_iters=100,
-                )
+            found = evaluator.evaluate(
+                wrapped, _loaded(manager, tasks), limit=limit, log_samples=False, bootstrap_iters=100
+            )
         except (OSError, ConnectionError, ValueError) as error:  # datasets' own errors are some of these
             raise SetupError(f"lm-eval cannot run {', '.join(tasks)}: {error}") from error
     assert found is not None, "only other processes than the first get None"
     return scores(found, tasks)
 
 
+def _loaded(manager: Any, tasks: Sequence[str]) -> Any:
+    """The tasks for `evaluate`, prepared as `simple_evaluate` prepares them: its seeds, no examples in the prompt
+    unless a task says so. `simple_evaluate` itself also lists all that is installed, which takes seconds, and asks git
+    for a commit, which complains outside of a repository."""
+    from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+
+    random.seed(DEFAULT_RANDOM_SEED)  # some tasks shuffle their choices while they load
+    np.random.seed(DEFAULT_OTHER_SEED)
+    torch.manual_seed(DEFAULT_OTHER_SEED)
+    loaded = manager.load(list(tasks))
+    for task in loaded["tasks"].values():
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+    return loaded
+
+
 def scores(found: dict[str, Any], tasks: Sequence[str]) -> Scores:
-    """From what lm-eval's `simple_evaluate` returns."""
+    """From the results of lm-eval's `evaluate`."""
     metrics: dict[str, float] = {}
     errors: dict[str, float] = {}
     for task in tasks:
         for key, value in found["results"][task].items():
             name, _, kept = key.partition(",")
-            if kept != "none" or not isinstance(value, float):
+            if kept != "none" or not isinstance(value, float):  # "none" is lm-eval's filter that changes no answer
                 continue
             if name.endswith("_stderr"):
                 errors[f"{name.removesuffix('_stderr')}/{task}"] = value
@@ -132,16 +144,13 @@ def _wrapped(model: Any, tokenizer: Any, batch_size: int | None) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """lm-eval and datasets speak of much that concerns their developers; their bars are for a terminal."""
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "transformers")]
-    levels = [logger.level for logger in loggers]
+    """Silence what lm-eval and datasets tell their developers; their bars are for a terminal."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")
+        stack.enter_context(warnings.catch_warnings(action="ignore"))
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         if not sys.stderr.isatty():
             stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
-        for logger, level in zip(loggers, levels, strict=True):
-            stack.callback(logger.setLevel, level)
+        for logger in map(logging.getLogger, ("lm_eval", "datasets", "transformers")):
+            stack.callback(logger.setLevel, logger.level)
             logger.setLevel(logging.ERROR)
         yield

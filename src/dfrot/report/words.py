@@ -5,12 +5,13 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from dfrot.evaluation.record import AVERAGE, Record
+from dfrot.evaluation.record import AVERAGE, MASSIVE_UNQUANTIZED, Record
 from dfrot.pipeline.recipe import METHOD_OPTIONS, WEIGHT_OPTIONS
 
 # Kinds of metrics in the order in which they are shown.
 METRICS = {
     "ppl": "perplexity",
+    MASSIVE_UNQUANTIZED: "perplexity, massive tokens unquantized,",
     "kl": "KL divergence",
     "top1": "top-1 agreement",
     AVERAGE: "zero-shot average",
@@ -39,7 +40,7 @@ def metrics_of(records: Iterable[Record]) -> list[str]:
 
 
 def lower_is_better(metric: str) -> bool:
-    return metric.startswith(("ppl/", "kl/"))
+    return metric.startswith(("ppl/", f"{MASSIVE_UNQUANTIZED}/", "kl/"))
 
 
 def recipe_label(record: Record) -> str:
