@@ -32,7 +32,7 @@ from dfrot.methods.method import Context
 from dfrot.pipeline import run as pipeline
 from dfrot.pipeline.recipe import Recipe
 from dfrot.report import report
-from dfrot.system.errors import UserError
+from dfrot.system.errors import SetupError, UserError
 from dfrot.transform.transforms import Transforms
 from dfrot.version import __version__
 from tests.browser import Visit, in_browser
@@ -142,6 +142,17 @@ def test_records_from_before_trials_were_called_so_are_not_measured_again(
     assert run.returncode == 0, run.stderr
     assert (tmp_path / "results.jsonl").read_text() == lines
     assert not (tmp_path / "checkpoints").exists()
+
+
+def killed(trial: Trial, out: Path) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_is_killed_is_an_error_with_advice(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(trials, "measure", killed)
+    trial = Trial("model", "0123", None, Measurement(("pydoc",)), "cpu", 1)
+    with pytest.raises(SetupError, match="perhaps for want of memory"), trials._in_processes(1) as pool:
+        pool.submit(trial, tmp_path).result()
 
 
 def test_massive_tokens_unquantized_is_part_of_a_key_only_where_it_is_asked_for() -> None:

@@ -3,7 +3,7 @@
 import functools
 import json
 from importlib import resources
-from typing import Any, TypedDict
+from typing import Any
 
 from dfrot.evaluation.record import AVERAGE, MASSIVE_UNQUANTIZED
 from dfrot.evaluation.run import Measurement
@@ -11,15 +11,8 @@ from dfrot.models.texts import text_label
 from dfrot.pipeline.recipe import Recipe
 
 
-class Value(TypedDict):
-    """A published number and the paper that has it."""
-
-    value: float
-    source: str
-
-
-def published(model: str, recipe: Recipe | None, measurement: Measurement) -> dict[str, Value]:
-    """By metric, what papers report for a trial; usually nothing.
+def published(model: str, recipe: Recipe | None, measurement: Measurement) -> dict[str, dict[str, Any]]:
+    """By metric, the `value` that a paper reports for a trial, and its `source`; usually nothing.
 
     Args:
         model: a hub id or path; its last part names the model.
@@ -57,11 +50,10 @@ def _has(given: Any, wanted: Any) -> bool:
 def _metrics(measurement: Measurement) -> dict[str, str]:
     """Our names of the metrics that are measured as the papers do: on the whole test part in blocks of 2048 tokens, and
     on all examples of exactly their tasks."""
-    metrics: dict[str, str] = {}
-    if measurement.seq_len == 2048 and measurement.max_tokens is None:
-        for text in measurement.texts:
-            if _is_wikitext2(text, "test"):
-                metrics |= {kind: f"{kind}/{text_label(text)}" for kind in ("ppl", MASSIVE_UNQUANTIZED)}
+    texts = [text_label(text) for text in measurement.texts if _is_wikitext2(text, "test")]
+    if measurement.seq_len != 2048 or measurement.max_tokens is not None:
+        texts = []
+    metrics = {kind: f"{kind}/{text}" for text in texts for kind in ("ppl", MASSIVE_UNQUANTIZED)}
     if set(measurement.tasks) == set(_table()["tasks"]) and measurement.limit is None:
         metrics[AVERAGE] = AVERAGE
     return metrics

@@ -3,7 +3,6 @@
 import itertools
 import time
 from collections.abc import Sequence
-from typing import Any
 
 from rich.console import Console
 from rich.live import Live
@@ -54,26 +53,15 @@ def recipes(
     return list(found.values())
 
 
-class LiveTable:
-    """Trials and their results. On a terminal a table that grows, elsewhere a line for each trial that is done."""
+class LiveTable(Live):
+    """Trials and their results, a table that grows; without a terminal a line for each trial, and the table last."""
 
     def __init__(self, trials: Sequence[Recipe | None], console: Console) -> None:
-        self._trials, self._console = trials, console
+        self._trials = trials
         # of each trial: None, when it began, or how it ended
         self._state: dict[Recipe | None, Record | Exception | float | None] = dict.fromkeys(trials)
         self._measured: list[float] = []  # seconds of the trials that this run has measured
-        self._live = Live(console=console, get_renderable=self.table, refresh_per_second=2, transient=False)
-
-    def __enter__(self) -> "LiveTable":
-        if self._console.is_terminal:
-            self._live.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-        if self._console.is_terminal:
-            self._live.stop()
-        elif kind is None:
-            self._console.print(self.table())
+        super().__init__(console=console, get_renderable=self.table, refresh_per_second=2)  # asks for the table
 
     def on_trial(self, trial: Trial, outcome: Record | Exception | None) -> None:
         """For `compare`: show that a trial has begun, or how it ended."""
@@ -84,18 +72,18 @@ class LiveTable:
         if isinstance(before, float):
             self._measured.append(time.monotonic() - before)
         self._state[trial.recipe] = outcome
-        if not self._console.is_terminal:
+        if not self.console.is_terminal:
             told = f"failed: {outcome}"
             if isinstance(outcome, Record):
                 told = ", ".join(f"{metric} {_number(value)}" for metric, value in outcome.metrics.items())
             name = " ".join(_name(trial.recipe))
-            self._console.print(f"{name}: {told}", soft_wrap=True, highlight=False, markup=False)
+            self.console.print(f"{name}: {told}", soft_wrap=True, highlight=False, markup=False)
 
     def table(self) -> Table:
         """A row for every trial; where there are more metrics than trials, a column."""
         records = [state for state in self._state.values() if isinstance(state, Record)]
         metrics = reported(dict.fromkeys(metric for record in records for metric in record.metrics))
-        heads = [*HEADS, *(metric.replace("_unquantized", " unquantized") for metric in metrics), "MB", ""]
+        heads = [*HEADS, *metrics, "MB", ""]
         rows = [[*_name(recipe), *self._numbers(recipe, metrics)] for recipe in self._trials]
         if len(metrics) > len(self._trials):
             named = len(HEADS)
@@ -104,7 +92,8 @@ class LiveTable:
             rows = [list(line) for line in lines]
         table = Table(caption=self._caption(len(records)))
         for head in heads:
-            table.add_column(head, justify="left" if head in ("", *HEADS) else "right")
+            wrapped = head.replace("/", "/\n").replace("massive_unquantized", "massive unquantized")
+            table.add_column(wrapped, justify="left" if head in ("", *HEADS) else "right")
         for row in rows:
             table.add_row(*row)
         return table

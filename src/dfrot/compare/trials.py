@@ -20,6 +20,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from dfrot.compare.published import published
 from dfrot.evaluation.record import RESULTS_FILE, Record, append_records, read_records
 from dfrot.evaluation.run import Measurement, evaluate
@@ -117,7 +119,8 @@ def compare(
     trials = [Trial(model, fingerprint, recipe, measurement, device, threads, memory) for recipe in recipes]
     out = out.expanduser().resolve()
     with exclusive_lock(out):
-        done = {_key(record): record for record in read_records(out / RESULTS_FILE, repair=True)}
+        records = read_records(out / RESULTS_FILE, repair=True)  # in older ones a trial was called a cell
+        done = {record.conditions.get("trial", record.conditions.get("cell")): record for record in records}
         groups: dict[str, list[Trial]] = {}
         for trial in trials:
             if trial.key in done:
@@ -133,15 +136,8 @@ def compare(
     return [done[trial.key] for trial in trials if trial.key in done]
 
 
-def _key(record: Record) -> str | None:
-    """The key of the trial that a record is of; a trial used to be called a cell."""
-    return record.conditions.get("trial", record.conditions.get("cell"))
-
-
-def measure(trial: Trial, out: Path) -> Record | UserError | SetupError:
-    """Quantize and evaluate in a process that exists for this; an error that only this trial has is returned."""
-    import torch
-
+def measure(trial: Trial, out: Path) -> Record | Exception:
+    """Quantize and evaluate in a process that exists for this. An error of this trial alone is returned."""
     silence()
     torch.set_num_threads(trial.threads)
     try:
@@ -157,7 +153,7 @@ def _measured(trial: Trial, out: Path) -> Record:
         checkpoint = Path("checkpoints") / f"{Path(trial.model).name}-{trial.fingerprint[:6]}-{trial.recipe.digest}"
         folder = out / checkpoint
         if not (folder / "config.json").is_file():  # written last: without it the checkpoint is unfinished
-            report = quantize(
+            timings = quantize(
                 trial.model,
                 trial.recipe,
                 folder,
@@ -165,8 +161,7 @@ def _measured(trial: Trial, out: Path) -> Record:
                 resume=folder.is_dir(),
                 memory=trial.memory,
                 share=out / "shared",
-            )
-            timings = report.timings_s
+            ).timings_s
     record = evaluate(str(out / checkpoint) if checkpoint else trial.model, trial.measurement, device=trial.device)
     record.model = trial.model
     record.timings_s |= timings
@@ -177,17 +172,11 @@ def _measured(trial: Trial, out: Path) -> Record:
 
 
 class _Pool(NamedTuple):
-    """Processes that call `measure`.
+    """Processes that call `measure`."""
 
-    Attributes:
-        submit: begins a trial.
-        room: trials at a time.
-        lost: errors of the pool that one trial alone has; others can go on.
-    """
-
-    submit: Callable[[Trial, Path], "futures.Future[Record | UserError | SetupError]"]
-    room: float
-    lost: tuple[type[Exception], ...] = ()
+    submit: Callable[[Trial, Path], "futures.Future[Record | Exception]"]
+    room: float  # trials at a time
+    lost: tuple[type[Exception], ...] = ()  # errors of the pool that leave it able to take other trials
 
 
 def _outcomes(
@@ -254,13 +243,8 @@ def _on_ray(address: str, threads: int) -> Iterator[_Pool]:
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise SetupError(f"there is no Ray cluster at '{address}': {error}") from error
     try:
-        remote = ray.remote(num_cpus=threads, max_calls=1, max_retries=0)(
-            measure
-        )  # a process for every trial, as above
-        yield _Pool(
-            lambda trial, out: remote.remote(trial, out).future(),
-            room=float("inf"),  # Ray itself lets tasks wait
-            lost=(ray.exceptions.RayError,),
-        )
+        # max_calls: a process for every trial, as above; room without end: Ray itself lets tasks wait
+        task = ray.remote(num_cpus=threads, max_calls=1, max_retries=0)(measure)
+        yield _Pool(lambda trial, out: task.remote(trial, out).future(), float("inf"), (ray.exceptions.RayError,))
     finally:
         ray.shutdown()

@@ -8,7 +8,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,8 @@ from dfrot.system.errors import UserError
 from dfrot.system.progress import track
 from dfrot.transform.transforms import Transforms
 
+Dtype = Literal["bfloat16", "float32"]
+DTYPES: dict[Dtype, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 # One block of a real model, by fields of its config.
 FIELDS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
 SHAPES = {
@@ -100,8 +102,8 @@ def compare_speed(
     checkpoint: Callable[[torch.dtype], Any],
     source: Callable[[torch.dtype], Any],
     *,
-    baselines: Sequence[str] = ("bfloat16",),
-    dtype: str = "bfloat16",
+    baselines: Sequence[Dtype] = ("bfloat16",),
+    dtype: Dtype = "bfloat16",
     prompt: int = 1024,
     new_tokens: int = 32,
     rounds: int = 5,
@@ -117,7 +119,8 @@ def compare_speed(
     """
     if min(prompt, new_tokens, rounds) < 1:
         raise UserError(f"prompt, new-tokens and rounds are at least 1, got {prompt}, {new_tokens} and {rounds}.")
-    loaded = {"checkpoint": checkpoint(_dtype(dtype)), **{name: source(_dtype(name)) for name in baselines}}
+    loaded: dict[str, Any] = {"checkpoint": checkpoint(DTYPES[dtype])}
+    loaded |= {name: source(DTYPES[name]) for name in baselines}
     timed: dict[str, dict[str, Any]] = {name: {"prefill_s": [], "decode_s": []} for name in loaded}
     vocabulary = loaded["checkpoint"].config.vocab_size
     token_ids = torch.randint(vocabulary, (1, prompt), generator=torch.Generator().manual_seed(0))
@@ -176,10 +179,3 @@ def _kv_bytes(cache: Any) -> int:
         layer.resident_bytes if isinstance(layer, QuantizedCacheLayer) else layer.keys.nbytes + layer.values.nbytes
         for layer in cache.layers
     )
-
-
-def _dtype(name: str) -> torch.dtype:
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype):
-        raise UserError(f"there is no dtype '{name}'; say bfloat16 or float32.")
-    return dtype

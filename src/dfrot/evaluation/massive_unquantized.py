@@ -8,6 +8,7 @@ found in the original model, run beside the checkpoint on the same text, so the 
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -69,15 +70,13 @@ def massive_unquantized(checkpoint: Any, masks: Masks) -> Iterator[None]:
                 for reader in readers:
                     layer = checkpoint.get_submodule(f"{graph.blocks}.{index}.{reader}")
                     if isinstance(layer, QuantLinear) and mask.any():
-                        stack.callback(layer.register_forward_hook(_passing_by(mask)).remove)
+                        stack.callback(layer.register_forward_hook(partial(_passing_by, mask)).remove)
         yield
 
 
-def _passing_by(mask: Bool[Tensor, " tokens"]) -> Any:
-    def hook(layer: QuantLinear, args: tuple[Tensor], output: Tensor) -> Tensor:
-        massive = mask.to(output.device)
-        x = layer.rotated(args[0][:, massive])
-        output[:, massive] = nn.functional.linear(x, layer.dense_weight(x.dtype), layer.bias)
-        return output
-
-    return hook
+def _passing_by(mask: Bool[Tensor, " tokens"], layer: QuantLinear, args: tuple[Tensor], output: Tensor) -> Tensor:
+    """A forward hook: the layer's outputs (1, tokens, out), of masked tokens from inputs that are not quantized."""
+    massive = mask.to(output.device)
+    x = layer.rotated(args[0][:, massive])
+    output[:, massive] = nn.functional.linear(x, layer.dense_weight(x.dtype), layer.bias)
+    return output

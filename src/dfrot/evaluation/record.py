@@ -20,7 +20,7 @@ from dfrot.models.graph import head_dim
 from dfrot.models.source import read_config, stored_tensors, weight_files
 from dfrot.pipeline.recipe import Recipe
 from dfrot.quant.packing import packed_width
-from dfrot.quant.spec import TensorSpec
+from dfrot.quant.spec import UNQUANTIZED, TensorSpec
 from dfrot.system.errors import SetupError, UserError
 from dfrot.system.files import parse_json, read_json
 from dfrot.version import __version__
@@ -149,7 +149,7 @@ def conditions(model: Any, **measured: Any) -> dict[str, Any]:
     """What a measurement depended on, beside what was `measured`.
 
     Args:
-        model: a loaded model, or a tensor, with the device and the dtype of the computation.
+        model: a loaded model, or a tensor, with the device and dtype of the computation.
     """
     spread = getattr(model, "hf_device_map", None)
     return {
@@ -168,14 +168,11 @@ def conditions(model: Any, **measured: Any) -> dict[str, Any]:
 
 def _commit() -> str | None:
     """The commit of the source tree that dfrot runs from, if it runs from one."""
-    here = Path(__file__).parent
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD"]
     try:
-        run = subprocess.run(
-            ["git", "-C", str(here), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # no git, no repository
         return None
-    return run.stdout.strip()
 
 
 def peak_rss_bytes() -> int:
@@ -208,14 +205,12 @@ def model_size(path: Path) -> dict[str, int | float]:
                 decoder_weights += shape.numel() * 8 // spec.weights.bits
             elif name.endswith(".weight"):
                 decoder_weights += shape.numel()
-    unquantized_kv = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim(config) * 2
-    kv = unquantized_kv if spec is None else kv_bytes_per_token(config, spec.keys)
     return {
         "weight_bytes": total,
         "decoder_bits_per_weight": 8 * decoder_bytes / decoder_weights,
         "unquantized_bytes": quantized["unquantized_bytes"] if quantized else 2 * entries,
-        "kv_bytes_per_token": kv,
-        "unquantized_kv_bytes_per_token": unquantized_kv,
+        "kv_bytes_per_token": kv_bytes_per_token(config, UNQUANTIZED if spec is None else spec.keys),
+        "unquantized_kv_bytes_per_token": kv_bytes_per_token(config, UNQUANTIZED),
     }
 
 

@@ -97,16 +97,11 @@ def evaluate(model: str, measurement: Measurement, *, device: Device = "cpu", pe
         if measurement.massive_unquantized:
             metrics[f"{MASSIVE_UNQUANTIZED}/{label}"] = perplexity_with_massive_unquantized(loaded, original, tokens)
     if measurement.tasks:
-        scores = zero_shot(
-            loaded,
-            tokenizer,
-            measurement.tasks,
-            task_path=measurement.task_path,
-            limit=measurement.limit,
-            batch_size=measurement.batch_size,
+        found_metrics, errors, examples = zero_shot(
+            loaded, tokenizer, measurement.tasks, measurement.task_path, measurement.limit, measurement.batch_size
         )
-        metrics |= scores.metrics
-        measured |= {"standard_errors": scores.standard_errors, "examples": scores.examples}
+        metrics |= found_metrics
+        measured |= {"standard_errors": errors, "examples": examples}
     if per_token is not None:
         write_tensors(per_token, tensors, {"format": "pt"})
     recipe = checkpoint_recipe(path)

@@ -12,7 +12,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,26 +23,13 @@ from dfrot.system.errors import SetupError, UserError
 _BATCH_TOKENS = 2048  # of a batch on a CPU; more are no faster there, and their logits take gigabytes
 
 
-class Scores(NamedTuple):
-    """Results of some tasks.
-
-    Attributes:
-        metrics: "<metric>/<task>" for every metric of every task or group that was asked for; with two or more, also
-            `zero_shot_average`, the mean of the metrics that `REPORTED` picks.
-        standard_errors: by metric, for those that have one.
-        examples: how many each task was measured on.
-    """
-
-    metrics: dict[str, float]
-    standard_errors: dict[str, float]
-    examples: dict[str, int]
+Scores = tuple[dict[str, float], dict[str, float], dict[str, int]]
 
 
 def zero_shot(
     model: Any,
     tokenizer: Any,
     tasks: Sequence[str],
-    *,
     task_path: str | None = None,
     limit: int | None = None,
     batch_size: int | None = None,
@@ -53,6 +40,11 @@ def zero_shot(
         task_path: a folder with further tasks.
         limit: take the first so many examples of each task.
         batch_size: sequences at a time; None chooses.
+
+    Returns:
+        Metrics, "<metric>/<task>" for every metric of every task or group that was asked for; with two or more, also
+        `zero_shot_average`, the mean of the metrics that `REPORTED` picks. Standard errors of those that have one. How
+        many examples each task was measured on.
 
     Raises:
         UserError: there is no such task.
@@ -103,7 +95,7 @@ def _loaded(manager: Any, tasks: Sequence[str]) -> Any:
 
 
 def scores(found: dict[str, Any], tasks: Sequence[str]) -> Scores:
-    """From the results of lm-eval's `evaluate`."""
+    """What `zero_shot` returns, from the results of lm-eval's `evaluate`."""
     metrics: dict[str, float] = {}
     errors: dict[str, float] = {}
     for task in tasks:
@@ -121,7 +113,7 @@ def scores(found: dict[str, Any], tasks: Sequence[str]) -> Scores:
     if len(tasks) > 1 and None not in reported:
         metrics[AVERAGE] = sum(reported) / len(reported)  # type: ignore[arg-type]
     examples = {task: int(counts["effective"]) for task, counts in found["n-samples"].items()}
-    return Scores(metrics, errors, examples)
+    return metrics, errors, examples
 
 
 def _wrapped(model: Any, tokenizer: Any, batch_size: int | None) -> Any:
