@@ -93,7 +93,7 @@ class LiveTable(Live):
         table = Table(caption=self._caption(len(records)))
         for head in heads:
             wrapped = head.replace("/", "/\n").replace("massive_unquantized", "massive unquantized")
-            table.add_column(wrapped, justify="left" if head in ("", *HEADS) else "right")
+            table.add_column(wrapped, justify="left" if head in ("", *HEADS) else "right", overflow="fold")
         for row in rows:
             table.add_row(*row)
         return table
