@@ -12,8 +12,7 @@ from dfrot.checkpoint.load import checkpoint_recipe
 from dfrot.evaluation.record import Record, model_size, read_records, reported
 from dfrot.models.texts import text_label
 from dfrot.pipeline.recipe import Recipe
-from dfrot.report.drawing import number
-from dfrot.report.words import metrics_of, recipe_label, shown
+from dfrot.report.words import metrics_of, number, recipe_label, shown
 from dfrot.system.errors import SetupError, UserError
 from dfrot.system.files import read_json
 from dfrot.version import __version__
