@@ -49,7 +49,7 @@ def token_errors(inspection: Inspection, norm: str | None = None) -> Figure | No
     data, rows = [], []
     hover = "%{fullData.name}: token %{x} has %{y:.4f}"
     for rotation, errors in inspection.errors.items():
-        error = errors[which].ravel()
+        error = errors[which].ravel()  # (tokens,), or (norms · tokens,)
         order = np.argsort(-error, kind="stable")
         falling = error[order]
         group = {"legendgroup": plain(rotation)}  # the legend switches curve and marks together

@@ -6,12 +6,13 @@ Jinja, which fills page.html.
 """
 
 import base64
+import functools
 import hashlib
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
 from dfrot.evaluation.record import RESULTS_FILE, Record, is_number, read_records
@@ -75,31 +76,29 @@ def page(records: Sequence[Record], inspection: Inspection | None, drawn: Sequen
     shown |= {"massive", "conditions"} if stats else set()
     models = list(dict.fromkeys([*(record.model for record in records), *([stats["model"]] if stats else [])]))
     script, plotly = _data("page.js"), _plotly_js()
-    return (
-        _environment()
-        .from_string(_data("page.html"))
-        .render(
-            title=shorten(f"dfrot: {', '.join(models[:3])}{' …' if len(models) > 3 else ''}", 160),
-            hashes=Markup(" ".join(map(_hash, (plotly, script)))),
-            style=Markup(_data("page.css")),
-            sections={name: heading for name, heading in HEADINGS.items() if name in shown},
-            records=records,
-            quantized=sum(record.recipe is not None for record in records),
-            texts=sorted({metric.partition("/")[2] for record in records for metric in record.metrics} - {""}),
-            results=results_table(records),
-            figures=drawn,
-            stats=stats,
-            conditions=definitions({"model": stats["model"], **stats["conditions"]}) if stats else [],
-            massive_rows=MASSIVE_ROWS,
-            version=__version__,
-            plots={f"plot-{figure.name}": figure.plot for figure in drawn},
-            plotly=Markup(plotly),
-            script=Markup(script),
-        )
+    # Markup is what Jinja does not escape: only our own files and plotly's.
+    return _template().render(
+        title=shorten(f"dfrot: {', '.join(models[:3])}{' …' if len(models) > 3 else ''}", 160),
+        hashes=Markup(" ".join(map(_hash, (plotly, script)))),
+        style=Markup(_data("page.css")),
+        sections={name: heading for name, heading in HEADINGS.items() if name in shown},
+        records=records,
+        quantized=sum(record.recipe is not None for record in records),
+        texts=sorted({metric.partition("/")[2] for record in records for metric in record.metrics} - {""}),
+        results=results_table(records),
+        figures=drawn,
+        stats=stats,
+        conditions=definitions({"model": stats["model"], **stats["conditions"]}) if stats else [],
+        massive_rows=MASSIVE_ROWS,
+        version=__version__,
+        plots={f"plot-{figure.name}": figure.plot for figure in drawn},
+        plotly=Markup(plotly),
+        script=Markup(script),
     )
 
 
-def _environment() -> Environment:
+@functools.cache
+def _template() -> Template:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
     environment.filters |= {
@@ -114,7 +113,7 @@ def _environment() -> Environment:
         "measure": lambda value: value is None or is_number(value),
         "numbers": lambda entries: not any(isinstance(entry, str) for entry in entries),
     }
-    return environment
+    return environment.from_string(_data("page.html"))
 
 
 def _data(name: str) -> str:

@@ -127,7 +127,7 @@ def _cell(group: Sequence[Record], column: Column, best: bool) -> dict[str, Any]
 
 def _best(groups: Sequence[Sequence[Record]], column: Column) -> set[int]:
     """The places of the best quantized model of every setting, by the mean of its seeds."""
-    sign = 1 if lower_is_better(str(column.metric)) else -1
+    sign = 1 if lower_is_better(str(column.metric)) else -1  # the smallest is the best of all that follows
     found: dict[str, tuple[float, int]] = {}
     for place, group in enumerate(groups):
         value = mean(map(column.of, group))
