@@ -76,3 +76,14 @@ def write_tiny_model(
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<pad>").save_pretrained(folder)
     return folder
+
+
+def write_planted_model(folder: Path, channel: int) -> Path:
+    """Write a tiny model in which the token "q", and no other, has a massive activation, in one channel."""
+    write_tiny_model("qwen2", folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    embedding = model.model.embed_tokens.weight.data
+    embedding[:, 3] /= 12  # no outlier in every token
+    embedding[1 + ALPHABET.index("q"), channel] = 1000
+    model.save_pretrained(folder)
+    return folder
