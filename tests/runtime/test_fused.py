@@ -117,6 +117,20 @@ def layers_by_themselves(patched: pytest.MonkeyPatch) -> list[int]:
     return count
 
 
+def test_the_families_of_the_suite_that_take_the_short_way(
+    tiny: Callable[[str], Path], tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those whose heads have a multiple of 32 channels, so that what else is tested on them is tested of both ways."""
+    models = {name: checkpoint(tiny(name), tmp_path / name, text_file, spec="w4a4kv4") for name in CONFIGS}
+    count = layers_by_themselves(monkeypatch)
+    short = set()
+    for name, model in models.items():
+        count.clear()
+        stepwise(model)
+        short |= set() if count else {name}
+    assert short == {"mistral", "qwen3", "phi3"} < set(CONFIGS)
+
+
 def test_hooks_and_other_caches_take_the_long_way(wide: Callable[[str], Path], tmp_path: Path, text_file: Path) -> None:
     model = checkpoint(wide("llama"), tmp_path / "out", text_file, spec="w4a4kv4")
     seen = []
