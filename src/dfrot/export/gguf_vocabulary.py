@@ -1,11 +1,12 @@
-"""A tokenizer as llama.cpp has it: tokens, their kinds, and how a text is cut before they are looked for.
+"""A tokenizer in GGUF's metadata: tokens, their types, and the name of llama.cpp's pre-tokenizer.
 
-llama.cpp does not read rules, it knows tokenizers by name, each with rules of its own. So the rules of the checkpoint's
-are compared with those behind the names, and where they are behind none it is refused: a model that reads other tokens
-than it was trained on is wrong without a word.
+llama.cpp has tokenizers with built-in rules and selects them by name. The rules of the checkpoint's tokenizer are
+compared with those behind the names, and refused if no name fits: a model that is fed other tokens than it was trained
+on gives wrong answers without any error. The gguf package's vocabularies do not check this, and give every merge of
+SentencePiece the same score; llama.cpp's converter knows only the exact tokenizers of released models.
 
 Two kinds are known: BPE over bytes (GPT-2's), and BPE over characters with ▁ for a space and tokens for single bytes
-(SentencePiece's, Llama 2 and Mistral), which llama.cpp merges by scores in place of a list of merges.
+(SentencePiece's: Llama 2, Mistral), which llama.cpp merges by scores instead of a list of merges.
 """
 
 import json
@@ -17,20 +18,30 @@ from dfrot.system.errors import UserError
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_CASED = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    rf"{_CONTRACTIONS}?|[^\r\n\p{{L}}\p{{N}}]?[\p{{Lu}}\p{{Lt}}\p{{Lm}}\p{{Lo}}\p{{M}}]+"
-    rf"[\p{{Ll}}\p{{Lm}}\p{{Lo}}\p{{M}}]*{_CONTRACTIONS}?"
-)
-_WORDS = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+"
-_REST = r"\s*[\r\n]+|\s+(?!\S)|\s+"
-# Regular expression of the split → llama.cpp's name, and whether a word that is a token is taken without merging.
-_SPLITS = {
-    rf"{_WORDS}|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_REST}": ("llama-bpe", True),
-    rf"{_WORDS}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_REST}": ("qwen2", False),
-    rf"{_CASED}|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_REST}": ("gpt-4o", False),
+Steps = list[dict[str, Any]]
+_BYTES: dict[str, Any] = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+
+
+def _split(words: str, digits: str, line_ends: str) -> Steps:
+    """Words, numbers, punctuation with the line ends after it, and white space; then bytes."""
+    regex = rf"{words}|{digits}| ?[^\s\p{{L}}\p{{N}}]+{line_ends}|\s*[\r\n]+|\s+(?!\S)|\s+"
+    split = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
+    return [split, _BYTES | {"use_regex": False}]
+
+
+_CONTRACTIONS, _BEFORE = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)", r"[^\r\n\p{L}\p{N}]?"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_WORDS = rf"{_CONTRACTIONS}|{_BEFORE}\p{{L}}+"
+_CASED_WORDS = rf"{_BEFORE}{_UPPER}*{_LOWER}+{_CONTRACTIONS}?|{_BEFORE}{_UPPER}+{_LOWER}*{_CONTRACTIONS}?"
+# llama.cpp's name → the pre-tokenizer's steps, as tokenizer.json writes them
+PRE_TOKENIZERS: dict[str, Steps] = {
+    "gpt-2": [_BYTES],
+    "smollm": [{"type": "Digits", "individual_digits": True}, _BYTES],
+    "llama-bpe": _split(_WORDS, r"\p{N}{1,3}", r"[\r\n]*"),
+    "qwen2": _split(_WORDS, r"\p{N}", r"[\r\n]*"),
+    "gpt-4o": _split(_CASED_WORDS, r"\p{N}{1,3}", r"[\r\n/]*"),
 }
+_WHOLE_WORDS = {"llama-bpe"}  # those that take a word that is a token without merging it (`ignore_merges`)
 
 
 def add_vocabulary(writer: "GGUFWriter", path: Path, tokenizer: Any, size: int) -> None:
@@ -38,18 +49,19 @@ def add_vocabulary(writer: "GGUFWriter", path: Path, tokenizer: Any, size: int) 
 
     Args:
         path: the checkpoint.
-        tokenizer: its tokenizer, as transformers loads it; that may go by other rules than tokenizer.json.
+        tokenizer: its tokenizer as transformers loads it, which may change the rules of tokenizer.json.
         size: rows of the embedding; those without a token get a name.
 
     Raises:
         UserError: llama.cpp has no such tokenizer, or it has more tokens than the embedding.
     """
-    from gguf import SpecialVocab
+    from gguf import SpecialVocab, TokenType
 
     if not tokenizer.is_fast:
         raise UserError(f"the tokenizer of {path} is not one of the library tokenizers, whose rules can be read.")
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
-    by_characters = rules["model"]["type"] == "BPE" and rules["model"]["byte_fallback"]
+    model, added = rules["model"], rules["added_tokens"]
+    by_characters = model["type"] == "BPE" and model["byte_fallback"]
     if by_characters:
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
@@ -57,18 +69,26 @@ def add_vocabulary(writer: "GGUFWriter", path: Path, tokenizer: Any, size: int) 
     else:
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(_pre_tokenizer(rules, path))
-    tokens = {**rules["model"]["vocab"], **{added["content"]: added["id"] for added in rules["added_tokens"]}}
+    tokens = model["vocab"] | {token["content"]: token["id"] for token in added}
     if max(tokens.values()) >= size:
         raise UserError(f"{path} has a token {max(tokens.values())}, and an embedding of only {size} rows.")
     names = {index: token for token, index in tokens.items()}
-    writer.add_token_list([names.get(index, f"[PAD{index}]") for index in range(size)])
-    writer.add_token_types(_token_types(rules, names, size))
+    types = dict.fromkeys(names, TokenType.NORMAL)
     if by_characters:
-        writer.add_token_scores(_scores(rules, names, size))
+        # llama.cpp merges the pair whose result has the highest score: −rank of the first merge that makes it
+        ranks = {"".join(merge): rank for rank, merge in reversed(list(enumerate(model["merges"])))}
+        writer.add_token_scores(
+            [-float(ranks.get(names.get(index, ""), len(model["merges"]))) for index in range(size)]
+        )
+        types |= {tokens[octet]: TokenType.BYTE for octet in map("<0x{:02X}>".format, range(256)) if octet in tokens}
     else:
-        writer.add_token_merges([" ".join(merge) for merge in rules["model"]["merges"]])
+        writer.add_token_merges([" ".join(merge) for merge in model["merges"]])
+    types |= {token["id"]: TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED for token in added}
+    types |= {tokens[token]: TokenType.UNKNOWN for token in [model["unk_token"]] if token in tokens}
+    writer.add_token_list([names.get(index, f"[PAD{index}]") for index in range(size)])
+    writer.add_token_types([types.get(index, TokenType.UNUSED) for index in range(size)])
     special = SpecialVocab(path, n_vocab=size)
-    # SpecialVocab reads this off the post-processor's template, which need not be there; the tokenizer knows
+    # SpecialVocab guesses this from the post-processor's template, which not every tokenizer has; so try it out
     around = tokenizer("").input_ids
     bos = around[:1] == [tokenizer.bos_token_id]
     special.add_special_token = {"bos": bos, "eos": around[bos:][-1:] == [tokenizer.eos_token_id]}
@@ -76,48 +96,30 @@ def add_vocabulary(writer: "GGUFWriter", path: Path, tokenizer: Any, size: int) 
 
 
 def _pre_tokenizer(rules: dict[str, Any], path: Path) -> str:
-    """llama.cpp's name for how a text is cut into words before bytes are merged.
-
-    Raises:
-        UserError: it has none.
-    """
-    cut, model, normalizer = rules["pre_tokenizer"], rules["model"], rules["normalizer"]
-    match _steps(cut, "pretokenizers"):
-        case [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
-            name, whole_words = "gpt-2", False
-        case [
-            {"type": "Digits", "individual_digits": True},
-            {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
-        ]:
-            name, whole_words = "smollm", False
-        case [
-            {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False},
-            {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
-        ]:
-            name, whole_words = _SPLITS.get(regex, ("", False))
-        case _:
-            name, whole_words = "", False
-    # NFC is Qwen's; llama.cpp leaves it out, and so text that is not composed is cut otherwise there
-    known = model["type"] == "BPE" and normalizer in (None, {"type": "NFC"})
-    if not name or not known or model["ignore_merges"] != whole_words:
-        raise UserError(
-            f"llama.cpp has no tokenizer like that of {path}, a {model['type']} with the pre-tokenizer "
-            f"{json.dumps(cut)}, the normalizer {json.dumps(normalizer)} and ignore_merges "
-            f"{json.dumps(model.get('ignore_merges'))}. Known here: gpt-2, smollm, "
-            f"{', '.join(known_name for known_name, _ in _SPLITS.values())} and SentencePiece's with byte_fallback. "
-            "dfrot export --to huggingface keeps any tokenizer."
-        )
-    return name
+    """llama.cpp's name for how a text is split into words before bytes are merged; UserError if it has none."""
+    model, normalizer = rules["model"], rules["normalizer"]
+    # `trim_offsets` changes which characters a token is said to come from, not the tokens
+    steps = [
+        {key: value for key, value in step.items() if key != "trim_offsets"}
+        for step in _steps(rules["pre_tokenizer"], "pretokenizers")
+    ]
+    # NFC is Qwen's. llama.cpp leaves it out, so text that is not composed is split differently there
+    if model["type"] == "BPE" and normalizer in (None, {"type": "NFC"}):
+        for name, known in PRE_TOKENIZERS.items():
+            if steps == known and model["ignore_merges"] == (name in _WHOLE_WORDS):
+                return name
+    raise UserError(
+        f"llama.cpp has no tokenizer like that of {path}, a {model['type']} with the pre-tokenizer "
+        f"{json.dumps(rules['pre_tokenizer'])}, the normalizer {json.dumps(normalizer)} and ignore_merges "
+        f"{json.dumps(model.get('ignore_merges'))}. Known here: {', '.join(PRE_TOKENIZERS)} and SentencePiece's with "
+        "byte_fallback. dfrot export --to huggingface keeps any tokenizer."
+    )
 
 
 def _space_prefix(rules: dict[str, Any], path: Path) -> bool:
-    """Whether a text gets a ▁ in front.
-
-    Raises:
-        UserError: it is not SentencePiece's way with spaces.
-    """
-    normalizer, cut = rules["normalizer"], rules["pre_tokenizer"]
-    match _steps(normalizer, "normalizers"), _steps(cut, "pretokenizers"):
+    """Whether SentencePiece puts a ▁ before a text; UserError if it does more than turn spaces into ▁."""
+    normalizer, pre_tokenizer = rules["normalizer"], rules["pre_tokenizer"]
+    match _steps(normalizer, "normalizers"), _steps(pre_tokenizer, "pretokenizers"):
         case [{"type": "Prepend", "prepend": "▁"}, {"pattern": {"String": " "}, "content": "▁"}], []:
             return True
         case [{"type": "Replace", "pattern": {"String": " "}, "content": "▁"}], []:
@@ -126,34 +128,13 @@ def _space_prefix(rules: dict[str, Any], path: Path) -> bool:
             return scheme != "never"
     raise UserError(
         f"llama.cpp has no tokenizer like that of {path}: its normalizer is {json.dumps(normalizer)} and its "
-        f"pre-tokenizer {json.dumps(cut)}, where SentencePiece's only turn spaces into ▁. "
+        f"pre-tokenizer {json.dumps(pre_tokenizer)}, where SentencePiece's only turn spaces into ▁. "
         "dfrot export --to huggingface keeps any tokenizer."
     )
 
 
-def _steps(found: dict[str, Any] | None, several: str) -> list[dict[str, Any]]:
-    """A normalizer or pre-tokenizer as the list that it may be."""
+def _steps(found: dict[str, Any] | None, several: str) -> Steps:
+    """The steps of a normalizer or pre-tokenizer, which may be a single one or a sequence."""
     if found is None:
         return []
     return found[several] if found["type"] == "Sequence" else [found]
-
-
-def _scores(rules: dict[str, Any], names: dict[int, str], size: int) -> list[float]:
-    """−rank of the first merge that makes a token: llama.cpp merges the pair whose result has the highest score."""
-    ranks: dict[str, int] = {}
-    for rank, merge in enumerate(rules["model"]["merges"]):
-        ranks.setdefault("".join(merge), rank)
-    return [-float(ranks.get(names.get(index, ""), len(rules["model"]["merges"]))) for index in range(size)]
-
-
-def _token_types(rules: dict[str, Any], names: dict[int, str], size: int) -> list[int]:
-    from gguf import TokenType
-
-    kinds = dict.fromkeys(names, TokenType.NORMAL)
-    if rules["model"]["byte_fallback"]:
-        octets = {f"<0x{octet:02X}>" for octet in range(256)}
-        kinds |= {index: TokenType.BYTE for index, token in names.items() if token in octets}
-    for added in rules["added_tokens"]:
-        kinds[added["id"]] = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
-    kinds |= {index: TokenType.UNKNOWN for index, token in names.items() if token == rules["model"]["unk_token"]}
-    return [kinds.get(index, TokenType.UNUSED) for index in range(size)]
