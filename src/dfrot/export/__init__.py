@@ -11,13 +11,7 @@ from dfrot.export.vllm import to_vllm
 from dfrot.system.errors import UserError
 
 EXPORTERS: dict[str, Callable[..., list[str]]] = {"huggingface": to_huggingface, "vllm": to_vllm, "gguf": to_gguf}
-# Option of `export` → the only engine that takes it, and its name on the command line
-_ONLY_FOR = {
-    "device": ("vllm", "--device"),
-    "plugin": ("vllm", "--plugin"),
-    "tensor_parallel": ("vllm", "--tensor-parallel"),
-    "kind": ("gguf", "--type"),
-}
+_ONLY_FOR = {"device": "vllm", "plugin": "vllm", "tensor_parallel": "vllm", "kind": "gguf"}  # option → engine
 
 
 def export(checkpoint: str | Path, to: str, out: str | Path, **options: Any) -> list[str]:
@@ -27,7 +21,7 @@ def export(checkpoint: str | Path, to: str, out: str | Path, **options: Any) -> 
         checkpoint: a directory that `dfrot.quantize` wrote.
         to: huggingface, vllm or gguf.
         out: a directory that does not exist or is empty; for gguf a file that does not exist.
-        options: those of `to_vllm` (device, plugin, tensor_parallel) or `to_gguf` (kind); None means not given.
+        options: of `to_vllm` (device, plugin, tensor_parallel) or `to_gguf` (kind); None means not given.
 
     Returns:
         Sentences on how the engine will differ from dfrot's runtime.
@@ -40,7 +34,7 @@ def export(checkpoint: str | Path, to: str, out: str | Path, **options: Any) -> 
         raise UserError(f"there is no export to '{to}'. Engines: {', '.join(EXPORTERS)}.")
     given = {name: value for name, value in options.items() if value is not None}
     for name in given:
-        engine, option = _ONLY_FOR.get(name, (to, name))
-        if engine != to:
-            raise UserError(f"{option} is for {engine}, and means nothing to {to}. Leave it out.")
+        if (engine := _ONLY_FOR.get(name, to)) != to:
+            option = "type" if name == "kind" else name.replace("_", "-")
+            raise UserError(f"--{option} is for {engine}, and means nothing to {to}. Leave it out.")
     return EXPORTERS[to](Checkpoint.open(Path(checkpoint)), Path(out).expanduser(), **given)

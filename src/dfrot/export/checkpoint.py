@@ -1,13 +1,11 @@
 """A dfrot checkpoint as exporters read it: one layer at a time, as integers and as the floats that they stand for.
 
-Grids and rotations come from the runtime's record, the same that inference reads. The recipe only says how the
-checkpoint was made; it is good for names and descriptions.
+Grids and rotations come from the runtime's record, as in inference; the recipe is good for names and descriptions only.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -16,7 +14,7 @@ from torch import Tensor
 from dfrot.checkpoint.load import checkpoint_recipe
 from dfrot.models.families import graph_for
 from dfrot.models.graph import Config, ModelGraph
-from dfrot.models.source import load_tokenizer, open_safetensors, read_config, weight_files
+from dfrot.models.source import open_safetensors, read_config, weight_files
 from dfrot.pipeline.recipe import Recipe
 from dfrot.quant.affine import QParams, dequantize
 from dfrot.quant.packing import unpack
@@ -63,33 +61,27 @@ class Checkpoint:
         return Checkpoint(path, config, recipe, runtime, graph_for(config), weight_files(path))
 
     def require_folded(self, engine: str) -> None:
-        """Raise UserError if anything is rotated online, for engines that have no online rotations."""
+        """Raise UserError if anything is rotated online, which `engine` cannot do."""
         self.require_shared(engine)
-        if self.runtime.online:
+        if online := ", ".join(self.runtime.online):
             raise UserError(
-                f"{self.path} rotates the input of {', '.join(self.runtime.online)} while the model runs; "
-                f"{engine} cannot. Quantize with --fold-only, which leaves out online rotations."
+                f"{self.path} rotates the input of {online} while the model runs; {engine} cannot. "
+                "Quantize with --fold-only, which leaves out online rotations."
             )
 
     def require_shared(self, engine: str) -> None:
-        """Raise UserError if every block has different online rotations (DuQuant), which no engine supports."""
+        """Raise UserError if online rotations differ from block to block (DuQuant), which no engine supports."""
         if self.runtime.blocks:
             raise UserError(
                 f"{self.path} was made by {self.recipe.method_name}, which rotates the input of every layer while the "
                 f"model runs; {engine} cannot. Quantize with --method dfrot --fold-only."
             )
 
-    def lost(self, engine: str, kinds: Iterable[str]) -> list[str]:
-        """A sentence for each of these kinds of tensors that the checkpoint quantizes; `engine` does not."""
-        grids = {kind: getattr(self.runtime.spec, kind) for kind in kinds}
-        return [
-            f"{kind} are in {grid.bits} bits here, and not quantized by {engine}, so its quality differs."
-            for kind, grid in grids.items()
-            if grid.enabled
-        ]
-
-    def tokenizer(self) -> Any:
-        return load_tokenizer(self.path)
+    def lost(self, engine: str, *kinds: str) -> Iterator[str]:
+        """A sentence for each of these kinds of tensors that is quantized here; `engine` does not quantize them."""
+        for kind in kinds:
+            if (grid := getattr(self.runtime.spec, kind)).enabled:
+                yield f"{kind} are in {grid.bits} bits here, and not quantized by {engine}, so its quality differs."
 
     def tensor(self, name: str) -> Tensor:
         with open_safetensors(self.files[name]) as file:

@@ -1,6 +1,6 @@
 """Model directories in transformers' layout: plain weights, and the writer that vllm.py shares.
 
-Plain weights are for tools that know nothing of dfrot. Folded rotations stay in them and integers become floats; what
+Plain weights are for tools that know nothing of dfrot: folded rotations stay in them, integers become floats. What
 happens while the model runs (online rotations, quantized activations, the quantized cache) cannot be written.
 """
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dfrot.checkpoint.writer import INDEX_FILE
 from dfrot.export.checkpoint import Checkpoint, Layer
+from dfrot.models.source import load_tokenizer
 from dfrot.system.errors import UserError
 from dfrot.system.files import translate_io_errors, write_json, write_tensors
 from dfrot.system.lock import LOCK_FILE, exclusive_lock
@@ -21,19 +22,11 @@ from dfrot.system.progress import track
 
 
 def to_huggingface(checkpoint: Checkpoint, out: Path) -> list[str]:
-    """Write the dequantized model in the checkpoint's dtype.
-
-    Returns:
-        Sentences on how the model will differ from dfrot's runtime.
-
-    Raises:
-        UserError: the checkpoint rotates online; `out` is not empty.
-        SetupError: `out` cannot be written.
-    """
+    """Write the dequantized model in the checkpoint's dtype. Returns and errors are those of `export`."""
     checkpoint.require_folded("transformers")
     config = {name: value for name, value in checkpoint.config.to_dict().items() if name != "quantization_config"}
     write_directory(checkpoint, out, lambda _, layer: {"weight": layer.weight.to(checkpoint.config.dtype)}, config)
-    return checkpoint.lost("transformers", ("activations", "keys"))
+    return list(checkpoint.lost("transformers", "activations", "keys"))
 
 
 def write_directory(
@@ -60,7 +53,7 @@ def write_directory(
             total += sum(tensor.nbytes for tensor in tensors.values())
         write_json(out / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
         with translate_io_errors(out):
-            checkpoint.tokenizer().save_pretrained(out)
+            load_tokenizer(checkpoint.path).save_pretrained(out)
             if (settings := checkpoint.path / "generation_config.json").is_file():
                 shutil.copyfile(settings, out / settings.name)
         write_json(out / "config.json", config)

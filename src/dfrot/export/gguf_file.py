@@ -38,18 +38,11 @@ _HEADS = {"self_attn.q_proj": "num_attention_heads", "self_attn.k_proj": "num_ke
 
 
 def to_gguf(checkpoint: Checkpoint, out: Path, kind: str | None = None) -> list[str]:
-    """Write a checkpoint as a GGUF file.
+    """Write a checkpoint as a GGUF file. Returns and errors are those of `export`.
 
     Args:
         out: a file that does not exist yet.
         kind: type of the linear layers' weights; None: the integer type that fits the checkpoint's grid, else f16.
-
-    Returns:
-        Sentences on how llama.cpp will differ from dfrot's runtime.
-
-    Raises:
-        UserError: llama.cpp would compute something else; the type cannot hold the weights; `out` exists.
-        SetupError: the package gguf is missing; `out` cannot be written.
     """
     if importlib.util.find_spec("gguf") is None:
         raise SetupError("writing GGUF files needs the package gguf. Install it: pip install 'dfrot[gguf]'")
@@ -65,7 +58,7 @@ def to_gguf(checkpoint: Checkpoint, out: Path, kind: str | None = None) -> list[
     names = get_tensor_name_map(MODEL_ARCH[architecture.upper()], checkpoint.config.num_hidden_layers)
     writer = GGUFWriter(None, architecture)
     _add_hyperparameters(writer, checkpoint, kind)
-    add_vocabulary(writer, checkpoint.path, checkpoint.tokenizer(), checkpoint.config.vocab_size)
+    add_vocabulary(writer, checkpoint.path, checkpoint.config.vocab_size)
     # The file begins with the shapes of all tensors. So all are made twice, one at a time: first for their shapes and
     # to refuse, before a file is begun, what cannot be written; then to write them.
     for name, stored, data in _tensors(checkpoint, names, kind):
@@ -96,14 +89,13 @@ def choose_type(checkpoint: Checkpoint, asked: str | None) -> str:
     """The type of the linear layers' weights: the one asked for, else the smallest that keeps integers, else f16.
 
     Raises:
-        UserError: the type does not exist, or cannot hold the checkpoint's integers.
+        UserError: it cannot hold the checkpoint's integers.
     """
     spec = checkpoint.runtime.spec.weights
     widths = sorted(set(input_widths(checkpoint.graph, checkpoint.config).values()))
     aligned = not any(width % BLOCK for width in widths)
     # a block must not reach over the end of a group, or of a row
-    whole = aligned if spec.group is None else spec.group % BLOCK == 0
-    keeps = spec.enabled and spec.symmetric and whole
+    keeps = spec.enabled and spec.symmetric and (aligned if spec.group is None else spec.group % BLOCK == 0)
     types = [*(name for name, bits in INTEGER_BITS.items() if keeps and spec.bits <= bits), *FLOATS]
     if asked is None or asked in types:
         return asked or types[0]
@@ -126,7 +118,7 @@ def _differences(checkpoint: Checkpoint, kind: str) -> Iterator[str]:
             f"activations are {here} here, and rounded to 8 bits by llama.cpp where it multiplies them by {kind}, "
             "with one scale for 32 channels."
         )
-    yield from checkpoint.lost("llama.cpp", ["keys"] if kind in INTEGER_BITS else ["activations", "keys"])
+    yield from checkpoint.lost("llama.cpp", *(["keys"] if kind in INTEGER_BITS else ["activations", "keys"]))
     if window is not None:
         yield f"attention is to the last {window} tokens here, and to all of them in llama.cpp."
     if checkpoint.config.rope_parameters.get("rope_type") == "longrope":
@@ -152,7 +144,7 @@ def _add_hyperparameters(writer: "GGUFWriter", checkpoint: Checkpoint, kind: str
     writer.add_key_length(head_dim(config))
     writer.add_value_length(head_dim(config))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(_rope_size(config))
+    writer.add_rope_dimension_count(int(head_dim(config) * rope.get("partial_rotary_factor", 1.0)))
     writer.add_rope_freq_base(rope["rope_theta"])
     if rope.get("rope_type") == "linear":
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
@@ -163,17 +155,12 @@ def _add_hyperparameters(writer: "GGUFWriter", checkpoint: Checkpoint, kind: str
         writer.add_rope_scaling_attn_factors(attention)
 
 
-def _rope_size(config: Config) -> int:
-    """Channels of a head that RoPE rotates."""
-    return int(head_dim(config) * config.rope_parameters.get("partial_rotary_factor", 1.0))
-
-
 def _rope_tensors(config: Config) -> dict[str, Tensor]:
     """Divisors of RoPE's frequencies, where they differ from one to the next: Llama 3 and LongRoPE."""
-    rope, size = config.rope_parameters, _rope_size(config)
+    rope = config.rope_parameters
     if rope.get("rope_type") == "llama3":
-        unscaled = rope["rope_theta"] ** (-torch.arange(0, size, 2, dtype=torch.float32) / size)
         scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+        unscaled = rope["rope_theta"] ** (-torch.arange(len(scaled), dtype=torch.float32) / len(scaled))
         return {"rope_freqs.weight": unscaled / scaled}
     if rope.get("rope_type") == "longrope":
         return {f"rope_factors_{which}.weight": torch.tensor(rope[f"{which}_factor"]) for which in ("long", "short")}
@@ -220,11 +207,7 @@ def _row_order(config: Config, linear: str, count: int) -> Tensor:
 
 
 def packed(kind: str, codes: Int[Tensor, "out in"], scales: Float[Tensor, "out groups"]) -> Tensor:
-    """Blocks of q4_0 or q8_0, uint8 (out, bytes), from integers around 0.
-
-    Raises:
-        UserError: a scale is not a float16.
-    """
+    """Blocks of q4_0 or q8_0, uint8 (out, bytes), from integers around 0; UserError if a scale is not a float16."""
     blocks = codes.view(len(codes), -1, BLOCK)
     steps = scales.half()
     if len(lost := scales[steps.float() != scales]):
@@ -242,11 +225,7 @@ def packed(kind: str, codes: Int[Tensor, "out in"], scales: Float[Tensor, "out g
 
 
 def _floats(kind: str, weight: Float[Tensor, "..."]) -> Tensor:
-    """A tensor in one of `FLOATS`, bf16 as int16 of the same bytes since numpy has no bfloat16.
-
-    Raises:
-        UserError: it overflows.
-    """
+    """A tensor in one of `FLOATS`, of bf16 the bytes as int16 for numpy; UserError if it overflows."""
     narrow = weight.to(FLOATS[kind])
     if not narrow.isfinite().all():
         raise UserError(f"{kind} ends at {torch.finfo(FLOATS[kind]).max:g}, which a weight exceeds. Take --type bf16.")

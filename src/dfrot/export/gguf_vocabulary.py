@@ -1,9 +1,8 @@
-"""A tokenizer in GGUF's metadata: tokens, their types, and the name of llama.cpp's pre-tokenizer.
+"""A tokenizer in GGUF's metadata: tokens, their types, and how a text is split.
 
-llama.cpp has tokenizers with built-in rules and selects them by name. The rules of the checkpoint's tokenizer are
-compared with those behind the names, and refused if no name fits: a model that is fed other tokens than it was trained
-on gives wrong answers without any error. The gguf package's vocabularies do not check this, and give every merge of
-SentencePiece the same score; llama.cpp's converter knows only the exact tokenizers of released models.
+llama.cpp has built-in tokenizers and selects one by name. The rules of the checkpoint's tokenizer are compared with
+those behind the names, and refused if no name fits: a model that is fed other tokens than it was trained on gives wrong
+answers without any error. The gguf package's own vocabularies check nothing, and order no merges.
 
 Two kinds are known: BPE over bytes (GPT-2's), and BPE over characters with ▁ for a space and tokens for single bytes
 (SentencePiece's: Llama 2, Mistral), which llama.cpp merges by scores instead of a list of merges.
@@ -13,6 +12,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dfrot.models.source import load_tokenizer
 from dfrot.system.errors import UserError
 
 if TYPE_CHECKING:
@@ -41,15 +41,14 @@ PRE_TOKENIZERS: dict[str, Steps] = {
     "qwen2": _split(_WORDS, r"\p{N}", r"[\r\n]*"),
     "gpt-4o": _split(_CASED_WORDS, r"\p{N}{1,3}", r"[\r\n/]*"),
 }
+SENTENCEPIECE = "default"
 _WHOLE_WORDS = {"llama-bpe"}  # those that take a word that is a token without merging it (`ignore_merges`)
 
 
-def add_vocabulary(writer: "GGUFWriter", path: Path, tokenizer: Any, size: int) -> None:
+def add_vocabulary(writer: "GGUFWriter", path: Path, size: int) -> None:
     """Put the tokenizer of a checkpoint into a GGUF file's metadata.
 
     Args:
-        path: the checkpoint.
-        tokenizer: its tokenizer as transformers loads it, which may change the rules of tokenizer.json.
         size: rows of the embedding; those without a token get a name.
 
     Raises:
@@ -57,36 +56,33 @@ def add_vocabulary(writer: "GGUFWriter", path: Path, tokenizer: Any, size: int) 
     """
     from gguf import SpecialVocab, TokenType
 
+    tokenizer = load_tokenizer(path)  # transformers may change the rules of tokenizer.json
     if not tokenizer.is_fast:
         raise UserError(f"the tokenizer of {path} is not one of the library tokenizers, whose rules can be read.")
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
-    model, added = rules["model"], rules["added_tokens"]
-    by_characters = model["type"] == "BPE" and model["byte_fallback"]
-    if by_characters:
-        writer.add_tokenizer_model("llama")
-        writer.add_tokenizer_pre("default")
-        writer.add_add_space_prefix(_space_prefix(rules, path))
-    else:
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(_pre_tokenizer(rules, path))
-    tokens = model["vocab"] | {token["content"]: token["id"] for token in added}
+    name, space_prefix = _identified(rules, path)
+    vocabulary, merges, added = rules["model"]["vocab"], rules["model"]["merges"], rules["added_tokens"]
+    tokens = vocabulary | {token["content"]: token["id"] for token in added}
     if max(tokens.values()) >= size:
         raise UserError(f"{path} has a token {max(tokens.values())}, and an embedding of only {size} rows.")
-    names = {index: token for token, index in tokens.items()}
-    types = dict.fromkeys(names, TokenType.NORMAL)
-    if by_characters:
+    rows = {index: f"[PAD{index}]" for index in range(size)} | {index: token for token, index in tokens.items()}
+    types = dict.fromkeys(range(size), TokenType.UNUSED) | dict.fromkeys(tokens.values(), TokenType.NORMAL)
+    writer.add_tokenizer_pre(name)
+    if name == SENTENCEPIECE:
+        writer.add_tokenizer_model("llama")
+        writer.add_add_space_prefix(space_prefix)
         # llama.cpp merges the pair whose result has the highest score: −rank of the first merge that makes it
-        ranks = {"".join(merge): rank for rank, merge in reversed(list(enumerate(model["merges"])))}
-        writer.add_token_scores(
-            [-float(ranks.get(names.get(index, ""), len(model["merges"]))) for index in range(size)]
-        )
+        ranks = {"".join(merge): rank for rank, merge in reversed(list(enumerate(merges)))}
+        writer.add_token_scores([-float(ranks.get(token, len(merges))) for token in rows.values()])
         types |= {tokens[octet]: TokenType.BYTE for octet in map("<0x{:02X}>".format, range(256)) if octet in tokens}
     else:
-        writer.add_token_merges([" ".join(merge) for merge in model["merges"]])
+        writer.add_tokenizer_model("gpt2")
+        writer.add_token_merges([" ".join(merge) for merge in merges])
     types |= {token["id"]: TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED for token in added}
-    types |= {tokens[token]: TokenType.UNKNOWN for token in [model["unk_token"]] if token in tokens}
-    writer.add_token_list([names.get(index, f"[PAD{index}]") for index in range(size)])
-    writer.add_token_types([types.get(index, TokenType.UNUSED) for index in range(size)])
+    if (unknown := rules["model"]["unk_token"]) in tokens:
+        types[tokens[unknown]] = TokenType.UNKNOWN
+    writer.add_token_list(list(rows.values()))
+    writer.add_token_types(list(types.values()))
     special = SpecialVocab(path, n_vocab=size)
     # SpecialVocab guesses this from the post-processor's template, which not every tokenizer has; so try it out
     around = tokenizer("").input_ids
@@ -95,46 +91,36 @@ def add_vocabulary(writer: "GGUFWriter", path: Path, tokenizer: Any, size: int) 
     special.add_to_gguf(writer, quiet=True)
 
 
-def _pre_tokenizer(rules: dict[str, Any], path: Path) -> str:
-    """llama.cpp's name for how a text is split into words before bytes are merged; UserError if it has none."""
-    model, normalizer = rules["model"], rules["normalizer"]
-    # `trim_offsets` changes which characters a token is said to come from, not the tokens
-    steps = [
-        {key: value for key, value in step.items() if key != "trim_offsets"}
-        for step in _steps(rules["pre_tokenizer"], "pretokenizers")
-    ]
-    # NFC is Qwen's. llama.cpp leaves it out, so text that is not composed is split differently there
-    if model["type"] == "BPE" and normalizer in (None, {"type": "NFC"}):
-        for name, known in PRE_TOKENIZERS.items():
-            if steps == known and model["ignore_merges"] == (name in _WHOLE_WORDS):
-                return name
+def _identified(rules: dict[str, Any], path: Path) -> tuple[str, bool]:
+    """llama.cpp's name for a tokenizer, and whether it puts a ▁ before a text; UserError if it knows none like it."""
+    model, normalizer, pre_tokenizer = (rules[part] for part in ("model", "normalizer", "pre_tokenizer"))
+    match model, _steps(normalizer), steps := _steps(pre_tokenizer):
+        case {"type": "BPE", "byte_fallback": True}, [
+            {"prepend": "▁"},
+            {"pattern": {"String": " "}, "content": "▁"},
+        ], []:
+            return SENTENCEPIECE, True
+        case {"type": "BPE", "byte_fallback": True}, [{"pattern": {"String": " "}, "content": "▁"}], []:
+            return SENTENCEPIECE, False
+        case {"type": "BPE", "byte_fallback": True}, [], [
+            {"replacement": "▁", "prepend_scheme": scheme, "split": False}
+        ]:
+            return SENTENCEPIECE, scheme != "never"
+        # NFC is Qwen's. llama.cpp leaves it out, so text that is not composed is split differently there
+        case {"type": "BPE", "byte_fallback": False}, [] | [{"type": "NFC"}], _:
+            for name, known in PRE_TOKENIZERS.items():
+                if steps == known and model["ignore_merges"] == (name in _WHOLE_WORDS):
+                    return name, False
     raise UserError(
         f"llama.cpp has no tokenizer like that of {path}, a {model['type']} with the pre-tokenizer "
-        f"{json.dumps(rules['pre_tokenizer'])}, the normalizer {json.dumps(normalizer)} and ignore_merges "
+        f"{json.dumps(pre_tokenizer)}, the normalizer {json.dumps(normalizer)} and ignore_merges "
         f"{json.dumps(model.get('ignore_merges'))}. Known here: {', '.join(PRE_TOKENIZERS)} and SentencePiece's with "
-        "byte_fallback. dfrot export --to huggingface keeps any tokenizer."
+        "byte_fallback, where only spaces become ▁. dfrot export --to huggingface keeps any tokenizer."
     )
 
 
-def _space_prefix(rules: dict[str, Any], path: Path) -> bool:
-    """Whether SentencePiece puts a ▁ before a text; UserError if it does more than turn spaces into ▁."""
-    normalizer, pre_tokenizer = rules["normalizer"], rules["pre_tokenizer"]
-    match _steps(normalizer, "normalizers"), _steps(pre_tokenizer, "pretokenizers"):
-        case [{"type": "Prepend", "prepend": "▁"}, {"pattern": {"String": " "}, "content": "▁"}], []:
-            return True
-        case [{"type": "Replace", "pattern": {"String": " "}, "content": "▁"}], []:
-            return False
-        case [], [{"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}]:
-            return scheme != "never"
-    raise UserError(
-        f"llama.cpp has no tokenizer like that of {path}: its normalizer is {json.dumps(normalizer)} and its "
-        f"pre-tokenizer {json.dumps(pre_tokenizer)}, where SentencePiece's only turn spaces into ▁. "
-        "dfrot export --to huggingface keeps any tokenizer."
-    )
-
-
-def _steps(found: dict[str, Any] | None, several: str) -> Steps:
-    """The steps of a normalizer or pre-tokenizer, which may be a single one or a sequence."""
-    if found is None:
-        return []
-    return found[several] if found["type"] == "Sequence" else [found]
+def _steps(part: dict[str, Any] | None) -> Steps:
+    """The steps of a normalizer or pre-tokenizer, which may be none, one or a sequence."""
+    steps = [] if part is None else next((part[key] for key in ("normalizers", "pretokenizers") if key in part), [part])
+    # without `trim_offsets`, which moves tokens' offsets in the text and changes no token
+    return [{key: value for key, value in step.items() if key != "trim_offsets"} for step in steps]

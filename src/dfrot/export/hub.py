@@ -53,7 +53,6 @@ def model_card(path: Path, repository: str, records: Sequence[Record] = (), base
     """The README.md of a checkpoint, front matter and all.
 
     Args:
-        path: the checkpoint.
         repository: owner/name that it will have.
         records: results; those of this recipe and of the unquantized model are shown.
         base_model: hub id of the model that the checkpoint was made from.
@@ -68,29 +67,27 @@ def model_card(path: Path, repository: str, records: Sequence[Record] = (), base
     own = [record for record in records if record.recipe == recipe.to_json()]
     if records and not own:
         raise UserError(f"none of the {len(records)} result records is of the recipe of {path}: {recipe.digest}.")
-    results = [*(record for record in records if record.recipe is None), *own]
+    shown_records = [*(record for record in records if record.recipe is None), *own]
     papers = _papers(recipe)
     tags = ["dfrot", "quantized", f"{spec.weights.bits}-bit", *(f"arxiv:{PAPERS[name][0]}" for name in papers)]
     data = ModelCardData(base_model=base_model, library_name="transformers", pipeline_tag="text-generation", tags=tags)
     kinds = {"weights": spec.weights, "activations": spec.activations, "keys and values": spec.keys}
     grids = ", ".join(f"{kind} in {grid.bits} bits" for kind, grid in kinds.items() if grid.enabled)
-    record = recipe.to_json()
-    record["calibration"]["text"] = text_label(record["calibration"]["text"])  # the file's name, not its folder
+    provenance = recipe.to_json()
+    provenance["calibration"]["text"] = text_label(provenance["calibration"]["text"])  # without its folder
     card = _CARD.read_text(encoding="utf-8").format(
         front_matter=data.to_yaml(),
         title=base_model or checkpoint.path.resolve().name,
         spec=spec,
         grids=grids.capitalize() or "Nothing quantized",
-        method=recipe.method_name,
-        rounding=recipe.weights_name,
+        recipe=recipe,
         version=__version__,
-        megabytes=size["weight_bytes"] / 1e6,
-        megabytes_in_16_bits=size["unquantized_bytes"] / 1e6,
-        bits=size["decoder_bits_per_weight"],
-        results=f"## Results\n\n{_table(results)}\n\n{_conditions(own)}\n\n" if own else "",
+        size=size,
+        megabytes={name: value / 1e6 for name, value in size.items()},
+        results=f"## Results\n\n{_table(shown_records)}\n\n{_conditions(own)}\n\n" if own else "",
         repository=repository,
-        recipe=json.dumps(record, indent=2),
-        citation="\n## Citation\n\n```bibtex\n" + "\n".join(map(_bibtex, papers)) + "\n```" if papers else "",
+        provenance=json.dumps(provenance, indent=2),
+        citation="## Citation\n\n```bibtex\n" + "\n".join(map(_bibtex, papers)) + "\n```" if papers else "",
     )
     return card.rstrip() + "\n"
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from dfrot.export.checkpoint import Checkpoint, Layer
 from dfrot.export.directory import write_directory
 from dfrot.linalg.rotation import Rotation
+from dfrot.quant.packing import pack
 from dfrot.system.errors import UserError
 from dfrot.transform.transforms import input_widths
 
@@ -35,19 +36,12 @@ _ROWS = 1024  # of a rotation's matrix, made at a time in float64
 def to_vllm(
     checkpoint: Checkpoint, out: Path, device: str = "cpu", plugin: bool = False, tensor_parallel: int = 1
 ) -> list[str]:
-    """Write a checkpoint's integers in compressed-tensors' format.
+    """Write a checkpoint's integers in compressed-tensors' format. Returns and errors are those of `export`.
 
     Args:
         device: where vLLM will run, cpu or cuda; their kernels differ.
         plugin: dfrot will be installed beside vLLM. Without it vLLM then refuses the model.
         tensor_parallel: GPUs that share every layer.
-
-    Returns:
-        Sentences on how vLLM will differ from dfrot's runtime.
-
-    Raises:
-        UserError: vLLM would not compute what the checkpoint says; `out` is not empty.
-        SetupError: `out` cannot be written.
     """
     if problem := next(_problems(checkpoint, device, plugin, tensor_parallel), None):
         raise UserError(problem)
@@ -56,8 +50,14 @@ def to_vllm(
 
     def tensors(name: str, layer: Layer) -> dict[str, Tensor]:
         # vLLM wants the matrix in every block, though it is the same in all
-        rotation = {f"{_transform(name)}_input.weight": matrices[name]} if name in matrices else {}
-        return _weight(layer, bits, config["format"]) | rotation
+        parts = {f"{name.replace('.', '_')}_input.weight": matrices[name]} if name in matrices else {}
+        if layer.integers is None:
+            return parts | {"weight": layer.weight}
+        codes, scales = layer.integers
+        parts["weight_scale"] = scales.bfloat16()  # exact: the checkpoint stores bfloat16
+        if config["format"] == "int-quantized":
+            return parts | {"weight": codes.to(torch.int8)}
+        return parts | {"weight_packed": packed_words(codes, bits), "weight_shape": torch.tensor(codes.shape)}
 
     config = _quantization_config(checkpoint, plugin)
     write_directory(checkpoint, out, tensors, checkpoint.config.to_dict() | {"quantization_config": config})
@@ -67,7 +67,7 @@ def to_vllm(
 
 def _differences(checkpoint: Checkpoint, device: str, plugin: bool, gpus: int, matrix_bytes: int) -> Iterator[str]:
     weights, activations = checkpoint.runtime.spec.weights, checkpoint.runtime.spec.activations
-    yield from checkpoint.lost("vLLM", ("keys",))
+    yield from checkpoint.lost("vLLM", "keys")
     if online := ", ".join(checkpoint.runtime.online):
         yield (
             f"the input of {online} is rotated by a dense matrix, {matrix_bytes / 1e6:.0f} MB in all; "
@@ -89,11 +89,7 @@ def _differences(checkpoint: Checkpoint, device: str, plugin: bool, gpus: int, m
 
 
 def _problems(checkpoint: Checkpoint, device: str, plugin: bool, gpus: int) -> Iterator[str]:
-    """Why vLLM would not compute what the checkpoint says, and what to change. Each rule relies on those before it.
-
-    Raises:
-        UserError: rotations differ from block to block.
-    """
+    """Why vLLM would not compute what the checkpoint says, and what to change. Each rule relies on those before it."""
     weights, activations = checkpoint.runtime.spec.weights, checkpoint.runtime.spec.activations
     online = list(checkpoint.runtime.online)
     rotated = f"the input of {', '.join(online)} is rotated while the model runs"
@@ -113,39 +109,30 @@ def _problems(checkpoint: Checkpoint, device: str, plugin: bool, gpus: int) -> I
     if activations.enabled and not activations.symmetric:
         yield "activations are asymmetric, and vLLM's are symmetric. Quantize with --preset deploy."
     if activations.enabled and activations.clip != 1:
-        yield f"activations are clipped at {activations.clip:g} of their range, in vLLM not. Quantize with --act-clip 1."
+        yield f"activations are clipped at {activations.clip:g} of the range; vLLM cannot. Quantize with --act-clip 1."
     if activations.bits == 8 and weights.group is not None:
         yield "vLLM multiplies 8-bit activations by weights with one scale per channel. Quantize without a group."
     if activations.bits == 4 and plain_cpu:
-        yield (
-            "vLLM on a CPU loads 4-bit activations and silently leaves them unquantized. "
-            "Give --plugin, or --device cuda for a GPU, or quantize with a spec of w4a16 or w8a8."
-        )
+        yield "vLLM on a CPU silently keeps activations in 16 bits. Give --plugin or --device cuda, or take w4a16/w8a8."
     if online and plain_cpu:
         yield f"{rotated}, which vLLM on a CPU cannot. Give --plugin, or --device cuda, or quantize with --fold-only."
     if online and gpus > 1:
         yield f"{rotated}, which vLLM supports on one GPU only. Quantize with --fold-only to split layers."
     if biased := [name for name in online if f"{checkpoint.graph.blocks}.0.{name}.bias" in checkpoint.files]:
         yield f"{rotated}, and {biased[0]} has a bias, which vLLM cannot add then. Quantize with --fold-only."
-    if weights.group is not None and weights.group not in GROUPS and weights.enabled:
+    if not weights.enabled:
+        return
+    if weights.group not in (None, *GROUPS):
         sizes = ", ".join(map(str, GROUPS))
         yield f"weights are in groups of {weights.group}; vLLM takes {sizes}, or no groups (one scale per channel)."
     if (weights.bits, activations.bits) == (8, 16) and device == "cpu":
         yield "vLLM on a CPU has no kernel for w8a16. Quantize with a spec of w8a8 or w4a16, or give --device cuda."
-    if weights.enabled:
-        yield from _width_problems(checkpoint, device, gpus)
-
-
-def _width_problems(checkpoint: Checkpoint, device: str, gpus: int) -> Iterator[str]:
-    """Layers whose width no kernel takes, whole or split among GPUs."""
-    weights, config = checkpoint.runtime.spec.weights, checkpoint.config
+    config = checkpoint.config
     heads, channels = config.num_attention_heads, config.intermediate_size
     if heads % gpus or channels % gpus:
         yield f"{gpus} GPUs cannot share {heads} heads and {channels} channels equally. Change --tensor-parallel."
     # 4-bit weights are packed 8 to a word, 8-bit ones 4, but those beside 8-bit activations are single bytes
-    multiple = 1 if checkpoint.runtime.spec.activations.bits == 8 else 32 // weights.bits
-    if device == "cpu" and weights.bits == 4:
-        multiple = CPU_TILE
+    multiple = 1 if activations.bits == 8 else CPU_TILE if device == "cpu" else 32 // weights.bits
     for name, width in input_widths(checkpoint.graph, config).items():
         # among GPUs, layers that write the residual stream are split by inputs, those that read it by outputs
         split = gpus > 1 and name in checkpoint.graph.writers
@@ -177,7 +164,7 @@ def _quantization_config(checkpoint: Checkpoint, plugin: bool) -> dict[str, Any]
     for name in checkpoint.runtime.online:
         target = {"targets": [f"re:.*{name.replace('.', '[.]')}$"], "location": "input"}
         # vLLM multiplies by the stored matrix for `random-hadamard`; for `hadamard` it has a transform of its own
-        transforms[_transform(name)] = {"type": "random-hadamard", "apply": [target]}
+        transforms[name.replace(".", "_")] = {"type": "random-hadamard", "apply": [target]}
     return {
         "quant_method": PLUGIN_METHOD if plugin else "compressed-tensors",
         "quantization_status": "compressed",
@@ -188,17 +175,11 @@ def _quantization_config(checkpoint: Checkpoint, plugin: bool) -> dict[str, Any]
     } | ({"transform_config": {"config_groups": transforms}} if transforms else {})
 
 
-def _transform(linear: str) -> str:
-    """The name of the transform that rotates a layer's input."""
-    return linear.replace(".", "_")
-
-
 def _matrix(rotation: Rotation, dtype: torch.dtype) -> Tensor:
     """Q √n (n, n): vLLM divides by √n once it is loaded. For a Hadamard matrix that is ±1, stored as int8."""
     size, pieces = rotation.size, []
     for start in range(0, size, _ROWS):
-        units = torch.zeros(min(_ROWS, size - start), size, dtype=torch.float64)
-        units.diagonal(start).fill_(1)
+        units = torch.eye(min(_ROWS, size - start), size, dtype=torch.float64).roll(start, dims=1)
         rows = rotation.apply(units) * size**0.5
         nearest = rows.round()
         whole = nearest.abs().max() < 128 and torch.allclose(rows, nearest, rtol=0, atol=1e-9)
@@ -206,19 +187,6 @@ def _matrix(rotation: Rotation, dtype: torch.dtype) -> Tensor:
     return torch.cat(pieces)
 
 
-def _weight(layer: Layer, bits: int, layout: str) -> dict[str, Tensor]:
-    if layer.integers is None:
-        return {"weight": layer.weight}
-    codes, scales = layer.integers
-    tensors = {"weight_scale": scales.bfloat16()}  # exact: the checkpoint stores bfloat16
-    if layout == "int-quantized":
-        return tensors | {"weight": codes.to(torch.int8)}
-    return tensors | {"weight_packed": packed_words(codes, bits), "weight_shape": torch.tensor(codes.shape)}
-
-
 def packed_words(codes: Tensor, bits: int) -> Tensor:
     """int32 (out, in · bits / 32): codes with an offset of 2^(bits−1), the first in the lowest bits."""
-    unsigned = (codes + 2 ** (bits - 1)).to(torch.uint8)
-    if bits == 4:
-        unsigned = unsigned[:, ::2] | (unsigned[:, 1::2] << 4)
-    return unsigned.contiguous().view(torch.int32)  # torch runs on little-endian machines only
+    return pack((codes + 2 ** (bits - 1)).to(torch.uint8), bits).view(torch.int32)  # torch is little-endian everywhere
