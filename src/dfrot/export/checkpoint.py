@@ -30,8 +30,7 @@ class Layer:
     Attributes:
         weight: dequantized to float32, or as stored if it is not quantized.
         bias: if it has one.
-        integers: codes, centred on 0 if the grid is symmetric, and a scale per output channel or group of inputs; None
-            if the weight is not quantized.
+        integers: codes, centred on 0 if symmetric, and scales; None if the weight is not quantized.
     """
 
     weight: Float[Tensor, "out in"]
@@ -103,9 +102,9 @@ class Checkpoint:
     def others(self, index: int) -> dict[str, Tensor]:
         """The tensors of block `index` outside its linear layers (norms), by their names in the block."""
         prefix = f"{self.graph.blocks}.{index}."
-        names = {name.removeprefix(prefix) for name in self.files if name.startswith(prefix)}
-        linears = tuple(f"{linear}." for linear in self.graph.linears)
-        return {name: self.tensor(prefix + name) for name in sorted(names) if not name.startswith(linears)}
+        linears = tuple(f"{prefix}{linear}." for linear in self.graph.linears)
+        names = (name for name in sorted(self.files) if name.startswith(prefix) and not name.startswith(linears))
+        return {name.removeprefix(prefix): self.tensor(name) for name in names}
 
     def ends(self) -> dict[str, Tensor]:
         """The embedding, the last norm and, unless it is tied to the embedding, the head."""

@@ -20,6 +20,8 @@ from dfrot.system.files import translate_io_errors, write_json, write_tensors
 from dfrot.system.lock import LOCK_FILE, exclusive_lock
 from dfrot.system.progress import track
 
+Weight = Callable[[str, Layer], dict[str, Tensor]]
+
 
 def to_huggingface(checkpoint: Checkpoint, out: Path) -> list[str]:
     """Write the dequantized model in the checkpoint's dtype. Returns and errors are those of `export`."""
@@ -29,14 +31,11 @@ def to_huggingface(checkpoint: Checkpoint, out: Path) -> list[str]:
     return list(checkpoint.lost("transformers", "activations", "keys"))
 
 
-def write_directory(
-    checkpoint: Checkpoint, out: Path, weight: Callable[[str, Layer], dict[str, Tensor]], config: dict[str, Any]
-) -> None:
+def write_directory(checkpoint: Checkpoint, out: Path, weight: Weight, config: dict[str, Any]) -> None:
     """Write safetensors shards, their index, the tokenizer and, last, config.json: without it there is no model.
 
     Args:
-        weight: linear layer's name and contents → its tensors but for the bias. All other tensors are copied.
-        config: of config.json.
+        weight: name and contents of a linear layer → its tensors but for the bias. All other tensors are copied.
 
     Raises:
         UserError: `out` is not empty.
@@ -59,7 +58,7 @@ def write_directory(
         write_json(out / "config.json", config)
 
 
-def _shards(checkpoint: Checkpoint, weight: Callable[[str, Layer], dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+def _shards(checkpoint: Checkpoint, weight: Weight) -> Iterator[dict[str, Tensor]]:
     """Embedding, last norm and head; then block by block."""
     yield checkpoint.ends()
     for index in range(checkpoint.config.num_hidden_layers):
@@ -74,15 +73,12 @@ def _shards(checkpoint: Checkpoint, weight: Callable[[str, Layer], dict[str, Ten
 @contextmanager
 def _emptied_unless_finished(out: Path) -> Iterator[None]:
     """Raise UserError unless a directory is empty; empty it again after an error or Ctrl-C."""
-
-    def contents() -> list[Path]:
-        return sorted(file for file in out.iterdir() if file.name != LOCK_FILE)
-
-    if found := contents():
-        raise UserError(f"{out} is not empty ({found[0].name}); nothing there is touched. Choose another -o directory.")
+    if found := sorted(file.name for file in out.iterdir() if file.name != LOCK_FILE):
+        raise UserError(f"{out} is not empty ({found[0]}); nothing there is touched. Choose another -o directory.")
     try:
         yield
     except BaseException:
-        for file in contents():
-            file.unlink()
+        for file in out.iterdir():
+            if file.name != LOCK_FILE:
+                file.unlink()
         raise

@@ -63,12 +63,11 @@ def to_gguf(checkpoint: Checkpoint, out: Path, kind: str | None = None) -> list[
     # to refuse, before a file is begun, what cannot be written; then to write them.
     for name, stored, data in _tensors(checkpoint, names, kind):
         writer.add_tensor_info(name, data.shape, data.dtype, data.nbytes, GGMLQuantizationType[stored.upper()])
-    count = len(writer.tensors[0])
     with atomically(out) as temporary, contextlib.closing(writer):
         writer.write_header_to_file(temporary)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for _, _, data in track(_tensors(checkpoint, names, kind), "exporting", count):
+        for _, _, data in track(_tensors(checkpoint, names, kind), "exporting", len(writer.tensors[0])):
             writer.write_tensor_data(data)
     return list(_differences(checkpoint, kind))
 
@@ -87,10 +86,7 @@ def _problems(config: Config) -> Iterator[str]:
 
 def choose_type(checkpoint: Checkpoint, asked: str | None) -> str:
     """The type of the linear layers' weights: the one asked for, else the smallest that keeps integers, else f16.
-
-    Raises:
-        UserError: it cannot hold the checkpoint's integers.
-    """
+    UserError if it cannot hold the checkpoint's integers."""
     spec = checkpoint.runtime.spec.weights
     widths = sorted(set(input_widths(checkpoint.graph, checkpoint.config).values()))
     aligned = not any(width % BLOCK for width in widths)

@@ -41,15 +41,12 @@ PRE_TOKENIZERS: dict[str, Steps] = {
     "qwen2": _split(_WORDS, r"\p{N}", r"[\r\n]*"),
     "gpt-4o": _split(_CASED_WORDS, r"\p{N}{1,3}", r"[\r\n/]*"),
 }
-SENTENCEPIECE = "default"
+SENTENCEPIECE = "default"  # its name for all tokenizers of that kind
 _WHOLE_WORDS = {"llama-bpe"}  # those that take a word that is a token without merging it (`ignore_merges`)
 
 
 def add_vocabulary(writer: "GGUFWriter", path: Path, size: int) -> None:
-    """Put the tokenizer of a checkpoint into a GGUF file's metadata.
-
-    Args:
-        size: rows of the embedding; those without a token get a name.
+    """Put the tokenizer of a checkpoint, and names for the other rows of an embedding of `size`, into GGUF's metadata.
 
     Raises:
         UserError: llama.cpp has no such tokenizer, or it has more tokens than the embedding.
@@ -94,20 +91,16 @@ def add_vocabulary(writer: "GGUFWriter", path: Path, size: int) -> None:
 def _identified(rules: dict[str, Any], path: Path) -> tuple[str, bool]:
     """llama.cpp's name for a tokenizer, and whether it puts a ▁ before a text; UserError if it knows none like it."""
     model, normalizer, pre_tokenizer = (rules[part] for part in ("model", "normalizer", "pre_tokenizer"))
-    match model, _steps(normalizer), steps := _steps(pre_tokenizer):
-        case {"type": "BPE", "byte_fallback": True}, [
-            {"prepend": "▁"},
-            {"pattern": {"String": " "}, "content": "▁"},
-        ], []:
+    steps, byte_fallback = _steps(pre_tokenizer), model["byte_fallback"] if model["type"] == "BPE" else None
+    match byte_fallback, _steps(normalizer), steps:
+        case True, [{"prepend": "▁"}, {"pattern": {"String": " "}, "content": "▁"}], []:
             return SENTENCEPIECE, True
-        case {"type": "BPE", "byte_fallback": True}, [{"pattern": {"String": " "}, "content": "▁"}], []:
+        case True, [{"pattern": {"String": " "}, "content": "▁"}], []:
             return SENTENCEPIECE, False
-        case {"type": "BPE", "byte_fallback": True}, [], [
-            {"replacement": "▁", "prepend_scheme": scheme, "split": False}
-        ]:
+        case True, [], [{"replacement": "▁", "prepend_scheme": scheme, "split": False}]:
             return SENTENCEPIECE, scheme != "never"
         # NFC is Qwen's. llama.cpp leaves it out, so text that is not composed is split differently there
-        case {"type": "BPE", "byte_fallback": False}, [] | [{"type": "NFC"}], _:
+        case False, [] | [{"type": "NFC"}], _:
             for name, known in PRE_TOKENIZERS.items():
                 if steps == known and model["ignore_merges"] == (name in _WHOLE_WORDS):
                     return name, False

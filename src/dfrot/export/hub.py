@@ -36,11 +36,7 @@ _CARD = Path(__file__).with_name("model_card.md")
 
 
 def read_results(files: Iterable[Path]) -> list[Record]:
-    """The records of `.jsonl` files (`dfrot compare`) and `.json` files (`dfrot eval --json`).
-
-    Raises:
-        UserError: a file does not exist, or holds something else.
-    """
+    """The records of `.jsonl` (`dfrot compare`) and `.json` files (`dfrot eval --json`); UserError if a file has none."""
     records: list[Record] = []
     for file in files:
         if not file.is_file():
@@ -71,11 +67,13 @@ def model_card(path: Path, repository: str, records: Sequence[Record] = (), base
     papers = _papers(recipe)
     tags = ["dfrot", "quantized", f"{spec.weights.bits}-bit", *(f"arxiv:{PAPERS[name][0]}" for name in papers)]
     data = ModelCardData(base_model=base_model, library_name="transformers", pipeline_tag="text-generation", tags=tags)
+    measured = {key: result.conditions[key] for result in own for key in _CONDITIONS if result.conditions.get(key)}
+    conditions = "; ".join(f"{key} {json.dumps(value)}" for key, value in measured.items()).replace('"', "")
     kinds = {"weights": spec.weights, "activations": spec.activations, "keys and values": spec.keys}
     grids = ", ".join(f"{kind} in {grid.bits} bits" for kind, grid in kinds.items() if grid.enabled)
     provenance = recipe.to_json()
     provenance["calibration"]["text"] = text_label(provenance["calibration"]["text"])  # without its folder
-    card = _CARD.read_text(encoding="utf-8").format(
+    return _CARD.read_text(encoding="utf-8").format(
         front_matter=data.to_yaml(),
         title=base_model or checkpoint.path.resolve().name,
         spec=spec,
@@ -84,23 +82,18 @@ def model_card(path: Path, repository: str, records: Sequence[Record] = (), base
         version=__version__,
         size=size,
         megabytes={name: value / 1e6 for name, value in size.items()},
-        results=f"## Results\n\n{_table(shown_records)}\n\n{_conditions(own)}\n\n" if own else "",
+        results=f"## Results\n\n{_table(shown_records)}\n\n{conditions}\n\n" if own else "",
         repository=repository,
         provenance=json.dumps(provenance, indent=2),
-        citation="## Citation\n\n```bibtex\n" + "\n".join(map(_bibtex, papers)) + "\n```" if papers else "",
+        citation="\n\n## Citation\n\n```bibtex\n" + "\n".join(map(_bibtex, papers)) + "\n```" if papers else "",
     )
-    return card.rstrip() + "\n"
 
 
 def push(checkpoint: Path, repository: str, *, private: bool = False, **card_options: Any) -> str:
-    """Upload a checkpoint and its model card to the Hub, making the repository if it does not exist.
-
-    Args:
-        repository: owner/name.
-        card_options: records and base_model of `model_card`.
+    """Upload a checkpoint with its model card, whose records and base_model are `card_options`.
 
     Returns:
-        The repository's address.
+        The repository's address; the repository is made if it does not exist.
 
     Raises:
         UserError: there is no checkpoint, or nobody is logged in who may write there.
@@ -143,13 +136,6 @@ def _table(records: Sequence[Record]) -> str:
     rows = [["", *map(shown, metrics)], ["---", *["---:"] * len(metrics)]]
     rows += [[recipe_label(record), *(number(record.metrics.get(name)) for name in metrics)] for record in records]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
-
-
-def _conditions(records: Sequence[Record]) -> str:
-    conditions: dict[str, Any] = {}
-    for record in records:
-        conditions |= {name: record.conditions[name] for name in _CONDITIONS if record.conditions.get(name)}
-    return "; ".join(f"{name} {json.dumps(value)}" for name, value in conditions.items()).replace('"', "")
 
 
 def _bibtex(name: str) -> str:

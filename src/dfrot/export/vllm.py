@@ -113,6 +113,7 @@ def _problems(checkpoint: Checkpoint, device: str, plugin: bool, gpus: int) -> I
     if activations.bits == 8 and weights.group is not None:
         yield "vLLM multiplies 8-bit activations by weights with one scale per channel. Quantize without a group."
     if activations.bits == 4 and plain_cpu:
+        # it loads them, and logs nothing
         yield "vLLM on a CPU silently keeps activations in 16 bits. Give --plugin or --device cuda, or take w4a16/w8a8."
     if online and plain_cpu:
         yield f"{rotated}, which vLLM on a CPU cannot. Give --plugin, or --device cuda, or quantize with --fold-only."
@@ -127,13 +128,12 @@ def _problems(checkpoint: Checkpoint, device: str, plugin: bool, gpus: int) -> I
         yield f"weights are in groups of {weights.group}; vLLM takes {sizes}, or no groups (one scale per channel)."
     if (weights.bits, activations.bits) == (8, 16) and device == "cpu":
         yield "vLLM on a CPU has no kernel for w8a16. Quantize with a spec of w8a8 or w4a16, or give --device cuda."
-    config = checkpoint.config
-    heads, channels = config.num_attention_heads, config.intermediate_size
+    heads, channels = checkpoint.config.num_attention_heads, checkpoint.config.intermediate_size
     if heads % gpus or channels % gpus:
         yield f"{gpus} GPUs cannot share {heads} heads and {channels} channels equally. Change --tensor-parallel."
     # 4-bit weights are packed 8 to a word, 8-bit ones 4, but those beside 8-bit activations are single bytes
     multiple = 1 if activations.bits == 8 else CPU_TILE if device == "cpu" else 32 // weights.bits
-    for name, width in input_widths(checkpoint.graph, config).items():
+    for name, width in input_widths(checkpoint.graph, checkpoint.config).items():
         # among GPUs, layers that write the residual stream are split by inputs, those that read it by outputs
         split = gpus > 1 and name in checkpoint.graph.writers
         part = width // gpus if split else width
@@ -141,10 +141,7 @@ def _problems(checkpoint: Checkpoint, device: str, plugin: bool, gpus: int) -> I
         if weights.group is not None and part % weights.group:
             yield f"{inputs}, which groups of {weights.group} do not divide. Quantize with a smaller group, or none."
         if part % multiple:
-            yield (
-                f"{inputs}; vLLM's kernel for {weights.bits}-bit weights takes multiples of {multiple}. "
-                "Quantize with a spec of w8a8, or use --to huggingface."
-            )
+            yield f"{inputs}; vLLM takes multiples of {multiple} for w{weights.bits}. Take w8a8, or --to huggingface."
 
 
 def _quantization_config(checkpoint: Checkpoint, plugin: bool) -> dict[str, Any]:
@@ -163,7 +160,7 @@ def _quantization_config(checkpoint: Checkpoint, plugin: bool) -> dict[str, Any]
     transforms = {}
     for name in checkpoint.runtime.online:
         target = {"targets": [f"re:.*{name.replace('.', '[.]')}$"], "location": "input"}
-        # vLLM multiplies by the stored matrix for `random-hadamard`; for `hadamard` it has a transform of its own
+        # vLLM multiplies by the stored matrix for `random-hadamard`; for `hadamard` it applies its own fast transform
         transforms[name.replace(".", "_")] = {"type": "random-hadamard", "apply": [target]}
     return {
         "quant_method": PLUGIN_METHOD if plugin else "compressed-tensors",

@@ -112,10 +112,9 @@ class FourBitActivations(Wrapped):
 
 
 class FourBitKernel(Wrapped):
-    """4-bit weights and activations on a GPU."""
+    """4-bit weights and activations on a GPU; RuntimeError if vLLM took a kernel that quantizes no activations."""
 
     def create_weights(self, layer: nn.Module, *arguments: Any, **words: Any) -> None:
-        """Raises RuntimeError if vLLM took a kernel that would not quantize the activations."""
         super().create_weights(layer, *arguments, **words)
         if not isinstance(self.scheme.kernel, HummingLinearKernel):
             raise RuntimeError(
