@@ -36,7 +36,7 @@ _CARD = Path(__file__).with_name("model_card.md")
 
 
 def read_results(files: Iterable[Path]) -> list[Record]:
-    """The records of `.jsonl` (`dfrot compare`) and `.json` files (`dfrot eval --json`); UserError if a file has none."""
+    """The records of `.jsonl` (`dfrot compare`) and `.json` files (`dfrot eval --json`); UserError if one has none."""
     records: list[Record] = []
     for file in files:
         if not file.is_file():
