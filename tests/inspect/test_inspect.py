@@ -22,7 +22,7 @@ from dfrot.methods import METHODS
 from dfrot.methods.method import Context
 from dfrot.models.source import load_tokenizer, open_source
 from dfrot.pipeline.run import calibration_tokens
-from tests.tiny_models import write_tiny_model
+from tests.tiny_models import write_planted_model
 
 Tiny = Callable[[str], Path]
 TOKENS, HIDDEN, BLOCKS, CHANNEL = 60, 48, 2, 5
@@ -32,13 +32,7 @@ NORMS = ("input_layernorm", "post_attention_layernorm")
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model in which the token "q", and no other, has a massive activation, in one channel."""
-    folder = write_tiny_model("qwen2", tmp_path_factory.mktemp("planted"))
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    embedding = model.model.embed_tokens.weight.data
-    embedding[:, 3] /= 12
-    embedding[load_tokenizer(folder)("q").input_ids[0], CHANNEL] = 1000
-    model.save_pretrained(folder)
-    return folder
+    return write_planted_model(tmp_path_factory.mktemp("planted"), CHANNEL)
 
 
 @pytest.fixture(scope="module", autouse=True)
