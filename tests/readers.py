@@ -35,8 +35,8 @@ from dfrot.models.gguf import check_structure
 from dfrot.models.source import load_tokenizer, open_safetensors, open_source, read_config, stored_tensors, weight_files
 from dfrot.models.texts import read_text
 from dfrot.pipeline.recipe import Recipe
-from dfrot.report.contents import read_inspection
 from dfrot.report.figures import figures
+from dfrot.report.inspection import read_inspection
 from dfrot.report.page import page
 from dfrot.runtime.config import RuntimeConfig
 from dfrot.system.errors import SetupError, UserError

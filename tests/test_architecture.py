@@ -65,7 +65,7 @@ def test_importing_dfrot_loads_no_optional_package_and_touches_no_device() -> No
         "from transformers.quantizers import base\n"
         "before = set(sys.modules)\n"  # transformers imports accelerate where it finds them
         "import dfrot\n"
-        "extras = {'gguf', 'accelerate', 'datasets', 'lm_eval', 'plotly', 'kaleido', 'ray', 'beartype'}\n"
+        "extras = {'gguf', 'accelerate', 'datasets', 'lm_eval', 'plotly', 'ray', 'beartype'}\n"
         "assert not extras & set(sys.modules) - before, extras & set(sys.modules) - before\n"
         "assert not torch.cuda.is_initialized()\n"
     )

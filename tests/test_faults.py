@@ -28,7 +28,7 @@ from dfrot.models.source import open_source, read_config, weight_files
 from dfrot.models.texts import read_text
 from dfrot.pipeline import run as pipeline
 from dfrot.pipeline.recipe import Recipe
-from dfrot.report.contents import read_inspection
+from dfrot.report.inspection import read_inspection
 from dfrot.system import files as save
 from dfrot.system.errors import SetupError, UserError
 from dfrot.system.files import parse_json
@@ -397,11 +397,20 @@ def test_a_resumed_run_does_not_go_on_with_the_rotations_of_another_model(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c["massive"][0].pop("channel"), r"it\.massive\[0\] lacks 'channel'"),
+        (lambda c: c["massive"][0].pop("channel"), r"item 0 of value of key 'massive' .* missing .*\"channel\""),
         (lambda c: c["kurtosis"]["none"].append(1.0), "another number"),
-        (lambda c: c["error"].update(none=3), r"it\.error\.none is no object"),
-        (lambda c: c["kv"][0]["keys"].update(plain=10**400), "no finite float"),
-        (lambda c: c.update(norms=["a", 3]), r"it\.norms\[1\] is no text"),
+        (lambda c: c["error"].update(none=3), "value of key 'none' of value of key 'error' .* is not a dict"),
+        (
+            lambda c: c["kv"]["keys"].update(plain=[10**400]),
+            r"\['kv'\]\['keys'\]\['plain'\]\[0\] is not a finite number",
+        ),
+        (
+            lambda c: c["kurtosis"]["none"].insert(0, float("nan")),
+            r"\['kurtosis'\]\['none'\]\[0\] is not a finite number",
+        ),
+        (lambda c: c["massive"][0].update(block=True), r"\['massive'\]\[0\]\['block'\] is not a finite number"),
+        (lambda c: c["kv"]["keys"]["plain"].append(0.1), "different numbers of blocks"),
+        (lambda c: c.update(norms=["a", 3]), "item 1 of value of key 'norms' .* is not an instance of str"),
     ],
 )
 def test_an_inspection_of_another_form_is_refused(tmp_path: Path, change: Callable[[Any], Any], message: str) -> None:

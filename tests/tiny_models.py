@@ -1,5 +1,7 @@
 """Two-layer random models of every known architecture, small enough for milliseconds.
 
+Some have shapes that the kernels take; Llama and Qwen2 have heads of 12 channels, which go the long way.
+
 Norm gains are far from 1 and biases from 0, so that a fold that forgets them is found; channel 3 of the embedding
 and the residual writers is large, as in real models.
 """
@@ -33,12 +35,14 @@ _SIZES = {
     "eos_token_id": 0,
     "pad_token_id": 0,
 }
+# Heads of 32 channels, from which on there are kernels for keys and values, and a fused block.
+_WIDE = {**_SIZES, "hidden_size": 64, "intermediate_size": 96, "head_dim": 32}
 CONFIGS: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**_SIZES, tie_word_embeddings=True, attention_bias=True),
-    "mistral": MistralConfig(**_SIZES, head_dim=12, sliding_window=8),
+    "mistral": MistralConfig(**_WIDE, sliding_window=8),
     "qwen2": Qwen2Config(**_SIZES),
-    "qwen3": Qwen3Config(**_SIZES, head_dim=16),
-    "phi3": Phi3Config(**_SIZES),
+    "qwen3": Qwen3Config(**_WIDE),
+    "phi3": Phi3Config(**{**_WIDE, "hidden_size": 128}),
 }
 
 
@@ -75,4 +79,15 @@ def write_tiny_model(
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<pad>").save_pretrained(folder)
+    return folder
+
+
+def write_planted_model(folder: Path, channel: int) -> Path:
+    """Write a tiny model in which the token "q", and no other, has a massive activation, in one channel."""
+    write_tiny_model("qwen2", folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    embedding = model.model.embed_tokens.weight.data
+    embedding[:, 3] /= 12  # no outlier in every token
+    embedding[1 + ALPHABET.index("q"), channel] = 1000
+    model.save_pretrained(folder)
     return folder

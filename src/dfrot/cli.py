@@ -10,7 +10,6 @@ import signal
 import statistics
 import sys
 import warnings
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -354,7 +353,7 @@ class Inspect:
     rotations: tuple[Literal["none", "RO", "RH", "dfrot", "duquant"], ...] = ("none", "RO", "RH", "dfrot", "duquant")
     """What is compared: no rotation, random orthogonal, randomized Hadamard, refined, DuQuant."""
     text: str = "wikitext2"
-    """wikitext2, c4, pydoc, or a path; rotations are fitted to its train part, figures are of its test part."""
+    """wikitext2, c4, pydoc, or a path; rotations are fitted to its train part, statistics are of its test part."""
     seq_len: int = 2048
     """Tokens that are inspected, the first of the text."""
     spec: str = "w4a4kv4"
@@ -367,21 +366,13 @@ class Inspect:
     """Where to compute: cpu, cuda."""
 
     def run(self) -> None:
-        from dfrot.inspect.inspect import FIGURES, inspect
+        from dfrot.inspect.inspect import inspect
+        from dfrot.inspect.schema import STATS_FILE
+        from dfrot.inspect.summary import summary
         from dfrot.system.files import read_json
 
-        found = read_json(inspect(**vars(self)) / FIGURES)
-        table = Table("rotation", "error: ordinary", "massive", "kurtosis", "damage, nats")
-        for name in found["rotations"]:
-            errors = ("—" if error is None else f"{error:.4f}" for error in found["error"][name].values())
-            damage = f"{sum(found['damage'][name]):.4f}" if name in found["damage"] else "—"
-            table.add_row(name, *errors, f"{statistics.mean(found['kurtosis'][name]):.2f}", damage)
-        out.print(table)
-        massive = found["massive"]
-        seen = Counter((token["position"], token["token"], token["channel"]) for token in massive)
-        out.print(f"{len(massive)} norm outputs of {len(found['norms'])} norms with massive activations")
-        for (position, token, channel), norms in seen.most_common(5):
-            out.print(f"position {position} {token!r}, channel {channel}: in {norms} norms", markup=False)
+        stats: Any = read_json(inspect(**vars(self)) / STATS_FILE)
+        out.print(summary(stats))
 
 
 @dataclass(frozen=True)
@@ -392,13 +383,11 @@ class Report:
     """What `dfrot compare` or `dfrot inspect` wrote."""
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
     """The page (default: report.html in the directory)."""
-    images: tuple[Literal["png", "svg"], ...] = ()
-    """Also write every figure in these formats, into figures beside the page."""
 
     def run(self) -> None:
         from dfrot.report import report
 
-        path = report(self.directory, self.out, images=self.images)
+        path = report(self.directory, self.out)
         out.print(f"[bold]{path}[/bold]: {path.stat().st_size / 1e6:.1f} MB", soft_wrap=True)
 
 

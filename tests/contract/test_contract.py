@@ -27,7 +27,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 WEIGHTS: dict[str, dict[str, Any]] = {
     "rtn": {},
-    "gptq": {"calib_tokens": 96, "calib_seq_len": 32},
+    "gptq": {"calib_tokens": 128, "calib_seq_len": 32},
     "lwc": {"calib_tokens": 64, "calib_seq_len": 32, "epochs": 2},
 }
 TOKENS = torch.randint(1, 96, (2, 24), generator=torch.Generator().manual_seed(7))
@@ -69,12 +69,17 @@ def test_rotation_leaves_logits_unchanged_and_the_error_falls_with_precision(
     assert 0 < error["float32"] < 1e-4  # 2⁻²³ times the outlier's 400 and a few dozen additions
 
 
-@every_architecture
-@every_method
-@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize(
+    ("architecture", "method", "weights"),
+    [
+        *(("llama", method, weights) for method in METHODS for weights in WEIGHTS),
+        *((architecture, "dfrot", "gptq") for architecture in CONFIGS if architecture != "llama"),
+    ],
+)
 def test_the_same_seed_gives_the_same_bytes(
     tiny: Tiny, tmp_path: Path, text_file: Path, architecture: str, method: str, weights: str
 ) -> None:
+    """Every method with every weight quantizer on one architecture, and every architecture with one of them."""
     words = {"weights": weights, **WEIGHTS[weights]}
     first, second = (
         make(tiny, tmp_path / run, architecture, method, text_file, **words) for run in ("first", "second")
@@ -110,6 +115,24 @@ def test_generating_with_the_quantized_cache_equals_generating_without_a_cache(
     without = model.generate(**prompt, use_cache=False, **settings)
     assert with_cache.shape == (2, 36)
     assert torch.equal(with_cache, without)
+
+
+@every_method
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_every_method_with_every_weight_quantizer_loads_and_generates(
+    tiny: Tiny, tmp_path: Path, text_file: Path, method: str, weights: str
+) -> None:
+    """The tokens that are most likely, one after the other, by whole passes."""
+    path = make(tiny, tmp_path / "out", "qwen3", method, text_file, **{"weights": weights, **WEIGHTS[weights]})
+    model, _ = dfrot.load(path)
+    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    made = model.generate(TOKENS, attention_mask=torch.ones_like(TOKENS), **settings)
+    assert made.shape == (2, 32)
+    assert torch.equal(made[:, :24], TOKENS)
+    with torch.no_grad():
+        whole = model(made, use_cache=False).logits
+    assert whole.isfinite().all()
+    assert torch.equal(made[:, 24:], whole[:, 23:-1].argmax(-1))
 
 
 @pytest.mark.parametrize("method", [method for method in METHODS if method != "none"])

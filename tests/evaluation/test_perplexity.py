@@ -32,6 +32,19 @@ def test_a_uniform_model_has_the_vocabulary_as_perplexity(tiny: Tiny) -> None:
     assert dfrot.perplexity(model, BLOCKS) == pytest.approx(96, rel=1e-5)
 
 
+@pytest.mark.parametrize(("times", "overflows"), [(10.0, False), (200.0, False), (1000.0, True), (1e6, True)])
+def test_a_perplexity_that_no_float_holds_is_infinite(tiny: Tiny, times: float, overflows: bool) -> None:
+    """exp overflows beyond 709.78 nats a token; a model that is sure of the wrong tokens gets there."""
+    model = AutoModelForCausalLM.from_pretrained(tiny("qwen2"))
+    model.lm_head.weight.data *= times
+    with torch.no_grad():
+        mean = sum(model(block[None], labels=block[None]).loss.item() for block in BLOCKS) / 3
+    assert (mean > 709.78) == overflows
+    assert mean < 690 or overflows
+    expected = math.inf if overflows else math.exp(mean)
+    assert dfrot.perplexity(model, BLOCKS) == pytest.approx(expected, rel=1e-3)  # 700 nats at float32's 2⁻²³, ten times
+
+
 def test_nan_logits_are_an_error_and_not_a_number(tiny: Tiny) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny("qwen2"))
     torch.nn.init.constant_(model.model.norm.weight, torch.nan)

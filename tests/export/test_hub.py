@@ -15,7 +15,7 @@ import dfrot
 from dfrot.cli import main
 from dfrot.evaluation.run import Measurement, evaluate
 from dfrot.export.hub import model_card, push, read_results
-from dfrot.report.drawing import number
+from dfrot.report.words import number
 from dfrot.system.errors import SetupError, UserError
 
 Tiny = Callable[[str], Path]

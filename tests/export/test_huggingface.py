@@ -72,8 +72,8 @@ def test_what_plain_transformers_does_not_quantize_is_said(tiny: Tiny, tmp_path:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ({"online": True}, r"rotates the input of mlp\.down_proj.*--online False"),
-        ({"method": "duquant", "online": None, "block": 16}, r"duquant, which rotates.*--method dfrot --online False"),
+        ({"online": True}, r"rotates the input of mlp\.down_proj.*--fold-only"),
+        ({"method": "duquant", "online": None, "block": 16}, r"duquant, which rotates.*--method dfrot --fold-only"),
     ],
 )
 def test_online_rotations_are_refused(

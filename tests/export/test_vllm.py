@@ -31,8 +31,8 @@ def made(tiny: Tiny, out: Path, spec: str, architecture: str = "llama", **words:
     return dfrot.quantize(tiny(architecture), dfrot.Recipe.parse(spec=spec, **words), out).path
 
 
-def checkpoint_plan(checkpoint: Path) -> RuntimeConfig:
-    return Checkpoint.open(checkpoint).plan
+def runtime(checkpoint: Path) -> RuntimeConfig:
+    return Checkpoint.open(checkpoint).runtime
 
 
 @pytest.fixture(autouse=True)
@@ -103,13 +103,13 @@ def test_an_online_rotation_is_a_matrix_that_vllm_divides_by_the_root_of_its_siz
 ) -> None:
     """transform_config as compressed-tensors reads it; R3, which leaves scores alone, is left out."""
     checkpoint = made(tiny, tmp_path / "ckpt", "w16a16kv4", "mistral", online=True, head_mixing=head_mixing)
-    assert checkpoint_plan(checkpoint).keys is not None
+    assert runtime(checkpoint).keys is not None
     said = export(checkpoint, "vllm", tmp_path / "out", device="cuda")
     assert "is rotated by a dense matrix" in said[1]
     assert "transformers leaves the rotation out" in said[1]
     config = TransformConfig.model_validate(quantization_config(tmp_path / "out")["transform_config"])
     tensors = load_file(tmp_path / "out" / "model-00002-of-00003.safetensors")
-    rotations = checkpoint_plan(checkpoint).online
+    rotations = runtime(checkpoint).online
     assert len(config.config_groups) == len(rotations) == 1 + head_mixing
     for name, rotation in rotations.items():
         ((scheme, found),) = [
@@ -134,7 +134,7 @@ def test_for_the_plugin_it_is_a_method_that_only_the_plugin_knows(tiny: Tiny, tm
 def test_split_layers_that_have_scales_of_their_own_are_said(tiny: Tiny, tmp_path: Path) -> None:
     checkpoint = made(tiny, tmp_path / "ckpt", "w8a8kv16")
     said = export(checkpoint, "vllm", tmp_path / "out", device="cuda", tensor_parallel=2)
-    assert "every GPU has scales of its own" in said[0]
+    assert "each GPU chooses the scales for its own part" in said[0]
 
 
 def test_a_cpu_that_quantizes_more_than_was_asked_for_is_said(tiny: Tiny, tmp_path: Path) -> None:
@@ -145,17 +145,17 @@ def test_a_cpu_that_quantizes_more_than_was_asked_for_is_said(tiny: Tiny, tmp_pa
 @pytest.mark.parametrize(
     ("spec", "words", "message"),
     [
-        ("w4a4kv16", {}, "loads 4-bit activations and, without a word, leaves them unquantized.*--plugin"),
-        ("w4a16kv16", {"online": True}, r"mlp\.down_proj is rotated.*vLLM on a CPU cannot.*--plugin.*--online False"),
-        ("w8a16kv16", {}, "no kernel for 8-bit weights beside 16-bit activations"),
+        ("w4a4kv16", {}, "on a CPU silently keeps activations in 16 bits.*--plugin.*w4a16"),
+        ("w4a16kv16", {"online": True}, r"mlp\.down_proj is rotated.*vLLM on a CPU cannot.*--plugin.*--fold-only"),
+        ("w8a16kv16", {}, "on a CPU has no kernel for w8a16.*w8a8 or w4a16"),
         ("w16a16kv16", {}, "nothing is quantized: --to huggingface"),
         ("w3a16kv16", {}, r"no kernel for w3a16.*w4a16, w8a16, w8a8, w4a4"),
         ("w8a4kv16", {}, "no kernel for w8a4"),
         ("w4a16kv16", {"weight_symmetric": False}, "weights are asymmetric.*--weight-symmetric True"),
         ("w8a8kv16", {"act_symmetric": False}, "activations are asymmetric.*--preset deploy"),
-        ("w8a8kv16", {"act_clip": 0.9}, r"clipped at 0\.9 of their range.*--act-clip 1"),
-        ("w8g16a8kv16", {}, "8-bit activations by weights of one scale a channel"),
-        ("w4g8a16kv16", {}, "groups of 8; vLLM takes 16, or none"),
+        ("w8a8kv16", {"act_clip": 0.9}, r"clipped at 0\.9 of the range.*--act-clip 1"),
+        ("w8g16a8kv16", {}, "8-bit activations by weights with one scale per channel"),
+        ("w4g8a16kv16", {}, "groups of 8; vLLM takes 16, or no groups"),
     ],
 )
 def test_what_vllm_would_run_otherwise_is_refused(
@@ -170,10 +170,10 @@ def test_what_vllm_would_run_otherwise_is_refused(
 @pytest.mark.parametrize(
     ("spec", "online", "parts", "message"),
     [
-        ("w4a4kv16", True, 2, "rotated while the model runs, which vLLM does on one GPU only.*--online False"),
+        ("w4a4kv16", True, 2, "rotated while the model runs, which vLLM supports on one GPU only.*--fold-only"),
         ("w4g16a16kv16", False, 2, "o_proj has 24 inputs on each of 2 GPUs, which groups of 16 do not divide"),
         ("w8a8kv16", False, 3, "3 GPUs cannot share 4 heads"),
-        ("w4a16kv16", False, 4, "o_proj has 12 inputs on each of 4 GPUs; 4-bit weights are packed 8 to a word"),
+        ("w4a16kv16", False, 4, "o_proj has 12 inputs on each of 4 GPUs; vLLM takes multiples of 8 for w4"),
     ],
 )
 def test_what_cannot_be_split_among_gpus_is_refused(
@@ -199,7 +199,7 @@ def test_a_bias_beside_an_online_rotation_is_refused(tmp_path: Path, words: dict
     source = write_tiny_model("llama", tmp_path / "source", mlp_bias=True)
     recipe = dfrot.Recipe.parse(method="quarot", weights="rtn", preset="deploy", spec="w4a4kv16")
     checkpoint = dfrot.quantize(source, recipe, tmp_path / "ckpt").path
-    with pytest.raises(UserError, match=r"mlp\.down_proj has a bias, which vLLM cannot add then.*--online False"):
+    with pytest.raises(UserError, match=r"mlp\.down_proj has a bias, which vLLM cannot add then.*--fold-only"):
         export(checkpoint, "vllm", tmp_path / "out", **words)
 
 
@@ -208,10 +208,10 @@ def test_a_width_that_words_do_not_divide_is_refused(
 ) -> None:
     checkpoint = made(tiny, tmp_path / "ckpt", "w4a16kv16")
     monkeypatch.setattr(vllm, "input_widths", lambda graph, config: {"mlp.down_proj": 84})
-    with pytest.raises(UserError, match="has 84 inputs; 4-bit weights are packed 8 to a word"):
-        export(checkpoint, "vllm", tmp_path / "out")
+    with pytest.raises(UserError, match=r"has 84 inputs; vLLM takes multiples of 8 for w4. Take w8a8"):
+        export(checkpoint, "vllm", tmp_path / "out", device="cuda")
     monkeypatch.setattr(vllm, "input_widths", lambda graph, config: {"mlp.down_proj": 88})
-    with pytest.raises(UserError, match="has 88 inputs; vLLM's 4-bit kernel for CPUs takes multiples of 16"):
+    with pytest.raises(UserError, match=r"has 88 inputs; vLLM takes multiples of 16 for w4"):
         export(checkpoint, "vllm", tmp_path / "out")
 
 

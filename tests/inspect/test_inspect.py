@@ -1,4 +1,4 @@
-"""Every figure against a direct computation on the transformers model, in float64."""
+"""Every statistic against a direct computation on the transformers model, in float64."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ from dfrot.methods import METHODS
 from dfrot.methods.method import Context
 from dfrot.models.source import load_tokenizer, open_source
 from dfrot.pipeline.run import calibration_tokens
-from tests.tiny_models import write_tiny_model
+from tests.tiny_models import write_planted_model
 
 Tiny = Callable[[str], Path]
 TOKENS, HIDDEN, BLOCKS, CHANNEL = 60, 48, 2, 5
@@ -32,13 +32,7 @@ NORMS = ("input_layernorm", "post_attention_layernorm")
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model in which the token "q", and no other, has a massive activation, in one channel."""
-    folder = write_tiny_model("qwen2", tmp_path_factory.mktemp("planted"))
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    embedding = model.model.embed_tokens.weight.data
-    embedding[:, 3] /= 12
-    embedding[load_tokenizer(folder)("q").input_ids[0], CHANNEL] = 1000
-    model.save_pretrained(folder)
-    return folder
+    return write_planted_model(tmp_path_factory.mktemp("planted"), CHANNEL)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -142,26 +136,28 @@ def test_the_files_hold_what_the_contract_says(
 ) -> None:
     assert set(found) == {
         *("schema", "model", "conditions", "norms", "tokens", "massive", "channels", "rotations", "kurtosis"),
-        *("error", "damage", "weights", "kv", "surface"),
+        *("error", "sensitivity", "weights", "kv", "surface"),
     }
-    assert (found["schema"], found["model"]) == (1, str(planted))
+    assert (found["schema"], found["model"]) == (2, str(planted))
     assert found["rotations"] == ["none", "RO", "RH", "dfrot", "duquant"]
     assert found["norms"] == [f"{block}.{norm}" for block in range(BLOCKS) for norm in NORMS]
     assert "".join(found["tokens"]).startswith("thequickbrownfox")
     conditions = found["conditions"]
-    expected = {"text": "text.txt", "tokens": TOKENS, "damage_tokens": TOKENS, "seq_len": TOKENS, "seed": 3}
+    expected = {"text": "text.txt", "tokens": TOKENS, "sensitivity_tokens": TOKENS, "seq_len": TOKENS, "seed": 3}
     expected |= {"spec": "a4", "clip": 0.9, "device": "cpu", "dtype": "float32"}
     assert {key: conditions[key] for key in expected} == expected
-    assert set(found["massive"][0]) == {"block", "norm", "position", "token", "channel", "peak_over_rms"}
-    assert set(found["channels"][0]) == {"block", "norm", "median", "largest"}
+    assert set(found["massive"][0]) == {"block", "norm", "position", "token", "token_id", "channel", "peak_over_rms"}
+    assert set(found["channels"][0]) == {"median", "largest"}
     assert len(found["channels"]) == len(found["norms"])
     assert set(found["kurtosis"]) == set(found["error"]) == set(found["rotations"])
-    assert list(found["damage"]) == ["none", "RO", "RH", "dfrot"]
+    assert list(found["sensitivity"]) == ["none", "RO", "RH", "dfrot"]
     assert len(found["weights"]) == 7 * BLOCKS
     assert set(found["weights"][0]) == {"block", "layer", "error"}
     assert list(found["weights"][0]["error"]) == ["none", "RO", "RH", "dfrot"]
-    assert [entry["block"] for entry in found["kv"]] == list(range(BLOCKS))
-    assert found["surface"] | {"norm": ""} == {"norm": "", "tokens": TOKENS, "channels": HIDDEN}
+    assert set(found["kv"]) == {"keys", "values"}
+    assert all(set(by_how) == {"plain", "rotated"} for by_how in found["kv"].values())
+    assert {len(errors) for by_how in found["kv"].values() for errors in by_how.values()} == {BLOCKS}
+    assert found["surface"] in found["norms"]
     shapes = {f"error/{name}": (len(found["norms"]), TOKENS) for name in found["rotations"]}
     shapes |= {f"surface/{name}": (TOKENS, HIDDEN) for name in found["rotations"]}
     types = dict.fromkeys(shapes, torch.float32) | {"massive": torch.uint8}
@@ -203,13 +199,13 @@ def test_errors_kurtosis_and_surface_are_those_of_the_rotated_norm_outputs(
     kurtosis = [scipy.stats.kurtosis(y, axis=-1).mean() for y in rotated[rotation]]
     assert found["kurtosis"][rotation] == pytest.approx(kurtosis, rel=1e-4, abs=1e-5)
     peaks = [np.abs(y).max() for y in rotated["none"]]
-    assert found["surface"]["norm"] == found["norms"][int(np.argmax(peaks))]
-    surface = np.abs(rotated[rotation][found["norms"].index(found["surface"]["norm"])])
+    assert found["surface"] == found["norms"][int(np.argmax(peaks))]
+    surface = np.abs(rotated[rotation][found["norms"].index(found["surface"])])
     np.testing.assert_allclose(tensors[f"surface/{rotation}"].numpy(), surface, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(("rotation", "block"), [("none", 0), ("none", 1), ("RH", 0), ("RH", 1)])
-def test_the_damage_of_a_block_is_that_of_a_model_with_only_its_norm_outputs_quantized(
+def test_the_sensitivity_of_a_block_is_the_divergence_of_a_model_with_only_its_norm_outputs_quantized(
     found: dict[str, Any], model: Any, token_ids: Tensor, rotation: str, block: int
 ) -> None:
     matrix = torch.eye(HIDDEN, dtype=torch.float64)
@@ -226,7 +222,7 @@ def test_the_damage_of_a_block_is_that_of_a_model_with_only_its_norm_outputs_qua
     for handle in handles:
         handle.remove()
     expected = (original.exp() * (original - changed)).sum(-1).mean().item()
-    assert found["damage"][rotation][block] == pytest.approx(expected, rel=1e-3)
+    assert found["sensitivity"][rotation][block] == pytest.approx(expected, rel=1e-3)
 
 
 def test_weight_errors_are_those_of_rounding_to_nearest(found: dict[str, Any], model: Any) -> None:
@@ -249,12 +245,12 @@ def test_weight_errors_are_those_of_rounding_to_nearest(found: dict[str, Any], m
 def test_kv_errors_are_those_of_the_models_own_cache(found: dict[str, Any], model: Any, token_ids: Tensor) -> None:
     cache = DynamicCache()
     model(token_ids, past_key_values=cache)
-    for entry, layer in zip(found["kv"], cache.layers, strict=True):
+    for block, layer in enumerate(cache.layers):
         for kind in ("keys", "values"):
             x = getattr(layer, kind)[0].numpy()  # (heads, tokens, head_dim)
             views = {"plain": x, "rotated": x @ Hadamard(x.shape[-1]).as_matrix().numpy()}
             expected = {name: relative(y, 0.95, kept=True).mean() for name, y in views.items()}
-            assert entry[kind] == pytest.approx(expected, rel=1e-4)
+            assert {how: found["kv"][kind][how][block] for how in views} == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_same_seed_gives_the_same_files(planted: Path, text_file: Path, tmp_path: Path) -> None:
@@ -265,7 +261,7 @@ def test_the_same_seed_gives_the_same_files(planted: Path, text_file: Path, tmp_
     assert {path.name for path in (tmp_path / "one").iterdir()} == {"inspect.json", "inspect.safetensors"}
 
 
-def test_whoever_may_read_the_figures_may_read_the_tensors(out: Path) -> None:
+def test_whoever_may_read_the_statistics_may_read_the_tensors(out: Path) -> None:
     assert (out / "inspect.safetensors").stat().st_mode == (out / "inspect.json").stat().st_mode
 
 
@@ -275,7 +271,7 @@ def test_every_architecture_can_be_inspected(tiny: Tiny, text_file: Path, tmp_pa
     out = inspect(str(tiny(architecture)), tmp_path, rotations=rotations, text=str(text_file), seq_len=TOKENS)
     found = json.loads((out / "inspect.json").read_text())
     assert found["rotations"] == ["RH", "duquant"]
-    assert list(found["damage"]) == ["RH"]
+    assert list(found["sensitivity"]) == ["RH"]
 
 
 def test_without_massive_tokens_their_error_is_null(
@@ -285,7 +281,7 @@ def test_without_massive_tokens_their_error_is_null(
     out = inspect(str(planted), tmp_path, rotations=("duquant",), text=str(text_file), seq_len=TOKENS)
     found = json.loads((out / "inspect.json").read_text())
     assert (found["massive"], found["error"]["duquant"]["massive"]) == ([], None)
-    assert (found["weights"], found["damage"]) == ([], {})
+    assert (found["weights"], found["sensitivity"]) == ([], {})
 
 
 def test_a_quantized_checkpoint_is_refused(tiny: Tiny, text_file: Path, tmp_path: Path) -> None:

@@ -1,3 +1,4 @@
+import importlib
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -6,6 +7,7 @@ from typing import Any
 import pytest
 import scipy.linalg
 import torch
+from safetensors.torch import load_file
 
 import dfrot
 from dfrot.linalg.rotation import Dense, Hadamard, Rotation, random_hadamard, random_orthogonal
@@ -20,7 +22,10 @@ from dfrot.methods.dfrot import (
 )
 from dfrot.methods.massive import massive_tokens
 from dfrot.methods.sample import Sample, Sampler
+from dfrot.models.source import load_tokenizer
 from dfrot.quant.spec import TensorSpec
+from tests.reference import kl_of_quantized_norm_outputs
+from tests.tiny_models import write_planted_model
 
 Tiny = Callable[[str], Path]
 IN_USE = TensorSpec(4, symmetric=False, clip=0.9)
@@ -131,18 +136,56 @@ def test_the_sample_keeps_every_massive_token_and_counts_for_the_whole_text() ->
     assert [(f["block"], f["position"], f["channel"]) for f in drawn.found[:3]] == [(0, 0, 5), (0, 1, 5), (1, 0, 5)]
 
 
-def notes(tiny: Tiny, tmp_path: Path, text_file: Path, **options: Any) -> dict[str, Any]:
+def quantized_model(model: Path, out: Path, text_file: Path, **options: Any) -> dfrot.Report:
     words = {"calib": str(text_file), "calib_tokens": 128, "calib_seq_len": 64, "steps": 2, "spec": "w16a4kv16"}
-    recipe = dfrot.Recipe.parse("dfrot", **{**words, **options})
-    return dfrot.quantize(tiny("llama"), recipe, tmp_path / "out", overwrite=True).notes
+    return dfrot.quantize(model, dfrot.Recipe.parse("dfrot", **{**words, **options}), out, overwrite=True)
 
 
-def test_gamma_is_the_one_that_changes_the_model_least(tiny: Tiny, tmp_path: Path, text_file: Path) -> None:
-    found = notes(tiny, tmp_path, text_file)
-    assert set(found["kl_by_gamma"]) == {"1.0", "10.0", "100.0", "1000.0"}
-    assert found["kl_by_gamma"][str(found["gamma"])] == min(found["kl_by_gamma"].values())
+def notes(tiny: Tiny, tmp_path: Path, text_file: Path, **options: Any) -> dict[str, Any]:
+    return quantized_model(tiny("llama"), tmp_path / "out", text_file, **options).notes
+
+
+@pytest.mark.parametrize(("solver", "seed"), [("descent", 2), ("procrustes", 0)])
+def test_gamma_is_the_one_that_changes_the_model_least(
+    tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch, solver: str, seed: int
+) -> None:
+    """On a model with massive tokens, where that is not the first one tried; its rotation is the checkpoint's."""
+    model = write_planted_model(tmp_path / "model", channel=5)
+    options: dict[str, Any] = {"solver": solver, "seed": seed, "steps": 5}
+    found = quantized_model(model, tmp_path / "out", text_file, **options).notes
+    kl, gamma = found["kl_by_gamma"], found["gamma"]
+    assert found["massive_tokens"]
+    assert list(kl) == ["1.0", "10.0", "100.0", "1000.0"]
+    assert len(set(kl.values())) == 4
+    assert kl[str(gamma)] == min(kl.values()) < kl["1.0"]
     assert (tmp_path / "out" / "fit.json").is_file()
     assert set(found["squared_error_by_rotation"]) == {"none", "RO", "start", "refined"}
+    # a choice among one, on the same sample
+    monkeypatch.setattr(importlib.import_module("dfrot.methods.dfrot"), "GAMMAS", (gamma, gamma))
+    quantized_model(model, tmp_path / "only", text_file, **options)
+    for shard in (tmp_path / "out").glob("*.safetensors"):
+        assert shard.read_bytes() == (tmp_path / "only" / shard.name).read_bytes()
+
+
+def test_gamma_is_judged_on_the_last_quarter_of_the_text_which_nothing_was_refined_on(tmp_path: Path) -> None:
+    """The figure in the notes against transformers in float64, the rotation found from the checkpoint's embedding."""
+    model, text = write_planted_model(tmp_path / "model", channel=5), tmp_path / "text.txt"
+    text.write_text(("thequickbrownfoxjumpsoverthelazydog;" * 2)[:64])  # one sequence, which is the whole text
+    report = quantized_model(
+        model, tmp_path / "out", text, calib_tokens=64, calib_seq_len=64, dtype="float32", solver="procrustes", seed=3
+    )
+    name = "model.embed_tokens.weight"
+    (rotated,) = (t[name] for t in map(load_file, (tmp_path / "out").glob("*.safetensors")) if name in t)
+    embedding = load_file(model / "model.safetensors")[name].double()
+    matrix = torch.linalg.lstsq(embedding, rotated.double()).solution
+    torch.testing.assert_close(matrix @ matrix.T, torch.eye(48, dtype=torch.float64), rtol=0, atol=1e-5)
+
+    tokens = load_tokenizer(model)(text.read_text(), return_tensors="pt").input_ids
+    assert tokens.shape == (1, 64)
+    kl = kl_of_quantized_norm_outputs(model, tokens, matrix, clip=0.9)
+    gamma = str(report.notes["gamma"])
+    assert report.notes["kl_by_gamma"][gamma] == pytest.approx(kl[:, 48:].mean().item(), rel=1e-3)
+    assert kl.mean().item() != pytest.approx(kl[:, 48:].mean().item(), rel=0.1)
 
 
 def test_the_papers_objective_brings_the_papers_gamma(tiny: Tiny, tmp_path: Path, text_file: Path) -> None:

@@ -5,9 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 import dfrot
 from dfrot.methods.duquant import block_rotations, block_size, greedy_rotation, smoothing, spreading, zigzag
+from dfrot.models.source import load_tokenizer
 from dfrot.pipeline.recipe import DuQuant, Recipe
 from dfrot.transform.transforms import InputTransform
 
@@ -81,6 +84,42 @@ def test_smoothing_is_smoothquants_and_shared_by_the_heads_that_read_one_value_h
     shared = smoothing(x, w, 0.6, 2, 4).view(2, 3, 4)  # 6 heads of 4 channels read 2 value heads
     assert torch.equal(shared, shared[:, :1].expand(-1, 3, -1))
     assert (shared.flatten() >= smoothing(x, w, 0.6, None, 4).min()).all()
+
+
+@pytest.mark.parametrize(
+    ("weights", "given", "alpha"), [("lwc", None, 0.5), ("rtn", None, 0.6), ("gptq", None, 0.6), ("lwc", 0.3, 0.3)]
+)
+def test_beside_learned_clipping_smoothing_is_milder(
+    tiny: Callable[[str], Path], tmp_path: Path, weights: str, given: float | None, alpha: float
+) -> None:
+    """What the norms of a checkpoint keep of their gains is the original's over s, s by hand from what layers read."""
+    text = tmp_path / "text.txt"
+    text.write_text("a" * 200)  # every sequence of it is the same
+    words: dict[str, Any] = {"calib": str(text), "calib_tokens": 128, "calib_seq_len": 32, "block": 16, "alpha": given}
+    words |= {"epochs": 1} if weights == "lwc" else {}
+    recipe = Recipe.parse("duquant", weights, greedy_steps=2, dtype="float32", **words)
+    made = safetensors_of(dfrot.quantize(tiny("qwen2"), recipe, tmp_path / "out").path)
+
+    model = AutoModelForCausalLM.from_pretrained(tiny("qwen2"))
+    read: dict[torch.nn.Module, torch.Tensor] = {}
+    block = model.model.layers[0]
+    stages = {
+        "input_layernorm": [block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj],
+        "post_attention_layernorm": [block.mlp.gate_proj, block.mlp.up_proj],
+    }
+    for first, *_ in stages.values():
+        first.register_forward_pre_hook(lambda layer, args: read.update({layer: args[0][0]}))
+    with torch.no_grad():
+        model(load_tokenizer(tiny("qwen2"))("a" * 32, return_tensors="pt").input_ids)
+    for norm, layers in stages.items():
+        of_x = read[layers[0]].abs().amax(0)
+        of_w = torch.cat([layer.weight.detach() for layer in layers]).abs().amax(0)
+        expected = block.get_submodule(norm).weight.detach() * of_w ** (1 - alpha) / of_x**alpha
+        torch.testing.assert_close(made[f"model.layers.0.{norm}.weight"], expected, rtol=1e-5, atol=0)
+
+
+def safetensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for shard in checkpoint.glob("*.safetensors") for name, tensor in load_file(shard).items()}
 
 
 @pytest.mark.parametrize(

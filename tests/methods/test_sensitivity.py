@@ -1,3 +1,4 @@
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from dfrot.methods.method import Context
 from dfrot.methods.sensitivity import kl_divergences
 from dfrot.models.source import open_source
 from dfrot.quant.spec import UNQUANTIZED, TensorSpec
+from tests.reference import kl_of_quantized_norm_outputs
 
 Tiny = Callable[[str], Path]
 TOKENS = torch.randint(1, 96, (2, 24), generator=torch.Generator().manual_seed(7))
@@ -32,9 +34,20 @@ def test_the_divergence_is_that_of_the_quantized_checkpoint(tiny: Tiny, tmp_path
     with torch.no_grad():
         p, q = (m(TOKENS, use_cache=False).logits[:, 6:].double().log_softmax(-1) for m in (original, model))
     expected = (p.exp() * (p - q)).sum(-1).mean().item()
-    rotation = random_hadamard(48, there.generator())
+    rotation = random_hadamard(there.source.config.hidden_size, there.generator())
     (found,) = kl_divergences(there, [rotation], recipe.spec.activations, TOKENS, first=6)
     assert found == pytest.approx(expected, rel=0.05)  # float32 rounding now and then picks the next code
+
+
+def test_positions_before_the_first_do_not_count(tiny: Tiny) -> None:
+    there = context(tiny("qwen2"), dfrot.Recipe.parse("quarot", "rtn"))
+    rotation = random_hadamard(48, there.generator())
+    kl = kl_of_quantized_norm_outputs(tiny("qwen2"), TOKENS, rotation.as_matrix(), 0.9)
+    for first in (0, 6, 18, 23):
+        (found,) = kl_divergences(there, [rotation], TensorSpec(4, False, 0.9), TOKENS, first)
+        assert found == pytest.approx(kl[:, first:].mean().item(), rel=1e-3)
+    parts = [kl[:, first:].mean().item() for first in (0, 6, 18, 23)]
+    assert min(abs(a - b) / b for a, b in itertools.combinations(parts, 2)) > 0.01  # so that 1e-3 tells them apart
 
 
 def test_eight_bits_do_less_damage_than_two(tiny: Tiny) -> None:

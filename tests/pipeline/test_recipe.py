@@ -57,6 +57,24 @@ def test_a_preset_can_be_overridden() -> None:
     assert not spec.weights.symmetric
 
 
+@pytest.mark.parametrize(
+    ("preset", "words", "keys", "values"),
+    [
+        ("paper", {"kv_clip": 0.8}, 0.8, 0.8),
+        ("paper", {"value_clip": 0.7}, 0.95, 0.7),
+        ("paper", {"kv_clip": 0.8, "value_clip": 0.7}, 0.8, 0.7),
+        ("duquant", {"kv_clip": 0.8}, 0.8, 0.8),
+        ("duquant", {"value_clip": 0.7}, 0.9, 0.7),
+        ("duquant", {"value_clip": 0.7, "kv_clip": 0.8}, 0.8, 0.7),
+    ],
+)
+def test_a_clip_ratio_of_values_comes_before_that_of_keys_and_values(
+    preset: str, words: dict[str, float], keys: float, values: float
+) -> None:
+    spec = Spec.parse("w4a4kv4", preset, quantize_queries=True, **words)  # type: ignore[arg-type]
+    assert (spec.keys.clip, spec.values.clip, spec.queries.clip) == (keys, values, keys)
+
+
 def test_a_fixed_clip_ratio_of_weights_can_be_overridden_by_a_search() -> None:
     assert Spec.parse("w4a4kv4", "duquant").weights.clip == 0.8
     assert Spec.parse("w4a4kv4", "duquant", weight_clip="search").weights.clip is None

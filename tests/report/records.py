@@ -112,7 +112,7 @@ def write_inspection(
         q = np.eye(width) if name == "none" else np.linalg.qr(rng.normal(0, 1, (width, width)))[0]
         tensors[f"surface/{name}"] = np.abs(x @ q).astype(np.float32)
     found = {
-        "schema": 1,
+        "schema": 2,
         "model": MODEL,
         "conditions": {
             **{"text": TEXT, "tokens": tokens, "seq_len": tokens, "seed": 0, "device": "cpu", "dtype": "float32"},
@@ -130,18 +130,23 @@ def write_inspection(
         "massive": [
             {
                 **{"block": i // 2, "norm": norms[i].partition(".")[2], "position": j},
-                **{"token": "<s>" if j == 0 else "\n", "channel": 507, "peak_over_rms": float(23.9 - 0.01 * i)},
+                **{
+                    "token": "<s>" if j == 0 else "\n",
+                    "token_id": 1,
+                    "channel": 507,
+                    "peak_over_rms": float(23.9 - 0.01 * i),
+                },
             }
             for i, j in np.argwhere(massive).tolist()
         ],
         "channels": [
             {
-                **{"block": i // 2, "norm": norm.partition(".")[2], "median": 4.0 + 0.02 * i},
+                "median": 4.0 + 0.02 * i,
                 "largest": [
                     {"channel": (507 + 7 * k) % width, "value": (24.0 if i > 2 else 9.0) / (1 + k)} for k in range(3)
                 ],
             }
-            for i, norm in enumerate(norms)
+            for i in range(len(norms))
         ],
         "rotations": list(rotations),
         "kurtosis": {
@@ -150,7 +155,9 @@ def write_inspection(
             if name in names
         },
         "error": {name: {"ordinary": level, "massive": 0.2} for name, level in rotations.items()},
-        "damage": {name: (level**3 * np.exp(rng.normal(0, 0.4, blocks))).tolist() for name, level in rotations.items()},
+        "sensitivity": {
+            name: (level**3 * np.exp(rng.normal(0, 0.4, blocks))).tolist() for name, level in rotations.items()
+        },
         "weights": [
             {
                 **{"block": block, "layer": layer},
@@ -162,15 +169,14 @@ def write_inspection(
                 *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
             )
         ],
-        "kv": [
-            {
-                "block": block,
-                "keys": {"plain": 0.12 + 0.02 * float(rng.random()), "rotated": 0.085 + 0.005 * float(rng.random())},
-                "values": {"plain": 0.1 + 0.01 * float(rng.random()), "rotated": 0.09 + 0.005 * float(rng.random())},
-            }
-            for block in range(blocks)
-        ],
-        "surface": {"norm": "1.input_layernorm", "tokens": 64, "channels": width},
+        "kv": {
+            kind: {how: (low + spread * rng.random(blocks)).tolist() for how, (low, spread) in levels.items()}
+            for kind, levels in {
+                "keys": {"plain": (0.12, 0.02), "rotated": (0.085, 0.005)},
+                "values": {"plain": (0.1, 0.01), "rotated": (0.09, 0.005)},
+            }.items()
+        },
+        "surface": "1.input_layernorm",
         **changes,
     }
     (directory / "inspect.json").write_text(json.dumps(found))

@@ -8,12 +8,11 @@ import pytest
 
 from dfrot.evaluation.record import read_records
 from dfrot.pipeline.recipe import Recipe
-from dfrot.report.contents import Inspection, read_inspection
-from dfrot.report.drawing import number
 from dfrot.report.figures import figures
+from dfrot.report.inspection import Inspection, read_inspection
 from dfrot.report.inspection_figures import kurtosis, max_pooled, sampled_ranks, surfaces, token_errors
-from dfrot.report.record_figures import against_bits, by_recipe, by_seeds, zero_shot
-from dfrot.report.words import deviations
+from dfrot.report.record_figures import against_bits, by_recipe, zero_shot
+from dfrot.report.words import by_seeds, deviations, number
 from dfrot.system.errors import UserError
 from tests.report.records import TEXT, record, records, write_inspection, write_results
 
@@ -33,7 +32,7 @@ def test_every_figure_is_valid_for_plotly_and_has_a_caption_and_data(inspection:
     for figure in drawn:
         go.Figure(figure.plot)  # raises on anything that plotly does not know
         assert figure.caption.endswith(".")
-        assert {len(row) for row in figure.rows} == {len(figure.columns)}
+        assert len({len(entries) for _, entries in figure.columns}) == 1
         json.dumps(figure.plot, allow_nan=False)
 
 
@@ -98,7 +97,7 @@ def test_curves_are_the_sorted_errors_with_both_ends(inspection: Inspection) -> 
 
 
 def test_marks_on_a_curve_are_its_massive_tokens(inspection: Inspection) -> None:
-    norm = inspection.norms[5]
+    norm = inspection.stats["norms"][5]
     figure = token_errors(inspection, norm)
     assert figure is not None
     marks = next(t for t in figure.plot["data"] if t["name"] == "RH, massive")
@@ -113,7 +112,7 @@ def test_kurtosis_is_drawn_as_three_more_than_the_excess_at_its_own_norm(inspect
     figure = kurtosis(inspection)
     assert figure is not None
     upper, lower = (t for t in figure.plot["data"] if t["name"] == "RO")
-    wanted = np.array(inspection.kurtosis["RO"]) + 3
+    wanted = np.array(inspection.stats["kurtosis"]["RO"]) + 3
     np.testing.assert_allclose(upper["y"], wanted[0::2], rtol=5e-4)  # input norms, then those after attention
     np.testing.assert_allclose(lower["y"], wanted[1::2], rtol=5e-4)
     assert (upper["x"], lower["yaxis"]) == (["0", "1", "2", "3"], "y2")
@@ -140,7 +139,7 @@ def test_pooling_takes_the_maximum_of_each_cell(shape: tuple[int, int]) -> None:
 
 
 def test_surfaces_share_one_scale(inspection: Inspection) -> None:
-    made = surfaces(inspection)
+    made = list(surfaces(inspection))
     assert len({figure.plot["layout"]["scene"]["zaxis"]["range"][1] for figure in made}) == 1
     assert "largest 23.90 at token 0, channel 59" in made[0].caption  # 507 mod 64
 
@@ -199,7 +198,7 @@ def test_an_inspection_whose_files_do_not_fit_together_is_a_mistake(tmp_path: Pa
     found = json.loads((tmp_path / "inspect.json").read_text())
     for changes, message in (
         ({"tokens": found["tokens"][:-1]}, "do not fit together"),
-        ({"schema": 9}, "has schema 1, got 9"),
+        ({"schema": 9}, "has schema 2, got 9"),
         ({"rotations": ["RZ"]}, "do not fit together"),
     ):
         (tmp_path / "inspect.json").write_text(json.dumps(found | changes))

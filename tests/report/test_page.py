@@ -11,9 +11,6 @@ from dfrot.cli import main
 from dfrot.evaluation.record import append_records
 from dfrot.pipeline.recipe import Recipe
 from dfrot.report import report
-from dfrot.report.contents import read_inspection
-from dfrot.report.figures import figures
-from dfrot.report.images import save_images
 from dfrot.system.errors import SetupError, UserError
 from tests.browser import Visit, in_browser
 from tests.report.records import TEXT, record, records, write_inspection, write_results
@@ -113,7 +110,7 @@ def test_a_row_opens_to_its_recipe_and_conditions(visit: Visit) -> None:
 def test_dark_changes_the_page_and_the_charts(visit: Visit) -> None:
     page = visit.page
     looks = """() => [getComputedStyle(document.body).backgroundColor,
-                      getComputedStyle(document.querySelector("#damage .xtick text")).fill]"""
+                      getComputedStyle(document.querySelector("#sensitivity .xtick text")).fill]"""
     light = page.evaluate(looks)
     page.get_by_role("button", name="Dark").click()
     dark = page.evaluate(looks)
@@ -206,16 +203,6 @@ def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
         return importing
 
-    for package in ("plotly", "kaleido"):
-        monkeypatch.setattr(builtins, "__import__", without(package))
-        with pytest.raises(SetupError, match=rf"the package {package}. Install it: pip install 'dfrot\[report\]'"):
-            report(tmp_path, images=["png"])
-
-
-@in_browser
-def test_images_are_drawn(tmp_path: Path) -> None:
-    write_inspection(tmp_path, blocks=2, tokens=16, width=8)
-    drawn = [f for f in figures(records(), read_inspection(tmp_path)) if f.name == "damage"]
-    save_images(drawn, tmp_path / "figures", ["png", "svg"])
-    assert (tmp_path / "figures" / "damage.png").read_bytes().startswith(b"\x89PNG")
-    assert (tmp_path / "figures" / "damage.svg").read_text().startswith("<svg")
+    monkeypatch.setattr(builtins, "__import__", without("plotly"))
+    with pytest.raises(SetupError, match=r"the package plotly. Install it: pip install 'dfrot\[report\]'"):
+        report(tmp_path)

@@ -43,7 +43,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def run(tiny: Tiny, text: Path, out: Path, architecture: str, **words: Any) -> dfrot.Recipe:
-    recipe = dfrot.Recipe.parse(**{"calib": str(text), "calib_tokens": 96, "calib_seq_len": 24, **words})
+    recipe = dfrot.Recipe.parse(**{"calib": str(text), "calib_tokens": 144, "calib_seq_len": 24, **words})
     dfrot.quantize(tiny(architecture), recipe, out)
     return recipe
 

@@ -11,9 +11,13 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 import dfrot
 from dfrot.kernels.library import backend, instruction_set
 from dfrot.runtime.fused import FusedBlock
+from dfrot.runtime.linear import QuantLinear
 from tests.tiny_models import CONFIGS, write_tiny_model
 
 TOKENS = torch.randint(1, 96, (2, 20), generator=torch.Generator().manual_seed(3))
+# Between the two ways, relative to the largest logit. What quantizers are handed is equal to the last bit; only float32
+# sums of heads differ.
+DIFFERENCE = 2**-17
 UNPADDED = [*range(8), *range(12, 28)]  # of what `stepwise` returns
 pytestmark = pytest.mark.skipif(instruction_set() == 0, reason=backend())
 
@@ -73,15 +77,58 @@ def test_a_step_is_the_block_layer_by_layer(
 ) -> None:
     """Padding is not compared: it attends to nothing."""
     model = checkpoint(wide(name), tmp_path / "out", text_file, **{"spec": "w4a4kv4", **METHODS[method]})
+    assert_the_short_way_is_the_long_way(model, monkeypatch)
+
+
+@pytest.mark.parametrize("factor", [0.5, 0.75])
+def test_channels_that_no_position_turns_are_left_alone(
+    tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch, factor: float
+) -> None:
+    """Phi-4-mini turns three quarters of every head."""
+    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": factor}
+    phi3 = write_tiny_model("phi3", tmp_path / "model", head_dim=32, rope_parameters=rope)
+    model = checkpoint(phi3, tmp_path / "out", text_file, spec="w4a4kv4")
+    assert model.model.rotary_emb.inv_freq.numel() == 16 * factor  # pairs of channels
+    assert_the_short_way_is_the_long_way(model, monkeypatch)
+
+
+def assert_the_short_way_is_the_long_way(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     mask = torch.ones_like(TOKENS)
     mask[0, :4] = 0
-    short = stepwise(model, mask)[:, UNPADDED]
-    steps = [block.fused for block in model.model.layers]
-    assert all(step._made is not None and step._made[1] is not None for step in steps)
+    with monkeypatch.context() as patched:
+        count = layers_by_themselves(patched)
+        short = stepwise(model, mask)[:, UNPADDED]
+        assert not count
     monkeypatch.setattr(FusedBlock, "__call__", lambda *_, **__: None)
     long = stepwise(model, mask)[:, UNPADDED]
-    # what quantizers are handed is equal to the last bit; the two differ in float32 sums of heads alone
-    assert (short - long).abs().max() <= 2**-17 * long.abs().max()
+    assert long.isfinite().all()
+    torch.testing.assert_close(short, long, rtol=0, atol=DIFFERENCE * float(long.abs().max()))
+
+
+def layers_by_themselves(patched: pytest.MonkeyPatch) -> list[int]:
+    """A list that has an entry for every linear layer that is computed on its own from now on."""
+    count, forward = [], QuantLinear.forward
+
+    def counted(layer: QuantLinear, x: torch.Tensor) -> torch.Tensor:
+        count.append(1)
+        return forward(layer, x)
+
+    patched.setattr(QuantLinear, "forward", counted)
+    return count
+
+
+def test_the_families_of_the_suite_that_take_the_short_way(
+    tiny: Callable[[str], Path], tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those whose heads have a multiple of 32 channels, so that what else is tested on them is tested of both ways."""
+    models = {name: checkpoint(tiny(name), tmp_path / name, text_file, spec="w4a4kv4") for name in CONFIGS}
+    count = layers_by_themselves(monkeypatch)
+    short = set()
+    for name, model in models.items():
+        count.clear()
+        stepwise(model)
+        short |= set() if count else {name}
+    assert short == {"mistral", "qwen3", "phi3"} < set(CONFIGS)
 
 
 def test_hooks_and_other_caches_take_the_long_way(wide: Callable[[str], Path], tmp_path: Path, text_file: Path) -> None:
@@ -91,7 +138,7 @@ def test_hooks_and_other_caches_take_the_long_way(wide: Callable[[str], Path], t
     watched = stepwise(model)
     assert len(seen) == 8  # forward passes
     handle.remove()
-    torch.testing.assert_close(stepwise(model), watched, rtol=0, atol=0.2 * float(watched.std()))
+    torch.testing.assert_close(stepwise(model), watched, rtol=0, atol=DIFFERENCE * float(watched.abs().max()))
     assert len(seen) == 8
     with torch.no_grad():
         states = model(TOKENS, output_hidden_states=True, use_cache=True).hidden_states

@@ -6,7 +6,7 @@ import torch
 
 import dfrot
 from dfrot.linalg.rotation import Hadamard, Rotation
-from dfrot.quant.affine import dequantize, fake_quantize
+from dfrot.quant.affine import QParams, dequantize, fake_quantize
 from dfrot.quant.grids import IntGrid, PerToken
 from dfrot.quant.spec import UNQUANTIZED, TensorSpec
 from dfrot.rounding.rtn import rtn
@@ -58,6 +58,22 @@ def test_a_pass_with_gradients_has_the_value_of_one_without_and_the_gradient_of_
     assert torch.equal(y, quantized(x))
     y.sum().backward()
     torch.testing.assert_close(followed.grad, quantized.dense_weight(torch.float32).sum(0).expand(3, -1))
+
+
+@pytest.mark.parametrize("width", [256, 4096, 14336])
+def test_integers_are_summed_exactly_however_wide_the_layer(width: int, generator: torch.Generator) -> None:
+    """Eight-bit integers near the ends of their grids: 2**24 is passed after some 1,100 products. Against int64."""
+    eight, shape = TensorSpec(8, symmetric=True, clip=1.0), (width,)
+    codes = torch.randint(100, 128, (6, *shape), generator=generator, dtype=torch.int8)
+    x = torch.randint(100, 128, (4, *shape), generator=generator)
+    x[:, 0] = 127  # so that the step is 1 and every entry its own integer
+    made = QuantLinear(width, 6, bias=False, weights=eight, activations=eight, rotation=None, dtype=torch.float32)
+    made.load_state_dict(packed_tensors(codes, QParams(torch.ones(6, 1), None), eight))
+    exact = (x @ codes.long().T).float()
+    assert torch.equal(made.integer_product(x.float()), exact)
+    assert torch.equal(made(x.float()), exact)
+    if width > 1100:  # such a layer tells float32 sums from exact ones
+        assert not torch.equal(x.float() @ codes.float().T, exact)
 
 
 def test_with_everything_left_alone_it_is_a_linear_layer() -> None:

@@ -1,9 +1,11 @@
-"""A dfrot checkpoint as an exporter reads it: layer by layer, in integers or as what they stand for."""
+"""A dfrot checkpoint as exporters read it: one layer at a time, as integers and as the floats that they stand for.
 
-from collections.abc import Iterable
+Grids and rotations come from the runtime's record, as in inference; the recipe is good for names and descriptions only.
+"""
+
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -12,7 +14,7 @@ from torch import Tensor
 from dfrot.checkpoint.load import checkpoint_recipe
 from dfrot.models.families import graph_for
 from dfrot.models.graph import Config, ModelGraph
-from dfrot.models.source import load_tokenizer, open_safetensors, read_config, weight_files
+from dfrot.models.source import open_safetensors, read_config, weight_files
 from dfrot.pipeline.recipe import Recipe
 from dfrot.quant.affine import QParams, dequantize
 from dfrot.quant.packing import unpack
@@ -23,85 +25,62 @@ from dfrot.transform.transforms import input_widths
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear layer of a block.
+    """A linear layer of a decoder block.
 
     Attributes:
-        codes: integers, those of a symmetric grid around 0; None if the weight is not quantized.
-        scales: of every output channel, or group of it.
-        zeros: zero points, for asymmetric grids.
-        weight: what they stand for, in float32, or the weight as it is stored.
-        bias: if there is one.
+        weight: dequantized to float32, or as stored if it is not quantized.
+        bias: if it has one.
+        integers: codes, centred on 0 if symmetric, and scales; None if the weight is not quantized.
     """
 
-    codes: Int[Tensor, "out in"] | None
-    scales: Float[Tensor, "out groups"] | None
-    zeros: Int[Tensor, "out groups"] | None
     weight: Float[Tensor, "out in"]
     bias: Float[Tensor, " out"] | None
+    integers: tuple[Int[Tensor, "out in"], Float[Tensor, "out groups"]] | None
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A directory that `dfrot quantize` wrote, read one tensor at a time.
-
-    Attributes:
-        record: config.json.
-        config: the same, as transformers' config.
-        files: tensor name → safetensors file.
-    """
+    """A directory that `dfrot quantize` wrote. Tensors are read when asked for, so that memory holds one layer."""
 
     path: Path
-    record: dict[str, Any]
     config: Config
     recipe: Recipe
-    plan: RuntimeConfig
+    runtime: RuntimeConfig
     graph: ModelGraph
-    files: dict[str, Path]
+    files: dict[str, Path]  # tensor → the safetensors file that holds it
 
     @staticmethod
     def open(path: Path) -> "Checkpoint":
-        """Raises UserError if there is none, or it is incomplete or broken."""
+        """Raises UserError if the directory is not a complete dfrot checkpoint."""
         path = path.expanduser()
         if (recipe := checkpoint_recipe(path)) is None:
             raise UserError(f"{path} is a model, but not a dfrot checkpoint. Make one: dfrot quantize {path} -o CKPT.")
         config = read_config(path)
-        record = config.to_dict()
-        plan = RuntimeConfig.from_json(record["quantization_config"])
-        return Checkpoint(path, record, config, recipe, plan, graph_for(config), weight_files(path))
+        runtime = RuntimeConfig.from_json(config.to_dict()["quantization_config"])
+        return Checkpoint(path, config, recipe, runtime, graph_for(config), weight_files(path))
 
     def require_folded(self, engine: str) -> None:
-        """Raise UserError if something is rotated while the model runs, which `engine` cannot."""
+        """Raise UserError if anything is rotated online, which `engine` cannot do."""
         self.require_shared(engine)
-        if self.plan.online:
+        if online := ", ".join(self.runtime.online):
             raise UserError(
-                f"{self.path} rotates the input of {', '.join(self.plan.online)} while the model runs; "
-                f"{engine} cannot. Quantize with --online False, which folds everything."
+                f"{self.path} rotates the input of {online} while the model runs; {engine} cannot. "
+                "Quantize with --fold-only, which leaves out online rotations."
             )
 
     def require_shared(self, engine: str) -> None:
-        """Raise UserError if every block has rotations of its own (DuQuant), which no engine knows."""
-        if self.plan.blocks:
+        """Raise UserError if online rotations differ from block to block (DuQuant), which no engine supports."""
+        if self.runtime.blocks:
             raise UserError(
-                f"{self.path} was made by duquant, which rotates the input of every layer while the model runs; "
-                f"{engine} cannot. Quantize with --method dfrot --online False."
+                f"{self.path} was made by {self.recipe.method_name}, which rotates the input of every layer while the "
+                f"model runs; {engine} cannot. Quantize with --method dfrot --fold-only."
             )
 
-    def lost(self, engine: str, kinds: Iterable[str]) -> list[str]:
-        """Sentences: which of these kinds of tensors the checkpoint quantizes and `engine` does not."""
-        grids = {kind: getattr(self.recipe.spec, kind) for kind in kinds}
-        return [
-            f"{kind} are in {grid.bits} bits here, and not quantized by {engine}: its quality is another."
-            for kind, grid in grids.items()
-            if grid.enabled
-        ]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """In which the model computes."""
-        return getattr(torch, self.record["dtype"])
-
-    def tokenizer(self) -> Any:
-        return load_tokenizer(self.path)
+    def lost(self, engine: str, *kinds: str) -> Iterator[str]:
+        """A sentence for each of these kinds of tensors that is quantized here; `engine` does not quantize them."""
+        for kind in kinds:
+            if (grid := getattr(self.runtime.spec, kind)).enabled:
+                yield f"{kind} are in {grid.bits} bits here, and not quantized by {engine}, so its quality differs."
 
     def tensor(self, name: str) -> Tensor:
         with open_safetensors(self.files[name]) as file:
@@ -109,27 +88,25 @@ class Checkpoint:
 
     def layer(self, index: int, linear: str) -> Layer:
         """Linear layer `linear` of block `index`."""
-        name, spec = f"{self.graph.blocks}.{index}.{linear}", self.recipe.spec.weights
+        name, spec = f"{self.graph.blocks}.{index}.{linear}", self.runtime.spec.weights
         bias = self.tensor(f"{name}.bias") if f"{name}.bias" in self.files else None
         if not spec.enabled:
-            return Layer(None, None, None, self.tensor(f"{name}.weight"), bias)
-        scales = self.tensor(f"{name}.scales").float()
+            return Layer(self.tensor(f"{name}.weight"), bias, None)
         width = input_widths(self.graph, self.config)[linear]
         codes = unpack(self.tensor(f"{name}.qweight"), spec.bits, width).to(torch.int16)
-        zeros = None if spec.symmetric else self.tensor(f"{name}.zeros").to(torch.int16)
-        if spec.symmetric:
-            codes = codes - 2 ** (spec.bits - 1)
-        qparams = QParams(scales, None if zeros is None else zeros.float())
-        return Layer(codes, scales, zeros, dequantize(codes, spec.weight_granularity, qparams), bias)
+        codes -= 2 ** (spec.bits - 1) if spec.symmetric else 0  # symmetric codes are stored with this offset
+        scales = self.tensor(f"{name}.scales").float()
+        zeros = None if spec.symmetric else self.tensor(f"{name}.zeros").float()
+        return Layer(dequantize(codes, spec.weight_granularity, QParams(scales, zeros)), bias, (codes, scales))
 
     def others(self, index: int) -> dict[str, Tensor]:
-        """The tensors of block `index` that belong to none of its linear layers (norms), by their names in it."""
+        """The tensors of block `index` outside its linear layers (norms), by their names in the block."""
         prefix = f"{self.graph.blocks}.{index}."
-        names = {name.removeprefix(prefix) for name in self.files if name.startswith(prefix)}
-        linears = tuple(f"{linear}." for linear in self.graph.linears)
-        return {name: self.tensor(prefix + name) for name in sorted(names) if not name.startswith(linears)}
+        linears = tuple(f"{prefix}{linear}." for linear in self.graph.linears)
+        names = (name for name in sorted(self.files) if name.startswith(prefix) and not name.startswith(linears))
+        return {name.removeprefix(prefix): self.tensor(name) for name in names}
 
     def ends(self) -> dict[str, Tensor]:
-        """The embedding, the last norm and, unless it is the embedding, the head."""
+        """The embedding, the last norm and, unless it is tied to the embedding, the head."""
         names = [f"{self.graph.embedding}.weight", f"{self.graph.final_norm}.weight", f"{self.graph.head}.weight"]
         return {name: self.tensor(name) for name in names if name in self.files}

@@ -1,4 +1,8 @@
-"""Writing an exported model so that an unfinished one never looks finished."""
+"""Model directories in transformers' layout: plain weights, and the writer that vllm.py shares.
+
+Plain weights are for tools that know nothing of dfrot: folded rotations stay in them, integers become floats. What
+happens while the model runs (online rotations, quantized activations, the quantized cache) cannot be written.
+"""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -10,23 +14,32 @@ from torch import Tensor
 
 from dfrot.checkpoint.writer import INDEX_FILE
 from dfrot.export.checkpoint import Checkpoint, Layer
-from dfrot.system.errors import SetupError, UserError
-from dfrot.system.files import write_json, write_tensors
+from dfrot.models.source import load_tokenizer
+from dfrot.system.errors import UserError
+from dfrot.system.files import translate_io_errors, write_json, write_tensors
 from dfrot.system.lock import LOCK_FILE, exclusive_lock
 from dfrot.system.progress import track
 
+Weight = Callable[[str, Layer], dict[str, Tensor]]
 
-def write_directory(
-    checkpoint: Checkpoint, out: Path, weight: Callable[[str, Layer], dict[str, Tensor]], config: dict[str, Any]
-) -> None:
-    """Write a directory in the layout of transformers: safetensors shards, an index, the tokenizer, config.json last.
+
+def to_huggingface(checkpoint: Checkpoint, out: Path) -> list[str]:
+    """Write the dequantized model in the checkpoint's dtype. Returns and errors are those of `export`."""
+    checkpoint.require_folded("transformers")
+    config = {name: value for name, value in checkpoint.config.to_dict().items() if name != "quantization_config"}
+    write_directory(checkpoint, out, lambda _, layer: {"weight": layer.weight.to(checkpoint.config.dtype)}, config)
+    return list(checkpoint.lost("transformers", "activations", "keys"))
+
+
+def write_directory(checkpoint: Checkpoint, out: Path, weight: Weight, config: dict[str, Any]) -> None:
+    """Write safetensors shards, their index, the tokenizer and, last, config.json: without it there is no model.
 
     Args:
-        weight: what is kept of the linear layer of a name beside its bias; everything else is kept as it is.
+        weight: name and contents of a linear layer → its tensors but for the bias. All other tensors are copied.
 
     Raises:
-        UserError: something is in the way.
-        SetupError: it cannot be written.
+        UserError: `out` is not empty.
+        SetupError: `out` cannot be written.
     """
     count = checkpoint.config.num_hidden_layers + 1
     weight_map: dict[str, str] = {}
@@ -38,39 +51,34 @@ def write_directory(
             weight_map |= dict.fromkeys(tensors, file.name)
             total += sum(tensor.nbytes for tensor in tensors.values())
         write_json(out / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        try:
-            checkpoint.tokenizer().save_pretrained(out)
+        with translate_io_errors(out):
+            load_tokenizer(checkpoint.path).save_pretrained(out)
             if (settings := checkpoint.path / "generation_config.json").is_file():
                 shutil.copyfile(settings, out / settings.name)
-        except OSError as error:
-            raise SetupError(f"cannot write the tokenizer to {out}: {error}") from error
         write_json(out / "config.json", config)
 
 
-def _shards(checkpoint: Checkpoint, weight: Callable[[str, Layer], dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
-    """The ends, and then every block."""
+def _shards(checkpoint: Checkpoint, weight: Weight) -> Iterator[dict[str, Tensor]]:
+    """Embedding, last norm and head; then block by block."""
     yield checkpoint.ends()
     for index in range(checkpoint.config.num_hidden_layers):
         tensors = checkpoint.others(index)
         for linear in checkpoint.graph.linears:
             layer = checkpoint.layer(index, linear)
-            kept = weight(linear, layer) | ({} if layer.bias is None else {"bias": layer.bias})
-            tensors |= {f"{linear}.{name}": tensor for name, tensor in kept.items()}
+            parts = weight(linear, layer) | ({} if layer.bias is None else {"bias": layer.bias})
+            tensors |= {f"{linear}.{name}": tensor for name, tensor in parts.items()}
         yield {f"{checkpoint.graph.blocks}.{index}.{name}": tensor for name, tensor in tensors.items()}
 
 
 @contextmanager
 def _emptied_unless_finished(out: Path) -> Iterator[None]:
-    """Raise UserError if something is in a directory; what is there after an error or Ctrl-C is removed."""
-    if found := _contents(out):
-        raise UserError(f"{out} is not empty ({found[0].name}); nothing there is touched. Choose another -o directory.")
+    """Raise UserError unless a directory is empty; empty it again after an error or Ctrl-C."""
+    if found := sorted(file.name for file in out.iterdir() if file.name != LOCK_FILE):
+        raise UserError(f"{out} is not empty ({found[0]}); nothing there is touched. Choose another -o directory.")
     try:
         yield
     except BaseException:
-        for file in _contents(out):
-            file.unlink()
+        for file in out.iterdir():
+            if file.name != LOCK_FILE:
+                file.unlink()
         raise
-
-
-def _contents(out: Path) -> list[Path]:
-    return sorted(file for file in out.iterdir() if file.name != LOCK_FILE)

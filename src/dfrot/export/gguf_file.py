@@ -1,62 +1,56 @@
-"""GGUF, the file that llama.cpp and all that is built on it run: one rotated, quantized model in one file.
+"""GGUF, the single-file format of llama.cpp and everything built on it.
 
-The integers of a symmetric checkpoint go over as they are (gguf_types.py), so what llama.cpp computes with is what
-dfrot chose: GPTQ on rotated weights, in a type that the fastest of its kernels are for. Anything else is written as
-floats, which llama.cpp's own quantizers can start from. Names are the gguf package's. What it takes beyond names:
-
-* llama.cpp's "llama" rotates neighbouring channels of a head where transformers rotates its two halves, so the rows of
-  q_proj and k_proj change places: weights, codes, scales and biases alike. The other architectures rotate halves.
-* Llama 3 lengthens some of RoPE's wavelengths; by how much is a tensor, `rope_freqs`, one factor a frequency.
-
-All tensors are made twice: once for their shapes, which stand before the first of them, and to see that they can be
-written; then to write them. So memory holds one, and what cannot be written is refused before a file is begun.
+Symmetric integers go over as they are, so llama.cpp computes with what GPTQ on rotated weights chose. A block of Q4_0
+is 32 integers q in 0 … 15 and a float16 scale d, and stands for d (q − 8); one of Q8_0 has q in −128 … 127 and stands
+for d q. Any symmetric grid whose groups are multiples of 32 fits. Everything else is written as floats, from which
+llama.cpp's own quantizers can start. Tensor names are the gguf package's.
 """
 
+import contextlib
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from dfrot.export.checkpoint import Checkpoint, Layer
-from dfrot.export.gguf_types import FLOATS, INTEGER_BITS, as_array, choose_type, floats, packed
+from dfrot.export.checkpoint import Checkpoint
 from dfrot.export.gguf_vocabulary import add_vocabulary
 from dfrot.models.graph import Config, head_dim
 from dfrot.system.errors import SetupError, UserError
 from dfrot.system.files import atomically
 from dfrot.system.progress import track
+from dfrot.transform.transforms import input_widths
 
 if TYPE_CHECKING:
+    import numpy as np
     from gguf import GGUFWriter, TensorNameMap
 
-# `model_type` of config.json → llama.cpp's architecture.
+# `model_type` of config.json → llama.cpp's architecture
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "phi3": "phi3"}
-_QUERIES_AND_KEYS = {"self_attn.q_proj": "num_attention_heads", "self_attn.k_proj": "num_key_value_heads"}
+INTEGER_BITS = {"q4_0": 4, "q8_0": 8}
+FLOATS = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
+BLOCK = 32  # integers with one scale
+_HEADS = {"self_attn.q_proj": "num_attention_heads", "self_attn.k_proj": "num_key_value_heads"}
 
 
 def to_gguf(checkpoint: Checkpoint, out: Path, kind: str | None = None) -> list[str]:
-    """Write a checkpoint as a GGUF file.
+    """Write a checkpoint as a GGUF file. Returns and errors are those of `export`.
 
     Args:
-        out: the file; it must not be there.
-        kind: type of the linear layers' weights; None for the checkpoint's integers if GGUF has them, else f16.
-
-    Returns:
-        What is otherwise than in dfrot's runtime.
-
-    Raises:
-        UserError: llama.cpp would run it wrongly; the type does not hold the weights; something is in the way.
-        SetupError: the package gguf is missing; the file cannot be written.
+        out: a file that does not exist yet.
+        kind: type of the linear layers' weights; None: the integer type that fits the checkpoint's grid, else f16.
     """
     if importlib.util.find_spec("gguf") is None:
         raise SetupError("writing GGUF files needs the package gguf. Install it: pip install 'dfrot[gguf]'")
     from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFWriter, get_tensor_name_map
 
     checkpoint.require_folded("llama.cpp")
-    _require_known(checkpoint.config)
+    if problem := next(_problems(checkpoint.config), None):
+        raise UserError(f"{problem} dfrot export --to huggingface keeps it.")
     kind = choose_type(checkpoint, kind)
     if out.exists():
         raise UserError(f"{out} is there already, and is not touched. Choose another -o file.")
@@ -64,65 +58,75 @@ def to_gguf(checkpoint: Checkpoint, out: Path, kind: str | None = None) -> list[
     names = get_tensor_name_map(MODEL_ARCH[architecture.upper()], checkpoint.config.num_hidden_layers)
     writer = GGUFWriter(None, architecture)
     _add_hyperparameters(writer, checkpoint, kind)
-    add_vocabulary(writer, checkpoint.path, checkpoint.tokenizer(), checkpoint.config.vocab_size)
-    count = 0
-    for name, stored, tensor in _tensors(checkpoint, names, kind):
-        data = as_array(tensor)
+    add_vocabulary(writer, checkpoint.path, checkpoint.config.vocab_size)
+    # The file begins with the shapes of all tensors. So all are made twice, one at a time: first for their shapes and
+    # to refuse, before a file is begun, what cannot be written; then to write them.
+    for name, stored, data in _tensors(checkpoint, names, kind):
         writer.add_tensor_info(name, data.shape, data.dtype, data.nbytes, GGMLQuantizationType[stored.upper()])
-        count += 1
-    with atomically(out) as temporary:
-        try:
-            writer.write_header_to_file(temporary)
-            writer.write_kv_data_to_file()
-            writer.write_ti_data_to_file()
-            for _, _, tensor in track(_tensors(checkpoint, names, kind), "exporting", count):
-                writer.write_tensor_data(as_array(tensor))
-        finally:
-            writer.close()
+    with atomically(out) as temporary, contextlib.closing(writer):
+        writer.write_header_to_file(temporary)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for _, _, data in track(_tensors(checkpoint, names, kind), "exporting", len(writer.tensors[0])):
+            writer.write_tensor_data(data)
     return list(_differences(checkpoint, kind))
 
 
-def _require_known(config: Config) -> None:
-    """Raise UserError if llama.cpp has no such model."""
-    if config.model_type not in ARCHITECTURES:
-        raise UserError(
-            f"the architecture '{config.model_type}' is not known as GGUF. Known: {', '.join(ARCHITECTURES)}. "
-            "dfrot export --to huggingface writes any."
-        )
+def _problems(config: Config) -> Iterator[str]:
+    """What of a model llama.cpp does not compute. Each rule relies on those before it."""
+    model, scaling = config.model_type, config.rope_parameters.get("rope_type", "default")
+    if model not in ARCHITECTURES:
+        yield f"the architecture '{model}' is not known as GGUF. Known: {', '.join(ARCHITECTURES)}."
     if config.hidden_act != "silu":
-        raise UserError(
-            f"llama.cpp computes {config.model_type} with the activation function silu, and this model has "
-            f"{config.hidden_act}. dfrot export --to huggingface keeps it."
-        )
+        yield f"llama.cpp computes {model} with the activation function silu, and this model has {config.hidden_act}."
+    known = ["default", "linear", *{"llama": ["llama3"], "phi3": ["longrope"]}.get(ARCHITECTURES[model], [])]
+    if scaling not in known:
+        yield f"RoPE is scaled by '{scaling}', which is not known as GGUF for {model}. Known: {', '.join(known)}."
+
+
+def choose_type(checkpoint: Checkpoint, asked: str | None) -> str:
+    """The type of the linear layers' weights: the one asked for, else the smallest that keeps integers, else f16.
+    UserError if it cannot hold the checkpoint's integers."""
+    spec = checkpoint.runtime.spec.weights
+    widths = sorted(set(input_widths(checkpoint.graph, checkpoint.config).values()))
+    aligned = not any(width % BLOCK for width in widths)
+    # a block must not reach over the end of a group, or of a row
+    keeps = spec.enabled and spec.symmetric and (aligned if spec.group is None else spec.group % BLOCK == 0)
+    types = [*(name for name, bits in INTEGER_BITS.items() if keeps and spec.bits <= bits), *FLOATS]
+    if asked is None or asked in types:
+        return asked or types[0]
+    bits = INTEGER_BITS[asked]
+    grid = f"in {spec.bits} bits" if spec.enabled else "not quantized"
+    grid += ("" if spec.symmetric else ", asymmetric") + (f", in groups of {spec.group}" if spec.group else "")
+    again = f", or quantize with --preset deploy --spec w{bits}g{BLOCK}a16kv16" if aligned else ""
+    raise UserError(
+        f"{asked} holds symmetric integers of up to {bits} bits, with one scale for {BLOCK} channels or a multiple; "
+        f"the weights of {checkpoint.path} are {grid}, for layers that read {', '.join(map(str, widths))} channels. "
+        f"Take --type {' or '.join(types)}{again}."
+    )
 
 
 def _differences(checkpoint: Checkpoint, kind: str) -> Iterator[str]:
+    activations, window = checkpoint.runtime.spec.activations, getattr(checkpoint.config, "sliding_window", None)
     if kind in INTEGER_BITS:
-        spec = checkpoint.recipe.spec.activations
-        here = f"in {spec.bits} bits" if spec.enabled else "not quantized"
+        here = f"in {activations.bits} bits" if activations.enabled else "not quantized"
         yield (
             f"activations are {here} here, and rounded to 8 bits by llama.cpp where it multiplies them by {kind}, "
-            "one scale for 32 channels."
+            "with one scale for 32 channels."
         )
-        yield from checkpoint.lost("llama.cpp", ("keys",))
-    else:
-        yield from checkpoint.lost("llama.cpp", ("activations", "keys"))
-    if (window := getattr(checkpoint.config, "sliding_window", None)) is not None:
-        yield f"attention is to the last {window} tokens here, and to all of them by llama.cpp."
+    yield from checkpoint.lost("llama.cpp", *(["keys"] if kind in INTEGER_BITS else ["activations", "keys"]))
+    if window is not None:
+        yield f"attention is to the last {window} tokens here, and to all of them in llama.cpp."
     if checkpoint.config.rope_parameters.get("rope_type") == "longrope":
-        yield "RoPE's long factors are for long texts here, and for all texts by llama.cpp if its context (-c) is long."
+        yield "RoPE's long factors are for long texts here; llama.cpp takes them for all if its context (-c) is long."
 
 
 def _add_hyperparameters(writer: "GGUFWriter", checkpoint: Checkpoint, kind: str) -> None:
-    """The metadata but for the vocabulary.
-
-    Raises:
-        UserError: RoPE is scaled in a way that llama.cpp does not know for this architecture.
-    """
+    """The metadata but for the vocabulary."""
     from gguf import GGML_QUANT_VERSION, LlamaFileType, RopeScalingType
 
-    config, rope = checkpoint.config, checkpoint.config.rope_parameters
-    writer.add_description(f"{checkpoint.recipe.method_name} {checkpoint.recipe.weights_name} {checkpoint.recipe.spec}")
+    config, recipe, rope = checkpoint.config, checkpoint.recipe, checkpoint.config.rope_parameters
+    writer.add_description(f"{recipe.method_name} {recipe.weights_name} {checkpoint.runtime.spec}")
     writer.add_quantized_by("dfrot")
     writer.add_file_type(LlamaFileType.ALL_F32 if kind == "f32" else LlamaFileType[f"MOSTLY_{kind.upper()}"])
     writer.add_quantization_version(GGML_QUANT_VERSION)
@@ -136,82 +140,89 @@ def _add_hyperparameters(writer: "GGUFWriter", checkpoint: Checkpoint, kind: str
     writer.add_key_length(head_dim(config))
     writer.add_value_length(head_dim(config))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(2 * len(_inverse_frequencies(config)))
+    writer.add_rope_dimension_count(int(head_dim(config) * rope.get("partial_rotary_factor", 1.0)))
     writer.add_rope_freq_base(rope["rope_theta"])
-    scaling = rope.get("rope_type", "default")
-    known = {"llama": "llama3", "phi3": "longrope"}.get(writer.arch)
-    if scaling not in ("default", "linear", known):
-        raise UserError(
-            f"RoPE is scaled by '{scaling}', which is not known as GGUF for {config.model_type}. Known: default, "
-            f"linear{f', {known}' if known else ''}. dfrot export --to huggingface keeps it."
-        )
-    if scaling == "linear":
+    if rope.get("rope_type") == "linear":
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
-    elif scaling == "longrope":
+    elif rope.get("rope_type") == "longrope":
         _, attention = ROPE_INIT_FUNCTIONS["longrope"](config, torch.device("cpu"))
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
         writer.add_rope_scaling_attn_factors(attention)
 
 
-def _inverse_frequencies(config: Config) -> Tensor:
-    """Of RoPE without scaling."""
-    rope = config.rope_parameters
-    size = int(head_dim(config) * rope.get("partial_rotary_factor", 1.0))
-    return rope["rope_theta"] ** (-torch.arange(0, size, 2, dtype=torch.float32) / size)
-
-
 def _rope_tensors(config: Config) -> dict[str, Tensor]:
-    """What every frequency is divided by, where it is not the same for all."""
+    """Divisors of RoPE's frequencies, where they differ from one to the next: Llama 3 and LongRoPE."""
     rope = config.rope_parameters
     if rope.get("rope_type") == "llama3":
         scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
-        return {"rope_freqs.weight": _inverse_frequencies(config) / scaled}
+        unscaled = rope["rope_theta"] ** (-torch.arange(len(scaled), dtype=torch.float32) / len(scaled))
+        return {"rope_freqs.weight": unscaled / scaled}
     if rope.get("rope_type") == "longrope":
         return {f"rope_factors_{which}.weight": torch.tensor(rope[f"{which}_factor"]) for which in ("long", "short")}
     return {}
 
 
-def _tensors(checkpoint: Checkpoint, names: "TensorNameMap", kind: str) -> Iterator[tuple[str, str, Tensor]]:
-    """Name, type and contents of every tensor: what is no matrix in float32, matrices that are no linear layer's in
-    16 bits or as `kind` says."""
+def _tensors(checkpoint: Checkpoint, names: "TensorNameMap", kind: str) -> Iterator[tuple[str, str, "np.ndarray"]]:
+    """Name, type and contents of every tensor: linear layers in `kind`, the other matrices too if it is a float type,
+    else in f16; vectors in f32."""
     wide = kind if kind in FLOATS else "f16"
 
-    def named(name: str, stored: str, tensor: Tensor) -> tuple[str, str, Tensor]:
+    def named(name: str, stored: str, tensor: Tensor) -> tuple[str, str, "np.ndarray"]:
         gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if gguf_name is None:
             raise UserError(f"llama.cpp has no place for the tensor {name} of {checkpoint.path}.")
-        return gguf_name, stored, tensor
+        return gguf_name, stored, (_floats(stored, tensor) if stored in FLOATS else tensor).contiguous().numpy()
 
     for name, tensor in checkpoint.ends().items():
-        stored = "f32" if tensor.ndim == 1 else wide
-        yield named(name, stored, floats(stored, tensor))
+        yield named(name, "f32" if tensor.ndim == 1 else wide, tensor)
     for name, tensor in _rope_tensors(checkpoint.config).items():
-        yield name, "f32", tensor.float()
+        yield name, "f32", tensor.float().numpy()
     for index in range(checkpoint.config.num_hidden_layers):
         prefix = f"{checkpoint.graph.blocks}.{index}."
         for name, tensor in checkpoint.others(index).items():
-            yield named(prefix + name, "f32", floats("f32", tensor))
+            yield named(prefix + name, "f32", tensor)
         for linear in checkpoint.graph.linears:
             layer = checkpoint.layer(index, linear)
             rows = _row_order(checkpoint.config, linear, len(layer.weight))
-            yield named(f"{prefix}{linear}.weight", kind, _weight(layer, kind, rows))
+            weight = layer.weight[rows]
+            if kind in INTEGER_BITS and layer.integers is not None:
+                weight = packed(kind, *(part[rows] for part in layer.integers))
+            yield named(f"{prefix}{linear}.weight", kind, weight)
             if layer.bias is not None:
-                yield named(f"{prefix}{linear}.bias", "f32", floats("f32", layer.bias[rows]))
-
-
-def _weight(layer: Layer, kind: str, rows: Tensor) -> Tensor:
-    if kind in INTEGER_BITS:
-        assert layer.codes is not None, "choose_type has seen to it"
-        assert layer.scales is not None, "choose_type has seen to it"
-        return packed(kind, layer.codes[rows], layer.scales[rows])
-    return floats(kind, layer.weight[rows])
+                yield named(f"{prefix}{linear}.bias", "f32", layer.bias[rows])
 
 
 def _row_order(config: Config, linear: str, count: int) -> Tensor:
-    """Which row comes where: within every head of q_proj and k_proj the two halves in turns, for "llama" only."""
+    """Order of a layer's output channels. For "llama", RoPE in llama.cpp rotates neighbouring channels of a head, in
+    transformers one half against the other; so channels of queries and keys take turns. Others rotate halves too."""
     rows = torch.arange(count)
-    if ARCHITECTURES[config.model_type] != "llama" or linear not in _QUERIES_AND_KEYS:
+    if ARCHITECTURES[config.model_type] != "llama" or linear not in _HEADS:
         return rows
-    heads = getattr(config, _QUERIES_AND_KEYS[linear])
-    return rows.view(heads, 2, -1).transpose(1, 2).flatten()
+    return rows.view(getattr(config, _HEADS[linear]), 2, -1).transpose(1, 2).flatten()
+
+
+def packed(kind: str, codes: Int[Tensor, "out in"], scales: Float[Tensor, "out groups"]) -> Tensor:
+    """Blocks of q4_0 or q8_0, uint8 (out, bytes), from integers around 0; UserError if a scale is not a float16."""
+    blocks = codes.view(len(codes), -1, BLOCK)
+    steps = scales.half()
+    if len(lost := scales[steps.float() != scales]):
+        raise UserError(
+            f"the scales of {kind} are float16, which has no {float(lost[0]):g} ({lost.numel()} of {scales.numel()} "
+            "scales of a layer). Take --type bf16 or f32."
+        )
+    steps = steps.repeat_interleave(blocks.shape[1] // scales.shape[1], dim=1)  # (out, blocks)
+    if kind == "q4_0":  # the first half of a block in the low nibbles, the second in the high ones
+        low, high = (blocks + 8).to(torch.uint8).chunk(2, dim=-1)
+        blocks = low | high << 4
+    else:
+        blocks = blocks.to(torch.int8).view(torch.uint8)
+    return torch.cat([steps.unsqueeze(-1).view(torch.uint8), blocks], dim=-1).view(len(codes), -1)
+
+
+def _floats(kind: str, weight: Float[Tensor, "..."]) -> Tensor:
+    """A tensor in one of `FLOATS`, of bf16 the bytes as int16 for numpy; UserError if it overflows."""
+    narrow = weight.to(FLOATS[kind])
+    if not narrow.isfinite().all():
+        raise UserError(f"{kind} ends at {torch.finfo(FLOATS[kind]).max:g}, which a weight exceeds. Take --type bf16.")
+    return narrow.view(torch.int16) if kind == "bf16" else narrow

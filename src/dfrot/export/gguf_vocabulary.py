@@ -1,159 +1,119 @@
-"""A tokenizer as llama.cpp has it: tokens, their kinds, and how a text is cut before they are looked for.
+"""A tokenizer in GGUF's metadata: tokens, their types, and how a text is split.
 
-llama.cpp does not read rules, it knows tokenizers by name, each with rules of its own. So the rules of the checkpoint's
-are compared with those behind the names, and where they are behind none it is refused: a model that reads other tokens
-than it was trained on is wrong without a word.
+llama.cpp has built-in tokenizers and selects one by name. The rules of the checkpoint's tokenizer are compared with
+those behind the names, and refused if no name fits: a model that is fed other tokens than it was trained on gives wrong
+answers without any error. The gguf package's own vocabularies check nothing, and order no merges.
 
 Two kinds are known: BPE over bytes (GPT-2's), and BPE over characters with ▁ for a space and tokens for single bytes
-(SentencePiece's, Llama 2 and Mistral), which llama.cpp merges by scores in place of a list of merges.
+(SentencePiece's: Llama 2, Mistral), which llama.cpp merges by scores instead of a list of merges.
 """
 
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dfrot.models.source import load_tokenizer
 from dfrot.system.errors import UserError
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_CASED = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    rf"{_CONTRACTIONS}?|[^\r\n\p{{L}}\p{{N}}]?[\p{{Lu}}\p{{Lt}}\p{{Lm}}\p{{Lo}}\p{{M}}]+"
-    rf"[\p{{Ll}}\p{{Lm}}\p{{Lo}}\p{{M}}]*{_CONTRACTIONS}?"
-)
-_WORDS = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+"
-_REST = r"\s*[\r\n]+|\s+(?!\S)|\s+"
-# Regular expression of the split → llama.cpp's name, and whether a word that is a token is taken without merging.
-_SPLITS = {
-    rf"{_WORDS}|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_REST}": ("llama-bpe", True),
-    rf"{_WORDS}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_REST}": ("qwen2", False),
-    rf"{_CASED}|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_REST}": ("gpt-4o", False),
+Steps = list[dict[str, Any]]
+_BYTES: dict[str, Any] = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+
+
+def _split(words: str, digits: str, line_ends: str) -> Steps:
+    """Words, numbers, punctuation with the line ends after it, and white space; then bytes."""
+    regex = rf"{words}|{digits}| ?[^\s\p{{L}}\p{{N}}]+{line_ends}|\s*[\r\n]+|\s+(?!\S)|\s+"
+    split = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
+    return [split, _BYTES | {"use_regex": False}]
+
+
+_CONTRACTIONS, _BEFORE = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)", r"[^\r\n\p{L}\p{N}]?"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_WORDS = rf"{_CONTRACTIONS}|{_BEFORE}\p{{L}}+"
+_CASED_WORDS = rf"{_BEFORE}{_UPPER}*{_LOWER}+{_CONTRACTIONS}?|{_BEFORE}{_UPPER}+{_LOWER}*{_CONTRACTIONS}?"
+# llama.cpp's name → the pre-tokenizer's steps, as tokenizer.json writes them
+PRE_TOKENIZERS: dict[str, Steps] = {
+    "gpt-2": [_BYTES],
+    "smollm": [{"type": "Digits", "individual_digits": True}, _BYTES],
+    "llama-bpe": _split(_WORDS, r"\p{N}{1,3}", r"[\r\n]*"),
+    "qwen2": _split(_WORDS, r"\p{N}", r"[\r\n]*"),
+    "gpt-4o": _split(_CASED_WORDS, r"\p{N}{1,3}", r"[\r\n/]*"),
 }
+SENTENCEPIECE = "default"  # its name for all tokenizers of that kind
+_WHOLE_WORDS = {"llama-bpe"}  # those that take a word that is a token without merging it (`ignore_merges`)
 
 
-def add_vocabulary(writer: "GGUFWriter", path: Path, tokenizer: Any, size: int) -> None:
-    """Put the tokenizer of a checkpoint into a GGUF file's metadata.
-
-    Args:
-        path: the checkpoint.
-        tokenizer: its tokenizer, as transformers loads it; that may go by other rules than tokenizer.json.
-        size: rows of the embedding; those without a token get a name.
+def add_vocabulary(writer: "GGUFWriter", path: Path, size: int) -> None:
+    """Put the tokenizer of a checkpoint, and names for the other rows of an embedding of `size`, into GGUF's metadata.
 
     Raises:
         UserError: llama.cpp has no such tokenizer, or it has more tokens than the embedding.
     """
-    from gguf import SpecialVocab
+    from gguf import SpecialVocab, TokenType
 
+    tokenizer = load_tokenizer(path)  # transformers may change the rules of tokenizer.json
     if not tokenizer.is_fast:
         raise UserError(f"the tokenizer of {path} is not one of the library tokenizers, whose rules can be read.")
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
-    by_characters = rules["model"]["type"] == "BPE" and rules["model"]["byte_fallback"]
-    if by_characters:
-        writer.add_tokenizer_model("llama")
-        writer.add_tokenizer_pre("default")
-        writer.add_add_space_prefix(_space_prefix(rules, path))
-    else:
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(_pre_tokenizer(rules, path))
-    tokens = {**rules["model"]["vocab"], **{added["content"]: added["id"] for added in rules["added_tokens"]}}
+    name, space_prefix = _identified(rules, path)
+    vocabulary, merges, added = rules["model"]["vocab"], rules["model"]["merges"], rules["added_tokens"]
+    tokens = vocabulary | {token["content"]: token["id"] for token in added}
     if max(tokens.values()) >= size:
         raise UserError(f"{path} has a token {max(tokens.values())}, and an embedding of only {size} rows.")
-    names = {index: token for token, index in tokens.items()}
-    writer.add_token_list([names.get(index, f"[PAD{index}]") for index in range(size)])
-    writer.add_token_types(_token_types(rules, names, size))
-    if by_characters:
-        writer.add_token_scores(_scores(rules, names, size))
+    rows = {index: f"[PAD{index}]" for index in range(size)} | {index: token for token, index in tokens.items()}
+    types = dict.fromkeys(range(size), TokenType.UNUSED) | dict.fromkeys(tokens.values(), TokenType.NORMAL)
+    writer.add_tokenizer_pre(name)
+    if name == SENTENCEPIECE:
+        writer.add_tokenizer_model("llama")
+        writer.add_add_space_prefix(space_prefix)
+        # llama.cpp merges the pair whose result has the highest score: −rank of the first merge that makes it
+        ranks = {"".join(merge): rank for rank, merge in reversed(list(enumerate(merges)))}
+        writer.add_token_scores([-float(ranks.get(token, len(merges))) for token in rows.values()])
+        types |= {tokens[octet]: TokenType.BYTE for octet in map("<0x{:02X}>".format, range(256)) if octet in tokens}
     else:
-        writer.add_token_merges([" ".join(merge) for merge in rules["model"]["merges"]])
+        writer.add_tokenizer_model("gpt2")
+        writer.add_token_merges([" ".join(merge) for merge in merges])
+    types |= {token["id"]: TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED for token in added}
+    if (unknown := rules["model"]["unk_token"]) in tokens:
+        types[tokens[unknown]] = TokenType.UNKNOWN
+    writer.add_token_list(list(rows.values()))
+    writer.add_token_types(list(types.values()))
     special = SpecialVocab(path, n_vocab=size)
-    # SpecialVocab reads this off the post-processor's template, which need not be there; the tokenizer knows
+    # SpecialVocab guesses this from the post-processor's template, which not every tokenizer has; so try it out
     around = tokenizer("").input_ids
     bos = around[:1] == [tokenizer.bos_token_id]
     special.add_special_token = {"bos": bos, "eos": around[bos:][-1:] == [tokenizer.eos_token_id]}
     special.add_to_gguf(writer, quiet=True)
 
 
-def _pre_tokenizer(rules: dict[str, Any], path: Path) -> str:
-    """llama.cpp's name for how a text is cut into words before bytes are merged.
-
-    Raises:
-        UserError: it has none.
-    """
-    cut, model, normalizer = rules["pre_tokenizer"], rules["model"], rules["normalizer"]
-    match _steps(cut, "pretokenizers"):
-        case [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
-            name, whole_words = "gpt-2", False
-        case [
-            {"type": "Digits", "individual_digits": True},
-            {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
-        ]:
-            name, whole_words = "smollm", False
-        case [
-            {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False},
-            {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
-        ]:
-            name, whole_words = _SPLITS.get(regex, ("", False))
-        case _:
-            name, whole_words = "", False
-    # NFC is Qwen's; llama.cpp leaves it out, and so text that is not composed is cut otherwise there
-    known = model["type"] == "BPE" and normalizer in (None, {"type": "NFC"})
-    if not name or not known or model["ignore_merges"] != whole_words:
-        raise UserError(
-            f"llama.cpp has no tokenizer like that of {path}, a {model['type']} with the pre-tokenizer "
-            f"{json.dumps(cut)}, the normalizer {json.dumps(normalizer)} and ignore_merges "
-            f"{json.dumps(model.get('ignore_merges'))}. Known here: gpt-2, smollm, "
-            f"{', '.join(known_name for known_name, _ in _SPLITS.values())} and SentencePiece's with byte_fallback. "
-            "dfrot export --to huggingface keeps any tokenizer."
-        )
-    return name
-
-
-def _space_prefix(rules: dict[str, Any], path: Path) -> bool:
-    """Whether a text gets a ▁ in front.
-
-    Raises:
-        UserError: it is not SentencePiece's way with spaces.
-    """
-    normalizer, cut = rules["normalizer"], rules["pre_tokenizer"]
-    match _steps(normalizer, "normalizers"), _steps(cut, "pretokenizers"):
-        case [{"type": "Prepend", "prepend": "▁"}, {"pattern": {"String": " "}, "content": "▁"}], []:
-            return True
-        case [{"type": "Replace", "pattern": {"String": " "}, "content": "▁"}], []:
-            return False
-        case [], [{"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}]:
-            return scheme != "never"
+def _identified(rules: dict[str, Any], path: Path) -> tuple[str, bool]:
+    """llama.cpp's name for a tokenizer, and whether it puts a ▁ before a text; UserError if it knows none like it."""
+    model, normalizer, pre_tokenizer = (rules[part] for part in ("model", "normalizer", "pre_tokenizer"))
+    steps, byte_fallback = _steps(pre_tokenizer), model["byte_fallback"] if model["type"] == "BPE" else None
+    match byte_fallback, _steps(normalizer), steps:
+        case True, [{"prepend": "▁"}, {"pattern": {"String": " "}, "content": "▁"}], []:
+            return SENTENCEPIECE, True
+        case True, [{"pattern": {"String": " "}, "content": "▁"}], []:
+            return SENTENCEPIECE, False
+        case True, [], [{"replacement": "▁", "prepend_scheme": scheme, "split": False}]:
+            return SENTENCEPIECE, scheme != "never"
+        # NFC is Qwen's. llama.cpp leaves it out, so text that is not composed is split differently there
+        case False, [] | [{"type": "NFC"}], _:
+            for name, known in PRE_TOKENIZERS.items():
+                if steps == known and model["ignore_merges"] == (name in _WHOLE_WORDS):
+                    return name, False
     raise UserError(
-        f"llama.cpp has no tokenizer like that of {path}: its normalizer is {json.dumps(normalizer)} and its "
-        f"pre-tokenizer {json.dumps(cut)}, where SentencePiece's only turn spaces into ▁. "
-        "dfrot export --to huggingface keeps any tokenizer."
+        f"llama.cpp has no tokenizer like that of {path}, a {model['type']} with the pre-tokenizer "
+        f"{json.dumps(pre_tokenizer)}, the normalizer {json.dumps(normalizer)} and ignore_merges "
+        f"{json.dumps(model.get('ignore_merges'))}. Known here: {', '.join(PRE_TOKENIZERS)} and SentencePiece's with "
+        "byte_fallback, where only spaces become ▁. dfrot export --to huggingface keeps any tokenizer."
     )
 
 
-def _steps(found: dict[str, Any] | None, several: str) -> list[dict[str, Any]]:
-    """A normalizer or pre-tokenizer as the list that it may be."""
-    if found is None:
-        return []
-    return found[several] if found["type"] == "Sequence" else [found]
-
-
-def _scores(rules: dict[str, Any], names: dict[int, str], size: int) -> list[float]:
-    """−rank of the first merge that makes a token: llama.cpp merges the pair whose result has the highest score."""
-    ranks: dict[str, int] = {}
-    for rank, merge in enumerate(rules["model"]["merges"]):
-        ranks.setdefault("".join(merge), rank)
-    return [-float(ranks.get(names.get(index, ""), len(rules["model"]["merges"]))) for index in range(size)]
-
-
-def _token_types(rules: dict[str, Any], names: dict[int, str], size: int) -> list[int]:
-    from gguf import TokenType
-
-    kinds = dict.fromkeys(names, TokenType.NORMAL)
-    if rules["model"]["byte_fallback"]:
-        octets = {f"<0x{octet:02X}>" for octet in range(256)}
-        kinds |= {index: TokenType.BYTE for index, token in names.items() if token in octets}
-    for added in rules["added_tokens"]:
-        kinds[added["id"]] = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
-    kinds |= {index: TokenType.UNKNOWN for index, token in names.items() if token == rules["model"]["unk_token"]}
-    return [kinds.get(index, TokenType.UNUSED) for index in range(size)]
+def _steps(part: dict[str, Any] | None) -> Steps:
+    """The steps of a normalizer or pre-tokenizer, which may be none, one or a sequence."""
+    steps = [] if part is None else next((part[key] for key in ("normalizers", "pretokenizers") if key in part), [part])
+    # without `trim_offsets`, which moves tokens' offsets in the text and changes no token
+    return [{key: value for key, value in step.items() if key != "trim_offsets"} for step in steps]

@@ -1,6 +1,6 @@
 """A checkpoint on the Hub: its model card, made from the recipe and result records, and the upload.
 
-Logging in is huggingface_hub's own business (`hf auth login`); no token passes through here.
+Logging in is left to huggingface_hub (`hf auth login`); no token passes through here.
 """
 
 import json
@@ -8,16 +8,16 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dfrot.checkpoint.load import checkpoint_recipe
 from dfrot.evaluation.record import Record, model_size, read_records, reported
+from dfrot.export.checkpoint import Checkpoint
 from dfrot.models.texts import text_label
 from dfrot.pipeline.recipe import Recipe
-from dfrot.report.drawing import number
-from dfrot.report.words import metrics_of, recipe_label, shown
+from dfrot.report.words import metrics_of, number, recipe_label, shown
 from dfrot.system.errors import SetupError, UserError
 from dfrot.system.files import read_json
 from dfrot.version import __version__
 
+# Method or rounding → arXiv number, authors, title
 PAPERS = {
     "dfrot": ("2412.00648", "Xiang, Jingyang and Zhang, Sai Qian", "DFRot: Achieving Outlier-Free and Massive "
               "Activation-Free for Rotated LLMs with Refined Rotation"),
@@ -29,80 +29,70 @@ PAPERS = {
     "lwc": ("2308.13137", "Shao, Wenqi and others", "OmniQuant: Omnidirectionally Calibrated Quantization for Large "
             "Language Models"),
 }  # fmt: skip
+# What a result depends on. Not the model and text paths or the commit, which mean nothing on other machines
 _CONDITIONS = ("text", "tokens", "seq_len", "examples", "seed", "dtype", "backend", "machine", "dfrot", "torch")
+_CARD = Path(__file__).with_name("model_card.md")
 
 
 def read_results(files: Iterable[Path]) -> list[Record]:
-    """The records of `.jsonl` files (`dfrot compare`) and `.json` files (`dfrot eval --json`).
-
-    Raises:
-        UserError: a file is not there, or holds something else.
-    """
-    found: list[Record] = []
+    """The records of `.jsonl` (`dfrot compare`) and `.json` files (`dfrot eval --json`); UserError if one has none."""
+    records: list[Record] = []
     for file in files:
         if not file.is_file():
             raise UserError(f"there are no results in {file}. `dfrot eval CKPT --json FILE` writes some.")
-        found += read_records(file) if file.suffix == ".jsonl" else [Record.from_json(read_json(file))]
-    return found
+        records += read_records(file) if file.suffix == ".jsonl" else [Record.from_json(read_json(file))]
+    return records
 
 
-def model_card(checkpoint: Path, repository: str, records: Sequence[Record] = (), base_model: str | None = None) -> str:
+def model_card(path: Path, repository: str, records: Sequence[Record] = (), base_model: str | None = None) -> str:
     """The README.md of a checkpoint, front matter and all.
 
     Args:
-        repository: owner/name, where it will be.
-        records: results; those of this recipe, and of the model that is not quantized, are shown.
+        repository: owner/name that it will have.
+        records: results; those of this recipe and of the unquantized model are shown.
         base_model: hub id of the model that the checkpoint was made from.
 
     Raises:
-        UserError: there is no checkpoint, or none of the records is of it.
+        UserError: there is no checkpoint, or none of the records is of its recipe.
     """
     from huggingface_hub import ModelCardData
 
-    if (recipe := checkpoint_recipe(checkpoint)) is None:
-        raise UserError(f"{checkpoint} is a model, but not a dfrot checkpoint.")
+    checkpoint = Checkpoint.open(path)
+    recipe, spec, size = checkpoint.recipe, checkpoint.runtime.spec, model_size(checkpoint.path)
     own = [record for record in records if record.recipe == recipe.to_json()]
     if records and not own:
-        raise UserError(f"none of the {len(records)} result records is of the recipe of {checkpoint}: {recipe.digest}.")
-    size = model_size(checkpoint)
-    tags = ["dfrot", "quantized", f"{recipe.spec.weights.bits}-bit"]
-    tags += [f"arxiv:{PAPERS[name][0]}" for name in _methods(recipe)]
+        raise UserError(f"none of the {len(records)} result records is of the recipe of {path}: {recipe.digest}.")
+    shown_records = [*(record for record in records if record.recipe is None), *own]
+    papers = _papers(recipe)
+    tags = ["dfrot", "quantized", f"{spec.weights.bits}-bit", *(f"arxiv:{PAPERS[name][0]}" for name in papers)]
     data = ModelCardData(base_model=base_model, library_name="transformers", pipeline_tag="text-generation", tags=tags)
-    spec = recipe.spec
-    grids = {"weights": spec.weights, "activations": spec.activations, "keys and values": spec.keys}
-    bits = ", ".join(f"{kind} in {grid.bits} bits" for kind, grid in grids.items() if grid.enabled)
-    parts = [
-        f"---\n{data.to_yaml()}\n---",
-        f"# {base_model or checkpoint.resolve().name}, {spec}",
-        f"{bits.capitalize() or 'Nothing quantized'}; rotated by `{recipe.method_name}`, weights rounded by "
-        f"`{recipe.weights_name}`; made with dfrot {__version__}. {size['weight_bytes'] / 1e6:.1f} MB, where 16 bits "
-        f"take {size['unquantized_bytes'] / 1e6:.1f} MB; {size['decoder_bits_per_weight']:.2f} bits per weight of the "
-        "decoder.",
-    ]
-    if own:
-        whole = [record for record in records if record.recipe is None]
-        parts.append(f"## Results\n\n{_table([*whole, *own])}\n\n{_conditions(own)}")
-    parts += [_HOW.replace("REPOSITORY", repository), _recipe(recipe)]
-    if methods := _methods(recipe):
-        parts.append("## Citation\n\n```bibtex\n" + "\n".join(map(_bibtex, methods)) + "\n```")
-    return "\n\n".join(parts) + "\n"
+    measured = {key: result.conditions[key] for result in own for key in _CONDITIONS if result.conditions.get(key)}
+    conditions = "; ".join(f"{key} {json.dumps(value)}" for key, value in measured.items()).replace('"', "")
+    kinds = {"weights": spec.weights, "activations": spec.activations, "keys and values": spec.keys}
+    grids = ", ".join(f"{kind} in {grid.bits} bits" for kind, grid in kinds.items() if grid.enabled)
+    provenance = recipe.to_json()
+    provenance["calibration"]["text"] = text_label(provenance["calibration"]["text"])  # without its folder
+    return _CARD.read_text(encoding="utf-8").format(
+        front_matter=data.to_yaml(),
+        title=base_model or checkpoint.path.resolve().name,
+        spec=spec,
+        grids=grids.capitalize() or "Nothing quantized",
+        recipe=recipe,
+        version=__version__,
+        size=size,
+        megabytes={name: value / 1e6 for name, value in size.items()},
+        results=f"## Results\n\n{_table(shown_records)}\n\n{conditions}\n\n" if own else "",
+        repository=repository,
+        provenance=json.dumps(provenance, indent=2),
+        citation="\n\n## Citation\n\n```bibtex\n" + "\n".join(map(_bibtex, papers)) + "\n```" if papers else "",
+    )
 
 
-def push(
-    checkpoint: Path,
-    repository: str,
-    *,
-    records: Sequence[Record] = (),
-    base_model: str | None = None,
-    private: bool = False,
-) -> str:
-    """Upload a checkpoint and its model card to the Hub, making the repository if it is not there.
-
-    Args:
-        repository: owner/name.
+def push(checkpoint: Path, repository: str, *, private: bool = False, **card_options: Any) -> str:
+    """Upload a checkpoint with its model card, whose records and base_model are `card_options`.
 
     Returns:
-        The repository's address.
+        The repository's address; the repository is made if it does not exist.
 
     Raises:
         UserError: there is no checkpoint, or nobody is logged in who may write there.
@@ -111,7 +101,7 @@ def push(
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
-    card = model_card(checkpoint, repository, records, base_model)
+    card = model_card(checkpoint, repository, **card_options)
     api = HfApi(library_name="dfrot", library_version=__version__)
     try:
         address = api.create_repo(repository, private=private, exist_ok=True)
@@ -129,29 +119,13 @@ def push(
         if status in (401, 403):
             raise UserError(f"whoever is logged in may not write to '{repository}': `hf auth login`.") from error
         raise SetupError(f"the Hub refuses '{repository}' ({status}).") from error
-    except Exception as error:  # of whichever package huggingface_hub talks HTTP by
+    except Exception as error:  # of huggingface_hub's HTTP package, whichever that is; its text may hold the token
         raise SetupError(f"the Hub cannot be reached: {type(error).__name__}.") from error
     return str(address)
 
 
-_HOW = """## How to load
-
-```
-pip install dfrot
-dfrot generate REPOSITORY "Once upon a time"
-```
-
-```python
-import dfrot  # so that transformers knows the format
-
-model, tokenizer = dfrot.load("REPOSITORY")
-```
-
-`dfrot export` writes it for vLLM, llama.cpp or plain transformers, as far as they can run it."""
-
-
-def _methods(recipe: Recipe) -> list[str]:
-    """Whose papers a recipe follows; DFRot's rotations are QuaRot's but for one."""
+def _papers(recipe: Recipe) -> list[str]:
+    """The keys of the papers that a recipe follows; DFRot's rotations but for one are QuaRot's."""
     names = [*(["quarot"] if recipe.method_name == "dfrot" else []), recipe.method_name, recipe.weights_name]
     return [name for name in names if name in PAPERS]
 
@@ -163,21 +137,7 @@ def _table(records: Sequence[Record]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
 
 
-def _conditions(records: Sequence[Record]) -> str:
-    """What the numbers depend on, without what is called differently on another machine."""
-    found: dict[str, Any] = {}
-    for record in records:
-        found |= {name: record.conditions[name] for name in _CONDITIONS if record.conditions.get(name)}
-    return "; ".join(f"{name} {json.dumps(value)}" for name, value in found.items()).replace('"', "")
-
-
-def _recipe(recipe: Recipe) -> str:
-    record = recipe.to_json()
-    record["calibration"]["text"] = text_label(record["calibration"]["text"])  # not where it lay
-    return f"## Recipe\n\n```json\n{json.dumps(record, indent=2)}\n```"
-
-
-def _bibtex(method: str) -> str:
-    number, authors, title = PAPERS[method]
-    year = f"20{number[:2]}"
-    return f"@article{{{method}, title={{{title}}}, author={{{authors}}}, journal={{arXiv:{number}}}, year={{{year}}}}}"
+def _bibtex(name: str) -> str:
+    arxiv, authors, title = PAPERS[name]
+    year = f"20{arxiv[:2]}"
+    return f"@article{{{name}, title={{{title}}}, author={{{authors}}}, journal={{arXiv:{arxiv}}}, year={{{year}}}}}"

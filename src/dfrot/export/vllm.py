@@ -1,10 +1,11 @@
-"""compressed-tensors checkpoints, as vLLM runs them; transformers too, with compressed-tensors, if nothing is online.
+"""Checkpoints for vLLM, in compressed-tensors' format.
 
-Our integers and scales go over as they are: nothing is rounded again. What is rotated while the model runs becomes a
-`transform_config`. What vLLM would run wrongly, or otherwise without a word, is refused here, since it says nothing
-there; some of it dfrot's plugin (vllm_plugin.py) makes vLLM compute.
+Integers and scales are copied; nothing is rounded again. Online rotations become a `transform_config`. Where vLLM would
+silently compute something else, `_problems` refuses, or `_differences` warns; some of it works with dfrot's plugin
+(vllm_plugin.py). transformers loads the result too, with compressed-tensors, if no rotation is online.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,10 @@ from torch import Tensor
 from dfrot.export.checkpoint import Checkpoint, Layer
 from dfrot.export.directory import write_directory
 from dfrot.linalg.rotation import Rotation
-from dfrot.quant.spec import TensorSpec
+from dfrot.quant.packing import pack
 from dfrot.system.errors import UserError
 from dfrot.transform.transforms import input_widths
 
-GROUPS = (32, 64, 128)  # of weights, beside one scale for a whole channel
 # (bits of weights, of activations) → compressed-tensors' format
 FORMATS = {
     (16, 16): "dense",
@@ -27,213 +27,156 @@ FORMATS = {
     (8, 8): "int-quantized",
     (4, 4): "pack-quantized",  # left to itself, compressed-tensors infers one byte a weight
 }
-PLUGIN_METHOD = "dfrot-compressed-tensors"  # what vLLM knows only if the plugin is there
-_ROWS = 1024  # of a matrix that are made at a time
-CPU_TILE = 32  # its 4-bit kernel computes in tiles of as many inputs and outputs
+GROUPS = (32, 64, 128)  # sizes that vLLM's kernels take, beside one scale per channel
+CPU_TILE = 32  # inputs and outputs of a tile in vLLM's 4-bit kernel for CPUs
+PLUGIN_METHOD = "dfrot-compressed-tensors"  # a `quant_method` that vLLM knows only if the plugin is installed
+_ROWS = 1024  # of a rotation's matrix, made at a time in float64
 
 
 def to_vllm(
     checkpoint: Checkpoint, out: Path, device: str = "cpu", plugin: bool = False, tensor_parallel: int = 1
 ) -> list[str]:
-    """Write a checkpoint's integers in compressed-tensors' layout.
+    """Write a checkpoint's integers in compressed-tensors' format. Returns and errors are those of `export`.
 
     Args:
-        device: where vLLM is to run, cpu or cuda; they do not run the same.
-        plugin: whether dfrot is to be installed beside vLLM. Without it vLLM then refuses the model.
-        tensor_parallel: GPUs that every layer is split among.
-
-    Returns:
-        What is otherwise than in dfrot's runtime.
-
-    Raises:
-        UserError: vLLM would not compute what the checkpoint says; something is in the way.
-        SetupError: it cannot be written.
+        device: where vLLM will run, cpu or cuda; their kernels differ.
+        plugin: dfrot will be installed beside vLLM. Without it vLLM then refuses the model.
+        tensor_parallel: GPUs that share every layer.
     """
-    check(checkpoint, device, plugin, tensor_parallel)
-    spec, rotations = checkpoint.recipe.spec, checkpoint.plan.online
-    layout = FORMATS[spec.weights.bits, spec.activations.bits]
-    matrices = {name: _matrix(rotation, checkpoint.dtype) for name, rotation in rotations.items()}
+    if problem := next(_problems(checkpoint, device, plugin, tensor_parallel), None):
+        raise UserError(problem)
+    bits, online = checkpoint.runtime.spec.weights.bits, checkpoint.runtime.online
+    matrices = {name: _matrix(rotation, checkpoint.config.dtype) for name, rotation in online.items()}
 
     def tensors(name: str, layer: Layer) -> dict[str, Tensor]:
-        kept = _weight(layer, spec.weights.bits, layout)
-        return kept | ({f"{_scheme(name)}_input.weight": matrices[name]} if name in matrices else {})
+        # vLLM wants the matrix in every block, though it is the same in all
+        parts = {f"{name.replace('.', '_')}_input.weight": matrices[name]} if name in matrices else {}
+        if layer.integers is None:
+            return parts | {"weight": layer.weight}
+        codes, scales = layer.integers
+        parts["weight_scale"] = scales.bfloat16()  # exact: the checkpoint stores bfloat16
+        if config["format"] == "int-quantized":
+            return parts | {"weight": codes.to(torch.int8)}
+        return parts | {"weight_packed": packed_words(codes, bits), "weight_shape": torch.tensor(codes.shape)}
 
-    record = _quantization_config(checkpoint, layout)
-    if plugin:
-        record["quant_method"] = PLUGIN_METHOD
-    write_directory(checkpoint, out, tensors, {**checkpoint.record, "quantization_config": record})
-    return _different(checkpoint, device, plugin, tensor_parallel, sum(matrix.nbytes for matrix in matrices.values()))
+    config = _quantization_config(checkpoint, plugin)
+    write_directory(checkpoint, out, tensors, checkpoint.config.to_dict() | {"quantization_config": config})
+    matrix_bytes = checkpoint.config.num_hidden_layers * sum(matrix.nbytes for matrix in matrices.values())
+    return list(_differences(checkpoint, device, plugin, tensor_parallel, matrix_bytes))
 
 
-def _different(checkpoint: Checkpoint, device: str, plugin: bool, tensor_parallel: int, matrices: int) -> list[str]:
-    """Sentences for the user of an export.
-
-    Args:
-        matrices: bytes of the online rotations of one block.
-    """
-    weights, activations = checkpoint.recipe.spec.weights, checkpoint.recipe.spec.activations
-    different = checkpoint.lost("vLLM", ("keys",))
-    if matrices:
-        size = checkpoint.config.num_hidden_layers * matrices / 1e6
-        different.append(
-            f"the input of {', '.join(checkpoint.plan.online)} is rotated by a dense matrix, {size:.0f} MB in all; "
+def _differences(checkpoint: Checkpoint, device: str, plugin: bool, gpus: int, matrix_bytes: int) -> Iterator[str]:
+    weights, activations = checkpoint.runtime.spec.weights, checkpoint.runtime.spec.activations
+    yield from checkpoint.lost("vLLM", "keys")
+    if online := ", ".join(checkpoint.runtime.online):
+        yield (
+            f"the input of {online} is rotated by a dense matrix, {matrix_bytes / 1e6:.0f} MB in all; "
             "transformers leaves the rotation out and computes noise."
         )
     if plugin:
-        different.append(
-            "vLLM loads this only with dfrot's plugin: pip install 'dfrot[vllm]' in the environment of vLLM."
-        )
+        yield "vLLM loads this only with dfrot's plugin: pip install 'dfrot[vllm]' in the environment of vLLM."
     elif device == "cpu" and weights.bits == 4:
-        different.append(
-            "vLLM on a CPU quantizes activations to 8 bits beside 4-bit weights, unless VLLM_CPU_INT4_W4A8=0 is set."
-        )
+        yield "vLLM on a CPU rounds activations to 8 bits beside 4-bit weights, unless VLLM_CPU_INT4_W4A8=0 is set."
     elif activations.bits == 4:
-        different.append(
-            "vLLM quantizes activations to 4 bits in its kernel Humming alone and takes another without a word: start "
-            "it with --linear-backend humming and read which its log names, or give --plugin, which insists."
+        yield (
+            "only vLLM's kernel Humming quantizes activations to 4 bits, and vLLM may silently take another. Start it "
+            "with --linear-backend humming and read in its log which it took, or export with --plugin, which insists."
         )
-    if tensor_parallel > 1 and activations.enabled:
-        different.append("every GPU has scales of its own for its part of what o_proj and down_proj read.")
+    if gpus > 1 and activations.enabled:
+        yield "each GPU chooses the scales for its own part of the inputs of o_proj and down_proj."
     if device == "cuda":
-        different.append("nothing of this was verified on a GPU.")
-    return different
+        yield "none of this has been verified on a GPU."
 
 
-def check(checkpoint: Checkpoint, device: str, plugin: bool, tensor_parallel: int) -> None:
-    """Raise UserError, with what to change, if vLLM would not compute what the checkpoint says."""
+def _problems(checkpoint: Checkpoint, device: str, plugin: bool, gpus: int) -> Iterator[str]:
+    """Why vLLM would not compute what the checkpoint says, and what to change. Each rule relies on those before it."""
+    weights, activations = checkpoint.runtime.spec.weights, checkpoint.runtime.spec.activations
+    online = list(checkpoint.runtime.online)
+    rotated = f"the input of {', '.join(online)} is rotated while the model runs"
+    plain_cpu = device == "cpu" and not plugin
     if device not in ("cpu", "cuda"):
-        raise UserError(f"vLLM runs on cpu or cuda, got '{device}'.")
-    if tensor_parallel < 1:
-        raise UserError(f"a layer is split among at least 1 GPU, got {tensor_parallel}.")
+        yield f"vLLM runs on cpu or cuda, got '{device}'."
+    if gpus < 1:
+        yield f"--tensor-parallel is at least 1 GPU, got {gpus}."
     checkpoint.require_shared("vLLM")
-    spec, online = checkpoint.recipe.spec, bool(checkpoint.plan.online)
-    weights, activations = spec.weights, spec.activations
-    if not weights.enabled and not activations.enabled and not online:
-        raise UserError("nothing is quantized: --to huggingface writes what vLLM loads as it is.")
+    if not (weights.enabled or activations.enabled or online):
+        yield "nothing is quantized: --to huggingface writes plain weights, which vLLM loads."
     if (weights.bits, activations.bits) not in FORMATS:
         known = ", ".join(f"w{w}a{a}" for w, a in FORMATS if w != 16)
-        raise UserError(f"vLLM has no kernel for w{weights.bits}a{activations.bits}. Quantize with a spec of {known}.")
-    if not weights.symmetric and weights.enabled:
-        raise UserError("weights are asymmetric; vLLM takes symmetric ones. Quantize with --weight-symmetric True.")
-    if activations.enabled:
-        _check_activations(weights, activations, device, plugin)
-    if online:
-        _check_rotations(checkpoint, device, plugin, tensor_parallel)
-    if weights.enabled:
-        _check_widths(checkpoint, device, tensor_parallel)
-
-
-def _check_activations(weights: TensorSpec, activations: TensorSpec, device: str, plugin: bool) -> None:
-    if not activations.symmetric:
-        raise UserError("activations are asymmetric, and vLLM's are symmetric. Quantize with --preset deploy.")
-    if activations.clip != 1:
-        raise UserError(
-            f"activations are clipped at {activations.clip:g} of their range, and vLLM clips nothing. "
-            "Quantize with --act-clip 1, as --preset deploy does."
-        )
+        yield f"vLLM has no kernel for w{weights.bits}a{activations.bits}. Quantize with a spec of {known}."
+    if weights.enabled and not weights.symmetric:
+        yield "weights are asymmetric, and vLLM's are symmetric. Quantize with --weight-symmetric True."
+    if activations.enabled and not activations.symmetric:
+        yield "activations are asymmetric, and vLLM's are symmetric. Quantize with --preset deploy."
+    if activations.enabled and activations.clip != 1:
+        yield f"activations are clipped at {activations.clip:g} of the range; vLLM cannot. Quantize with --act-clip 1."
     if activations.bits == 8 and weights.group is not None:
-        raise UserError(
-            "vLLM multiplies 8-bit activations by weights of one scale a channel. Quantize without a group."
-        )
-    if activations.bits == 4 and device == "cpu" and not plugin:
-        raise UserError(
-            "vLLM on a CPU loads 4-bit activations and, without a word, leaves them unquantized. "
-            "Give --plugin, or --device cuda for a GPU, or quantize with a spec of w4a16 or w8a8."
-        )
-
-
-def _check_rotations(checkpoint: Checkpoint, device: str, plugin: bool, tensor_parallel: int) -> None:
-    online = checkpoint.plan.online
-    inputs = f"the input of {', '.join(online)} is rotated while the model runs"
-    if device == "cpu" and not plugin:
-        raise UserError(
-            f"{inputs}, which vLLM on a CPU cannot. Give --plugin, or --device cuda for a GPU, or quantize with "
-            "--online False, which folds everything."
-        )
-    if tensor_parallel > 1:
-        raise UserError(f"{inputs}, which vLLM does on one GPU only. Quantize with --online False to split layers.")
-    biases = [name for name in online if f"{checkpoint.graph.blocks}.0.{name}.bias" in checkpoint.files]
-    if biases:
-        raise UserError(
-            f"{inputs}, and {biases[0]} has a bias, which vLLM cannot add then. Quantize with --online False."
-        )
-
-
-def _check_widths(checkpoint: Checkpoint, device: str, parts: int) -> None:
-    weights, config, graph = checkpoint.recipe.spec.weights, checkpoint.config, checkpoint.graph
-    if weights.group is not None and weights.group not in GROUPS:
+        yield "vLLM multiplies 8-bit activations by weights with one scale per channel. Quantize without a group."
+    if activations.bits == 4 and plain_cpu:
+        # it loads them, and logs nothing
+        yield "vLLM on a CPU silently keeps activations in 16 bits. Give --plugin or --device cuda, or take w4a16/w8a8."
+    if online and plain_cpu:
+        yield f"{rotated}, which vLLM on a CPU cannot. Give --plugin, or --device cuda, or quantize with --fold-only."
+    if online and gpus > 1:
+        yield f"{rotated}, which vLLM supports on one GPU only. Quantize with --fold-only to split layers."
+    if biased := [name for name in online if f"{checkpoint.graph.blocks}.0.{name}.bias" in checkpoint.files]:
+        yield f"{rotated}, and {biased[0]} has a bias, which vLLM cannot add then. Quantize with --fold-only."
+    if not weights.enabled:
+        return
+    if weights.group not in (None, *GROUPS):
         sizes = ", ".join(map(str, GROUPS))
-        raise UserError(f"weights are in groups of {weights.group}; vLLM takes {sizes}, or none (one scale a channel).")
-    if weights.bits == 8 and device == "cpu" and not checkpoint.recipe.spec.activations.enabled:
-        raise UserError(
-            "vLLM on a CPU has no kernel for 8-bit weights beside 16-bit activations. Quantize with a spec of w8a8 or "
-            "w4a16, or give --device cuda for a GPU."
-        )
-    if config.num_attention_heads % parts or config.intermediate_size % parts:
-        raise UserError(
-            f"{parts} GPUs cannot share {config.num_attention_heads} heads and {config.intermediate_size} "
-            "channels equally. Choose another --tensor-parallel."
-        )
-    per_word = 32 // weights.bits
-    for name, width in input_widths(graph, config).items():
-        part = width // parts if name in graph.writers else width
-        on = f" on each of {parts} GPUs" if part != width else ""
+        yield f"weights are in groups of {weights.group}; vLLM takes {sizes}, or no groups (one scale per channel)."
+    if (weights.bits, activations.bits) == (8, 16) and device == "cpu":
+        yield "vLLM on a CPU has no kernel for w8a16. Quantize with a spec of w8a8 or w4a16, or give --device cuda."
+    heads, channels = checkpoint.config.num_attention_heads, checkpoint.config.intermediate_size
+    if heads % gpus or channels % gpus:
+        yield f"{gpus} GPUs cannot share {heads} heads and {channels} channels equally. Change --tensor-parallel."
+    # 4-bit weights are packed 8 to a word, 8-bit ones 4, but those beside 8-bit activations are single bytes
+    multiple = 1 if activations.bits == 8 else CPU_TILE if device == "cpu" else 32 // weights.bits
+    for name, width in input_widths(checkpoint.graph, checkpoint.config).items():
+        # among GPUs, layers that write the residual stream are split by inputs, those that read it by outputs
+        split = gpus > 1 and name in checkpoint.graph.writers
+        part = width // gpus if split else width
+        inputs = f"{name} has {part} inputs{f' on each of {gpus} GPUs' if split else ''}"
         if weights.group is not None and part % weights.group:
-            raise UserError(
-                f"{name} has {part} inputs{on}, which groups of {weights.group} do not divide. Quantize with a smaller "
-                "group, or none."
-            )
-        if part % per_word and checkpoint.recipe.spec.activations.bits != 8:  # whose weights are bytes
-            raise UserError(
-                f"{name} has {part} inputs{on}; {weights.bits}-bit weights are packed {per_word} to a word, which must "
-                "divide them. Quantize with a spec of w8a8, or use --to huggingface."
-            )
-        if device == "cpu" and weights.bits == 4 and part % CPU_TILE:
-            raise UserError(
-                f"{name} has {part} inputs; vLLM's 4-bit kernel for CPUs takes multiples of {CPU_TILE}. "
-                "Quantize with a spec of w8a8, or use --to huggingface."
-            )
+            yield f"{inputs}, which groups of {weights.group} do not divide. Quantize with a smaller group, or none."
+        if part % multiple:
+            yield f"{inputs}; vLLM takes multiples of {multiple} for w{weights.bits}. Take w8a8, or --to huggingface."
 
 
-def _quantization_config(checkpoint: Checkpoint, layout: str) -> dict[str, Any]:
-    weights, activations = checkpoint.recipe.spec.weights, checkpoint.recipe.spec.activations
-    record: dict[str, Any] = {
-        "quant_method": "compressed-tensors",
-        "quantization_status": "compressed",
-        "format": layout,
-        "config_groups": {},
-        "ignore": ["lm_head"],
-        "kv_cache_scheme": None,
-    }
-    if weights.enabled:
-        record["config_groups"]["group_0"] = _group(weights, activations, layout)
-    if checkpoint.plan.online:
-        record["transform_config"] = {
-            "config_groups": {_scheme(name): _rotation(name) for name in checkpoint.plan.online}
-        }
-    return record
-
-
-def _group(weights: TensorSpec, activations: TensorSpec, layout: str) -> dict[str, Any]:
-    strategy = {"strategy": "channel"} if weights.group is None else {"strategy": "group", "group_size": weights.group}
+def _quantization_config(checkpoint: Checkpoint, plugin: bool) -> dict[str, Any]:
+    weights, activations = checkpoint.runtime.spec.weights, checkpoint.runtime.spec.activations
+    layout = FORMATS[weights.bits, activations.bits]
     integers = {"type": "int", "symmetric": True}
-    of_weights = {**integers, "num_bits": weights.bits, "dynamic": False, **strategy}
-    of_activations = {**integers, "num_bits": activations.bits, "dynamic": True, "strategy": "token"}
-    return {
+    scales = {"strategy": "channel"} if weights.group is None else {"strategy": "group", "group_size": weights.group}
+    per_token = integers | {"strategy": "token", "num_bits": activations.bits, "dynamic": True}
+    group = {
         "targets": ["Linear"],
-        "weights": of_weights,
-        "input_activations": of_activations if activations.enabled else None,
+        "weights": integers | scales | {"num_bits": weights.bits, "dynamic": False},
+        "input_activations": per_token if activations.enabled else None,
         "output_activations": None,
         "format": layout,
     }
+    transforms = {}
+    for name in checkpoint.runtime.online:
+        target = {"targets": [f"re:.*{name.replace('.', '[.]')}$"], "location": "input"}
+        # vLLM multiplies by the stored matrix for `random-hadamard`; for `hadamard` it applies its own fast transform
+        transforms[name.replace(".", "_")] = {"type": "random-hadamard", "apply": [target]}
+    return {
+        "quant_method": PLUGIN_METHOD if plugin else "compressed-tensors",
+        "quantization_status": "compressed",
+        "format": layout,
+        "config_groups": {"group_0": group} if weights.enabled else {},
+        "ignore": ["lm_head"],
+        "kv_cache_scheme": None,
+    } | ({"transform_config": {"config_groups": transforms}} if transforms else {})
 
 
 def _matrix(rotation: Rotation, dtype: torch.dtype) -> Tensor:
-    """Q √n (n, n), which vLLM divides by √n when it has loaded it: of a Hadamard matrix ±1, in a byte each."""
+    """Q √n (n, n): vLLM divides by √n once it is loaded. For a Hadamard matrix that is ±1, stored as int8."""
     size, pieces = rotation.size, []
     for start in range(0, size, _ROWS):
-        units = torch.zeros(min(_ROWS, size - start), size, dtype=torch.float64)
-        units.diagonal(start).fill_(1)
+        units = torch.eye(min(_ROWS, size - start), size, dtype=torch.float64).roll(start, dims=1)
         rows = rotation.apply(units) * size**0.5
         nearest = rows.round()
         whole = nearest.abs().max() < 128 and torch.allclose(rows, nearest, rtol=0, atol=1e-9)
@@ -241,34 +184,6 @@ def _matrix(rotation: Rotation, dtype: torch.dtype) -> Tensor:
     return torch.cat(pieces)
 
 
-def _scheme(linear: str) -> str:
-    """What the rotation of a layer's input is called there."""
-    return linear.replace(".", "_")
-
-
-def _rotation(linear: str) -> dict[str, Any]:
-    """The transform that multiplies a layer's input by its matrix; vLLM applies the type `hadamard` its own way."""
-    target = f"re:.*{linear.replace('.', '[.]')}$"
-    return {"type": "random-hadamard", "apply": [{"targets": [target], "location": "input"}]}
-
-
-def _weight(layer: Layer, bits: int, layout: str) -> dict[str, Tensor]:
-    if layout == "dense":
-        return {"weight": layer.weight}
-    assert layer.codes is not None, "checked: weights are quantized"
-    assert layer.scales is not None, "checked: weights are quantized"
-    tensors = {"weight_scale": layer.scales.bfloat16()}  # as they are in the checkpoint
-    if layout == "int-quantized":
-        tensors["weight"] = layer.codes.to(torch.int8)
-    else:
-        tensors["weight_packed"] = packed_words(layer.codes, bits)
-        tensors["weight_shape"] = torch.tensor(layer.codes.shape)
-    return tensors
-
-
 def packed_words(codes: Tensor, bits: int) -> Tensor:
     """int32 (out, in · bits / 32): codes with an offset of 2^(bits−1), the first in the lowest bits."""
-    unsigned = (codes + 2 ** (bits - 1)).to(torch.uint8)
-    if bits == 4:
-        unsigned = unsigned[:, ::2] | (unsigned[:, 1::2] << 4)
-    return unsigned.contiguous().view(torch.int32)  # on little-endian machines, as all that torch runs on
+    return pack((codes + 2 ** (bits - 1)).to(torch.uint8), bits).view(torch.int32)  # torch is little-endian everywhere

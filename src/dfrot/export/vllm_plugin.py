@@ -1,27 +1,20 @@
 """dfrot's plugin for vLLM: what `dfrot export --to vllm --plugin` wrote is computed as written, or not at all.
 
-vLLM by itself, on a CPU, has no product for online rotations, leaves 4-bit activations unquantized, and quantizes those
-beside 4-bit weights to 8 bits; on a GPU it may take a kernel that computes activations in 16 bits. It says so nowhere.
-
-It finds `register` by the entry point `vllm.general_plugins` and calls it in each of its processes. For models of other
-quantization methods nothing changes but that their transforms run on a CPU too. Written for vLLM 0.32.
+vLLM alone, on a CPU, lacks the product for online rotations, leaves 4-bit activations unquantized, and rounds those
+beside 4-bit weights to 8 bits; on a GPU it may take a kernel that computes activations in 16 bits. It reports none of
+this. vLLM calls `register` in each of its processes (entry point `vllm.general_plugins`). Models of other quantization
+methods stay as they are, except that their transforms run on a CPU too. Written for vLLM 0.32.
 """
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from vllm.model_executor.kernels.linear.mixed_precision.humming import HummingLinearKernel
 from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.compressed_tensors import schemes
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
-from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
-    CompressedTensorsScheme,
-    CompressedTensorsWNA4Int,
-    CompressedTensorsWNA16,
-)
 from vllm.model_executor.layers.quantization.compressed_tensors.transform.module import HadamardTransform
 from vllm.platforms import current_platform
 
@@ -43,30 +36,30 @@ class AsWritten(CompressedTensorsConfig):
 
     def __init__(self, *arguments: Any, **words: Any) -> None:
         super().__init__(*arguments, **words)
-        # By their addresses vLLM remembers for good which matrices it divided by √n; a later model may get the same.
+        # vLLM remembers by address, for good, which matrices it divided by √n; a later model may get the same address
         HadamardTransform.scaled_data_ptrs.clear()
 
     def get_name(self) -> str:
         return PLUGIN_METHOD
 
-    def get_scheme(self, layer: nn.Module, layer_name: str | None = None) -> CompressedTensorsScheme | None:
+    def get_scheme(self, layer: nn.Module, layer_name: str | None = None) -> schemes.CompressedTensorsScheme | None:
         scheme = super().get_scheme(layer, layer_name)
-        if isinstance(scheme, CompressedTensorsWNA4Int):
+        if isinstance(scheme, schemes.CompressedTensorsWNA4Int):
             return FourBitActivations(scheme) if current_platform.is_cpu() else FourBitKernel(scheme)
-        if isinstance(scheme, CompressedTensorsWNA16) and current_platform.is_cpu():
+        if isinstance(scheme, schemes.CompressedTensorsWNA16) and current_platform.is_cpu():
             return WideActivations(scheme)
         return scheme
 
 
-class Wrapped(CompressedTensorsScheme):
+class Wrapped(schemes.CompressedTensorsScheme):
     """A scheme that leaves its work to another."""
 
-    def __init__(self, scheme: CompressedTensorsScheme) -> None:
+    def __init__(self, scheme: schemes.CompressedTensorsScheme) -> None:
         self.scheme = scheme
 
     @classmethod
     def get_min_capability(cls) -> int:
-        return 0  # the scheme within was asked
+        return 0  # vLLM asked the inner scheme
 
     def create_weights(self, layer: nn.Module, *arguments: Any, **words: Any) -> None:
         self.scheme.create_weights(layer, *arguments, **words)
@@ -79,41 +72,39 @@ class Wrapped(CompressedTensorsScheme):
 
 
 class WideActivations(Wrapped):
-    """4-bit weights on a CPU, times activations as they come: not in 8 bits."""
+    """4-bit weights on a CPU, times activations in 16 bits instead of 8."""
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        with _without_8_bit_activations():
+        name = "VLLM_CPU_INT4_W4A8"  # vLLM reads it now, and not again; other models may want it as it was
+        before = os.environ.get(name)
+        os.environ[name] = "0"
+        try:
             super().process_weights_after_loading(layer)
+        finally:
+            del os.environ[name]
+            os.environ.update({} if before is None else {name: before})
 
 
 class FourBitActivations(Wrapped):
-    """4-bit weights times 4-bit activations on a CPU, by dfrot's kernels, which take the words as they are.
-
-    Everything is decided when the weights are there, since vLLM compiles what `apply_weights` does.
-    """
+    """4-bit weights times 4-bit activations on a CPU, by dfrot's kernels, which take the packed words unchanged."""
 
     def process_weights_after_loading(self, layer: Any) -> None:
+        """Choose the product once: vLLM compiles `apply_weights`, which then must not branch."""
         words, scales = layer.weight_packed.data, layer.weight_scale.data
-        out_features, width = words.shape
+        inputs, dtype = 8 * words.shape[1], scales.dtype
         group = None if self.scheme.group_size == -1 else self.scheme.group_size
         weights, activations = TensorSpec(4, symmetric=True, group=group), TensorSpec(4, symmetric=True)
-        with torch.device("meta"):
+        with torch.device("meta"):  # its own buffers are replaced by vLLM's
             reference = QuantLinear(
-                8 * width,
-                out_features,
-                bias=False,
-                weights=weights,
-                activations=activations,
-                rotation=None,
-                dtype=scales.dtype,
+                inputs, len(words), bias=False, weights=weights, activations=activations, rotation=None, dtype=dtype
             )
         reference.qweight, reference.scales = words.view(torch.uint8), scales
-        self.multiply = reference.float_product
-        if reference.native(scales.new_empty(1, 8 * width)):
+        if reference.native(scales.new_empty(1, inputs)):
             products = bound([reference.packed()[0]], NO_PASSES, weights, activations)
             self.multiply = lambda x: products(x)[0]
         else:
-            reference.dense_weight(scales.dtype)
+            reference.dense_weight(dtype)  # unpacked now, not while vLLM compiles
+            self.multiply = reference.float_product
 
     def apply_weights(self, layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
         product = self.multiply(x)
@@ -121,11 +112,7 @@ class FourBitActivations(Wrapped):
 
 
 class FourBitKernel(Wrapped):
-    """4-bit weights and activations on a GPU.
-
-    Raises:
-        RuntimeError: vLLM took a kernel that would not quantize the activations.
-    """
+    """4-bit weights and activations on a GPU; RuntimeError if vLLM took a kernel that quantizes no activations."""
 
     def create_weights(self, layer: nn.Module, *arguments: Any, **words: Any) -> None:
         super().create_weights(layer, *arguments, **words)
@@ -134,18 +121,3 @@ class FourBitKernel(Wrapped):
                 f"this model has 4-bit activations, and vLLM took {type(self.scheme.kernel).__name__}, which leaves "
                 "them unquantized. Install humming and start vLLM with --linear-backend humming."
             )
-
-
-@contextmanager
-def _without_8_bit_activations() -> Iterator[None]:
-    """vLLM reads this switch while it lays out a layer's weights."""
-    name = "VLLM_CPU_INT4_W4A8"
-    before = os.environ.get(name)
-    os.environ[name] = "0"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before

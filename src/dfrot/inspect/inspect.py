@@ -1,11 +1,10 @@
-"""inspect(): why a model is hard to quantize, and what each rotation does about it, in figures.
+"""inspect(): why a model is hard to quantize, and what each rotation does about it, in numbers.
 
-The original model is streamed block by block over one sequence of the text. Every rotation is what `quantize` itself
-would use: the method fits it, to the train part of the text, while the figures are of its test part (a text from a file
-has but one). Then one block at a time has its norm outputs quantized, for its share of the damage.
+The original model is streamed block by block over one sequence of the text. Every rotation is the one that `quantize`
+would use: the method fits it to the train part of the text, while the statistics are of its test part (a text from a
+file has only one part). Then each block's sensitivity is measured: its norm outputs alone are quantized.
 
-The figures are data, for `dfrot report` and for whoever wants to plot them: inspect.json, and inspect.safetensors with
-what is by token (docs/index.md). inspect.json is written last; where it is, everything is.
+`dfrot.inspect.schema` defines the two files. inspect.json is written last: where it is, both are complete.
 """
 
 import dataclasses
@@ -20,10 +19,12 @@ from transformers.cache_utils import DynamicCache
 
 from dfrot.checkpoint.load import usable_device
 from dfrot.evaluation.record import conditions
-from dfrot.inspect.norm_stats import NormFigures, Surface, as_quantized, norm_figures, norm_output
+from dfrot.inspect.norm_stats import as_quantized, channel_stats, excess_kurtosis, relative_error
+from dfrot.inspect.schema import SCHEMA, STATS_FILE, TENSORS_FILE, Stats
 from dfrot.inspect.storage_errors import kv_errors, weight_errors
 from dfrot.linalg.rotation import Identity
 from dfrot.methods import METHODS
+from dfrot.methods.massive import describe_massive, massive_tokens
 from dfrot.methods.method import Context
 from dfrot.methods.sensitivity import sensitivity_by_block
 from dfrot.models.source import Source, open_source
@@ -37,9 +38,6 @@ from dfrot.system.files import write_json, write_tensors
 from dfrot.system.progress import track
 from dfrot.transform.transforms import Transforms
 
-SCHEMA = 1
-FIGURES, BY_TOKEN = "inspect.json", "inspect.safetensors"
-
 # What is compared: the papers' names, the method and its options.
 ROTATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "none": ("none", {}),
@@ -48,7 +46,8 @@ ROTATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "dfrot": ("dfrot", {}),
     "duquant": ("duquant", {}),
 }
-DAMAGE_TOKENS = 256  # for damage by block, whose cost grows with the square of the number of blocks
+SENSITIVITY_TOKENS = 256  # the cost of the sensitivities grows with the square of the number of blocks
+SURFACE_TOKENS = 64  # as many as the papers' surfaces, token × channel, show
 
 
 def inspect(
@@ -67,7 +66,7 @@ def inspect(
 
     Args:
         model: whatever `quantize` takes; not a checkpoint.
-        out: the directory for the figures; older ones in it are replaced.
+        out: the directory for the two files; older ones in it are replaced.
         rotations: some of none, RO, RH, dfrot, duquant.
         text: wikitext2, c4, pydoc, or a path; its first tokens are inspected.
         seq_len: tokens that are inspected, and as many that rotations are fitted to.
@@ -77,9 +76,9 @@ def inspect(
 
     Raises:
         UserError: model, text, spec or rotations do not fit, or the model is quantized already.
-        SetupError: model or text cannot be had, or the figures cannot be written.
+        SetupError: model or text cannot be had, or the files cannot be written.
     """
-    there = usable_device(device)
+    device = usable_device(device)
     recipes = _recipes(rotations, spec, preset, text, seq_len, seed)
     recipe = next(iter(recipes.values()))  # they differ in their methods only
     source = open_source(model)
@@ -91,35 +90,48 @@ def inspect(
         raise SetupError(f"cannot make the directory {out}: {error}") from error
 
     calibration = functools.cache(lambda: calibration_tokens(source, recipe))
-    contexts = {name: Context(source, recipe, calibration, there) for name, recipe in recipes.items()}
+    contexts = {name: Context(source, recipe, calibration, device) for name, recipe in recipes.items()}
     fitted = {name: METHODS[context.recipe.method_name](context) for name, context in contexts.items()}
-    # DuQuant's rotations differ from layer to layer and run online: there is no R for damage, and none is folded.
+    stats: Stats = {
+        "schema": SCHEMA,
+        "model": model,
+        "conditions": conditions(
+            torch.empty(0, device=device),
+            text=text_label(text),
+            tokens=token_ids.numel(),
+            sensitivity_tokens=min(SENSITIVITY_TOKENS, seq_len),
+            seq_len=seq_len,
+            seed=seed,
+            spec=f"a{recipe.spec.activations.bits}",
+            clip=recipe.spec.activations.clip,
+            preset=preset,
+            grids=dataclasses.asdict(recipe.spec),
+        ),
+        "tokens": [tokenizer.decode([token]) for token in token_ids[0].tolist()],
+        "norms": [],
+        "massive": [],
+        "channels": [],
+        "rotations": list(fitted),
+        "kurtosis": {name: [] for name in fitted},
+        "error": {},
+        "weights": [],
+        "kv": {kind: {"plain": [], "rotated": []} for kind in ("keys", "values")},
+        "surface": "",
+        "sensitivity": {},
+    }
+    # DuQuant's rotations differ from layer to layer and run online: there is no R in whose basis one block could be
+    # quantized alone, and nothing that is folded into weights.
     residual = {name: transforms for name, transforms in fitted.items() if not transforms.inputs}
-    figures = _stream(source, fitted, residual, recipe.spec, token_ids, there)
-    damage: list[list[float]] = []
+    tensors = _stream(stats, source, fitted, residual, recipe.spec, token_ids, device)
     if residual:
         bases = [transforms.residual or Identity(source.config.hidden_size) for transforms in residual.values()]
         context = next(iter(contexts.values()))
-        damage = sensitivity_by_block(context, bases, recipe.spec.activations, token_ids[:, :DAMAGE_TOKENS])
-
-    tokens = [tokenizer.decode([token]) for token in token_ids[0].tolist()]
-    depended_on = conditions(
-        torch.empty(0, device=there),
-        text=text_label(text),
-        tokens=token_ids.numel(),
-        damage_tokens=min(DAMAGE_TOKENS, seq_len),
-        seq_len=seq_len,
-        seed=seed,
-        spec=f"a{recipe.spec.activations.bits}",
-        clip=recipe.spec.activations.clip,
-        preset=preset,
-        grids=dataclasses.asdict(recipe.spec),
-    )
-    record, tensors = figures.described(tokens)
-    head = {"schema": SCHEMA, "model": model, "conditions": depended_on, "tokens": tokens}
-    (out / FIGURES).unlink(missing_ok=True)
-    write_tensors(out / BY_TOKEN, tensors, {"format": "pt"})
-    write_json(out / FIGURES, {**head, **record, "damage": dict(zip(residual, damage, strict=True))})
+        first = token_ids[:, :SENSITIVITY_TOKENS]
+        by_rotation = sensitivity_by_block(context, bases, recipe.spec.activations, first)
+        stats["sensitivity"] = dict(zip(residual, by_rotation, strict=True))
+    (out / STATS_FILE).unlink(missing_ok=True)
+    write_tensors(out / TENSORS_FILE, tensors, {"format": "pt"})
+    write_json(out / STATS_FILE, {**stats})
     return out
 
 
@@ -145,61 +157,21 @@ def _recipes(rotations: Sequence[str], spec: str, preset: str, text: str, seq_le
     return recipes
 
 
-@dataclasses.dataclass
-class Figures:
-    """What one pass over the blocks has found.
-
-    Attributes:
-        rotations: names, in order.
-        norms: in the order in which they run.
-        weights, kv: as they stand in inspect.json.
-        surface: of the norm with the largest channel so far.
-    """
-
-    rotations: list[str]
-    norms: list[NormFigures] = dataclasses.field(default_factory=list)
-    weights: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    kv: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    surface: Surface | None = None
-
-    def described(self, tokens: list[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """The figures as JSON, and as tensors those by token."""
-        assert self.surface is not None, "a model has norms"
-        massive = torch.stack([norm.massive for norm in self.norms])  # (norms, tokens)
-        error = {name: torch.stack([norm.error[name] for norm in self.norms]) for name in self.rotations}
-        record = {
-            "norms": [f"{norm.block}.{norm.norm}" for norm in self.norms],
-            "massive": [_with_text(found, tokens) for norm in self.norms for found in norm.found],
-            "channels": [
-                {"block": norm.block, "norm": norm.norm, "median": norm.median, "largest": norm.largest}
-                for norm in self.norms
-            ],
-            "rotations": self.rotations,
-            "kurtosis": {name: [norm.kurtosis[name] for norm in self.norms] for name in self.rotations},
-            "error": {
-                name: {"ordinary": _mean(by_token[~massive]), "massive": _mean(by_token[massive])}
-                for name, by_token in error.items()
-            },
-            "weights": self.weights,
-            "kv": self.kv,
-            "surface": self.surface.described(),
-        }
-        tensors = {f"error/{name}": by_token for name, by_token in error.items()}
-        tensors |= {f"surface/{name}": surface for name, surface in self.surface.by_rotation.items()}
-        return record, {**tensors, "massive": massive.to(torch.uint8)}
-
-
 @torch.no_grad()
 def _stream(
+    stats: Stats,
     source: Source,
     fitted: Mapping[str, Transforms],
     residual: Mapping[str, Transforms],
     grids: Spec,
     token_ids: Tensor,
     device: torch.device,
-) -> Figures:
-    """One pass over the blocks of the original model."""
-    figures = Figures(list(fitted))
+) -> dict[str, Tensor]:
+    """One pass over the blocks of the original model. Fills `stats`, all but the sensitivity; returns the tensors."""
+    masks: list[Tensor] = []  # (tokens,) for every norm, as are the errors
+    errors: dict[str, list[Tensor]] = {name: [] for name in fitted}
+    surfaces: dict[str, Tensor] = {}
+    peak = -1.0
     hidden = source.embedding()[token_ids].float().to(device)  # (1, seq_len, hidden)
     run = BlockRunner(source, hidden)
     for index in track(range(source.num_blocks), "inspecting"):
@@ -210,23 +182,32 @@ def _stream(
         for name, (reader, *_) in source.graph.norms.items():
             norm = block.get_submodule(name)
             assert isinstance(norm, nn.RMSNorm), "the skeleton has torch's norms"
-            x = norm_output(seen[name][0][0], norm)
+            x = nn.functional.rms_norm(seen[name][0][0], norm.normalized_shape, eps=norm.eps)  # x̂: (tokens, hidden)
+            masks.append(massive_tokens(x))
+            at = torch.nonzero(masks[-1]).flatten()
+            for entry in describe_massive(x[at], at, token_ids[0].to(device)[at], index, name):
+                stats["massive"].append({**entry, "token": stats["tokens"][entry["position"]]})  # type: ignore[typeddict-item]
+            stats["norms"].append(f"{index}.{name}")
+            stats["channels"].append(channel_stats(x))
             rotated = {key: as_quantized(x, fit, index, reader, norm.weight) for key, fit in fitted.items()}
-            figures.norms.append(norm_figures(x, rotated, grids.activations, index, name, token_ids[0]))
-            if figures.surface is None or x.abs().max() > figures.surface.peak:
-                figures.surface = Surface.of(f"{index}.{name}", x, rotated)
-        figures.weights += weight_errors(block, index, source, residual, grids.weights)
+            for key, y in rotated.items():
+                stats["kurtosis"][key].append(float(excess_kurtosis(y).mean()))
+                errors[key].append(relative_error(y, grids.activations))
+            if float(x.abs().max()) > peak:  # the surfaces are of the norm with the largest channel
+                peak = float(x.abs().max())
+                surfaces = {f"surface/{key}": y[:SURFACE_TOKENS].abs() for key, y in rotated.items()}
+                stats["surface"] = stats["norms"][-1]
+        stats["weights"] += weight_errors(block, index, source, residual, grids.weights)
         kept = cache.layers[index]
-        keys, values = kv_errors(kept.keys, grids.keys), kv_errors(kept.values, grids.values)
-        figures.kv.append({"block": index, "keys": keys, "values": values})
-    return figures
-
-
-def _with_text(found: dict[str, Any], tokens: list[str]) -> dict[str, Any]:
-    """A massive token with its text in place of its id."""
-    named = {**found, "token": tokens[found["position"]]}
-    del named["token_id"]
-    return named
+        for kind, x, grid in (("keys", kept.keys, grids.keys), ("values", kept.values, grids.values)):
+            for how, error in kv_errors(x, grid).items():
+                stats["kv"][kind][how].append(error)
+    massive = torch.stack(masks)  # (norms, tokens)
+    by_token = {key: torch.stack(of_norms) for key, of_norms in errors.items()}
+    stats["error"] = {
+        key: {"ordinary": _mean(error[~massive]), "massive": _mean(error[massive])} for key, error in by_token.items()
+    }
+    return {f"error/{key}": error for key, error in by_token.items()} | surfaces | {"massive": massive.to(torch.uint8)}
 
 
 def _mean(error: Tensor) -> float | None:

@@ -1,13 +1,13 @@
-"""What is lost of what is stored in few bits: weights, keys and values, by rotation."""
+"""Quantization errors of stored weights, keys and values, by rotation."""
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from dfrot.inspect.norm_stats import ratio
+from dfrot.inspect.schema import LayerErrors
 from dfrot.linalg.rotation import Rotation
 from dfrot.methods.quarot import hadamard
 from dfrot.models.source import Source
@@ -20,7 +20,7 @@ from dfrot.transform.transforms import Transforms, block_folds
 
 def weight_errors(
     block: nn.Module, index: int, source: Source, transforms: Mapping[str, Transforms], spec: TensorSpec
-) -> list[dict[str, Any]]:
+) -> list[LayerErrors]:
     """‖W − Q(W)‖ / ‖W‖ of every linear layer of a block, folded and rounded to nearest without clipping by search."""
     spec = spec if spec.clip is not None else dataclasses.replace(spec, clip=1.0)
     errors: dict[str, dict[str, float]] = {name: {} for name in source.graph.linears}
@@ -34,12 +34,12 @@ def weight_errors(
 
 
 def kv_errors(x: Float[Tensor, "batch heads tokens head_dim"], spec: TensorSpec) -> dict[str, float]:
-    """‖x − Q(x)‖ / ‖x‖ of keys or values in the cache, as they are and rotated; mean over heads and tokens."""
+    """‖x − Q(x)‖ / ‖x‖ of keys or values in the cache, plain and rotated; mean over heads and tokens."""
     size = x.shape[-1]
-    choices: dict[str, Rotation | None] = {"plain": None, "rotated": hadamard("one head", size)}
-    errors = {}
-    for name, rotation in choices.items():
+
+    def error(rotation: Rotation | None) -> float:
         quantizer = KVQuantizer(spec, spec, rotation, size)
         rotated = quantizer.rotate(x)
-        errors[name] = float(ratio(rotated - quantizer.unpack(quantizer.pack_keys(x), x.dtype), rotated).mean())
-    return errors
+        return float(ratio(rotated - quantizer.unpack(quantizer.pack_keys(x), x.dtype), rotated).mean())
+
+    return {"plain": error(None), "rotated": error(hadamard("one head", size))}

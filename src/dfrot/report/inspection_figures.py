@@ -1,269 +1,214 @@
-"""The figures of an inspection: errors of tokens, norms, weights and the cache, channels, damage, surfaces."""
+"""The figures of an inspection: errors of tokens, norms, weights and cache, outlier channels, sensitivity, surfaces."""
 
-import itertools
 import statistics
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from dfrot.report.contents import Inspection
 from dfrot.report.drawing import (
+    Curves,
     Figure,
-    axis_name,
-    curve,
     digits,
-    mean,
     new_axis,
-    new_layout,
-    new_scene_axis,
-    number,
-    panels,
+    new_plot,
+    panels_over_blocks,
     plain,
-    rule,
+    scatter,
     slug,
     style,
 )
+from dfrot.report.inspection import Inspection
+from dfrot.report.words import mean, number
 
 CURVE_POINTS = 600  # of one curve; a screen is not wider
 MASSIVE_POINTS = 200  # marks of massive tokens on one curve
-SURFACE_CELLS = (64, 192)  # tokens × channels; more is megabytes, and not seen
-# Cividis, dense where values are small: at the squares of even steps. What rotations leave would be one colour else.
-COLOURS = [[0, "#00204d"], [0.0625, "#414d6b"], [0.25, "#7c7b78"], [0.5625, "#bcaf6f"], [1, "#ffea46"]]
+SURFACE_CELLS = (64, 192)  # tokens × channels; more is megabytes, and cannot be seen
+
+
+def inspection_figures(inspection: Inspection) -> Iterator[Figure | None]:
+    """All of them, in the page's order."""
+    yield token_errors(inspection)
+    yield token_errors(inspection, inspection.stats["surface"])
+    yield norm_errors(inspection)
+    yield kurtosis(inspection)
+    yield channels(inspection)
+    yield sensitivity(inspection)
+    yield weight_errors(inspection)
+    yield cache_errors(inspection)
+    yield from surfaces(inspection)
 
 
 def token_errors(inspection: Inspection, norm: str | None = None) -> Figure | None:
     """The relative error of every token, sorted, a curve per rotation (the figure of DFRot's motivation)."""
-    if norm is not None and norm not in inspection.norms:
+    norms = inspection.stats["norms"]
+    if norm is not None and norm not in norms:
         return None
-    which = slice(None) if norm is None else inspection.norms.index(norm)
+    which = slice(None) if norm is None else norms.index(norm)
     massive = inspection.is_massive[which].ravel()
-    data, rows, sentences = [], [], []
+    data, rows = [], []
+    hover = "%{fullData.name}: token %{x} has %{y:.4f}"
     for rotation, errors in inspection.errors.items():
-        x = errors[which].ravel()
-        order = np.argsort(-x, kind="stable")
-        picks = sampled_ranks(len(x), CURVE_POINTS)
-        look = style(rotation)
-        line = {"color": look.colour, "dash": look.dash, "width": 1.75}
-        data.append(
-            {
-                **{"type": "scatter", "mode": "lines", "name": plain(rotation), "legendgroup": plain(rotation)},
-                **{"x": (picks + 1).tolist(), "y": digits(x[order[picks]].tolist()), "line": line},
-                "hovertemplate": "%{fullData.name}: token %{x} has %{y:.4f}<extra></extra>",
-            }
-        )
-        marked = np.flatnonzero(massive[order])
-        marked = marked[sampled_ranks(len(marked), MASSIVE_POINTS)]
-        if len(marked):
-            marker = {"color": look.colour, "symbol": f"{look.symbol}-open", "size": 6}
-            data.append(
-                {
-                    **{
-                        "type": "scatter",
-                        "mode": "markers",
-                        "name": f"{plain(rotation)}, massive",
-                        "showlegend": False,
-                    },
-                    **{"x": (marked + 1).tolist(), "y": digits(x[order[marked]].tolist()), "marker": marker},
-                    "legendgroup": plain(rotation),
-                    "hovertemplate": "%{fullData.name}: token %{x} has %{y:.4f}<extra></extra>",
-                }
-            )
-        quantiles = np.quantile(x, [1, 0.99, 0.9, 0.5, 0.1, 0])
-        mean_massive = float(x[massive].mean()) if massive.any() else None
-        rows.append(
-            [rotation, float(x[~massive].mean()) if (~massive).any() else None, mean_massive, *map(float, quantiles)]
-        )
-        sentences.append(f"{rotation} {number(float(quantiles[3]))}")
-    where = f"at {norm}" if norm else f"at all {len(inspection.norms)} norms"
+        error = errors[which].ravel()  # (tokens,), or (norms · tokens,)
+        order = np.argsort(-error, kind="stable")
+        falling = error[order]
+        group = {"legendgroup": plain(rotation)}  # the legend switches curve and marks together
+        ranks = sampled_ranks(len(error), CURVE_POINTS)
+        x, y = (ranks + 1).tolist(), digits(falling[ranks].tolist())
+        data.append(scatter(rotation, x, y, "lines", hover, **group))
+        ranks = np.flatnonzero(massive[order])
+        if len(ranks):
+            ranks = ranks[sampled_ranks(len(ranks), MASSIVE_POINTS)]
+            marker = {"symbol": f"{style(rotation).symbol}-open", "size": 6}
+            words = {"name": f"{plain(rotation)}, massive", "showlegend": False, "marker": marker, **group}
+            x, y = (ranks + 1).tolist(), digits(falling[ranks].tolist())
+            data.append(scatter(rotation, x, y, "markers", hover, **words))
+        means = [mean(error[~massive].tolist()), mean(error[massive].tolist())]
+        rows.append([rotation, *means, *np.quantile(error, [1, 0.99, 0.9, 0.5, 0.1, 0]).tolist()])
+    heads = ("rotation", "mean, ordinary", "mean, massive", "largest", "99 %", "90 %", "median", "10 %", "smallest")
     marks = f"Marks: massive tokens ({int(massive.sum())}). " if massive.any() else ""
-    layout = new_layout(
-        400, xaxis=new_axis("tokens, by falling error"), yaxis=new_axis("‖x − Q(x)‖ / ‖x‖", rangemode="tozero")
-    )
     return Figure(
         "token-errors" if norm is None else "token-errors-at-norm",
         "rotations",
-        f"error of each token {where}",
-        f"Relative error of quantized norm outputs, sorted for each rotation. {marks}Median: {', '.join(sentences)}.",
-        {"data": data, "layout": layout},
-        ["rotation", "mean, ordinary", "mean, massive", "largest", "99 %", "90 %", "median", "10 %", "smallest"],
-        rows,
+        f"error of each token at {norm or f'all {len(norms)} norms'}",
+        f"Relative error of quantized norm outputs, sorted for each rotation. {marks}"
+        f"Median: {_listed((row[0], row[6]) for row in rows)}.",
+        new_plot(
+            data,
+            400,
+            xaxis=new_axis("tokens, by falling error"),
+            yaxis=new_axis("‖x − Q(x)‖ / ‖x‖", rangemode="tozero"),
+        ),
+        list(zip(heads, zip(*rows, strict=True), strict=True)),
         log_x=True,
     )
 
 
-def norm_errors(inspection: Inspection) -> Figure | None:
+def norm_errors(inspection: Inspection) -> Figure:
     """The mean error of the tokens at every norm."""
     series = {rotation: errors.mean(axis=1).tolist() for rotation, errors in inspection.errors.items()}
-    means = ", ".join(f"{name} {number(statistics.fmean(values))}" for name, values in series.items())
-    return _by_norm(
-        inspection, series, "norm-errors", "error at each norm", "mean ‖x − Q(x)‖ / ‖x‖", f"Mean of all norms: {means}."
-    )
+    caption = f"Mean of all norms: {_listed((name, mean(values)) for name, values in series.items())}."
+    return _by_norm(inspection, series, "norm-errors", "error at each norm", "mean ‖x − Q(x)‖ / ‖x‖", caption)
 
 
-def kurtosis(inspection: Inspection) -> Figure | None:
+def kurtosis(inspection: Inspection) -> Figure:
     """Kurtosis of every norm output; three more than the excess that is recorded, so that it can be logarithmic."""
-    series = {rotation: [value + 3 for value in values] for rotation, values in inspection.kurtosis.items()}
-    medians = ", ".join(f"{name} {number(statistics.median(values))}" for name, values in series.items() if values)
-    return _by_norm(
-        *(inspection, series, "kurtosis", "kurtosis of norm outputs", "kurtosis"),
-        f"A normal distribution has 3 (the dashed line). Median of the norms: {medians}.",
-        reference=3.0,
-    )
+    series = {name: [excess + 3 for excess in values] for name, values in inspection.stats["kurtosis"].items()}
+    medians = _listed((name, statistics.median(values)) for name, values in series.items())
+    caption = f"A normal distribution has 3 (the dashed line). Median of the norms: {medians}."
+    return _by_norm(inspection, series, "kurtosis", "kurtosis of norm outputs", "kurtosis", caption, reference=[3.0])
 
 
-def channels(inspection: Inspection) -> Figure | None:
+def channels(inspection: Inspection) -> Figure:
     """How far the largest channels stick out of the rest, before any rotation."""
-    found = {f"{entry['block']}.{entry['norm']}": entry for entry in inspection.channels}
-    if set(found) != set(inspection.norms) or not all(entry["largest"] for entry in found.values()):
-        return None
-    entries = [found[norm] for norm in inspection.norms]
+    norms, by_norm = inspection.stats["norms"], inspection.stats["channels"]
+    largest = [[channel["value"] for channel in entry["largest"]] for entry in by_norm]
     series = {
-        "largest channel": [max(c["value"] for c in entry["largest"]) for entry in entries],
-        "last of those listed": [min(c["value"] for c in entry["largest"]) for entry in entries],
-        "median channel": [entry["median"] for entry in entries],
+        "largest channel": [max(values) for values in largest],
+        "last of those listed": [min(values) for values in largest],
+        "median channel": [entry["median"] for entry in by_norm],
     }
-    top = max(entries, key=lambda entry: max(c["value"] for c in entry["largest"]))
-    peak = max(top["largest"], key=lambda c: c["value"])
+    top = max(range(len(norms)), key=lambda place: max(largest[place]))
+    peak = max(by_norm[top]["largest"], key=lambda channel: channel["value"])
     caption = (
         f"Largest entry of a channel over the tokens, without the norm's gain: channel {peak['channel']} at "
-        f"{top['block']}.{top['norm']} reaches {number(peak['value'])}, "
-        f"the median channel there {number(top['median'])}."
+        f"{norms[top]} reaches {number(peak['value'])}, the median channel there {number(by_norm[top]['median'])}."
     )
     return _by_norm(inspection, series, "channels", "outlier channels of norm outputs", "max |x| of a channel", caption)
 
 
-def damage(inspection: Inspection) -> Figure | None:
+def sensitivity(inspection: Inspection) -> Figure | None:
     """KL divergence from the original when the norm outputs of one block are quantized."""
-    if not inspection.damage:
-        return None
-    series = inspection.damage
-    layout = new_layout(
-        360,
-        xaxis=new_axis("block"),
-        yaxis=new_axis("KL divergence, nats", [value for values in series.values() for value in values]),
-    )
-    sums = ", ".join(f"{name} {number(sum(values))}" for name, values in series.items())
-    blocks = max(map(len, series.values()))
-    return Figure(
-        "damage",
-        "blocks",
-        "damage of each block",
+    series = inspection.stats["sensitivity"]
+    sums = _listed((name, sum(values)) for name, values in series.items())
+    caption = (
         "KL divergence of the model with only this block's norm outputs quantized, from the original. "
-        f"Sum over blocks: {sums}.",
-        {"data": [curve(name, list(range(len(values))), values) for name, values in series.items()], "layout": layout},
-        ["block", *series],
-        [
-            [block, *(values[block] if block < len(values) else None for values in series.values())]
-            for block in range(blocks)
-        ],
+        f"Sum over blocks: {sums}."
     )
+    return _by_block({"": series}, "sensitivity", "sensitivity of each block", "KL divergence, nats", caption)
 
 
 def weight_errors(inspection: Inspection) -> Figure | None:
     """What rounding to nearest costs the weights: a box over the blocks for every kind of layer."""
-    if not inspection.weights:
+    layers = inspection.stats["weights"]
+    if not layers:
         return None
-    rotations = list(dict.fromkeys(name for entry in inspection.weights for name in entry["error"]))
-    data = []
-    for name in rotations:
-        entries = [entry for entry in inspection.weights if name in entry["error"]]
-        data.append(
-            {
-                **{"type": "box", "name": plain(name), "boxpoints": "outliers", "line": {"width": 1.25}},
-                **{"marker": {"color": style(name).colour, "symbol": style(name).symbol, "size": 4}},
-                "x": [plain(entry["layer"].rpartition(".")[2]) for entry in entries],
-                "y": digits(entry["error"][name] for entry in entries),
-            }
-        )
-    means = ", ".join(
-        f"{name} {number(mean([entry['error'].get(name) for entry in inspection.weights]))}" for name in rotations
-    )
+    rotations = dict.fromkeys(name for layer in layers for name in layer["error"])
+    series = {name: [layer["error"].get(name) for layer in layers] for name in rotations}
+    data = [
+        {
+            "type": "box",
+            "name": plain(name),
+            "boxpoints": "outliers",
+            "line": {"width": 1.25},
+            "marker": {"color": style(name).colour, "symbol": style(name).symbol, "size": 4},
+            "x": [plain(layer["layer"].rpartition(".")[2]) for layer in layers],
+            "y": digits(values),
+        }
+        for name, values in series.items()
+    ]
     return Figure(
         "weight-errors",
         "blocks",
         "error of the weights",
-        f"Relative error of 4-bit weights rounded to nearest; a box spans the blocks. Mean of all layers: {means}.",
-        {
-            "data": data,
-            "layout": new_layout(400, boxmode="group", xaxis=new_axis(""), yaxis=new_axis("‖W − Q(W)‖ / ‖W‖")),
-        },
-        ["block", "layer", *rotations],
+        "Relative error of weights rounded to nearest; a box spans the blocks. "
+        f"Mean of all layers: {_listed((name, mean(values)) for name, values in series.items())}.",
+        new_plot(data, 400, boxmode="group", xaxis=new_axis(""), yaxis=new_axis("‖W − Q(W)‖ / ‖W‖")),
         [
-            [entry["block"], entry["layer"], *(entry["error"].get(name) for name in rotations)]
-            for entry in inspection.weights
+            ("block", [layer["block"] for layer in layers]),
+            ("layer", [layer["layer"] for layer in layers]),
+            *series.items(),
         ],
     )
 
 
 def cache_errors(inspection: Inspection) -> Figure | None:
     """The error of quantized keys and values, plain and rotated."""
-    if not inspection.kv:
-        return None
-    blocks = [entry["block"] for entry in inspection.kv]
-    series = {
-        (kind, how): [entry[kind][how] for entry in inspection.kv]
-        for kind in ("keys", "values")
-        for how in ("plain", "rotated")
-    }
-    data = [curve(how, blocks, values, panel=(kind == "values") + 1) for (kind, how), values in series.items()]
-    layout = panels(["keys", "values"], "relative error", itertools.chain(*series.values()))
-    means = ", ".join(f"{kind} {how} {number(mean(values))}" for (kind, how), values in series.items())
-    return Figure(
-        "cache-errors",
-        "blocks",
-        "error of keys and values",
+    kv = inspection.stats["kv"]
+    means = _listed((f"{kind} {how}", mean(values)) for kind, by_how in kv.items() for how, values in by_how.items())
+    caption = (
         "Relative error of the quantized cache; keys after RoPE rotated by R3, values by R2. "
-        f"Mean of the blocks: {means}.",
-        {"data": data, "layout": layout},
-        ["block", *(f"{kind}, {how}" for kind, how in series)],
-        [[block, *(values[place] for values in series.values())] for place, block in enumerate(blocks)],
+        f"Mean of the blocks: {means}."
     )
+    return _by_block(kv, "cache-errors", "error of keys and values", "relative error", caption)
 
 
-def surfaces(inspection: Inspection) -> list[Figure]:
+def surfaces(inspection: Inspection) -> Iterator[Figure]:
     """|x R| over tokens and channels, on the same scale for all rotations."""
-    pooled = {name: max_pooled(surface, SURFACE_CELLS) for name, surface in inspection.surfaces.items()}
-    top = max((float(z.max()) for z, _, _ in pooled.values()), default=0.0)
-    made = []
-    for name, (z, tokens, places) in pooled.items():
-        surface = inspection.surfaces[name]
+    top = max(float(surface.max()) for surface in inspection.surfaces.values())
+    for name, surface in inspection.surfaces.items():
+        z, tokens, places = max_pooled(surface, SURFACE_CELLS)
         token, channel = (int(i) for i in np.unravel_index(int(surface.argmax()), surface.shape))
-        peak, middle = float(surface.max()), float(np.median(surface))
-        scene: dict[str, Any] = {
-            "xaxis": new_scene_axis("channel"),
-            "yaxis": new_scene_axis("token"),
-            "zaxis": new_scene_axis("|x R|", range=[0, 1.02 * top]),
-            **{"aspectmode": "manual", "aspectratio": {"x": 1.5, "y": 1.0, "z": 0.75}},
-            "camera": {"eye": {"x": -1.2, "y": -1.75, "z": 0.85}, "center": {"x": -0.06, "y": 0.04, "z": -0.2}},
+        scene = {
+            "xaxis": {"title": {"text": "channel"}},
+            "yaxis": {"title": {"text": "token"}},
+            "zaxis": {"title": {"text": "|x R|"}, "range": [0, 1.02 * top]},
         }
         data = {
-            **{
-                "type": "surface",
-                "z": [digits(row, 3) for row in z.tolist()],
-                "x": places.tolist(),
-                "y": tokens.tolist(),
-            },
-            **{"colorscale": COLOURS, "cmin": 0, "cmax": top, "showscale": False},
-            "lighting": {"ambient": 0.75, "diffuse": 0.5, "specular": 0.05},
+            "type": "surface",
+            "x": places.tolist(),
+            "y": tokens.tolist(),
+            "z": [digits(row, 3) for row in z.tolist()],
+            "cmin": 0,
+            "cmax": top,
             "hovertemplate": "token %{y}, channel %{x}: %{z}<extra></extra>",
         }
         pools = -(-surface.shape[0] // z.shape[0]), -(-surface.shape[1] // z.shape[1])
         cells = "" if pools == (1, 1) else f" A cell is the maximum of {pools[0]} × {pools[1]} entries."
-        made.append(
-            Figure(
-                f"surface-{slug(name)}",
-                "surfaces",
-                f"|x R| under {name}",
-                f"At {inspection.surface_norm}: largest {number(peak)} at token {token}, channel {channel}; "
-                f"median {number(middle)}.{cells}",
-                {"data": [data], "layout": new_layout(340, scene=scene, margin={"l": 0, "r": 0, "t": 0, "b": 0})},
-                ["token", "largest", "in channel", "median"],
-                [[i, float(row.max()), int(row.argmax()), float(np.median(row))] for i, row in enumerate(surface)],
-            )
+        yield Figure(
+            f"surface-{slug(name)}",
+            "surfaces",
+            f"|x R| under {name}",
+            f"At {inspection.stats['surface']}: largest {number(float(surface.max()))} at token {token}, channel "
+            f"{channel}; median {number(float(np.median(surface)))}.{cells}",
+            new_plot([data], 340, scene=scene, margin={"l": 0, "r": 0, "t": 0, "b": 0}),
+            [
+                ("token", range(len(surface))),
+                ("largest", surface.max(axis=1).tolist()),
+                ("in channel", surface.argmax(axis=1).tolist()),
+                ("median", np.median(surface, axis=1).tolist()),
+            ],
         )
-    return made
 
 
 def sampled_ranks(count: int, limit: int) -> Int[np.ndarray, " chosen"]:
@@ -290,30 +235,30 @@ def _by_norm(
     title: str,
     unit: str,
     caption: str,
-    reference: float | None = None,
-) -> Figure | None:
+    reference: Sequence[float] = (),
+) -> Figure:
     """A number of every norm over the blocks: a panel for each kind of norm, a curve for each rotation."""
-    if not series:
+    norms = inspection.stats["norms"]
+    panels: dict[str, Curves] = {}
+    for kind in dict.fromkeys(norm.partition(".")[2] for norm in norms):
+        places = [place for place, norm in enumerate(norms) if norm.partition(".")[2] == kind]
+        blocks = [norms[place].partition(".")[0] for place in places]
+        panels[kind] = {curve: (blocks, [values[place] for place in places]) for curve, values in series.items()}
+    plot = panels_over_blocks(unit, panels, reference)
+    return Figure(name, "rotations", title, caption, plot, [("norm", norms), *series.items()])
+
+
+def _by_block(
+    panels: Mapping[str, Mapping[str, Sequence[float]]], name: str, title: str, unit: str, caption: str
+) -> Figure | None:
+    """Numbers of every block: panels by their titles, in each of them series of numbers by their names."""
+    columns = [(f"{panel}, {key}" if panel else key, ys) for panel in panels for key, ys in panels[panel].items()]
+    if not columns:
         return None
-    places: dict[str, list[int]] = {}  # kind of norm → where it stands among the norms
-    for place, norm in enumerate(inspection.norms):
-        places.setdefault(norm.partition(".")[2], []).append(place)
-    layout = panels(list(places), unit, itertools.chain(*series.values(), [] if reference is None else [reference]))
-    if reference is not None:
-        layout["shapes"] = [
-            {**rule("y", reference), "yref": axis_name("y", panel)} for panel in range(1, len(places) + 1)
-        ]
-    data = [
-        curve(rotation, [inspection.norms[i].partition(".")[0] for i in chosen], [values[i] for i in chosen], panel)
-        for panel, chosen in enumerate(places.values(), start=1)
-        for rotation, values in series.items()
-    ]
-    return Figure(
-        name,
-        "rotations",
-        title,
-        caption,
-        {"data": data, "layout": layout},
-        ["norm", *series],
-        [[norm, *(values[place] for values in series.values())] for place, norm in enumerate(inspection.norms)],
-    )
+    blocks = list(range(len(columns[0][1])))
+    curves = {panel: {key: (blocks, ys) for key, ys in series.items()} for panel, series in panels.items()}
+    return Figure(name, "blocks", title, caption, panels_over_blocks(unit, curves), [("block", blocks), *columns])
+
+
+def _listed(pairs: Iterable[tuple[str, float | None]]) -> str:
+    return ", ".join(f"{name} {number(value)}" for name, value in pairs)

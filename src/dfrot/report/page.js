@@ -78,33 +78,54 @@ if (table) {
 // Figures, in the colours of the page.
 const plots = JSON.parse(document.getElementById("plots").textContent);
 const drawn = $$(".plot");
-const AXIS = /^[xy]axis\d*$/;
 const touch = matchMedia("(pointer: coarse)").matches; // there a drag has to scroll the page
 
-const colours = (layout) => {
+// Plotly's template: what all figures look alike in. The figures themselves have only what differs.
+const look = () => {
   const css = getComputedStyle(root);
   const [text, line, grid, paper] = ["--text", "--line", "--grid", "--paper"].map((name) => css.getPropertyValue(name));
-  const changes = { "font.color": text, "hoverlabel.bgcolor": paper, "hoverlabel.font.color": text };
-  const axes = Object.keys(layout).filter((key) => AXIS.test(key));
-  if (layout.scene) axes.push("scene.xaxis", "scene.yaxis", "scene.zaxis");
-  for (const axis of axes) {
-    changes[`${axis}.gridcolor`] = grid;
-    changes[`${axis}.linecolor`] = changes[`${axis}.tickcolor`] = line;
-  }
-  return changes;
+  const family = getComputedStyle(document.body).fontFamily;
+  const axis = {
+    title: { standoff: 12 }, automargin: true, zeroline: false, showline: true, linecolor: line, gridcolor: grid, ticks: "outside", tickcolor: line,
+  };
+  const edge = { nticks: 5, zeroline: false, showline: true, ticks: "outside", linecolor: line, gridcolor: grid, tickcolor: line };
+  return {
+    layout: {
+      margin: { l: 60, r: 16, t: 24, b: 48 },
+      paper_bgcolor: "rgba(0,0,0,0)",
+      plot_bgcolor: "rgba(0,0,0,0)",
+      font: { family, size: 12, color: text },
+      legend: { orientation: "h", x: 0, xanchor: "left", y: 1, yanchor: "bottom", itemsizing: "constant" },
+      showlegend: true,
+      hovermode: "closest",
+      hoverlabel: { bgcolor: paper, font: { family, color: text } },
+      xaxis: axis,
+      yaxis: axis,
+      scene: { xaxis: edge, yaxis: edge, zaxis: edge },
+    },
+    data: {
+      surface: [{
+        // Cividis, dense where values are small, at the squares of even steps: after a rotation all would be one colour else.
+        colorscale: [[0, "#00204d"], [0.0625, "#414d6b"], [0.25, "#7c7b78"], [0.5625, "#bcaf6f"], [1, "#ffea46"]],
+        showscale: false,
+        lighting: { ambient: 0.75, diffuse: 0.5, specular: 0.05 },
+      }],
+    },
+  };
 };
-const recolour = () => drawn.forEach((plot) => plot.data && Plotly.relayout(plot, colours(plots[plot.id].layout)));
+const recolour = () => drawn.forEach((plot) => plot.data && Plotly.relayout(plot, { template: look() }));
 
 const draw = (plot) => {
   const { data, layout } = plots[plot.id];
+  layout.template = look();
   if (touch && !layout.scene) layout.dragmode = false;
   if (layout.scene) {
     const away = Math.max(1, 520 / plot.clientWidth); // a narrow view would cut the axes off
-    const { eye } = layout.scene.camera;
-    for (const axis in eye) eye[axis] *= away;
+    const camera = { eye: { x: -1.2 * away, y: -1.75 * away, z: 0.85 * away }, center: { x: -0.06, y: 0.04, z: -0.2 } };
+    // Plotly writes these two back, so that a template cannot have them.
+    Object.assign(layout.scene, { camera, aspectmode: "manual", aspectratio: { x: 1.5, y: 1, z: 0.75 } });
   }
-  const config = { responsive: true, displayModeBar: false, scrollZoom: false };
-  return Plotly.newPlot(plot, data, layout, config).then(() => Plotly.relayout(plot, colours(layout)));
+  return Plotly.newPlot(plot, data, layout, { responsive: true, displayModeBar: false, scrollZoom: false });
 };
 const all = (async () => {
   for (const plot of drawn) {
@@ -155,12 +176,12 @@ addEventListener("beforeprint", () => {
   root.dataset.theme = "light";
   before.closed.forEach((details) => (details.open = true));
   for (const plot of drawn) {
-    if (plot.data) Plotly.relayout(plot, { ...colours(plots[plot.id].layout), width: 670 });
+    if (plot.data) Plotly.relayout(plot, { template: look(), width: 670 });
   }
 });
 addEventListener("afterprint", () => {
   if (before.theme) root.dataset.theme = before.theme;
   else delete root.dataset.theme;
   before.closed.forEach((details) => (details.open = false));
-  for (const plot of drawn) if (plot.data) Plotly.relayout(plot, { ...colours(plots[plot.id].layout), width: null, autosize: true });
+  for (const plot of drawn) if (plot.data) Plotly.relayout(plot, { template: look(), width: null, autosize: true });
 });

@@ -1,11 +1,12 @@
-"""What records are called in tables, figures and captions."""
+"""Records and numbers in words, for tables, figures and captions."""
 
 import dataclasses
 import json
+import statistics
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from dfrot.evaluation.record import AVERAGE, MASSIVE_UNQUANTIZED, Record
+from dfrot.evaluation.record import AVERAGE, MASSIVE_UNQUANTIZED, Record, is_number
 from dfrot.pipeline.recipe import METHOD_OPTIONS, WEIGHT_OPTIONS
 
 # Kinds of metrics in the order in which they are shown.
@@ -30,11 +31,10 @@ def shown(metric: str) -> str:
 
 def metrics_of(records: Iterable[Record]) -> list[str]:
     """All metrics of the records, in the order in which they are shown."""
-    kinds = list(METRICS)
 
     def rank(metric: str) -> tuple[int, str]:
         kind = metric.partition("/")[0]
-        return (kinds.index(kind) if kind in kinds else len(kinds), metric)
+        return [*METRICS, kind].index(kind), metric
 
     return sorted({metric for record in records for metric in record.metrics}, key=rank)
 
@@ -70,10 +70,36 @@ def setting(record: Record) -> str:
     return json.dumps([record.model, {key: record.conditions.get(key) for key in SETTING}], sort_keys=True)
 
 
-def without_seed(record: Record) -> str:
-    """Equal for records that differ in the seed only."""
-    recipe = {key: value for key, value in (record.recipe or {}).items() if key != "seed"}
-    return setting(record) + json.dumps(recipe, sort_keys=True)
+def by_seeds(records: Iterable[Record]) -> Iterable[list[Record]]:
+    """Records that differ only in the seed, together, in the order of their first."""
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        recipe = {key: value for key, value in (record.recipe or {}).items() if key != "seed"}
+        groups.setdefault(setting(record) + json.dumps(recipe, sort_keys=True), []).append(record)
+    return groups.values()
+
+
+def is_finite(value: Any) -> bool:
+    """Whether this is a number, and small enough for sums and differences of such to be finite too."""
+    return is_number(value) and abs(value) < 1e300
+
+
+def mean(values: Iterable[Any]) -> float | None:
+    """Of the finite numbers among the values."""
+    known = [value for value in values if is_finite(value)]
+    return statistics.fmean(known) if known else None
+
+
+def number(value: Any) -> str:
+    """A number with about four digits; a dash for None."""
+    if not is_finite(value):
+        return "–" if value is None else str(value)
+    if value == 0 or (isinstance(value, int) and abs(value) < 1e5):
+        return str(int(value))
+    size = abs(value)
+    if size >= 1e5 or size < 1e-3:
+        return f"{value:.2e}"
+    return f"{value:.{0 if size >= 1000 else 2 if size >= 10 else 3 if size >= 1 else 4}f}"
 
 
 def shorten(text: str, most: int = 120) -> str:

@@ -1,0 +1,135 @@
+"""The guard against wrong folds: that it fires, and what it leaves behind."""
+
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import dfrot
+from dfrot.transform.fold import Fold
+from dfrot.transform.invariance import InvarianceError, require_fall
+
+Tiny = Callable[[str], Path]
+VOCABULARY = 96  # rows of the head; no linear layer of the tiny llama has as many
+WEIGHT, NORM_GAIN, BIAS = Fold.weight, Fold.norm_gain, Fold.bias
+
+
+def gain_forgotten(fold: Fold, weight: torch.Tensor) -> torch.Tensor:
+    return WEIGHT(replace(fold, gain=None), weight)
+
+
+def gain_forgotten_in_the_head(fold: Fold, weight: torch.Tensor) -> torch.Tensor:
+    return WEIGHT(replace(fold, gain=None) if len(weight) == VOCABULARY else fold, weight)
+
+
+def output_not_rotated(fold: Fold, weight: torch.Tensor) -> torch.Tensor:
+    return WEIGHT(replace(fold, output_rotation=None), weight)
+
+
+def smoothing_forgotten(fold: Fold, weight: torch.Tensor) -> torch.Tensor:
+    return WEIGHT(replace(fold, smooth=None), weight)
+
+
+def gain_left_in_the_norm(fold: Fold, gain: torch.Tensor) -> torch.Tensor:
+    return NORM_GAIN(replace(fold, gain=None), gain)
+
+
+def bias_not_rotated(fold: Fold, bias: torch.Tensor) -> torch.Tensor:
+    return BIAS(replace(fold, output_rotation=None), bias)
+
+
+@pytest.mark.parametrize(
+    ("method", "part", "wrong", "where"),
+    [
+        ("quarot", "weight", gain_forgotten, "block 0"),
+        ("quarot", "weight", gain_forgotten_in_the_head, "the head"),
+        ("quarot", "weight", output_not_rotated, "block 0"),
+        ("quarot", "norm_gain", gain_left_in_the_norm, "block 0"),
+        ("quarot", "bias", bias_not_rotated, "block 0"),
+        ("duquant", "weight", smoothing_forgotten, "block 0"),
+    ],
+)
+def test_a_wrong_fold_ends_the_run_and_nothing_looks_finished(
+    tiny: Tiny,
+    tmp_path: Path,
+    text_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    part: str,
+    wrong: Callable[..., torch.Tensor],
+    where: str,
+) -> None:
+    monkeypatch.setattr(Fold, part, wrong)
+    words: dict[str, Any] = {"block": 8, "greedy_steps": 4} if method == "duquant" else {}
+    recipe = dfrot.Recipe.parse(method, "rtn", calib=str(text_file), calib_tokens=64, **words)
+    with pytest.raises(InvarianceError, match=f"what {where} computes") as raised:
+        dfrot.quantize(tiny("llama"), recipe, tmp_path / "out")
+    errors = re.search(r"relative error (\S+) in float32 and (\S+) in float64", str(raised.value))
+    assert errors is not None
+    in_float32, in_float64 = map(float, errors.groups())
+    assert in_float64 > 1e-3
+    assert in_float64 == pytest.approx(in_float32, rel=0.1)  # a mistake is as large in both
+    assert looks_unfinished(tmp_path / "out", "model.layers.0." if where == "block 0" else "lm_head.")
+
+
+def looks_unfinished(out: Path, unproved: str) -> bool:
+    """Whether no one would take `out` for a checkpoint, and no tensor of this prefix is in it."""
+    with pytest.raises(dfrot.UserError):
+        dfrot.load(out)
+    names = []
+    for shard in out.glob("*.safetensors"):
+        with safe_open(shard, "pt") as opened:
+            names += [name for name in opened.keys() if name.startswith(unproved)]  # noqa: SIM118
+    return not (out / "config.json").exists() and not names
+
+
+_QUANTIZE_WITH_A_WRONG_FOLD = """
+import sys
+from dfrot.cli import main
+from dfrot.transform.fold import Fold
+Fold.norm_gain = lambda fold, gain: gain.double()
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_wrong_fold_is_an_exit_code_of_the_command(tiny: Tiny, tmp_path: Path) -> None:
+    words = ["quantize", str(tiny("llama")), "-o", str(tmp_path / "out"), "--method", "quarot", "--weights", "rtn"]
+    command = [sys.executable, "-c", _QUANTIZE_WITH_A_WRONG_FOLD, *words]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "folding changed what block 0 computes" in " ".join(done.stderr.split())
+    assert looks_unfinished(tmp_path / "out", "model.layers.0.")
+
+
+@pytest.mark.parametrize(("in_float32", "in_float64"), [(1e-6, 1e-15), (1e-7, 0.0), (1e-4, 9e-11), (0.0, 0.0)])
+def test_an_error_at_rounding_level_passes(in_float32: float, in_float64: float) -> None:
+    require_fall("block 7", in_float32, in_float64)
+
+
+@pytest.mark.parametrize(
+    ("in_float32", "in_float64"),
+    [
+        (1e-3, 1e-3),  # a wrong fold: the same in both
+        (1e-12, 1e-12),  # tiny, and yet no rounding error: it does not fall
+        (1e-6, 2e-10 / 2**0.5),  # it falls too little
+        (1e-2, 1e-7),  # it falls by 10⁵, and is not tiny
+        (1.0, 2e-10),
+        (math.nan, math.nan),
+        (math.nan, 1e-15),
+        (1e-6, math.nan),
+        (math.inf, math.inf),
+        (0.0, 1e-16),
+    ],
+)
+def test_an_error_that_is_not_at_rounding_level_is_a_bug(in_float32: float, in_float64: float) -> None:
+    message = re.escape(f"block 7 computes: relative error {in_float32:.1e} in float32 and {in_float64:.1e} in float64")
+    with pytest.raises(InvarianceError, match=message):
+        require_fall("block 7", in_float32, in_float64)
