@@ -1,7 +1,7 @@
 """Time and peak memory of `dfrot quantize`, against the unquantized model's float32 size and against the plan.
 
     python benchmarks/quantize.py --method quarot --weights rtn --calib pydoc
-    python benchmarks/quantize.py --method dfrot --weights gptq --calib wiki.train.raw --calib-tokens 65536
+    python benchmarks/quantize.py --method rangerot --weights gptq --calib wiki.train.raw --calib-tokens 65536
     python benchmarks/quantize.py --model DIR --weights gptq --calib wiki.train.raw --extrapolate HOLES
 
 Takes the words of `dfrot quantize`, without MODEL (--model, default smollm2-135m) and -o. Runs the command in a process
@@ -59,10 +59,10 @@ def main() -> None:
     print(f"{arguments.model} {' '.join(words)}; {platform.machine()}, {os.cpu_count()} cores")
     print(f"{seconds:.0f} s; peak resident memory {peak / 1e9:.2f} GB, weights in float32 {float32 / 1e9:.2f} GB")
     print(f"above the float32 weights: {(peak - float32) / 1e9:.2f} GB; planned {plan.memory / 1e9:.2f} GB")
-    print(f"{len(finished) - 1} blocks, {block:.1f} s each, planned {plan.seconds / plan.blocks:.1f} s")
+    print(f"{len(finished) - 1} blocks, {block:.1f} s each")
     if arguments.extrapolate is not None:
         other = planned(arguments.extrapolate, words)
-        ratio = (other.seconds / other.blocks) / (plan.seconds / plan.blocks)
+        ratio = other.block_weights / plan.block_weights  # at least: products with a Hessian grow faster
         hours = block * ratio * other.blocks / 3600
         print(f"{arguments.extrapolate}: {other.blocks} blocks, {block * ratio:.0f} s each, {hours:.1f} h in all")
 

@@ -1,4 +1,4 @@
-"""What refining costs and reaches: our descent on a sample, against 100 alternations on all tokens.
+"""What refining costs and reaches: RangeRot's descent on a sample, against DFRot's 100 alternations on all tokens.
 
     python benchmarks/refinement.py TEXT [--model smollm2-135m] [--gamma 100]     both in one run
     python benchmarks/refinement.py --synthetic 4096 [--steps 3]                  peak memory at d = 4096
@@ -14,26 +14,26 @@ import time
 
 import torch
 
-import dfrot
 from dfrot.evaluation.record import peak_rss_bytes
 from dfrot.linalg.rotation import Rotation, random_hadamard
-from dfrot.methods.dfrot import ORDINARY_TOKENS, SOLVERS, refine, squared_errors
-from dfrot.methods.method import Context
+from dfrot.methods.dfrot import alternate
+from dfrot.methods.method import FitContext
+from dfrot.methods.rangerot import descend
+from dfrot.methods.refinement import ORDINARY_TOKENS, refine, squared_errors
 from dfrot.methods.sample import Sample, Sampler, sample_norm_outputs
 from dfrot.models.source import open_source
 from dfrot.models.texts import calibration_windows, read_text
 from dfrot.quant.spec import TensorSpec
 
-QUANTIZER = TensorSpec(4, symmetric=False, clip=0.9)
+QUANTIZER = TensorSpec(4, symmetric=False, clip_ratio=0.9)
 TOKENS, PIECE = 131_072, 2048
 
 
 def compare(text: str, model: str, gamma: float) -> None:
     source = open_source(model)
-    recipe = dfrot.Recipe.parse("dfrot", calib=text)
     generator = torch.Generator().manual_seed(0)
     ids = calibration_windows(source.tokenizer(), read_text(text, "train"), text, 2048, 2048, generator)
-    context = Context(source, recipe, lambda: ids, torch.device("cpu"))
+    context = FitContext(source, QUANTIZER, lambda: ids, torch.device("cpu"))
     everything = sample_norm_outputs(context, ids, "relative", kept=None)
     start = random_hadamard(source.config.hidden_size, context.generator())
 
@@ -44,10 +44,10 @@ def compare(text: str, model: str, gamma: float) -> None:
     print(f"{model}, {len(everything.tokens)} norm outputs, {int(everything.massive.sum())} massive, γ = {gamma:g}")
     print(f"start              objective {objective(start):.4f}")
     seconds = {}
-    for name, solver, kept in (("descent, sampled", "descent", None), ("alternation, all", "procrustes", everything)):
+    for name, solver, kept in (("descent, sampled", descend, None), ("alternation, all", alternate, everything)):
         drawn = kept or sample_norm_outputs(context, ids, "relative", ORDINARY_TOKENS)
         began = time.perf_counter()
-        refined = refine(start, drawn, QUANTIZER, gamma, SOLVERS[solver], num_steps=100)
+        refined = refine(start, drawn, QUANTIZER, gamma, solver, num_steps=100)
         seconds[name] = time.perf_counter() - began
         print(f"{name:18} objective {objective(refined):.4f}   {seconds[name]:.1f} s", flush=True)
     first, second = seconds.values()
@@ -65,7 +65,7 @@ def synthetic(size: int, steps: int, gamma: float) -> None:
         sampler.add(x, torch.arange(PIECE), piece, "norm", PIECE)
     drawn: Sample = sampler.sample()
     began = time.perf_counter()
-    refined = refine(random_hadamard(size, generator), drawn, QUANTIZER, gamma, SOLVERS["descent"], steps)
+    refined = refine(random_hadamard(size, generator), drawn, QUANTIZER, gamma, descend, steps)
     deviation = (refined.matrix @ refined.matrix.T - torch.eye(size, dtype=torch.float64)).abs().max()
     print(f"d = {size}, {TOKENS} tokens, {int(drawn.massive.sum())} massive, {len(drawn.tokens)} kept, {steps} steps")
     print(f"{(time.perf_counter() - began) / steps:.1f} s per step, orthogonal to {deviation:.0e}")

@@ -46,7 +46,7 @@ class Row:
 NONE: Words = {"method": "none"}
 RO: Words = {"method": "quarot", "rotation": "orthogonal"}
 RH: Words = {"method": "quarot"}
-DFROT: Words = {"method": "dfrot"}
+RANGEROT: Words = {"method": "rangerot"}
 UNCLIPPED: Words = {"act_clip": 1.0, "kv_clip": 1.0}
 SYMMETRIC: Words = {"act_symmetric": True, **UNCLIPPED}
 RTN4: Words = {"spec": "w4a4kv4", "weights": "rtn"}
@@ -54,7 +54,7 @@ GPTQ4: Words = {"spec": "w4a4kv4", "weights": "gptq"}
 # the papers' 20 epochs on 128 sequences, as far as two cores go
 LWC4: Words = {"spec": "w4a4kv4", "weights": "lwc", "epochs": 2, "calib_tokens": 16384}
 ASYMMETRIC: Words = {"weight_symmetric": False}
-BEST: Words = DFROT | ASYMMETRIC | {"weights": "gptq"}
+BEST: Words = RANGEROT | ASYMMETRIC | {"weights": "gptq"}
 DUQUANT: Words = {"method": "duquant", "preset": "duquant"}
 # the largest power of two that divides all widths, which is what the released code can take
 RELEASED_DUQUANT: Words = DUQUANT | RTN4 | {"block": 64}
@@ -62,7 +62,7 @@ RELEASED_DUQUANT: Words = DUQUANT | RTN4 | {"block": 64}
 
 def every_method(spec: str) -> dict[str, Row]:
     """Rows for every method by every weight quantizer; the peers are QuaRot's."""
-    methods = {"none": NONE, "QuaRot": RH, "DFRot": DFROT, "DuQuant": DUQUANT}
+    methods = {"none": NONE, "QuaRot": RH, "RangeRot": RANGEROT, "DuQuant": DUQUANT}
     weights = {"rtn": RTN4, "lwc": LWC4, "gptq": GPTQ4}
     return {
         f"{method} {quantizer} {spec}": Row(
@@ -80,7 +80,7 @@ def presets(method: Words, words: Words) -> dict[str, Row]:
     changes: dict[str, Words] = {
         "paper": {},
         "deploy": {"preset": "deploy"},
-        "deploy, folded": {"preset": "deploy", "online": False},
+        "deploy, folded": {"preset": "deploy", "fold_only": True},
     }
     label = f"{method['method']} {words['weights']} {words['spec']}"
     return {f"{label} {name}": Row(method | words | changed, seeds=1) for name, changed in changes.items()}
@@ -95,10 +95,10 @@ TABLES: dict[str, list[tuple[int, dict[str, Row]]]] = {
                 "none": Row(NONE, seeds=1),
                 "RO": Row(RO, "RH"),
                 "RH": Row(RH),
-                "DFRot auto": Row(DFROT, "RH"),
-                "DFRot γ=1": Row(DFROT | {"gamma": 1.0}, "RH"),
-                "DFRot γ=10": Row(DFROT | {"gamma": 10.0}, "RH"),
-                "DFRot γ=100": Row(DFROT | {"gamma": 100.0}, "RH"),
+                "RangeRot auto": Row(RANGEROT, "RH"),
+                "RangeRot γ=1": Row(RANGEROT | {"gamma": 1.0}, "RH"),
+                "RangeRot γ=10": Row(RANGEROT | {"gamma": 10.0}, "RH"),
+                "RangeRot γ=100": Row(RANGEROT | {"gamma": 100.0}, "RH"),
             },
         )
     ],
@@ -108,9 +108,9 @@ TABLES: dict[str, list[tuple[int, dict[str, Row]]]] = {
             {
                 "RO": Row(RO | UNCLIPPED, "RH"),
                 "RH": Row(RH | UNCLIPPED),
-                "DFRot": Row(DFROT | UNCLIPPED, "RH"),
+                "RangeRot": Row(RANGEROT | UNCLIPPED, "RH"),
                 "RH w4a4kv4": Row(RH | UNCLIPPED | RTN4),
-                "DFRot w4a4kv4": Row(DFROT | UNCLIPPED | RTN4, "RH w4a4kv4"),
+                "RangeRot w4a4kv4": Row(RANGEROT | UNCLIPPED | RTN4, "RH w4a4kv4"),
             },
         ),
         (
@@ -119,7 +119,7 @@ TABLES: dict[str, list[tuple[int, dict[str, Row]]]] = {
                 "RH asymmetric": Row(RH | UNCLIPPED),
                 "RO symmetric": Row(RO | SYMMETRIC, "RH symmetric"),
                 "RH symmetric": Row(RH | SYMMETRIC),
-                "DFRot symmetric": Row(DFROT | SYMMETRIC, "RH symmetric"),
+                "RangeRot symmetric": Row(RANGEROT | SYMMETRIC, "RH symmetric"),
             },
         ),
     ],
@@ -128,8 +128,8 @@ TABLES: dict[str, list[tuple[int, dict[str, Row]]]] = {
             40960,
             {
                 "QuaRot gptq": Row(RH | GPTQ4, "QuaRot rtn"),
-                "DFRot gptq": Row(DFROT | GPTQ4, "QuaRot gptq"),
-                "DFRot gptq asymmetric": Row(DFROT | GPTQ4 | ASYMMETRIC, "QuaRot gptq", seeds=1),
+                "RangeRot gptq": Row(RANGEROT | GPTQ4, "QuaRot gptq"),
+                "RangeRot gptq asymmetric": Row(RANGEROT | GPTQ4 | ASYMMETRIC, "QuaRot gptq", seeds=1),
                 "QuaRot w4a16kv16 rtn": Row(RH | {"spec": "w4a16kv16", "weights": "rtn"}, seeds=1),
                 "QuaRot w4a16kv16 gptq": Row(
                     RH | {"spec": "w4a16kv16", "weights": "gptq"}, "QuaRot w4a16kv16 rtn", seeds=1
@@ -139,8 +139,8 @@ TABLES: dict[str, list[tuple[int, dict[str, Row]]]] = {
                 "none lwc": Row(NONE | LWC4, "none rtn", seeds=1),
                 "QuaRot rtn": Row(RH | RTN4, seeds=1),
                 "QuaRot lwc": Row(RH | LWC4, "QuaRot rtn", seeds=1),
-                "DFRot rtn": Row(DFROT | RTN4, "QuaRot rtn", seeds=1),
-                "DFRot lwc": Row(DFROT | LWC4, "QuaRot rtn", seeds=1),
+                "RangeRot rtn": Row(RANGEROT | RTN4, "QuaRot rtn", seeds=1),
+                "RangeRot lwc": Row(RANGEROT | LWC4, "QuaRot rtn", seeds=1),
             },
         )
     ],
@@ -148,8 +148,8 @@ TABLES: dict[str, list[tuple[int, dict[str, Row]]]] = {
         (
             20480,
             {
-                "DFRot w4a4kv4": Row(BEST | {"spec": "w4a4kv4"}, seeds=1),
-                "DFRot w4a4kv16": Row(BEST | {"spec": "w4a4kv16"}, seeds=1),
+                "RangeRot w4a4kv4": Row(BEST | {"spec": "w4a4kv4"}, seeds=1),
+                "RangeRot w4a4kv16": Row(BEST | {"spec": "w4a4kv16"}, seeds=1),
                 "QuaRot w4a16kv16": Row(RH | {"spec": "w4a16kv16", "weights": "gptq"}, seeds=1),
             },
         )
@@ -183,8 +183,8 @@ TABLES: dict[str, list[tuple[int, dict[str, Row]]]] = {
         (
             40960,
             {
-                **presets(DFROT, GPTQ4 | {"spec": "w4a4kv16"}),
-                **presets(DFROT, GPTQ4),
+                **presets(RANGEROT, GPTQ4 | {"spec": "w4a4kv16"}),
+                **presets(RANGEROT, GPTQ4),
                 **presets(RH, GPTQ4 | {"spec": "w4a4kv16"}),
                 **presets(RH, {"spec": "w8a8kv16", "weights": "rtn"}),
             },

@@ -28,11 +28,11 @@ CALIBRATION_TOKENS = 16384  # for the weights; rotations take the first sequence
 RECIPES = [
     ("none", "rtn", "w16a4kv16"),
     ("quarot", "rtn", "w16a4kv16"),
-    ("dfrot", "rtn", "w16a4kv16"),
+    ("rangerot", "rtn", "w16a4kv16"),
     ("none", "rtn", "w4a4kv4"),
     ("quarot", "rtn", "w4a4kv4"),
     ("quarot", "gptq", "w4a4kv4"),
-    ("dfrot", "gptq", "w4a4kv4"),
+    ("rangerot", "gptq", "w4a4kv4"),
 ]
 PROMPT = "The documentation of a function should"
 

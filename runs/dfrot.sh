@@ -14,7 +14,7 @@
 #   llama3-8b    6.14          11.06 / 9.67    8.20 / 7.95     10.47 / 9.35    8.02 / 7.81
 #   mistral-7b   5.32          6.38 / 6.36     5.81 / 5.81     6.29 / 6.27     5.75 / 5.76
 #
-# The third row of each group, `dfrot` with our solver, is not in the paper. The paper's columns are taken as they come
+# The third row of each group, `rangerot`, is ours and not in the paper. The paper's columns are taken as they come
 # (--act-order False) and its Hessians see 128 sequences. Every number is also a line of JSON in OUT.
 set -euo pipefail
 
@@ -34,7 +34,7 @@ zero_shot=piqa,winogrande,hellaswag,arc_easy,arc_challenge,lambada_openai
 dfrot eval "$model" --ppl wikitext2 --tasks $zero_shot --device "$device" --json "$out/unquantized.json"
 for weights in "rtn" "gptq --act-order False --calib-tokens 262144"; do
   for spec in w4a4kv4 w4a4kv16; do
-    for method in "quarot" "dfrot --objective paper" "dfrot"; do
+    for method in "quarot" "dfrot --objective paper" "rangerot"; do
       name=${method// --objective /-}-${weights%% *}-$spec
       # shellcheck disable=SC2086 — the words of method and weights are meant to be split
       dfrot quantize "$model" -o "$out/$name" --method $method --weights $weights --spec "$spec" \

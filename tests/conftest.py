@@ -4,9 +4,13 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.utils import logging as transformers_logging
 
 from tests.browser import CHROMIUM
 from tests.tiny_models import write_tiny_model
+
+# Tests read what commands print; saving a tiny model must not add a bar to it.
+transformers_logging.disable_progress_bar()
 
 
 @pytest.fixture(scope="session")

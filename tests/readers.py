@@ -26,18 +26,17 @@ import torch
 from safetensors.torch import load, save
 
 import dfrot
-from dfrot.checkpoint.fit_file import read_fit, write_fit
-from dfrot.checkpoint.load import checkpoint_recipe
+from dfrot.checkpoint.hf_quantizer import read_checkpoint
 from dfrot.checkpoint.manifest import is_ours
+from dfrot.checkpoint.reuse import read_fit, write_fit
 from dfrot.checkpoint.writer import opened_writer
 from dfrot.evaluation.record import read_records
 from dfrot.models.gguf import check_structure
 from dfrot.models.source import load_tokenizer, open_safetensors, open_source, read_config, stored_tensors, weight_files
 from dfrot.models.texts import read_text
 from dfrot.pipeline.recipe import Recipe
-from dfrot.report.figures import figures
 from dfrot.report.inspection import read_inspection
-from dfrot.report.page import page
+from dfrot.report.page import figures, page
 from dfrot.runtime.config import RuntimeConfig
 from dfrot.system.errors import SetupError, UserError
 from dfrot.transform.transforms import Transforms
@@ -112,7 +111,7 @@ def readers(scratch: Path) -> dict[str, Reader]:
     return {
         "recipe": Reader(_object(Recipe.from_json), {"o.json": json.dumps(recipe.to_json()).encode()}, _json("o.json")),
         "plan": Reader(
-            _object(RuntimeConfig.from_json), {"o.json": json.dumps(record_of_plan).encode()}, _json("o.json")
+            _object(RuntimeConfig.of_checkpoint), {"o.json": json.dumps(record_of_plan).encode()}, _json("o.json")
         ),
         "config": Reader(read_config, {"config.json": model["config.json"]}, _json("config.json")),
         "index": Reader(weight_files, contents(sharded), _json("model.safetensors.index.json")),
@@ -267,7 +266,7 @@ def _source(folder: Path) -> None:
 
 def _checkpoint(folder: Path) -> None:
     is_ours(folder)
-    checkpoint_recipe(folder)
+    read_checkpoint(folder)
 
 
 def _fit(folder: Path) -> None:

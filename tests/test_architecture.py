@@ -1,21 +1,25 @@
-"""The shape of the house: who imports whom, what an import costs, what the README shows."""
+"""The shape of the house: who imports whom, who asks for whose type, how large it is, what an import costs."""
 
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import dfrot
+from dfrot.methods import METHODS
+from dfrot.rounding import ROUNDINGS
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "dfrot"
-# A module may import from its own floor's packages only itself, and anything from the floors below.
+# A module may import from its own folder, and from the folders of the floors below.
 FLOORS = [
-    {"system", "version", "linalg", "quant"},
+    {"system", "version"},
+    {"linalg", "quant"},
     {"kernels"},
     {"models"},
     {"transform", "runtime"},
-    {"methods", "rounding", "checkpoint"},
+    {"methods", "rounding", "checkpoint", "fused"},
     {"pipeline"},
     {"evaluation"},
     {"inspect"},
@@ -24,38 +28,73 @@ FLOORS = [
     {"cli", "__init__"},
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
-# Neighbours on one floor that may be used by the others.
-BASEMENT = {"system", "version"}
+# Paper → checkpoint → model in torch. The other folders are rings around it: they import it, never the reverse.
+CORE = ("linalg", "quant", "models", "transform", "methods", "rounding", "checkpoint", "runtime", "pipeline", "system")
+# Where the core and the whole stand. Both are to fall to 6,500 and 11,000; then the whole grows by whole capabilities
+# only, each of which names its lines in the CHANGELOG.
+CORE_BUDGET = 6_950
+BUDGET = 12_270
 
 
-def imports_of(path: Path) -> set[str]:
-    """The first names below `dfrot` that a file imports."""
+def modules() -> Iterator[tuple[str, Path, ast.Module]]:
+    """Folder (or name, at the top), path and syntax tree of every module but the console script by another name."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        folder = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        if folder != "__main__":
+            yield folder, path, ast.parse(path.read_text())
+
+
+def imports_of(tree: ast.Module) -> set[str]:
+    """The first names below `dfrot` that a module imports, anywhere in it."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module:
             found.add(node.module)
         elif isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
-    found.discard("dfrot.pipeline.recipe")  # holds the options of all papers; until they own them it lies under all
     return {name.split(".")[1] for name in found if name.startswith("dfrot.")}
 
 
 def test_imports_point_down() -> None:
-    wrong = []
-    for path in PACKAGE.rglob("*.py"):
-        own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-        if own == "__main__":  # the console script by another name
-            continue
-        for used in imports_of(path) - BASEMENT - {own}:
-            if FLOOR[used] >= FLOOR[own]:
-                wrong.append(f"{path.relative_to(PACKAGE)} imports dfrot.{used}")
+    wrong = [
+        f"{path.relative_to(PACKAGE)} imports dfrot.{used}"
+        for own, path, tree in modules()
+        for used in imports_of(tree) - {own}
+        if FLOOR[used] >= FLOOR[own]
+    ]
     assert not wrong
 
 
 def test_linalg_and_quant_know_only_tensors() -> None:
-    for package in ("linalg", "quant"):
-        for path in (PACKAGE / package).glob("*.py"):
-            assert imports_of(path) <= {package, "system"}, path
+    for own, path, tree in modules():
+        if own in ("linalg", "quant"):
+            assert imports_of(tree) <= {own, "system"}, path
+
+
+def test_nobody_asks_which_method_or_rounding_there_is() -> None:
+    """No isinstance, no `type(…)`, no `case Class()` and no comparison with a name, outside of the class's own file."""
+    home = {kind.__name__: kind.__module__ for kind in (*METHODS.values(), *ROUNDINGS.values())}
+    names = {*METHODS, *ROUNDINGS} - {"none", "dfrot"}  # dfrot is the package, too
+    asked = []
+    for _, path, tree in modules():
+        module = f"dfrot.{'.'.join(path.relative_to(PACKAGE).with_suffix('').parts)}"
+        for node in (each for each in ast.walk(tree) if isinstance(each, ast.expr | ast.pattern)):
+            mentioned = set()
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("isinstance", "issubclass"):
+                mentioned = {each.id for each in ast.walk(node.args[1]) if isinstance(each, ast.Name)}
+            elif isinstance(node, ast.MatchClass) and isinstance(node.cls, ast.Name):
+                mentioned = {node.cls.id}
+            elif isinstance(node, ast.Compare):
+                mentioned = {each.id for each in ast.walk(node) if isinstance(each, ast.Name)}
+                words = {each.value for each in ast.walk(node) if isinstance(each, ast.Constant)}
+                own = {name for name, kind in {**METHODS, **ROUNDINGS}.items() if kind.__module__ == module}
+                # DuQuant's option `base` names QuaRot
+                if words & names - own and module != "dfrot.methods.duquant":
+                    asked.append(f"{module}, line {node.lineno}: {sorted(map(str, words & names))}")
+            asked += [
+                f"{module}, line {node.lineno}: {name}" for name in mentioned & home.keys() if home[name] != module
+            ]
+    assert not asked
 
 
 def test_importing_dfrot_loads_no_optional_package_and_touches_no_device() -> None:
@@ -78,9 +117,9 @@ def test_the_public_names_fit_a_phone_screen() -> None:
 
 
 def test_contributing_shows_every_module() -> None:
-    readme = (ROOT / "CONTRIBUTING.md").read_text()
-    modules = {path.name for path in PACKAGE.rglob("*.py")} - {"__init__.py", "__main__.py"}
-    assert not {name for name in modules if f" {name}" not in readme}
+    contributing = (ROOT / "CONTRIBUTING.md").read_text()
+    names = {path.name for path in PACKAGE.rglob("*.py")} - {"__init__.py", "__main__.py"}
+    assert not {name for name in names if f" {name}" not in contributing}
 
 
 def test_no_file_is_named_after_helpfulness() -> None:
@@ -88,13 +127,17 @@ def test_no_file_is_named_after_helpfulness() -> None:
     assert not names & {"utils", "util", "helpers", "misc", "common"}
 
 
-CORE = ("linalg", "quant", "models", "transform", "methods", "rounding", "checkpoint", "runtime", "pipeline", "system")
+def test_four_files_stand_outside_of_folders() -> None:
+    assert {path.name for path in PACKAGE.glob("*.py")} == {"__init__.py", "__main__.py", "cli.py", "version.py"}
 
 
 def lines(*folders: str) -> int:
     return sum(len(path.read_text().splitlines()) for folder in folders for path in (PACKAGE / folder).rglob("*.py"))
 
 
-def test_the_line_budget_is_kept() -> None:
-    assert lines(*CORE) <= 7_400
-    assert lines(".") <= 13_100
+def test_the_core_keeps_its_line_budget() -> None:
+    assert lines(*CORE) <= CORE_BUDGET
+
+
+def test_the_whole_keeps_its_line_budget() -> None:
+    assert lines(".") <= BUDGET

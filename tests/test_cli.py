@@ -13,6 +13,7 @@ import pytest
 from dfrot.cli import main
 from dfrot.evaluation.bench import SHAPES
 from dfrot.models.families import GRAPHS
+from dfrot.system.files import RUN_FILE
 
 Tiny = Callable[[str], Path]
 
@@ -161,8 +162,9 @@ def test_interrupting_says_how_to_resume_and_resuming_finishes(tiny: Tiny, tmp_p
     )
     words = ["quantize", str(tiny("llama")), "-o", str(tmp_path / "out"), "--method", "quarot", "--weights", "rtn"]
     process = subprocess.Popen([sys.executable, "-c", pause, *words], stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while not list((tmp_path / "out").glob("model-00001-*")) and time.monotonic() < deadline:
+    deadline, manifest = time.monotonic() + 60, tmp_path / "out" / RUN_FILE
+    # the shard has its name before the manifest lists it; interrupted in between it would be made again, with a warning
+    while not (manifest.is_file() and "model-00001" in manifest.read_text()) and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)

@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import dfrot
-from dfrot.checkpoint.fit_file import read_fit, write_fit
 from dfrot.checkpoint.manifest import FIT_FILE
+from dfrot.checkpoint.reuse import read_fit, write_fit
 from dfrot.checkpoint.writer import opened_writer
 from dfrot.cli import main
 from dfrot.linalg.hadamard import is_hadamard_size, require_hadamard_size
@@ -341,7 +341,10 @@ def test_nan_in_a_checkpoint_is_named(checkpoint: Path) -> None:
 
 
 def test_a_plan_for_another_model_is_refused(checkpoint: Path) -> None:
-    edit(checkpoint / "config.json", lambda c: c["quantization_config"]["blocks"].update({"mlp.down_proj": [7, 2]}))
+    edit(
+        checkpoint / "config.json",
+        lambda c: c["quantization_config"]["runtime"]["rotation_blocks"].update({"mlp.down_proj": [7, 2]}),
+    )
     with pytest.raises(UserError, match=r"'mlp\.down_proj' has no channels that blocks of 7 divide"):
         dfrot.load(checkpoint)
 

@@ -1,4 +1,4 @@
-"""What tests/test_processes.py starts twice with torchrun: the work of one process, and what it found in a file."""
+"""What tests/system/test_distributed.py starts twice with torchrun: one process's work."""
 
 import sys
 from pathlib import Path
@@ -6,13 +6,15 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import dfrot
 from dfrot.linalg.rotation import random_hadamard
-from dfrot.methods.dfrot import PAPER_QUANTIZER, SOLVERS, refine
+from dfrot.methods.dfrot import alternate
+from dfrot.methods.rangerot import descend
+from dfrot.methods.refinement import PAPER_QUANTIZER, refine
 from dfrot.methods.sample import Sample
-from dfrot.rounding.stream import BlockTask
+from dfrot.rounding.stream import CalibrationStream
 from dfrot.system.distributed import SINGLE_PROCESS, ProcessGroup
 
 STEPS = 10
@@ -26,7 +28,7 @@ def refined(processes: ProcessGroup) -> dict[str, Tensor]:
     sample = Sample(x, torch.arange(301) < 5, torch.ones(301, dtype=torch.float64), [])
     start = random_hadamard(32, torch.Generator().manual_seed(1))
     found = {}
-    for name, solver in SOLVERS.items():
+    for name, solver in {"descent": descend, "procrustes": alternate}.items():
         log: list[dict[str, float]] = []
         rotation = refine(start, sample, PAPER_QUANTIZER, 10.0, solver, STEPS, log.append, processes)
         found[name] = rotation.as_matrix()
@@ -39,19 +41,19 @@ def hessians(
 ) -> dict[str, Tensor]:
     """The Hessians of a run, in the order in which they were needed."""
     found: dict[str, Tensor] = {}
-    original = BlockTask.hessian
+    original = CalibrationStream.hessian
 
-    def watched(task: BlockTask, linear: str) -> Tensor:
-        hessian = original(task, linear)
-        found[f"{task.index}.{linear}"] = hessian.clone()
+    def watched(stream: CalibrationStream, index: int, block: nn.Module, linear: str) -> Tensor:
+        hessian = original(stream, index, block, linear)
+        found[f"{index}.{linear}"] = hessian.clone()
         return hessian
 
     words: dict[str, Any] = {"calib": text, "calib_tokens": 120, "calib_seq_len": 24}  # five sequences
-    BlockTask.hessian = watched  # type: ignore[assignment, method-assign]
+    CalibrationStream.hessian = watched  # type: ignore[assignment, method-assign]
     try:
         dfrot.quantize(model, dfrot.Recipe.parse("quarot", "gptq", dtype=dtype, **words), out, processes=processes)
     finally:
-        BlockTask.hessian = original  # type: ignore[method-assign]
+        CalibrationStream.hessian = original  # type: ignore[method-assign]
     return found
 
 

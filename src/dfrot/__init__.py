@@ -3,16 +3,17 @@
 from dfrot.version import __version__
 
 # isort: split
+import dfrot.fused  # noqa: F401 — turns the fused blocks on
 from dfrot.checkpoint.load import load
 from dfrot.evaluation.perplexity import perplexity
 from dfrot.pipeline.recipe import Recipe
-from dfrot.pipeline.run import Report, quantize
+from dfrot.pipeline.run import QuantizeResult, quantize
 from dfrot.quant.spec import Spec
 from dfrot.system.errors import SetupError, UserError
 
 __all__ = [
+    "QuantizeResult",
     "Recipe",
-    "Report",
     "SetupError",
     "Spec",
     "UserError",

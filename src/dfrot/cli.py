@@ -1,143 +1,119 @@
 """The command line: parse, call one library function, print.
 
-What only one command needs is imported inside it.
+A command is a dataclass: its fields are the flags, the text below a field is its help. `quantize` collects the options
+of methods, roundings and presets from their classes. What one command alone needs is imported when it runs.
 """
 
+import dataclasses
 import json
 import os
 import shlex
 import signal
-import statistics
 import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from dfrot.evaluation.record import model_size
+from dfrot.evaluation.run import Measurement, evaluate
+from dfrot.methods import METHODS
+from dfrot.models.source import open_source
+from dfrot.pipeline.estimate import Estimate
+from dfrot.pipeline.recipe import Recipe
+from dfrot.pipeline.run import quantize
+from dfrot.quant.spec import PRESETS, Preset
+from dfrot.rounding import ROUNDINGS
+from dfrot.system.distributed import ProcessGroup
 from dfrot.system.errors import SetupError, UserError
 from dfrot.system.memory import keep_freed_memory, parse_size
+from dfrot.system.options import Options
+from dfrot.system.progress import silence
+from dfrot.transform.invariance import InvarianceError
 from dfrot.version import __version__
-
-if TYPE_CHECKING:
-    from dfrot.evaluation.run import Measurement
-    from dfrot.pipeline.recipe import Recipe
-    from dfrot.system.distributed import ProcessGroup
 
 out = Console()
 err = Console(stderr=True)
 
+
+def _comma_separated(given: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in given.split(",") if word.strip())
+
+
+# Flags of several commands. tyro takes the first of a flag's metavars, helps and so on that it meets.
 Model = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-Checkpoint = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CKPT")]
+Source = Annotated[
+    Model, tyro.conf.arg(help="Hub id, directory with safetensors weights, .gguf file, or smollm2-135m.")
+]
+Checkpoint = Annotated[
+    Path, tyro.conf.Positional, tyro.conf.arg(metavar="CKPT", help="Directory written by `dfrot quantize`.")
+]
+Out = Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+Device = Annotated[str, tyro.conf.arg(help="Where to compute: cpu, cuda.")]
+Devices = Annotated[str, tyro.conf.arg(help="Where to compute: cpu, cuda, or auto to spread the model over all GPUs.")]
+Seed = Annotated[int, tyro.conf.arg(help="Of everything random.")]
+Calib = Annotated[str, tyro.conf.arg(help="Calibration text: wikitext2, c4, pydoc, or a path.")]
+CalibTokens = Annotated[
+    int | None,
+    tyro.conf.arg(help="Calibration tokens in total (default 65536 where weights are fitted to them, else 2048)."),
+]
+Words = Annotated[
+    tuple[str, ...],
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="A,B,…",
+        instance_from_str=lambda given: _comma_separated(given[0]),
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda words: [",".join(words)],
+    ),
+]
 
 
 @dataclass(frozen=True)
-class Quantize:
+class _Quantize:
     """Rotate and quantize a model into a checkpoint."""
 
-    model: Model
-    """Hub id, directory with safetensors weights, .gguf file, or smollm2-135m."""
-    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    model: Source
+    out: Out
     """Checkpoint directory to make."""
-    method: Literal["none", "quarot", "dfrot", "duquant"] = "dfrot"
+    method: Literal[tuple(METHODS)] = "rangerot"  # type: ignore[valid-type]
     """Which rotations."""
-    weights: Literal["rtn", "gptq", "lwc"] | None = None
+    weights: Literal[tuple(ROUNDINGS)] | None = None  # type: ignore[valid-type]
     """How weights are rounded (default gptq below 8 bits, else rtn)."""
     spec: str = "w4a4kv4"
     """w<bits>[g<group>]a<bits>kv<bits>; 16 leaves alone."""
-    preset: Literal["paper", "deploy", "duquant"] = "paper"
-    """Symmetry and clip ratios: DFRot's command, what stock servers compute, or DuQuant's command."""
-    calib: str = "wikitext2"
-    """Calibration text: wikitext2, c4, pydoc, or a path."""
-    calib_tokens: int | None = None
-    """Calibration tokens in total (default 65536 where weights are fitted to them, else 2048)."""
+    preset: Literal[tuple(PRESETS)] = "paper"  # type: ignore[valid-type]
+    """Symmetry and clip ratios: the papers', what stock servers compute, or DuQuant's command."""
+    calib: Calib = "wikitext2"
+    calib_tokens: CalibTokens = None
     calib_seq_len: int | None = None
-    """Tokens of one calibration sample (default 2048, or calib-tokens if fewer)."""
-    seed: int = 0
-    """Of everything random."""
+    """Tokens of one calibration sequence (default 2048, or calib-tokens if fewer)."""
+    seed: Seed = 0
     dtype: Literal["auto", "float16", "bfloat16", "float32", "float64"] = "auto"
-    """Of what is left unquantized (auto: the model's own; float16 beside quantized weights if that is wider)."""
-    rotation: Literal["hadamard", "orthogonal"] | None = None
-    """quarot, dfrot: R1, or its start, is a randomized Hadamard (default) or random orthogonal matrix."""
-    head_mixing: bool | None = None
-    """quarot: also mix the heads online before o_proj."""
-    online: bool | None = None
-    """quarot, dfrot: also rotate while the model runs (R3, R4; default); without, all is folded, for other engines."""
-    gamma: float | Literal["auto"] | None = None
-    """dfrot: weight of tokens with massive activations (default auto; 100 with the paper's objective)."""
-    steps: int | None = None
-    """dfrot: refinement steps at most (default 100)."""
-    objective: Literal["recipe", "paper"] | None = None
-    """dfrot: refine for the recipe's activation quantizer (default), or exactly as the paper does."""
-    solver: Literal["descent", "procrustes"] | None = None
-    """dfrot: descent on ranges (default), or the paper's alternation."""
-    massive: Literal["relative", "rotation"] | None = None
-    """dfrot: rule for massive tokens: small relative error (default), or error raised by a random rotation."""
-    samples: int | None = None
-    """dfrot: calibration samples that the rotation is refined on (default 1)."""
-    block: int | None = None
-    """duquant: size of the rotated blocks (default 128, or the largest power of two that divides)."""
-    greedy_steps: int | None = None
-    """duquant: steps of the search for a rotation (default 256)."""
-    permutations: int | None = None
-    """duquant: how often channels are permuted and rotated again (default 1)."""
-    order: Literal["zigzag", "random", "none"] | None = None
-    """duquant: how channels are dealt to the blocks in between (default zigzag)."""
-    smooth: bool | None = None
-    """duquant: smooth first (default yes)."""
-    alpha: float | None = None
-    """duquant: strength of smoothing (default 0.6; with lwc 0.5)."""
-    base: Literal["none", "quarot"] | None = None
-    """duquant: rotate the model as it is (default), or on top of QuaRot's folded rotations."""
-    act_order: bool | None = None
-    """gptq: quantize the columns with the largest inputs first (default yes)."""
-    damping: float | None = None
-    """gptq: share of the Hessian's mean diagonal that is added to it (default 0.01)."""
-    epochs: int | None = None
-    """lwc: passes over the calibration text for every block (default 20)."""
-    learning_rate: float | None = None
-    """lwc: of Adam, at the start (default 0.05)."""
-    weight_symmetric: bool | None = None
-    """Override the preset."""
-    weight_clip: float | Literal["search"] | None = None
-    """Override the preset's clip ratio of weights (paper, deploy: searched for; duquant: 0.8)."""
-    act_symmetric: bool | None = None
-    """Override the preset."""
-    act_clip: float | None = None
-    """Override the preset's clip ratio of activations."""
-    kv_clip: float | None = None
-    """Override the preset's clip ratio of keys, values and queries."""
-    value_clip: float | None = None
-    """Override the preset's clip ratio of values."""
-    quantize_queries: bool | None = None
-    """Override the preset: whether queries are quantized on the grid of the keys."""
-    device: str = "cpu"
-    """Where to compute: cpu, cuda."""
+    """Of unquantized tensors (auto: the model's own; float16 beside quantized weights if that is wider)."""
+    device: Device = "cpu"
     resume: bool = False
     """Continue an interrupted run."""
     overwrite: bool = False
     """Replace a checkpoint that is there."""
     memory: str | None = None
-    """Memory that may be taken, such as 8GB (default: what is available); what exceeds it goes to disk, if it can."""
-    plan: bool = False
-    """Only say what is expected: memory, disk, time."""
+    """Memory that may be taken, such as 8GB (default: what is available); hidden states beyond it go to disk."""
+    dry_run: Annotated[bool, tyro.conf.arg(aliases=["--plan"])] = False
+    """Only print what is expected: memory and disk."""
 
-    def recipe(self) -> "Recipe":
-        from dfrot.pipeline.recipe import Recipe
-
-        given = {name: value for name, value in vars(self).items()}
-        for name in ("model", "out", "device", "resume", "overwrite", "memory", "plan"):
-            del given[name]
-        return Recipe.parse(**given)
+    def recipe(self) -> Recipe:
+        """From everything given except where to write and how to run."""
+        about_the_run = ("model", "out", "device", "resume", "overwrite", "memory", "dry_run")
+        fields = [field for field in dataclasses.fields(self) if field.name not in about_the_run]
+        given = {field.name: getattr(self, field.name) for field in fields}
+        return Recipe.parse(**{field.name: given[field.name] for field in fields if given[field.name] != field.default})
 
     def run(self) -> None:
-        from dfrot.system.distributed import ProcessGroup
-        from dfrot.system.progress import silence
-
         processes = ProcessGroup.of()
         device = processes.device(self.device)
         if not processes.is_main:
@@ -146,90 +122,71 @@ class Quantize:
         with processes.joined(device):
             self._run(processes, device)
 
-    def _run(self, processes: "ProcessGroup", device: str) -> None:
-        from dfrot.models.source import open_source
-        from dfrot.pipeline.estimate import Estimate
-
-        recipe = self.recipe()
-        memory = None if self.memory is None else parse_size(self.memory)
+    def _run(self, processes: ProcessGroup, device: str) -> None:
+        recipe, memory = self.recipe(), _bytes(self.memory)
         expected = Estimate.of(open_source(self.model), recipe, memory, processes)
         if expected.tight:
             keep_freed_memory(largest=1 << 27)  # half the peak for twice the time, as measured
-        if self.plan:
+        if self.dry_run:
             out.print(str(expected), highlight=False, soft_wrap=True)
-            expected.require_room(self.out)
-            return
-        from dfrot.evaluation.record import model_size
-        from dfrot.pipeline.run import quantize
-
-        report = quantize(
-            self.model,
-            recipe,
-            self.out,
-            device=device,
-            resume=self.resume,
-            overwrite=self.overwrite,
-            memory=memory,
-            processes=processes,
-        )
-        size = model_size(report.path)
-        seconds = sum(report.timings_s.values())
+            return expected.require_room(self.out)
+        how = {"device": device, "resume": self.resume, "overwrite": self.overwrite, "memory": memory}
+        result = quantize(self.model, recipe, self.out, **how, processes=processes)  # type: ignore[arg-type]
+        size = model_size(result.path)
         out.print(
-            f"[bold]{report.path}[/bold]: {recipe.method_name} {recipe.weights_name} {recipe.spec}, "
+            f"[bold]{result.path}[/bold]: {recipe.method.name} {recipe.rounding.name} {recipe.spec}, "
             f"{size['weight_bytes'] / 1e6:.1f} MB ({size['unquantized_bytes'] / 1e6:.1f} MB at 16 bits), "
-            f"{size['decoder_bits_per_weight']:.2f} bits per decoder weight, {seconds:.0f} s"
+            f"{size['decoder_bits_per_weight']:.2f} bits per decoder weight, {sum(result.timings_s.values()):.0f} s"
         )
-        if (massive := report.notes.get("massive_tokens")) is not None:
-            where = f", block {massive[0]['block']} position {massive[0]['position']} the first" if massive else ""
-            out.print(f"{len(massive)} norm outputs with massive activations{where}; gamma {report.notes['gamma']:g}")
-        stages = [s for block in report.notes.get("weights_by_block", []) for s in block.get("stages", {}).values()]
-        if ratios := [s["loss"] / s["rtn_loss"] for s in stages if s["loss"] > 0]:
-            kept = statistics.geometric_mean(ratios)
-            out.print(f"gptq leaves {kept:.0%} of the layers' squared error when rounded to nearest (geometric mean)")
-        if raised := [s["damping"] for s in stages if s["damping"] > recipe.weights.damping]:  # type: ignore[union-attr]
-            out.print(
-                f"{len(raised)} Hessians were singular and damped by up to {max(raised):g} of their mean diagonal"
-            )
-        out.print(f"folding changed the model by {report.invariance:.0e} (float64, relative)")
+        out.print(*result.summary(), sep="\n")
+
+
+def _options() -> list[tuple[str, Any, Any]]:
+    """The options of all methods, roundings and presets, as fields with the types and descriptions of their classes."""
+    types: dict[str, Any] = {}
+    owners: dict[str, dict[str, list[str]]] = {}  # name → help → who has it
+    flags: dict[str, bool] = {}  # name → whether every owner's default is off
+    kinds: dict[str, type[Options]] = {**METHODS, **ROUNDINGS, "overrides the preset": Preset}
+    for owner, kind in kinds.items():
+        for field in dataclasses.fields(kind):
+            name, hint = field.name, kind.types()[field.name]
+            types[name] = types.get(name, hint) | hint
+            flags[name] = flags.get(name, True) and field.default is False
+            text = kind.help()[name].rstrip(".")
+            if field.default not in (None, False, dataclasses.MISSING):
+                text += f" (default {field.default})"
+            owners.setdefault(name, {}).setdefault(text, []).append(owner)
+    found = []
+    for name, hint in types.items():
+        texts = " ".join(f"{', '.join(whose)}: {text}." for text, whose in owners[name].items())
+        # None means not given; a switch that is off says as much
+        hint, default = (bool, False) if flags[name] else (hint | None, None)
+        found.append((name, Annotated[hint, tyro.conf.arg(help=texts)], default))
+    return found
+
+
+Quantize: Any = dataclasses.make_dataclass("Quantize", _options(), bases=(_Quantize,), frozen=True)
+Quantize.__doc__ = _Quantize.__doc__
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What is measured, by `eval` and by `compare`."""
+class Measured(Measurement):
+    """The flags of `eval` and `compare`: a measurement that is complete, and checked, once `against` is known."""
 
-    ppl: tuple[str, ...] | None = None
+    texts: Annotated[tuple[str, ...] | None, tyro.conf.arg(name="ppl")] = None  # type: ignore[assignment]
     """Texts for perplexity: wikitext2, c4, pydoc, or paths (default wikitext2, unless there are tasks)."""
-    seq_len: int = 2048
-    """Tokens of one block of a text."""
-    max_tokens: int | None = None
-    """Take the first blocks of this many tokens of each text."""
-    tasks: str | None = None
+    tasks: Words = ()
     """Tasks or groups of lm-eval, joined by commas: piqa,arc_easy,mmlu."""
-    task_path: Path | None = None
-    """A folder with further tasks."""
-    limit: int | None = None
-    """Take the first so many examples of each task."""
-    batch_size: int | None = None
-    """Sequences of a task at a time (default: as many as fit)."""
+    against: tyro.conf.Suppress[str | None] = None
+    """Each command has its own flag for it."""
 
-    massive_unquantized: bool = False
-    """Also perplexity with massive tokens left unquantized, the papers' QuaRot.FP16(); eval needs --against."""
+    def __post_init__(self) -> None:
+        """Leave the checks to `measurement`."""
 
-    def measurement(self, against: str | None) -> "Measurement":
-        from dfrot.evaluation.run import Measurement
-
-        tasks = _words(self.tasks)
-        return Measurement(
-            texts=tuple(map(_located, self.ppl)) if self.ppl is not None else () if tasks else ("wikitext2",),
-            seq_len=self.seq_len,
-            max_tokens=self.max_tokens,
-            against=against,
-            massive_unquantized=self.massive_unquantized,
-            tasks=tasks,
-            task_path=None if self.task_path is None else str(self.task_path.resolve()),
-            limit=self.limit,
-            batch_size=self.batch_size,
-        )
+    def measurement(self, against: str | None) -> Measurement:
+        texts = (() if self.tasks else ("wikitext2",)) if self.texts is None else tuple(map(_absolute, self.texts))
+        folder = None if self.task_path is None else str(Path(self.task_path).resolve())
+        return Measurement(**vars(self) | {"texts": texts, "against": against, "task_path": folder})
 
 
 @dataclass(frozen=True)
@@ -247,18 +204,15 @@ class Eval:
     """Also write the result record to this file."""
     log_to: str | None = None
     """Also log it to a tracker: wandb, trackio, mlflow, tensorboard or another that accelerate knows."""
-    device: str = "cpu"
-    """Where to compute: cpu, cuda, or auto to spread the model over all GPUs."""
+    device: Devices = "cpu"
 
     def run(self) -> None:
-        from dfrot.evaluation.run import evaluate
         from dfrot.evaluation.trackers import log_records
 
         if self.json is not None and not self.json.parent.is_dir():
             raise UserError(f"the directory of --json {self.json} does not exist.")
-        record = evaluate(
-            self.model, self.measured.measurement(self.against), device=self.device, per_token=self.per_token
-        )
+        measurement = self.measured.measurement(self.against)
+        record = evaluate(self.model, measurement, device=self.device, per_token=self.per_token)
         errors = record.conditions.get("standard_errors", {})
         for metric, value in record.metrics.items():
             shown = f"{value:.4f}" if value < 1e5 else f"{value:.3e}"
@@ -273,39 +227,35 @@ class Eval:
 class Compare:
     """Quantize and measure a model by many recipes. Finished trials are kept: the same command goes on."""
 
-    model: Model
-    """Hub id, directory with safetensors weights, .gguf file, or smollm2-135m."""
-    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    model: Source
+    out: Out
     """Folder for results.jsonl and the checkpoints."""
-    methods: str = "none,quarot,dfrot"
+    methods: Words = ("none", "quarot", "dfrot")
     """Methods, joined by commas; RO and RH are quarot with a random orthogonal or a randomized Hadamard matrix."""
-    weights: str = "rtn,gptq"
+    weights: Words = ("rtn", "gptq")
     """Weight quantizers, joined by commas."""
-    specs: str = "w4a4kv4"
+    specs: Words = ("w4a4kv4",)
     """Specs, joined by commas."""
-    seeds: str = "0"
+    seeds: Words = ("0",)
     """Seeds, joined by commas."""
     preset: Literal["auto", "paper", "deploy", "duquant"] = "auto"
     """Symmetry and clip ratios (auto: duquant for the method of that name, else paper)."""
-    calib: str = "wikitext2"
-    """Calibration text: wikitext2, c4, pydoc, or a path."""
-    calib_tokens: int | None = None
-    """Calibration tokens in total (default 65536 where weights are fitted to them, else 2048)."""
+    calib: Calib = "wikitext2"
+    calib_tokens: CalibTokens = None
     unquantized: bool = True
-    """Also measure the model as it is."""
+    """Also measure the unquantized model."""
     measured: Annotated[Measured, tyro.conf.arg(name="")] = Measured()
     divergence: bool = False
     """Also KL divergence from the unquantized model's predictions, and top-1 agreement with them."""
     jobs: int = 1
-    """Trials at a time, each in a process of its own."""
+    """Trials at a time, each in a separate process."""
     threads: int | None = None
     """Threads of each (default: the cores divided among the jobs)."""
     ray: str | None = None
     """Address of a Ray cluster that takes the trials in place of jobs; auto for the one that runs here."""
     memory: str | None = None
     """Memory that quantizing may take, such as 8GB, divided among the jobs (default: what is available)."""
-    device: str = "cpu"
-    """Where to compute: cpu, cuda."""
+    device: Device = "cpu"
     log_to: str | None = None
     """Also log the records to a tracker: wandb, trackio, mlflow, tensorboard or another that accelerate knows."""
 
@@ -314,28 +264,17 @@ class Compare:
         from dfrot.compare.trials import compare
         from dfrot.evaluation.trackers import log_records
 
+        calibration = {"calib": _absolute(self.calib), "calib_tokens": self.calib_tokens}
+        words = self.methods, self.weights, self.specs, self.seeds
         trials: list[Recipe | None] = [None] if self.unquantized else []
-        trials += recipes(
-            *map(_words, (self.methods, self.weights, self.specs, self.seeds)),
-            preset=self.preset,
-            calib=_located(self.calib),
-            calib_tokens=self.calib_tokens,
-        )
-        model = _located(self.model)
+        trials += recipes(*words, preset=self.preset, **calibration)  # type: ignore[arg-type]
+        model = _absolute(self.model)
         against = model if self.divergence or self.measured.massive_unquantized else None
+        how: Any = {name: getattr(self, name) for name in ("device", "jobs", "threads", "ray")}
+        how["memory"] = _bytes(self.memory)
         with LiveTable(trials, out) as table:
-            records = compare(
-                model,
-                trials,
-                self.measured.measurement(against),
-                self.out,
-                device=self.device,
-                jobs=self.jobs,
-                threads=self.threads,
-                ray=self.ray,
-                memory=None if self.memory is None else parse_size(self.memory),
-                on_trial=table.on_trial,
-            )
+            measurement = self.measured.measurement(against)
+            records = compare(model, trials, measurement, self.out, on_trial=table.on_trial, **how)
         if self.log_to is not None:
             log_records(records, self.log_to)
         if len(records) < len(trials):
@@ -348,7 +287,7 @@ class Inspect:
 
     model: Model
     """Hub id, directory with safetensors weights, .gguf file, or smollm2-135m; not a checkpoint."""
-    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    out: Out
     """Directory for inspect.json and inspect.safetensors."""
     rotations: tuple[Literal["none", "RO", "RH", "dfrot", "duquant"], ...] = ("none", "RO", "RH", "dfrot", "duquant")
     """What is compared: no rotation, random orthogonal, randomized Hadamard, refined, DuQuant."""
@@ -360,10 +299,8 @@ class Inspect:
     """w<bits>[g<group>]a<bits>kv<bits>."""
     preset: Literal["paper", "deploy", "duquant"] = "paper"
     """Symmetry and clip ratios."""
-    seed: int = 0
-    """Of everything random."""
-    device: str = "cpu"
-    """Where to compute: cpu, cuda."""
+    seed: Seed = 0
+    device: Device = "cpu"
 
     def run(self) -> None:
         from dfrot.inspect.inspect import inspect
@@ -396,10 +333,9 @@ class Export:
     """Write a checkpoint for another engine."""
 
     checkpoint: Checkpoint
-    """Directory written by `dfrot quantize`."""
     to: Literal["huggingface", "vllm", "gguf"]
     """huggingface: plain weights, without dfrot; vllm: compressed-tensors; gguf: a file for llama.cpp."""
-    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    out: Out
     """Directory to make; for gguf a file."""
     device: Literal["cpu", "cuda"] | None = None
     """vllm: where it is to run (default cpu); the two do not run the same."""
@@ -413,15 +349,8 @@ class Export:
     def run(self) -> None:
         from dfrot.export import export
 
-        different = export(
-            self.checkpoint,
-            self.to,
-            self.out,
-            device=self.device,
-            plugin=self.plugin or None,
-            tensor_parallel=self.tensor_parallel,
-            kind=self.type,
-        )
+        options = {"device": self.device, "tensor_parallel": self.tensor_parallel, "kind": self.type}
+        different = export(self.checkpoint, self.to, self.out, plugin=self.plugin or None, **options)
         out.print(f"[bold]{self.out}[/bold]", soft_wrap=True)
         for sentence in different:
             out.print(f"different there: {sentence}", soft_wrap=True, markup=False)
@@ -432,7 +361,6 @@ class Push:
     """Upload a checkpoint to the Hub, with a model card."""
 
     checkpoint: Checkpoint
-    """Directory written by `dfrot quantize`."""
     repository: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OWNER/NAME")]
     """Where to: made if it is not there."""
     results: tuple[Path, ...] = ()
@@ -451,10 +379,8 @@ class Push:
         if self.card:
             print(model_card(self.checkpoint, self.repository, records, self.base_model), end="")
             return
-        address = push(
-            self.checkpoint, self.repository, records=records, base_model=self.base_model, private=self.private
-        )
-        out.print(address, soft_wrap=True)
+        card = {"records": records, "base_model": self.base_model}
+        out.print(push(self.checkpoint, self.repository, private=self.private, **card), soft_wrap=True)
 
 
 @dataclass(frozen=True)
@@ -471,8 +397,7 @@ class Generate:
     """Sample instead of taking the likeliest token."""
     seed: int = 0
     """Of sampling."""
-    device: str = "cpu"
-    """Where to compute: cpu, cuda, or auto to spread the model over all GPUs."""
+    device: Devices = "cpu"
 
     def run(self) -> None:
         import torch
@@ -487,13 +412,8 @@ class Generate:
         if inputs.input_ids.shape[1] == 0:
             raise UserError("the prompt has no tokens. Give some text to continue.")
         torch.manual_seed(self.seed)
-        model.generate(
-            **inputs,
-            max_new_tokens=self.max_new_tokens,
-            do_sample=self.sample,
-            streamer=TextStreamer(tokenizer),
-            pad_token_id=tokenizer.eos_token_id,
-        )
+        settings = {"max_new_tokens": self.max_new_tokens, "do_sample": self.sample}
+        model.generate(**inputs, **settings, streamer=TextStreamer(tokenizer), pad_token_id=tokenizer.eos_token_id)
 
 
 @dataclass(frozen=True)
@@ -526,38 +446,19 @@ class Bench:
     def run(self) -> None:
         import torch
 
-        from dfrot.evaluation.bench import bench, bench_shape
-        from dfrot.pipeline.recipe import Recipe
+        from dfrot.evaluation.bench import bench, bench_shape, described
 
         if (self.checkpoint is None) == (self.shape is None):
             raise UserError("bench takes a checkpoint, or --shape.")
         if self.threads is not None:
             torch.set_num_threads(self.threads)
-        words: dict[str, Any] = {
-            "baselines": self.baseline,
-            "dtype": self.dtype,
-            "prompt": self.prompt,
-            "new_tokens": self.new_tokens,
-            "rounds": self.rounds,
-        }
+        settings = {name: getattr(self, name) for name in ("dtype", "prompt", "new_tokens", "rounds")}
+        settings["baselines"] = self.baseline
         if self.shape is not None:
-            result = bench_shape(self.shape, Recipe.parse("quarot", "rtn", self.spec), **words)
+            result = bench_shape(self.shape, Recipe.parse("quarot", "rtn", self.spec), **settings)
         else:
-            result = bench(str(self.checkpoint), self.source, **words)
-        table = Table("", "prefill tokens/s", "decode tokens/s", "first token s", "decoder MB", "cache MB")
-        rows = {"checkpoint": result["checkpoint"], **result["baselines"]}
-        for name, timed in rows.items():
-            prefill, decode = (statistics.median(timed[key]) for key in ("prefill_s", "decode_s"))
-            speeds = (f"{self.prompt / prefill:.0f}", f"{1 / decode:.1f}", f"{prefill:.3f}")
-            table.add_row(name, *speeds, *(f"{timed[key] / 1e6:.1f}" for key in ("decoder_bytes", "kv_bytes")))
-        out.print(table)
-        for name, ratios in result["ratios"].items():
-            out.print(
-                f"against {name}: prefill {ratios['prefill']:.2f} times as fast, decode {ratios['decode']:.2f} times; "
-                f"decoder weights {ratios['decoder_bytes']:.3f} and cache {ratios['kv_bytes']:.3f} of the memory"
-            )
-        conditions = result["conditions"]
-        out.print(f"{conditions['backend']}, {conditions['threads']} threads, {conditions['machine']}")
+            result = bench(str(self.checkpoint), self.source, **settings)
+        out.print(*described(result), sep="\n")
         if self.json is not None:
             self.json.write_text(json.dumps(result, indent=2) + "\n")
 
@@ -567,18 +468,15 @@ class Info:
     """Say what a checkpoint is, and what computes here."""
 
     checkpoint: Checkpoint
-    """Directory written by `dfrot quantize`."""
 
     def run(self) -> None:
-        from dfrot.checkpoint.load import checkpoint_recipe
-        from dfrot.evaluation.record import model_size
+        from dfrot.checkpoint.hf_quantizer import read_checkpoint
         from dfrot.kernels.library import backend
 
-        recipe = checkpoint_recipe(self.checkpoint)
-        if recipe is None:
+        if (checkpoint := read_checkpoint(self.checkpoint)) is None:
             raise UserError(f"{self.checkpoint} is a model, but not a dfrot checkpoint: it is not quantized.")
         size = model_size(self.checkpoint)
-        out.print_json(json.dumps({"recipe": recipe.to_json(), "size": size, "backend": backend()}))
+        out.print_json(json.dumps({"recipe": checkpoint.recipe, "size": size, "backend": backend()}))
 
 
 @dataclass(frozen=True)
@@ -595,17 +493,8 @@ class Models:
 
 
 COMMANDS = {
-    "quantize": Quantize,
-    "eval": Eval,
-    "compare": Compare,
-    "inspect": Inspect,
-    "report": Report,
-    "export": Export,
-    "push": Push,
-    "generate": Generate,
-    "bench": Bench,
-    "info": Info,
-    "models": Models,
+    kind.__name__.lower(): kind
+    for kind in (Quantize, Eval, Compare, Inspect, Report, Export, Push, Generate, Bench, Info, Models)
 }
 
 
@@ -620,23 +509,19 @@ def main(arguments: list[str] | None = None) -> int:
     keep_freed_memory()
     warnings.showwarning = _show_warning  # type: ignore[assignment]
     command: Any = tyro.extras.subcommand_cli_from_dict(
-        COMMANDS,  # type: ignore[arg-type]
+        COMMANDS,
         prog="dfrot",
         args=arguments,
         description="Run large language models in 4 bits and keep their quality. --debug shows tracebacks.",
     )
     try:
-        _check_processes(command)
+        if not isinstance(command, Quantize) and (count := ProcessGroup.of().count) > 1:
+            raise UserError(f"only `dfrot quantize` can be shared by processes; torchrun has started {count}.")
         command.run()
-    except (UserError, SetupError) as error:
-        if debug:
-            raise
-        _complain(str(error))
-        return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
         hint = ""
         if isinstance(command, Compare):
-            hint = " Finished cells are kept: the same command goes on."
+            hint = " Finished trials are kept: the same command goes on."
         elif isinstance(command, Quantize) and command.out.is_dir():
             words = [word for word in arguments if word not in ("--overwrite", "--resume")]
             hint = f" Finished blocks are kept; this continues:\n{shlex.join(['dfrot', *words, '--resume'])}"
@@ -645,38 +530,31 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # `dfrot … | head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except OSError as error:
+    except (UserError, SetupError, InvarianceError, OSError) as error:
         if debug:
             raise
         _complain(str(error))
-        return 1
+        return 2 if isinstance(error, UserError) else 1
     return 0
 
 
-def _check_processes(command: Any) -> None:
-    from dfrot.system.distributed import ProcessGroup
-
-    if not isinstance(command, Quantize) and (count := ProcessGroup.of().count) > 1:
-        raise UserError(f"`dfrot quantize` is what several processes can share; torchrun has started {count}.")
+def _bytes(memory: str | None) -> int | None:
+    return None if memory is None else parse_size(memory)
 
 
-def _located(name: str) -> str:
-    """A path as it is called from everywhere; a name that is none as it is."""
+def _absolute(name: str) -> str:
+    """The absolute path of a file that exists; other names unchanged."""
     path = Path(name).expanduser()
     return str(path.resolve()) if path.exists() else name
 
 
-def _words(joined: str | None) -> tuple[str, ...]:
-    """The words of an option that are joined by commas."""
-    return tuple(word.strip() for word in (joined or "").split(",") if word.strip())
-
-
-def _complain(message: str) -> None:
-    err.print(Text("dfrot: ", style="bold red").append(Text(message, style="none")), soft_wrap=True)
+def _complain(message: str, kind: str = "", colour: str = "red") -> None:
+    text = Text("dfrot: ", style=f"bold {colour}").append(Text(kind + message, style="none"))
+    err.print(text, soft_wrap=True)
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
-    err.print(Text("dfrot: ", style="bold yellow").append(Text(f"warning: {message}", style="none")), soft_wrap=True)
+    _complain(str(message), "warning: ", "yellow")
 
 
 def run() -> None:

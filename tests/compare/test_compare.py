@@ -20,7 +20,7 @@ import pytest
 from rich.console import Console
 
 import dfrot
-from dfrot.checkpoint.load import checkpoint_recipe
+from dfrot.checkpoint.hf_quantizer import read_checkpoint
 from dfrot.compare import trials
 from dfrot.compare.published import is_recipe, published
 from dfrot.compare.table import LiveTable, recipes
@@ -28,12 +28,12 @@ from dfrot.compare.trials import Trial, compare
 from dfrot.evaluation.record import Record, read_records
 from dfrot.evaluation.run import Measurement
 from dfrot.inspect.inspect import inspect
-from dfrot.methods.method import Context
+from dfrot.methods.dfrot import DFRot
+from dfrot.methods.method import Fit, FitContext
 from dfrot.pipeline import run as pipeline
 from dfrot.pipeline.recipe import Recipe
 from dfrot.report import report
 from dfrot.system.errors import SetupError, UserError
-from dfrot.transform.transforms import Transforms
 from dfrot.version import __version__
 from tests.browser import Visit, in_browser
 
@@ -191,14 +191,14 @@ def test_a_ray_cluster_of_two_workers_gives_identical_numbers(
 def test_rotations_are_fitted_once_for_all_weight_quantizers_and_caches(
     tiny: Tiny, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fitted: list[Recipe] = []
-    method = pipeline.METHODS["dfrot"]
+    fitted: list[DFRot] = []
+    fit = DFRot.fit
 
-    def counted(context: Context) -> Transforms:
-        fitted.append(context.recipe)
-        return method(context)
+    def counted(method: DFRot, on: FitContext) -> Fit:
+        fitted.append(method)
+        return fit(method, on)
 
-    monkeypatch.setitem(pipeline.METHODS, "dfrot", counted)
+    monkeypatch.setattr(DFRot, "fit", counted)
     words: dict[str, Any] = {"calib": str(text_file), "calib_seq_len": 32, "gamma": 10.0, "steps": 3}
     made = [
         Recipe.parse("dfrot", weights, spec, calib_tokens=tokens, **words)
@@ -210,7 +210,7 @@ def test_rotations_are_fitted_once_for_all_weight_quantizers_and_caches(
         )
     ]
     for number, recipe in enumerate(made):
-        dfrot.quantize(tiny("qwen3"), recipe, tmp_path / f"shared{number}", share=tmp_path / "shared")
+        dfrot.quantize(tiny("qwen3"), recipe, tmp_path / f"shared{number}", reuse_dir=tmp_path / "shared")
     assert len(fitted) == 1
     for number, recipe in enumerate(made):  # sharing changes nothing
         dfrot.quantize(tiny("qwen3"), recipe, tmp_path / f"alone{number}")
@@ -218,7 +218,7 @@ def test_rotations_are_fitted_once_for_all_weight_quantizers_and_caches(
             assert file.read_bytes() == (tmp_path / f"shared{number}" / file.name).read_bytes(), file.name
     assert len(fitted) == 5
     other = Recipe.parse("dfrot", "rtn", "w4a8kv4", calib_tokens=32, **words)  # fitted to another grid
-    dfrot.quantize(tiny("qwen3"), other, tmp_path / "other", share=tmp_path / "shared")
+    dfrot.quantize(tiny("qwen3"), other, tmp_path / "other", reuse_dir=tmp_path / "shared")
     assert len(fitted) == 6
 
 
@@ -226,20 +226,22 @@ def test_blocks_are_quantized_once_for_recipes_that_differ_in_the_cache_alone(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = [Recipe.parse("quarot", "rtn", spec) for spec in ("w4a4kv4", "w4a4kv16", "w4a4kv8")]
-    dfrot.quantize(tiny("llama"), made[0], tmp_path / "0", share=tmp_path / "shared")
+    dfrot.quantize(tiny("llama"), made[0], tmp_path / "0", reuse_dir=tmp_path / "shared")
     monkeypatch.setattr(pipeline, "quantize_block", None)  # would be called, and cannot be
     for number in (1, 2):
-        dfrot.quantize(tiny("llama"), made[number], tmp_path / str(number), share=tmp_path / "shared")
+        dfrot.quantize(tiny("llama"), made[number], tmp_path / str(number), reuse_dir=tmp_path / "shared")
         for shard in (tmp_path / "0").glob("*.safetensors"):
             assert shard.samefile(tmp_path / str(number) / shard.name)
-        assert checkpoint_recipe(tmp_path / str(number)) == made[number]
+        found = read_checkpoint(tmp_path / str(number))
+        assert found is not None
+        assert found.recipe == made[number].to_json()
         dfrot.load(tmp_path / str(number))
 
 
 def test_every_combination_is_tried_once() -> None:
     made = recipes(("none", "duquant"), ("rtn", "gptq"), ("w4a4kv4", "w16a4kv16"), ("0", "1"))
     assert len(made) == 2 * 2 * 2 + 2 * 2  # weights that are left alone need no quantizer
-    assert {recipe.spec.weights.symmetric for recipe in made if recipe.method_name == "duquant"} == {False}
+    assert {recipe.spec.weights.symmetric for recipe in made if recipe.method.name == "duquant"} == {False}
     words = recipes(("RO", "RH", "quarot"), ("rtn",), ("w4a4kv4",), ("0",))
     assert words == [Recipe.parse("quarot", "rtn", rotation=rotation) for rotation in ("orthogonal", "hadamard")]
     with pytest.raises(UserError, match="got 'one'"):
@@ -306,7 +308,7 @@ def published_value(metric: str = "ppl/wikitext2", measurement: Measurement = WI
     ("words", "value"),
     [
         (DFROT, 6.21),
-        (DFROT | {"gamma": 100.0, "solver": "procrustes"}, 6.21),  # as the objective implies
+        (DFROT | {"gamma": 100.0, "massive": "relative"}, 6.21),  # the defaults, given
         (DFROT | {"seed": 3, "calib": "/data/wiki.train.raw"}, 6.21),
         (DFROT | {"spec": "w4a4kv16", "kv_clip": None}, 6.14),  # of what is not quantized, the clip ratio is nothing
         (GPTQ | {"method": "quarot"}, 6.27),
@@ -324,11 +326,17 @@ def test_a_published_number_stands_beside_the_recipe_that_it_is_of(words: dict[s
 @pytest.mark.parametrize(
     "deviation",
     [
-        *({"gamma": 10.0}, {"objective": "recipe"}, {"solver": "descent"}, {"steps": 50}, {"massive": "rotation"}),
-        *({"samples": 2}, {"rotation": "orthogonal"}, {"online": False}),
+        *(
+            {"gamma": 10.0},
+            {"objective": "recipe"},
+            {"method": "rangerot", "objective": None},
+            {"steps": 50},
+            {"massive": "rotation"},
+        ),
+        *({"sequences": 2}, {"rotation": "orthogonal"}, {"fold_only": True}),
         *({"act_clip": 0.9}, {"kv_clip": 0.95}, {"value_clip": 0.95}, {"act_symmetric": True}, {"weight_clip": 0.9}),
         *({"weight_symmetric": False}, {"spec": "w4g128a4kv4"}, {"spec": "w4a8kv4"}, {"quantize_queries": True}),
-        *({"weights": "lwc", "act_order": None}, {"act_order": True}, {"damping": 0.1}),
+        *({"weights": "lwc", "act_order": None}, {"act_order": True}, {"percdamp": 0.1}),
         *({"calib_tokens": 65536}, {"calib_seq_len": 1024}, {"calib": "c4"}),
     ],
 )

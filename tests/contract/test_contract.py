@@ -22,6 +22,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "quarot-ro": {"method": "quarot", "rotation": "orthogonal"},
     "quarot-heads": {"method": "quarot", "head_mixing": True},
     "dfrot": {"method": "dfrot", "steps": 3, "calib_tokens": 64, "calib_seq_len": 32},
+    "rangerot": {"method": "rangerot", "steps": 3, "calib_tokens": 64, "calib_seq_len": 32},
     "duquant": {"method": "duquant", "block": 8, "greedy_steps": 4, "calib_tokens": 64, "calib_seq_len": 32},
     "duquant-quarot": {"method": "duquant", "base": "quarot", "permutations": 2, "greedy_steps": 4, "calib_tokens": 64},
 }
@@ -89,7 +90,7 @@ def test_the_same_seed_gives_the_same_bytes(
     assert all((first / name).read_bytes() == (second / name).read_bytes() for name in names)
 
 
-@pytest.mark.parametrize("method", ["dfrot", "duquant"])
+@pytest.mark.parametrize("method", ["rangerot", "duquant"])
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_no_tensor_depends_on_how_keys_and_values_are_kept(
     tiny: Tiny, tmp_path: Path, text_file: Path, method: str, weights: str

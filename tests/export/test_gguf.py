@@ -105,11 +105,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Make:
     def get(architecture: str = "llama", spec: str = "w4g32a16kv16", **changed: Any) -> Path:
         if (key := f"{architecture} {spec} {changed}") not in finished:
             folder = tmp_path_factory.mktemp(architecture)
-            names = ("weight_symmetric", "method", "online")
+            names = ("weight_symmetric", "method", "fold_only")
             words: dict[str, Any] = {name: changed.pop(name) for name in names if name in changed}
             write_tiny_model(architecture, folder / "model", **{**SIZES, **changed})
             save_tokenizer(byte_tokenizer(), folder / "model")
-            words = {"method": "quarot", "online": False, "weight_clip": 1.0, **words}  # a search takes its time
+            words = {"method": "quarot", "fold_only": True, "weight_clip": 1.0, **words}  # a search takes its time
             recipe = dfrot.Recipe.parse(weights="rtn", spec=spec, preset="deploy", **words)
             finished[key] = dfrot.quantize(folder / "model", recipe, folder / "ckpt").path
         return finished[key]
@@ -320,7 +320,7 @@ def test_hyperparameters_are_those_of_the_config(made: Make, tmp_path: Path) -> 
 
 
 def test_a_tied_head_stays_tied(made: Make, tmp_path: Path) -> None:
-    export(made("llama", method="none", online=None), "gguf", tmp_path / "a.gguf")
+    export(made("llama", method="none", fold_only=None), "gguf", tmp_path / "a.gguf")
     assert "output.weight" not in read(tmp_path / "a.gguf")[1]
 
 
@@ -474,7 +474,7 @@ def test_what_llama_cpp_computes_otherwise_is_said(made: Make, tmp_path: Path) -
 def test_online_rotations_are_refused(tiny: Callable[[str], Path], tmp_path: Path, text_file: Path) -> None:
     cases: list[tuple[dict[str, Any], str]] = [
         ({"method": "quarot"}, r"llama.cpp cannot. Quantize with --fold-only"),
-        ({"method": "duquant", "block": 16}, r"llama.cpp cannot. Quantize with --method dfrot --fold-only"),
+        ({"method": "duquant", "block": 16}, r"llama.cpp cannot. Quantize with --method rangerot --fold-only"),
     ]
     for number, (words, message) in enumerate(cases):
         recipe = dfrot.Recipe.parse(weights="rtn", calib=str(text_file), calib_tokens=64, **words)

@@ -31,7 +31,7 @@ torch.save(model(torch.load(sys.argv[2])).logits.detach(), sys.argv[3])
 
 
 def made(tiny: Tiny, out: Path, architecture: str = "llama", **words: str) -> Path:
-    recipe = dfrot.Recipe.parse(**{"method": "quarot", "weights": "rtn", "online": False, **words})  # type: ignore[arg-type]
+    recipe = dfrot.Recipe.parse(**{"method": "quarot", "weights": "rtn", "fold_only": True, **words})  # type: ignore[arg-type]
     return dfrot.quantize(tiny(architecture), recipe, out).path
 
 
@@ -72,8 +72,11 @@ def test_what_plain_transformers_does_not_quantize_is_said(tiny: Tiny, tmp_path:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ({"online": True}, r"rotates the input of mlp\.down_proj.*--fold-only"),
-        ({"method": "duquant", "online": None, "block": 16}, r"duquant, which rotates.*--method dfrot --fold-only"),
+        ({"fold_only": False}, r"rotates the input of mlp\.down_proj.*--fold-only"),
+        (
+            {"method": "duquant", "fold_only": None, "block": 16},
+            r"duquant, which rotates.*rangerot --fold-only",
+        ),
     ],
 )
 def test_online_rotations_are_refused(

@@ -23,7 +23,7 @@ CHANGED: dict[str, dict[str, Any]] = {
     "mistral": {"hidden_size": 64, "sliding_window": None},
     "qwen3": {"hidden_size": 64},
 }
-FOLDED: dict[str, Any] = {"online": False}
+FOLDED: dict[str, Any] = {"fold_only": True}
 PLUGIN: dict[str, Any] = {"plugin": True}
 
 

@@ -27,7 +27,7 @@ TOKENS = torch.randint(1, 96, (2, 24), generator=torch.Generator().manual_seed(7
 
 
 def made(tiny: Tiny, out: Path, spec: str, architecture: str = "llama", **words: Any) -> Path:
-    words = {"method": "quarot", "weights": "rtn", "preset": "deploy", "online": False, **words}
+    words = {"method": "quarot", "weights": "rtn", "preset": "deploy", "fold_only": True, **words}
     return dfrot.quantize(tiny(architecture), dfrot.Recipe.parse(spec=spec, **words), out).path
 
 
@@ -102,7 +102,7 @@ def test_an_online_rotation_is_a_matrix_that_vllm_divides_by_the_root_of_its_siz
     tiny: Tiny, tmp_path: Path, head_mixing: bool
 ) -> None:
     """transform_config as compressed-tensors reads it; R3, which leaves scores alone, is left out."""
-    checkpoint = made(tiny, tmp_path / "ckpt", "w16a16kv4", "mistral", online=True, head_mixing=head_mixing)
+    checkpoint = made(tiny, tmp_path / "ckpt", "w16a16kv4", "mistral", fold_only=False, head_mixing=head_mixing)
     assert runtime(checkpoint).keys is not None
     said = export(checkpoint, "vllm", tmp_path / "out", device="cuda")
     assert "is rotated by a dense matrix" in said[1]
@@ -124,7 +124,7 @@ def test_an_online_rotation_is_a_matrix_that_vllm_divides_by_the_root_of_its_siz
 
 
 def test_for_the_plugin_it_is_a_method_that_only_the_plugin_knows(tiny: Tiny, tmp_path: Path) -> None:
-    said = export(made(tiny, tmp_path / "ckpt", "w4a4kv16", online=True), "vllm", tmp_path / "out", plugin=True)
+    said = export(made(tiny, tmp_path / "ckpt", "w4a4kv16", fold_only=False), "vllm", tmp_path / "out", plugin=True)
     assert "only with dfrot's plugin: pip install 'dfrot[vllm]'" in said[1]
     record = quantization_config(tmp_path / "out")
     assert record["quant_method"] == "dfrot-compressed-tensors"
@@ -146,7 +146,7 @@ def test_a_cpu_that_quantizes_more_than_was_asked_for_is_said(tiny: Tiny, tmp_pa
     ("spec", "words", "message"),
     [
         ("w4a4kv16", {}, "on a CPU silently keeps activations in 16 bits.*--plugin.*w4a16"),
-        ("w4a16kv16", {"online": True}, r"mlp\.down_proj is rotated.*vLLM on a CPU cannot.*--plugin.*--fold-only"),
+        ("w4a16kv16", {"fold_only": False}, r"mlp\.down_proj is rotated.*vLLM on a CPU cannot.*--plugin.*--fold-only"),
         ("w8a16kv16", {}, "on a CPU has no kernel for w8a16.*w8a8 or w4a16"),
         ("w16a16kv16", {}, "nothing is quantized: --to huggingface"),
         ("w3a16kv16", {}, r"no kernel for w3a16.*w4a16, w8a16, w8a8, w4a4"),
@@ -168,18 +168,18 @@ def test_what_vllm_would_run_otherwise_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("spec", "online", "parts", "message"),
+    ("spec", "fold_only", "parts", "message"),
     [
-        ("w4a4kv16", True, 2, "rotated while the model runs, which vLLM supports on one GPU only.*--fold-only"),
-        ("w4g16a16kv16", False, 2, "o_proj has 24 inputs on each of 2 GPUs, which groups of 16 do not divide"),
-        ("w8a8kv16", False, 3, "3 GPUs cannot share 4 heads"),
-        ("w4a16kv16", False, 4, "o_proj has 12 inputs on each of 4 GPUs; vLLM takes multiples of 8 for w4"),
+        ("w4a4kv16", False, 2, "rotated while the model runs, which vLLM supports on one GPU only.*--fold-only"),
+        ("w4g16a16kv16", True, 2, "o_proj has 24 inputs on each of 2 GPUs, which groups of 16 do not divide"),
+        ("w8a8kv16", True, 3, "3 GPUs cannot share 4 heads"),
+        ("w4a16kv16", True, 4, "o_proj has 12 inputs on each of 4 GPUs; vLLM takes multiples of 8 for w4"),
     ],
 )
 def test_what_cannot_be_split_among_gpus_is_refused(
-    tiny: Tiny, tmp_path: Path, spec: str, online: bool, parts: int, message: str
+    tiny: Tiny, tmp_path: Path, spec: str, fold_only: bool, parts: int, message: str
 ) -> None:
-    checkpoint = made(tiny, tmp_path / "ckpt", spec, online=online)
+    checkpoint = made(tiny, tmp_path / "ckpt", spec, fold_only=fold_only)
     with pytest.raises(UserError, match=message):
         export(checkpoint, "vllm", tmp_path / "out", device="cuda", tensor_parallel=parts)
 
@@ -189,8 +189,8 @@ def test_rotations_that_differ_from_block_to_block_are_refused(
     tiny: Tiny, tmp_path: Path, text_file: Path, words: dict[str, Any]
 ) -> None:
     calibration: dict[str, Any] = {"calib": str(text_file), "calib_tokens": 64}
-    checkpoint = made(tiny, tmp_path / "ckpt", "w4a4kv16", method="duquant", online=None, block=16, **calibration)
-    with pytest.raises(UserError, match=r"made by duquant, which rotates the input of every layer.*vLLM cannot"):
+    checkpoint = made(tiny, tmp_path / "ckpt", "w4a4kv16", method="duquant", fold_only=None, block=16, **calibration)
+    with pytest.raises(UserError, match=r"made by duquant, which rotates every layer's input.*vLLM cannot"):
         export(checkpoint, "vllm", tmp_path / "out", **words)
 
 

@@ -38,7 +38,7 @@ def test_tokens_are_packed_and_unpacked_as_by_the_reference(
     isa: int, head_dim: int, bits: int, dtype: torch.dtype, generator: torch.Generator
 ) -> None:
     spec = TensorSpec(bits, False, 0.95)
-    quantizer = KVQuantizer(spec, dataclasses.replace(spec, clip=1.0), None, head_dim)
+    quantizer = KVQuantizer(spec, dataclasses.replace(spec, clip_ratio=1.0), None, head_dim)
     keys, values = torch.randn(2, BATCH, HEADS, LENGTH, head_dim, generator=generator).to(dtype)
     values[0, 0, 5], values[1, 2, 7, 3] = 0, torch.nan
     by_reference = (quantizer.pack_keys, keys), (quantizer.pack_values, values)

@@ -47,8 +47,8 @@ def random_weight(
 def quantized(x: Tensor, spec: TensorSpec) -> Tensor:
     """What the integers of each row stand for, in float64, chosen in float32."""
     wide, granularity = x.float(), spec.token_granularity
-    assert spec.clip is not None
-    qparams = choose_qparams(wide, spec.grid, granularity, spec.clip)
+    assert spec.clip_ratio is not None
+    qparams = choose_qparams(wide, spec.grid, granularity, spec.clip_ratio)
     zero = None if qparams.zero is None else qparams.zero.double()
     codes = quantize(wide, spec.grid, granularity, qparams)
     return dequantize(codes.double(), granularity, QParams(qparams.scale.double(), zero))
@@ -192,7 +192,7 @@ def test_what_there_is_no_kernel_for(isa: int) -> None:
     assert not supported(x.double(), weights, activations)
     assert not supported(x.requires_grad_(), weights, activations)
     for bits, spec in itertools.product((3, 16), (weights, activations)):
-        other = TensorSpec(bits, spec.symmetric, spec.clip)
+        other = TensorSpec(bits, spec.symmetric, spec.clip_ratio)
         pair = (other, activations) if spec is weights else (weights, other)
         assert supported(torch.zeros(1, 64), *pair) == (spec is activations and bits == 3)
     assert not supported(torch.zeros(1, 72), TensorSpec(4, True, group=36), activations)

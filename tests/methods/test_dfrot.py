@@ -11,16 +11,10 @@ from safetensors.torch import load_file
 
 import dfrot
 from dfrot.linalg.rotation import Dense, Hadamard, Rotation, random_hadamard, random_orthogonal
-from dfrot.methods.dfrot import (
-    PAPER_QUANTIZER,
-    SOLVERS,
-    alternate,
-    quantized,
-    refine,
-    soft_range,
-    squared_errors,
-)
+from dfrot.methods.dfrot import alternate
 from dfrot.methods.massive import massive_tokens
+from dfrot.methods.rangerot import descend, soft_range
+from dfrot.methods.refinement import PAPER_QUANTIZER, Solver, refine, squared_errors
 from dfrot.methods.sample import Sample, Sampler
 from dfrot.models.source import load_tokenizer
 from dfrot.quant.spec import TensorSpec
@@ -28,7 +22,8 @@ from tests.reference import kl_of_quantized_norm_outputs
 from tests.tiny_models import write_planted_model
 
 Tiny = Callable[[str], Path]
-IN_USE = TensorSpec(4, symmetric=False, clip=0.9)
+SOLVERS: dict[str, Solver] = {"rangerot": descend, "dfrot": alternate}
+IN_USE = TensorSpec(4, symmetric=False, clip_ratio=0.9)
 SIZE = 32
 
 
@@ -76,7 +71,7 @@ def test_descent_shortens_ranges_more_than_alternation_does() -> None:
         name: squared_errors(drawn.tokens, refine(start, drawn, IN_USE, 1.0, solver, num_steps=60), IN_USE).mean()
         for name, solver in SOLVERS.items()
     }
-    assert error["descent"] < error["procrustes"]
+    assert error["rangerot"] < error["dfrot"]
 
 
 def test_a_start_that_cannot_be_improved_is_returned_as_it_is() -> None:
@@ -84,8 +79,8 @@ def test_a_start_that_cannot_be_improved_is_returned_as_it_is() -> None:
     start = Hadamard(SIZE)
     flat = torch.randint(0, 2, (40, SIZE), generator=torch.Generator().manual_seed(0)).mul(2).sub(1).double()
     drawn = Sample(start.T.apply(flat), torch.zeros(40, dtype=torch.bool), torch.ones(40).double(), [])
-    spec = TensorSpec(4, symmetric=True, clip=1.0)
-    refined = refine(start, drawn, spec, 1.0, SOLVERS["procrustes"], num_steps=30)
+    spec = TensorSpec(4, symmetric=True, clip_ratio=1.0)
+    refined = refine(start, drawn, spec, 1.0, alternate, num_steps=30)
     torch.testing.assert_close(refined.matrix, start.as_matrix(), rtol=0, atol=1e-9)
 
 
@@ -94,7 +89,7 @@ def test_one_alternation_is_the_papers_step() -> None:
     drawn, start, gamma = sample(), random_orthogonal(SIZE, torch.Generator().manual_seed(2)).matrix, 10.0
     steps = alternate(drawn.tokens.double(), drawn.weights(gamma).double(), start, PAPER_QUANTIZER, 1)
     A = torch.where(drawn.massive[:, None], gamma, 1.0) * drawn.tokens.double()
-    expected, _ = scipy.linalg.orthogonal_procrustes(A.numpy(), quantized(A @ start, PAPER_QUANTIZER).numpy())
+    expected, _ = scipy.linalg.orthogonal_procrustes(A.numpy(), PAPER_QUANTIZER.fake_quantize(A @ start).numpy())
     next(steps)
     torch.testing.assert_close(next(steps)[0], torch.from_numpy(expected), rtol=0, atol=1e-9)
 
@@ -131,27 +126,28 @@ def test_the_sample_keeps_every_massive_token_and_counts_for_the_whole_text() ->
         sampler.add(tokens(400, 2, seed=piece), torch.arange(400), piece, "norm", length=200)
     drawn = sampler.sample()
     assert (int(drawn.massive.sum()), len(drawn.tokens)) == (6, 156)
-    assert drawn.share[~drawn.massive].sum() == pytest.approx(3 * 398)
+    assert drawn.multiplicity[~drawn.massive].sum() == pytest.approx(3 * 398)
     assert drawn.weights(10.0).sum() == pytest.approx(1)
     assert [(f["block"], f["position"], f["channel"]) for f in drawn.found[:3]] == [(0, 0, 5), (0, 1, 5), (1, 0, 5)]
 
 
-def quantized_model(model: Path, out: Path, text_file: Path, **options: Any) -> dfrot.Report:
+def quantized_model(model: Path, out: Path, text_file: Path, **options: Any) -> dfrot.QuantizeResult:
     words = {"calib": str(text_file), "calib_tokens": 128, "calib_seq_len": 64, "steps": 2, "spec": "w16a4kv16"}
-    return dfrot.quantize(model, dfrot.Recipe.parse("dfrot", **{**words, **options}), out, overwrite=True)
+    recipe = dfrot.Recipe.parse(**{"method": "dfrot", "gamma": "auto", **words, **options})
+    return dfrot.quantize(model, recipe, out, overwrite=True)
 
 
 def notes(tiny: Tiny, tmp_path: Path, text_file: Path, **options: Any) -> dict[str, Any]:
     return quantized_model(tiny("llama"), tmp_path / "out", text_file, **options).notes
 
 
-@pytest.mark.parametrize(("solver", "seed"), [("descent", 2), ("procrustes", 0)])
+@pytest.mark.parametrize(("method", "seed"), [("rangerot", 2), ("dfrot", 0)])
 def test_gamma_is_the_one_that_changes_the_model_least(
-    tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch, solver: str, seed: int
+    tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch, method: str, seed: int
 ) -> None:
     """On a model with massive tokens, where that is not the first one tried; its rotation is the checkpoint's."""
     model = write_planted_model(tmp_path / "model", channel=5)
-    options: dict[str, Any] = {"solver": solver, "seed": seed, "steps": 5}
+    options: dict[str, Any] = {"method": method, "seed": seed, "steps": 5}
     found = quantized_model(model, tmp_path / "out", text_file, **options).notes
     kl, gamma = found["kl_by_gamma"], found["gamma"]
     assert found["massive_tokens"]
@@ -161,7 +157,7 @@ def test_gamma_is_the_one_that_changes_the_model_least(
     assert (tmp_path / "out" / "fit.json").is_file()
     assert set(found["squared_error_by_rotation"]) == {"none", "RO", "start", "refined"}
     # a choice among one, on the same sample
-    monkeypatch.setattr(importlib.import_module("dfrot.methods.dfrot"), "GAMMAS", (gamma, gamma))
+    monkeypatch.setattr(importlib.import_module("dfrot.methods.refinement"), "GAMMAS", (gamma, gamma))
     quantized_model(model, tmp_path / "only", text_file, **options)
     for shard in (tmp_path / "out").glob("*.safetensors"):
         assert shard.read_bytes() == (tmp_path / "only" / shard.name).read_bytes()
@@ -171,9 +167,7 @@ def test_gamma_is_judged_on_the_last_quarter_of_the_text_which_nothing_was_refin
     """The figure in the notes against transformers in float64, the rotation found from the checkpoint's embedding."""
     model, text = write_planted_model(tmp_path / "model", channel=5), tmp_path / "text.txt"
     text.write_text(("thequickbrownfoxjumpsoverthelazydog;" * 2)[:64])  # one sequence, which is the whole text
-    report = quantized_model(
-        model, tmp_path / "out", text, calib_tokens=64, calib_seq_len=64, dtype="float32", solver="procrustes", seed=3
-    )
+    report = quantized_model(model, tmp_path / "out", text, calib_tokens=64, calib_seq_len=64, dtype="float32", seed=3)
     name = "model.embed_tokens.weight"
     (rotated,) = (t[name] for t in map(load_file, (tmp_path / "out").glob("*.safetensors")) if name in t)
     embedding = load_file(model / "model.safetensors")[name].double()
@@ -189,7 +183,8 @@ def test_gamma_is_judged_on_the_last_quarter_of_the_text_which_nothing_was_refin
 
 
 def test_the_papers_objective_brings_the_papers_gamma(tiny: Tiny, tmp_path: Path, text_file: Path) -> None:
-    found = notes(tiny, tmp_path, text_file, objective="paper")
+    assert dfrot.Recipe.parse("dfrot").method.gamma == 100.0  # type: ignore[attr-defined]
+    found = notes(tiny, tmp_path, text_file, objective="paper", gamma=None)
     assert (found["gamma"], found["kl_by_gamma"]) == (100.0, None)
     assert [entry["step"] for entry in found["objective_by_step"]] == [0, 1, 2]
     assert set(found["objective_by_step"][0]) == {"step", "objective", "ordinary", "massive"}

@@ -7,7 +7,7 @@ import torch
 
 import dfrot
 from dfrot.linalg.rotation import random_hadamard
-from dfrot.methods.method import Context
+from dfrot.methods.method import FitContext
 from dfrot.methods.sensitivity import kl_divergences
 from dfrot.models.source import open_source
 from dfrot.quant.spec import UNQUANTIZED, TensorSpec
@@ -17,15 +17,15 @@ Tiny = Callable[[str], Path]
 TOKENS = torch.randint(1, 96, (2, 24), generator=torch.Generator().manual_seed(7))
 
 
-def context(path: Path, recipe: dfrot.Recipe) -> Context:
-    return Context(open_source(str(path)), recipe, lambda: TOKENS, torch.device("cpu"))
+def context(path: Path) -> FitContext:
+    return FitContext(open_source(str(path)), UNQUANTIZED, lambda: TOKENS, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("architecture", ["llama", "phi3"])
 def test_the_divergence_is_that_of_the_quantized_checkpoint(tiny: Tiny, tmp_path: Path, architecture: str) -> None:
     """Against the artifact with everything but the readers of the norms left unquantized."""
     recipe = dfrot.Recipe.parse("quarot", spec="w16a4kv16")
-    there = context(tiny(architecture), recipe)
+    there = context(tiny(architecture))
     model, _ = dfrot.load(dfrot.quantize(tiny(architecture), recipe, tmp_path / "out").path)
     for name in ("o_proj", "down_proj"):
         for block in model.model.layers:
@@ -40,7 +40,7 @@ def test_the_divergence_is_that_of_the_quantized_checkpoint(tiny: Tiny, tmp_path
 
 
 def test_positions_before_the_first_do_not_count(tiny: Tiny) -> None:
-    there = context(tiny("qwen2"), dfrot.Recipe.parse("quarot", "rtn"))
+    there = context(tiny("qwen2"))
     rotation = random_hadamard(48, there.generator())
     kl = kl_of_quantized_norm_outputs(tiny("qwen2"), TOKENS, rotation.as_matrix(), 0.9)
     for first in (0, 6, 18, 23):
@@ -51,7 +51,7 @@ def test_positions_before_the_first_do_not_count(tiny: Tiny) -> None:
 
 
 def test_eight_bits_do_less_damage_than_two(tiny: Tiny) -> None:
-    there = context(tiny("llama"), dfrot.Recipe.parse("quarot", "rtn"))
+    there = context(tiny("llama"))
     rotations = [random_hadamard(48, there.generator())]
     damage = [kl_divergences(there, rotations, TensorSpec(bits, False, 0.9), TOKENS, first=0)[0] for bits in (8, 4, 2)]
     assert 0 < damage[0] < damage[1] < damage[2]

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dfrot.pipeline.recipe import DFRot, Recipe
+from dfrot.methods.dfrot import DFRot
+from dfrot.pipeline.recipe import Recipe
 from dfrot.quant.spec import Spec
 from dfrot.system.errors import UserError
 
@@ -33,15 +34,15 @@ def test_a_spec_out_of_range_is_refused(text: str) -> None:
 
 def test_presets_fill_in_what_the_spec_leaves_open() -> None:
     paper, deploy = Spec.parse("w4a4kv4", "paper"), Spec.parse("w4a4kv4", "deploy")
-    assert (paper.activations.symmetric, paper.activations.clip) == (False, 0.9)
-    assert (paper.keys.symmetric, paper.keys.clip) == (False, 0.95)
+    assert (paper.activations.symmetric, paper.activations.clip_ratio) == (False, 0.9)
+    assert (paper.keys.symmetric, paper.keys.clip_ratio) == (False, 0.95)
     assert paper.values == paper.keys
-    assert (paper.weights.symmetric, paper.weights.clip) == (True, None)
+    assert (paper.weights.symmetric, paper.weights.clip_ratio) == (True, None)
     assert deploy.activations.symmetric
     assert not paper.queries.enabled
     duquant = Spec.parse("w4a4kv4", "duquant")
     assert duquant.queries == duquant.keys
-    assert (duquant.keys.clip, duquant.values.clip) == (0.9, 1.0)
+    assert (duquant.keys.clip_ratio, duquant.values.clip_ratio) == (0.9, 1.0)
     assert not Spec.parse("w4a4kv16", "duquant").queries.enabled
 
 
@@ -52,7 +53,7 @@ def test_queries_are_not_quantized_without_keys() -> None:
 
 def test_a_preset_can_be_overridden() -> None:
     spec = Spec.parse("w4a4kv4", act_symmetric=True, act_clip=1.0, kv_clip=1.0, weight_symmetric=False)
-    assert (spec.activations.symmetric, spec.activations.clip, spec.keys.clip) == (True, 1.0, 1.0)
+    assert (spec.activations.symmetric, spec.activations.clip_ratio, spec.keys.clip_ratio) == (True, 1.0, 1.0)
     assert spec.values == spec.keys
     assert not spec.weights.symmetric
 
@@ -71,14 +72,14 @@ def test_a_preset_can_be_overridden() -> None:
 def test_a_clip_ratio_of_values_comes_before_that_of_keys_and_values(
     preset: str, words: dict[str, float], keys: float, values: float
 ) -> None:
-    spec = Spec.parse("w4a4kv4", preset, quantize_queries=True, **words)  # type: ignore[arg-type]
-    assert (spec.keys.clip, spec.values.clip, spec.queries.clip) == (keys, values, keys)
+    spec = Spec.parse("w4a4kv4", preset, quantize_queries=True, **words)
+    assert (spec.keys.clip_ratio, spec.values.clip_ratio, spec.queries.clip_ratio) == (keys, values, keys)
 
 
 def test_a_fixed_clip_ratio_of_weights_can_be_overridden_by_a_search() -> None:
-    assert Spec.parse("w4a4kv4", "duquant").weights.clip == 0.8
-    assert Spec.parse("w4a4kv4", "duquant", weight_clip="search").weights.clip is None
-    with pytest.raises(UserError, match="weight_clip is a clip ratio or 'search', got 'best'"):
+    assert Spec.parse("w4a4kv4", "duquant").weights.clip_ratio == 0.8
+    assert Spec.parse("w4a4kv4", "duquant", weight_clip="search").weights.clip_ratio is None
+    with pytest.raises(UserError, match="weight_clip is a number or one of search, got 'best'"):
         Spec.parse("w4a4kv4", weight_clip="best")
 
 
@@ -89,7 +90,7 @@ RECIPES = [
 ]
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.method_name)
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.method.name)
 def test_a_recipe_survives_json(recipe: Recipe) -> None:
     assert Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
 
@@ -104,23 +105,26 @@ def test_recipes_that_differ_have_different_digests() -> None:
     ("words", "message"),
     [
         ({"method": "smoothquant"}, "no method 'smoothquant'. Methods: none, quarot, dfrot"),
-        ({"weights": "awq"}, "no weight quantizer 'awq'"),
+        ({"weights": "awq"}, "no rounding 'awq'"),
         ({"preset": "best"}, "no preset 'best'. Presets: paper, deploy"),
         (
             {"method": "quarot", "gamma": 3.0},
-            "'quarot' with 'gptq' weights has no option gamma; it takes act_order, damping, head_mixing",
+            "'quarot' with 'gptq' weights has no option gamma; it takes act_order, fold_only, head_mixing, percdamp",
         ),
         (
             {"method": "none", "weights": "rtn", "rotation": "hadamard"},
             "'none' with 'rtn' weights has no option rotation; it takes no options",
         ),
-        ({"weights": "rtn", "samples": 4, "calib_tokens": 4096}, "samples=4 sequences of 2048 tokens need more than"),
-        ({"weights": "gptq", "damping": -1.0}, "damping is a share of the mean diagonal, at least 0"),
+        (
+            {"weights": "rtn", "sequences": 4, "calib_tokens": 4096},
+            "reads 4 calibration sequences, of 2048 tokens, and 4096 tokens make 2",
+        ),
+        ({"weights": "gptq", "percdamp": -1.0}, "percdamp is a share of the mean diagonal, at least 0"),
         ({"gamma": 0.0}, "gamma is a positive weight or 'auto'"),
         ({"steps": 0}, "steps is at least 1"),
         ({"rotation": "hadamrd"}, "rotation is one of hadamard, orthogonal, got 'hadamrd'"),
-        ({"objective": "papr"}, "objective is one of recipe, paper"),
-        ({"gamma": "best"}, "gamma is one of auto, got 'best'"),
+        ({"method": "dfrot", "objective": "papr"}, "objective is one of recipe, paper"),
+        ({"gamma": "best"}, "gamma is a number or one of auto, got 'best'"),
         ({"dtype": "int8"}, "dtype is one of auto, float16"),
         ({"act_clip": 1.5}, "clip ratio is above 0 and at most 1"),
         ({"calib_tokens": 1}, "at least one sequence of two tokens"),
@@ -139,12 +143,12 @@ def test_json_of_something_else_is_refused(record: dict[str, object]) -> None:
 
 
 def test_what_is_not_given_has_its_default() -> None:
-    assert Recipe.parse(gamma=None, steps=None).method == DFRot()
+    assert Recipe.parse("dfrot", gamma=None, steps=None).method == DFRot()
 
 
 def test_calibration_is_as_long_as_what_is_fitted_to_it() -> None:
     tokens = [
-        Recipe.parse("dfrot", weights, samples=samples).calibration.tokens
+        Recipe.parse("dfrot", weights, sequences=samples).calibration.tokens
         for weights, samples in (("rtn", 1), ("rtn", 4), ("gptq", 4), ("gptq", 64))
     ]
     assert tokens == [2048, 4 * 2048, 32 * 2048, 64 * 2048]

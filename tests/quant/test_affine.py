@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from dfrot.quant.affine import choose_qparams, dequantize, fake_quantize, quantize
 from dfrot.quant.clip import search_clip
-from dfrot.quant.grids import Granularity, IntGrid, PerChannel, PerGroup, PerTensor, PerToken
+from dfrot.quant.grids import Granularity, IntGrid, PerChannel, PerGroup, PerToken
 
 GRIDS = [IntGrid(bits, symmetric) for bits in range(2, 9) for symmetric in (True, False)]
 every_grid = pytest.mark.parametrize("grid", GRIDS, ids=str)
@@ -50,7 +50,7 @@ def test_known_small_cases_by_hand() -> None:
 
 @pytest.mark.parametrize(
     ("granularity", "shape"),
-    [(PerTensor(), (1, 1)), (PerToken(), (8, 1)), (PerChannel(), (8, 1)), (PerGroup(16), (8, 4))],
+    [(PerToken(), (8, 1)), (PerChannel(), (8, 1)), (PerGroup(16), (8, 4))],
     ids=str,
 )
 def test_scales_have_the_documented_shape(granularity: Granularity, shape: tuple[int, int]) -> None:

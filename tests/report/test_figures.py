@@ -8,9 +8,9 @@ import pytest
 
 from dfrot.evaluation.record import read_records
 from dfrot.pipeline.recipe import Recipe
-from dfrot.report.figures import figures
 from dfrot.report.inspection import Inspection, read_inspection
 from dfrot.report.inspection_figures import kurtosis, max_pooled, sampled_ranks, surfaces, token_errors
+from dfrot.report.page import figures
 from dfrot.report.record_figures import against_bits, by_recipe, zero_shot
 from dfrot.report.words import by_seeds, deviations, number
 from dfrot.system.errors import UserError
@@ -155,7 +155,7 @@ def test_seeds_are_folded_only_where_all_else_is_equal() -> None:
 
 def test_deviations_are_the_options_that_are_not_default() -> None:
     assert deviations(Recipe.parse("dfrot", "gptq").to_json()) == ""
-    assert deviations(Recipe.parse("dfrot", "gptq", gamma=10.0, damping=0.1).to_json()) == "gamma 10, damping 0.1"
+    assert deviations(Recipe.parse("dfrot", "gptq", gamma=10.0, percdamp=0.1).to_json()) == "gamma 10, percdamp 0.1"
     assert deviations({"method": "of tomorrow", "options": {"depth": 3}}) == "depth 3"
 
 

@@ -14,11 +14,11 @@ from dfrot.rounding.rtn import weight_qparams
 from dfrot.system.errors import UserError
 
 SPECS = [
-    TensorSpec(4, symmetric=True, clip=None),
-    TensorSpec(4, symmetric=False, clip=None),
-    TensorSpec(2, symmetric=True, clip=None, group=32),
-    TensorSpec(3, symmetric=False, clip=1.0, group=16),
-    TensorSpec(8, symmetric=True, clip=None),
+    TensorSpec(4, symmetric=True, clip_ratio=None),
+    TensorSpec(4, symmetric=False, clip_ratio=None),
+    TensorSpec(2, symmetric=True, clip_ratio=None, group=32),
+    TensorSpec(3, symmetric=False, clip_ratio=1.0, group=16),
+    TensorSpec(8, symmetric=True, clip_ratio=None),
 ]
 every_spec = pytest.mark.parametrize("spec", SPECS, ids=str)
 every_order = pytest.mark.parametrize("act_order", [False, True])

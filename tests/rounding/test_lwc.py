@@ -13,9 +13,9 @@ from dfrot.rounding.lwc import ClippedWeight
 from dfrot.rounding.rtn import rtn
 
 SPECS = [
-    TensorSpec(4, symmetric=True, clip=None),
-    TensorSpec(4, symmetric=False, clip=None),
-    TensorSpec(3, symmetric=False, clip=None, group=16),
+    TensorSpec(4, symmetric=True, clip_ratio=None),
+    TensorSpec(4, symmetric=False, clip_ratio=None),
+    TensorSpec(3, symmetric=False, clip_ratio=None, group=16),
 ]
 every_spec = pytest.mark.parametrize("spec", SPECS, ids=str)
 

@@ -14,9 +14,10 @@ from dfrot.models.graph import ModelGraph
 from dfrot.models.source import open_source
 from dfrot.pipeline import run as pipeline
 from dfrot.pipeline.estimate import Estimate
-from dfrot.rounding.stream import BlockTask, CalibrationStream
+from dfrot.rounding.stream import CalibrationStream
 from dfrot.runtime.linear import QuantLinear
 from dfrot.system.errors import SetupError, UserError
+from dfrot.system.files import read_json
 from tests.tiny_models import CONFIGS
 
 Tiny = Callable[[str], Path]
@@ -32,13 +33,13 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
             super().__init__(source, plan, embedding, token_ids, *rest)
             found.update(stream=self, tokens=token_ids)
 
-    def hessian(task: BlockTask, linear: str) -> Tensor:
-        found["hessians"][task.index, linear] = original(task, linear).clone()
-        return found["hessians"][task.index, linear]
+    def hessian(stream: CalibrationStream, index: int, block: nn.Module, linear: str) -> Tensor:
+        found["hessians"][index, linear] = original(stream, index, block, linear).clone()
+        return found["hessians"][index, linear]
 
-    original = BlockTask.hessian
+    original = CalibrationStream.hessian
     monkeypatch.setattr(pipeline, "CalibrationStream", Watched)
-    monkeypatch.setattr(BlockTask, "hessian", hessian)
+    monkeypatch.setattr(CalibrationStream, "hessian", hessian)
     return found
 
 
@@ -78,7 +79,7 @@ def test_the_stream_ends_where_the_checkpoint_does(
     options |= {"greedy_steps": 4} if method == "duquant" else {}
     run(tiny, text_file, tmp_path / "out", architecture, method=method, weights=weights, spec=spec, **options)
     model, _ = dfrot.load(tmp_path / "out")
-    torch.testing.assert_close(seen["stream"].states, inputs_of(model, "model.norm", seen["tokens"]))
+    torch.testing.assert_close(seen["stream"].hidden_states, inputs_of(model, "model.norm", seen["tokens"]))
 
 
 @pytest.mark.parametrize("architecture", ["llama", "phi3"])
@@ -119,7 +120,7 @@ def test_clipping_is_learned_towards_the_original_model(
     torch.testing.assert_close(seen["stream"].teacher_states, target)
     got = inputs_of(dfrot.load(tmp_path / "out")[0], "model.norm", seen["tokens"])
     reached = float((got - target).square().mean() / target.square().mean())
-    last = dfrot.checkpoint.writer.read_json(tmp_path / "out" / "fit.json")["weights_by_block"][-1]["loss_by_epoch"][-1]
+    last = read_json(tmp_path / "out" / "fit.json")["weights_by_block"][-1]["loss_by_epoch"][-1]
     assert reached == pytest.approx(last, rel=0.05)  # the shares still move a little in the last epoch
 
 

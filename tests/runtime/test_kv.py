@@ -16,7 +16,7 @@ from dfrot.quant.spec import UNQUANTIZED, TensorSpec
 from dfrot.runtime.kv import KVQuantizer, QuantizedCacheLayer
 
 Tiny = Callable[[str], Path]
-SPEC = TensorSpec(4, symmetric=False, clip=0.95)
+SPEC = TensorSpec(4, symmetric=False, clip_ratio=0.95)
 TOKENS = torch.randint(1, 96, (2, 20), generator=torch.Generator().manual_seed(3))
 
 

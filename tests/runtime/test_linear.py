@@ -43,7 +43,7 @@ def test_packing_loses_nothing(bits: int, symmetric: bool, group: int | None) ->
 
 def test_the_forward_pass_is_rotate_quantize_multiply() -> None:
     weight, x = torch.randn(5, 12, dtype=torch.float64), torch.randn(3, 2, 12, dtype=torch.float64)
-    activations = TensorSpec(4, symmetric=False, clip=0.9)
+    activations = TensorSpec(4, symmetric=False, clip_ratio=0.9)
     quantized = layer(weight, TensorSpec(4, True, None), activations, Hadamard(12))
     rotated = x @ Hadamard(12).as_matrix()
     expected = fake_quantize(rotated, IntGrid(4, False), PerToken(), 0.9) @ quantized.dense_weight(x.dtype).T
@@ -52,7 +52,7 @@ def test_the_forward_pass_is_rotate_quantize_multiply() -> None:
 
 def test_a_pass_with_gradients_has_the_value_of_one_without_and_the_gradient_of_the_weight() -> None:
     weight, x = torch.randn(5, 16), torch.randn(3, 16)
-    quantized = layer(weight, TensorSpec(4, True, None), TensorSpec(4, symmetric=False, clip=1.0))
+    quantized = layer(weight, TensorSpec(4, True, None), TensorSpec(4, symmetric=False, clip_ratio=1.0))
     followed = x.clone().requires_grad_()
     y = quantized(followed)
     assert torch.equal(y, quantized(x))
@@ -63,7 +63,7 @@ def test_a_pass_with_gradients_has_the_value_of_one_without_and_the_gradient_of_
 @pytest.mark.parametrize("width", [256, 4096, 14336])
 def test_integers_are_summed_exactly_however_wide_the_layer(width: int, generator: torch.Generator) -> None:
     """Eight-bit integers near the ends of their grids: 2**24 is passed after some 1,100 products. Against int64."""
-    eight, shape = TensorSpec(8, symmetric=True, clip=1.0), (width,)
+    eight, shape = TensorSpec(8, symmetric=True, clip_ratio=1.0), (width,)
     codes = torch.randint(100, 128, (6, *shape), generator=generator, dtype=torch.int8)
     x = torch.randint(100, 128, (4, *shape), generator=generator)
     x[:, 0] = 127  # so that the step is 1 and every entry its own integer

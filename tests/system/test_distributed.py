@@ -21,7 +21,7 @@ from dfrot.system.errors import UserError
 from tests import together
 
 Tiny = Callable[[str], Path]
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
@@ -153,4 +153,4 @@ def test_other_commands_are_not_for_several(
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     assert main(["models"]) == 2
-    assert "`dfrot quantize` is what several processes can share" in capsys.readouterr().err
+    assert "only `dfrot quantize` can be shared by processes" in capsys.readouterr().err

@@ -4,6 +4,7 @@ import math
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +15,10 @@ import torch
 from safetensors import safe_open
 
 import dfrot
+from dfrot.pipeline.run import _Loop
 from dfrot.transform.fold import Fold
 from dfrot.transform.invariance import InvarianceError, require_fall
+from dfrot.transform.transforms import Transforms
 
 Tiny = Callable[[str], Path]
 VOCABULARY = 96  # rows of the head; no linear layer of the tiny llama has as many
@@ -104,8 +107,12 @@ def test_a_wrong_fold_is_an_exit_code_of_the_command(tiny: Tiny, tmp_path: Path)
     words = ["quantize", str(tiny("llama")), "-o", str(tmp_path / "out"), "--method", "quarot", "--weights", "rtn"]
     command = [sys.executable, "-c", _QUANTIZE_WITH_A_WRONG_FOLD, *words]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode != 0
-    assert "folding changed what block 0 computes" in " ".join(done.stderr.split())
+    assert done.returncode == 1
+    assert "dfrot: folding changed what block 0 computes" in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+    debugged = subprocess.run([*command, "--overwrite", "--debug"], capture_output=True, text=True)
+    assert "Traceback" in debugged.stderr
+    assert "folding changed what block 0 computes" in " ".join(debugged.stderr.split())
     assert looks_unfinished(tmp_path / "out", "model.layers.0.")
 
 
@@ -126,6 +133,7 @@ def test_an_error_at_rounding_level_passes(in_float32: float, in_float64: float)
         (math.nan, 1e-15),
         (1e-6, math.nan),
         (math.inf, math.inf),
+        (math.inf, 1e-15),
         (0.0, 1e-16),
     ],
 )
@@ -133,3 +141,37 @@ def test_an_error_that_is_not_at_rounding_level_is_a_bug(in_float32: float, in_f
     message = re.escape(f"block 7 computes: relative error {in_float32:.1e} in float32 and {in_float64:.1e} in float64")
     with pytest.raises(InvarianceError, match=message):
         require_fall("block 7", in_float32, in_float64)
+
+
+def test_no_weight_is_folded_more_than_twice(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once as the original computes with it, in float64, and once folded: the folded one is proved, cast and stored."""
+    folded: list[torch.Tensor] = []
+
+    def counted(fold: Fold, weight: torch.Tensor) -> torch.Tensor:
+        folded.append(weight)
+        return WEIGHT(fold, weight)
+
+    monkeypatch.setattr(Fold, "weight", counted)
+    dfrot.quantize(tiny("qwen2"), dfrot.Recipe.parse("quarot", "rtn"), tmp_path / "out")
+    times = Counter((weight.shape, float(weight.double().sum())) for weight in folded)
+    assert len(folded) == 2 * 2 * 7 + 1 + 2  # two blocks of seven linear layers, the embedding, the head
+    assert max(times.values()) <= 2
+
+
+def test_a_head_that_stays_tied_though_it_was_folded_ends_the_run(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it went with a method that the code did not know: the head was proved, and the embedding was kept."""
+    monkeypatch.setattr(Transforms, "unties_head", False)
+    with pytest.raises(InvarianceError, match="the head in the checkpoint is not the one that was checked"):
+        dfrot.quantize(tiny("llama"), dfrot.Recipe.parse("quarot", "rtn"), tmp_path / "out")
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_an_embedding_that_was_not_rotated_ends_the_run(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_Loop, "_fold_rows", lambda _, matrix, fold: matrix.half())
+    with pytest.raises(InvarianceError, match="the embedding in the checkpoint is not the one that was checked"):
+        dfrot.quantize(tiny("llama"), dfrot.Recipe.parse("quarot", "rtn"), tmp_path / "out")
+    assert not (tmp_path / "out" / "config.json").exists()

@@ -10,49 +10,30 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-import dfrot.checkpoint.hf_quantizer  # noqa: F401 — registers the quantizer
+from dfrot.checkpoint.hf_quantizer import read_checkpoint
 from dfrot.linalg.rotation import is_permutation
 from dfrot.models.families import graph_for
 from dfrot.models.graph import Config
-from dfrot.models.source import load_tokenizer, locate, open_safetensors, read_config, stored_tensors, weight_files
-from dfrot.pipeline.recipe import Recipe
+from dfrot.models.source import (
+    building,
+    check_shapes,
+    load_tokenizer,
+    locate,
+    open_safetensors,
+    read_config,
+    stored_tensors,
+    weight_files,
+)
 from dfrot.runtime.config import RuntimeConfig
 from dfrot.runtime.install import install_
 from dfrot.runtime.norms import BlockRotation
 from dfrot.system.errors import SetupError, UserError
-from dfrot.system.files import RUN_FILE, read_json
 
 Device = str | torch.device | Mapping[str, int | str]
 
 
-def checkpoint_recipe(path: Path) -> Recipe | None:
-    """The recipe of a dfrot checkpoint; None for a model that is not quantized.
-
-    Raises:
-        UserError: the directory holds an interrupted run, or a checkpoint of another tool or version.
-    """
-    if (path / RUN_FILE).is_file() and not (path / "config.json").is_file():
-        raise UserError(
-            f"{path} holds an interrupted run of `dfrot quantize`. Finish it: the same command with --resume."
-        )
-    if not (path / "config.json").is_file():
-        raise UserError(f"{path} holds no complete model: config.json is missing.")
-    record = read_json(path / "config.json").get("quantization_config")
-    if record is None:
-        return None
-    made_by = record.get("quant_method") if isinstance(record, dict) else record
-    if made_by != "dfrot":
-        raise UserError(f"{path} was quantized by '{made_by}', which dfrot does not read.")
-    RuntimeConfig.from_json(record)
-    return Recipe.from_json(record["recipe"])
-
-
 def usable_device(device: str | torch.device) -> torch.device:
-    """A device that is there.
-
-    Raises:
-        UserError: torch knows no such device, or this machine has none.
-    """
+    """The device, if this machine has it. Raises UserError if it does not, or if torch does not know the name."""
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -60,33 +41,22 @@ def usable_device(device: str | torch.device) -> torch.device:
     return torch.device(device)
 
 
-def _check_shapes(path: Path, config: Config, files: Mapping[str, Path]) -> None:
-    """Raise UserError if a tensor has another shape than its config asks for.
+def _check_shapes(path: Path, config: Config, runtime: RuntimeConfig | None, files: Mapping[str, Path]) -> None:
+    """Raise UserError if a tensor does not have the shape of its config.
 
-    transformers would make it, in the shape of the config, before it compares the two: a small file must not ask for
-    gigabytes.
+    transformers allocates in the shape of the config before it compares: a small file must not ask for gigabytes.
     """
-    try:
-        with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-        if (record := getattr(config, "quantization_config", None)) is not None:
-            install_(skeleton, RuntimeConfig.from_json(record))
-    except UserError:
-        raise
-    except Exception as error:  # what a config may say that no model can be made from has no end
-        raise UserError(f"{path / 'config.json'} describes no model that can be made: {error!r}") from error
-    wanted = {name: tensor.shape for name, tensor in skeleton.state_dict().items()}
-    for name, shape, _ in stored_tensors(set(files.values())):
-        if wanted.get(name, shape) != shape:
-            raise UserError(
-                f"'{name}' in {path} has the shape {tuple(shape)}; its config asks for {tuple(wanted[name])}."
-            )
+    with building(path):
+        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        if runtime is not None:
+            install_(skeleton, runtime)
+    check_shapes(path, skeleton.state_dict(), stored_tensors(set(files.values())))
 
 
 def _check_values(path: Path, model: nn.Module, files: Mapping[str, Path]) -> None:
-    """Raise UserError if numbers are none, or orders no permutations, by which a kernel would read from elsewhere."""
+    """Raise UserError for NaN, infinities, and orders that are no permutations: kernels would read stray memory."""
     for name, tensor in model.state_dict().items():
-        if tensor.is_meta:  # not loaded before it is needed
+        if tensor.is_meta:  # accelerate leaves it on disk until it is needed
             with open_safetensors(files[name]) as file:
                 tensor = file.get_tensor(name)
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
@@ -100,9 +70,9 @@ def load(model: str | Path, *, device: Device = "cpu", dtype: torch.dtype | None
     """Load a checkpoint, or a model that is not quantized.
 
     Args:
-        model: a directory written by `dfrot.quantize`, or whatever `dfrot.quantize` takes.
+        model: a directory written by `dfrot.quantize`, or any model that `dfrot.quantize` takes.
         device: where to compute. "auto" spreads the decoder blocks over all GPUs, and over the CPU's memory if theirs
-            does not hold them; a mapping from modules to devices (accelerate's device map) says it one by one.
+            does not hold them; a mapping from modules to devices is accelerate's device map.
         dtype: of the computation; None takes the one in config.json.
 
     Returns:
@@ -110,34 +80,33 @@ def load(model: str | Path, *, device: Device = "cpu", dtype: torch.dtype | None
 
     Raises:
         UserError: there is no such checkpoint or model, or it is incomplete or broken.
-        SetupError: it has to come from the hub, which cannot be reached; or accelerate is not installed, which
-            spreads it.
+        SetupError: the hub cannot be reached, or accelerate, which spreads a model, is not installed.
     """
-    there, spread = None, {}
+    single, spread = None, {}
     if isinstance(device, Mapping) or device == "auto":
         spread = {"device_map": device}
         if importlib.util.find_spec("accelerate") is None:
             raise SetupError("spreading a model needs accelerate. Install it: pip install 'dfrot[eval]'")
     else:
-        there = usable_device(device)
-    if (folder := Path(model).expanduser()).is_dir():
-        checkpoint_recipe(folder)
+        single = usable_device(device)
+    # before `locate`, which would only miss the config.json of an interrupted run
+    checkpoint = read_checkpoint(folder) if (folder := Path(model).expanduser()).is_dir() else None
     path = locate(str(model))
+    if path != folder:  # from the hub, or converted
+        checkpoint = read_checkpoint(path)
     config = read_config(path)
     graph_for(config)
+    if checkpoint is not None:
+        config.quantization_config = checkpoint  # read once, for the check below and for transformers
     files = weight_files(path)
-    _check_shapes(path, config, files)
+    _check_shapes(path, config, checkpoint and checkpoint.runtime, files)
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
+        options: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
         loaded, report = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype="auto" if dtype is None else dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            **spread,
+            path, config=config, dtype=dtype or "auto", **options, **spread
         )
     except SetupError:
         raise
@@ -146,9 +115,8 @@ def load(model: str | Path, *, device: Device = "cpu", dtype: torch.dtype | None
     finally:
         transformers_logging.set_verbosity(level)
         transformers_logging.enable_progress_bar()
-    wrong = {kind: sorted(names) for kind, names in report.items() if names}
-    if wrong:
+    if wrong := {kind: sorted(names) for kind, names in report.items() if names}:
         raise UserError(f"the weights in {path} do not fit its config: {wrong}")
     _check_values(path, loaded, files)
     loaded = loaded.eval().requires_grad_(False)
-    return loaded if there is None else loaded.to(there), load_tokenizer(path)
+    return loaded if single is None else loaded.to(single), load_tokenizer(path)

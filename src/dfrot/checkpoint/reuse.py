@@ -1,6 +1,6 @@
-"""What the runs of a comparison share: fitted rotations, and the blocks of recipes that differ in the cache alone.
+"""Results kept for later runs: fitted rotations in a file, and a folder that the runs of a comparison share.
 
-A folder holds both by key, a digest of everything that they depend on. One run leaves them, others take them.
+A fit is kept because fitting again, with another number of threads, would give slightly other rotations.
 """
 
 import hashlib
@@ -10,13 +10,36 @@ from typing import Any
 
 from torch import Tensor
 
-from dfrot.checkpoint.fit_file import read_fit, write_fit
-from dfrot.system.errors import SetupError
-from dfrot.system.files import read_json, write_json
+from dfrot.models.source import all_tensors, open_safetensors
+from dfrot.system.errors import SetupError, UserError
+from dfrot.system.files import parse_json, read_json, write_json, write_tensors
 
 
-class Shared:
-    """The folder; without one (None) nothing is kept and nothing found."""
+def write_fit(path: Path, record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Write JSON and tensors into one file, atomically. Raises SetupError if it cannot be written."""
+    write_tensors(path, tensors, {"record": json.dumps(record)})
+
+
+def read_fit(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    """The record and tensors of `write_fit`; None without a file. Raises UserError if the file is something else."""
+    if not path.is_file():
+        return None
+    with open_safetensors(path) as file:
+        try:
+            record = parse_json((file.metadata() or {})["record"])
+        except (KeyError, ValueError) as error:
+            raise UserError(f"{path} holds no fitted rotations ({error}). Delete it to fit again.") from error
+        parts = [record.get(name) for name in ("transforms", "notes")] if isinstance(record, dict) else [None]
+        if not all(isinstance(part, dict) for part in parts):
+            raise UserError(f"{path} holds no fitted rotations. Delete it to fit again.")
+        return record, all_tensors(file)
+
+
+class ReuseDir:
+    """A folder of fits, and of the places of finished checkpoints whose blocks can be taken over.
+
+    Both are named by a digest of everything that they depend on. Without a folder (None) nothing is kept or found.
+    """
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
@@ -26,27 +49,27 @@ class Shared:
             except OSError as error:
                 raise SetupError(f"cannot make {folder}: {error}") from error
 
+    def _path(self, name: str, depends_on: dict[str, Any]) -> Path | None:
+        key = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:16]
+        return self._folder and self._folder / name.format(key)
+
     def fit(self, depends_on: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-        """What `keep_fit` kept."""
-        return None if self._folder is None else read_fit(self._folder / f"fit-{_key(depends_on)}.safetensors")
+        """The fit of `keep_fit`."""
+        return read_fit(path) if (path := self._path("fit-{}.safetensors", depends_on)) else None
 
     def keep_fit(self, depends_on: dict[str, Any], record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """Raises SetupError if it cannot be written."""
-        if self._folder is not None:
-            write_fit(self._folder / f"fit-{_key(depends_on)}.safetensors", record, tensors)
+        if path := self._path("fit-{}.safetensors", depends_on):
+            write_fit(path, record, tensors)
 
     def checkpoint(self, depends_on: dict[str, Any]) -> Path | None:
-        """A finished checkpoint with the blocks that `keep_checkpoint` kept, if it is there still."""
-        if self._folder is None or not (note := self._folder / f"blocks-{_key(depends_on)}.json").is_file():
+        """The checkpoint of `keep_checkpoint`, if it still exists."""
+        if (note := self._path("blocks-{}.json", depends_on)) is None or not note.is_file():
             return None
         path = Path(read_json(note)["checkpoint"])
         return path if (path / "config.json").is_file() else None
 
     def keep_checkpoint(self, depends_on: dict[str, Any], path: Path) -> None:
         """Raises SetupError if it cannot be written."""
-        if self._folder is not None:
-            write_json(self._folder / f"blocks-{_key(depends_on)}.json", {"checkpoint": str(path.resolve())})
-
-
-def _key(depends_on: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:16]
+        if note := self._path("blocks-{}.json", depends_on):
+            write_json(note, {"checkpoint": str(path.resolve())})

@@ -1,9 +1,9 @@
 """Writing a checkpoint so that an unfinished one never looks finished.
 
 A checkpoint is a directory of safetensors shards, one per decoder block plus one before and one after, an index, a
-tokenizer and a config.json. Each file is written beside its place, synced and renamed; config.json comes last. Until
-then `dfrot-run.json` stands there, the manifest: which run the shards belong to, and the digest and notes of each that
-is finished. `dfrot-run.safetensors` keeps the fitted rotations, so that the run can be resumed.
+tokenizer and a config.json. Each file is written under a temporary name, synced and renamed; config.json comes last.
+Until then the directory holds the manifest, `dfrot-run.json` (which run the shards belong to, and the digest and notes
+of each finished one), and the fitted rotations, `dfrot-run.safetensors`, so that the run can be resumed.
 """
 
 import contextlib
@@ -16,9 +16,9 @@ from typing import Any
 
 from torch import Tensor
 
-from dfrot.checkpoint.fit_file import all_tensors, read_fit, write_fit
 from dfrot.checkpoint.manifest import FIT_FILE, differences, digest, is_blank, is_ours, read_manifest
-from dfrot.models.source import open_safetensors, stored_tensors
+from dfrot.checkpoint.reuse import read_fit, write_fit
+from dfrot.models.source import all_tensors, open_safetensors, stored_tensors
 from dfrot.system.distributed import SINGLE_PROCESS, ProcessGroup
 from dfrot.system.errors import UserError
 from dfrot.system.files import RUN_FILE, publish, read_json, translate_io_errors, write_json, write_tensors
@@ -38,26 +38,26 @@ def opened_writer(
     overwrite: bool = False,
     processes: ProcessGroup = SINGLE_PROCESS,
 ) -> Iterator["CheckpointWriter"]:
-    """A `CheckpointWriter` that is alone in its directory, with those of the other processes of its run.
+    """A `CheckpointWriter` whose run has its directory to itself.
 
     Args:
         path: the checkpoint directory.
         run: JSON that identifies the run; resuming compares it.
-        num_shards: how many shards there will be.
-        resume: keep the shards of the same run, interrupted before, that are as it wrote them.
-        overwrite: delete a checkpoint, or an interrupted run, that is there.
-        processes: of one run: the first writes, the others know what it has written.
+        num_shards: of the whole checkpoint.
+        resume: keep the intact shards of an interrupted run with the same identity.
+        overwrite: replace an existing checkpoint or interrupted run.
+        processes: of this run. The first one writes; the others know what it has written.
 
     Raises:
-        UserError: something is in the way: not ours, finished already, interrupted, of another run, or in use.
+        UserError: the directory is not ours, a finished checkpoint, an interrupted or different run, or in use.
         SetupError: the directory cannot be made.
     """
     path = path.resolve()
     if resume and overwrite:
-        raise UserError("--resume keeps what is there and --overwrite deletes it: give one of them.")
+        raise UserError("--resume keeps the files in the directory and --overwrite deletes them: give one of them.")
     writer = CheckpointWriter(path, run, num_shards, processes)
     if not processes.is_main:
-        writer.agree()
+        writer.sync()
         yield writer
         return
     if not is_blank(path) and not is_ours(path):
@@ -65,38 +65,37 @@ def opened_writer(
             f"{path} exists and is not a dfrot checkpoint; nothing there is touched. Choose another -o directory."
         )
     with exclusive_lock(path):
-        writer.enter(resume, overwrite)
-        writer.agree()
+        writer.begin_or_resume(resume, overwrite)
+        writer.sync()
         yield writer
 
 
 class CheckpointWriter:
-    """Writes the shards of one run into one directory; `opened_writer` makes it."""
+    """Writes the shards of one run into one directory; made by `opened_writer`. Failed writes raise SetupError."""
 
     def __init__(self, path: Path, run: dict[str, Any], num_shards: int, processes: ProcessGroup) -> None:
         self.path, self._run, self._num_shards, self._processes = path, run, num_shards, processes
         self._files: dict[str, dict[str, Any]] = {}  # of the manifest: digest and notes by name
         self._begun = False  # whether the directory is this run's
 
-    def agree(self) -> None:
-        """All processes of the run come here, and go on knowing what the first one has written."""
+    def sync(self) -> None:
+        """Tell all processes which files the first one has written; a barrier."""
         self._files = self._processes.broadcast_object(self._files)
 
-    def enter(self, resume: bool, overwrite: bool) -> None:
-        """Find out what is in the directory, and take over what an interrupted run left if it is to be resumed."""
-        path, run = self.path, self._run
-        if (path / "config.json").is_file():
-            self._remove_manifest()  # of a run that was killed while it did so itself
-        # with `overwrite` nothing is deleted before there is something to put in its place
-        if overwrite or is_blank(path):
+    def begin_or_resume(self, resume: bool, overwrite: bool) -> None:
+        """Check the directory, and take over the files of an interrupted run if it is to be resumed."""
+        path = self.path
+        if finished := (path / "config.json").is_file():
+            self._remove_manifest()  # left by a run that was killed in `finish`, after config.json
+        if overwrite or is_blank(path):  # nothing is deleted before there is something to put in its place
             return
-        if (path / "config.json").is_file():
+        if finished:
             raise UserError(f"{path} is a finished checkpoint. Choose another -o directory, or --overwrite it.")
         if not resume:
             raise UserError(f"{path} holds an interrupted run. Continue it with --resume, or --overwrite it.")
         before, files = read_manifest(path / RUN_FILE)
-        if before != run:
-            differing = "; ".join(differences(before, run)) or "all of it"
+        if before != self._run:
+            differing = "; ".join(differences(before, self._run)) or "all of it"
             raise UserError(
                 f"{path} holds an interrupted run that is another: {differing}. "
                 "Resume with the same, choose another -o directory, or --overwrite it."
@@ -104,15 +103,13 @@ class CheckpointWriter:
         self._take_over(files)
 
     def _take_over(self, listed: dict[str, dict[str, Any]]) -> None:
-        """Keep the files that are as the manifest lists them, and delete the others."""
+        """Keep the files whose digest is the manifest's, and delete the others."""
         with translate_io_errors(self.path):
-            sound = {name: entry for name, entry in listed.items() if digest(self.path / name) == entry["sha256"]}
-            if FIT_FILE in sound:  # all shards are made by the rotations in it
-                self._files = sound
+            intact = {name: entry for name, entry in listed.items() if digest(self.path / name) == entry["sha256"]}
+            if FIT_FILE in intact:  # without its rotations no shard is of use
+                self._files = intact
             patterns = ("model-*", FIT_FILE, "dfrot-run-*", "*.tmp", NOTES_FILE)
-            stale = {file for pattern in patterns for file in self.path.glob(pattern)} - {
-                self.path / name for name in self._files
-            }
+            stale = {file for pattern in patterns for file in self.path.glob(pattern) if file.name not in self._files}
             for file in stale:
                 file.unlink()
         if lost := sorted(listed.keys() - self._files.keys() | {file.name for file in stale if file.match("model-*")}):
@@ -122,17 +119,20 @@ class CheckpointWriter:
     def _shard(self, number: int) -> Path:
         return self.path / f"model-{number + 1:05}-of-{self._num_shards:05}.safetensors"
 
+    def _shards(self) -> list[Path]:
+        return [self._shard(number) for number in range(self._num_shards)]
+
     def shard_notes(self) -> list[dict[str, Any]]:
         """The notes of all shards that have some, in order."""
-        entries = (self._files.get(self._shard(number).name, {}) for number in range(self._num_shards))
+        entries = (self._files.get(shard.name, {}) for shard in self._shards())
         return [entry["notes"] for entry in entries if "notes" in entry]
 
     def has(self, number: int) -> bool:
-        """Whether shard `number` is there, from this run or the one that it resumes."""
+        """Whether shard `number` is written, by this run or the one that it resumes."""
         return self._shard(number).name in self._files
 
     def read(self, number: int) -> dict[str, Tensor]:
-        """The tensors of a shard that is there."""
+        """The tensors of a written shard."""
         with open_safetensors(self._shard(number)) as file:
             return all_tensors(file)
 
@@ -140,24 +140,21 @@ class CheckpointWriter:
         """Write one shard, durably, under its final name.
 
         Args:
-            notes: JSON that `shard_notes` gives back, also to a run that resumes this one.
-
-        Raises:
-            SetupError: it cannot be written (disk full, no permission).
+            notes: JSON that `shard_notes` returns, also in a run that resumes this one.
         """
         if self._processes.is_main:
             self._begin()
             write_tensors(self._shard(number), tensors, {"format": "pt"})
             self._list(self._shard(number), notes)
-        self.agree()
+        self.sync()
 
     def _begin(self) -> None:
-        """Make the directory this run's: from now on it says so, and whatever else was in it goes."""
+        """Mark the directory as this run's, and delete everything else in it."""
         if self._begun:
             return
         self._write_manifest()
         with translate_io_errors(self.path):
-            (self.path / "config.json").unlink(missing_ok=True)  # first: what is left is no checkpoint
+            (self.path / "config.json").unlink(missing_ok=True)  # first, so that the rest is no checkpoint
             for file in self.path.iterdir():
                 if file.is_dir() and not file.is_symlink():
                     shutil.rmtree(file)
@@ -178,31 +175,23 @@ class CheckpointWriter:
             (self.path / name).unlink(missing_ok=True)
 
     def save_fit(self, record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        """Keep what was fitted, so that a resumed run goes on with exactly that.
-
-        Raises:
-            SetupError: it cannot be written.
-        """
+        """Keep the fitted rotations, so that a resumed run continues with exactly those."""
         if self._processes.is_main:
             self._begin()
             write_fit(self.path / FIT_FILE, record, tensors)
             self._list(self.path / FIT_FILE)
-        self.agree()
+        self.sync()
 
     def load_fit(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-        """What `save_fit` kept, if this run resumes one that got so far."""
+        """The rotations of `save_fit`, if this run or the one that it resumes got so far."""
         return read_fit(self.path / FIT_FILE) if FIT_FILE in self._files else None
 
-    def adopt(self, other: Path) -> None:
-        """Take all shards, as links if possible, and their notes from a finished checkpoint that has the same.
-
-        Raises:
-            SetupError: they cannot be written.
-        """
+    def reuse(self, other: Path) -> None:
+        """Take all shards, as links if possible, and their notes from a finished checkpoint with the same blocks."""
         assert self._processes.count == 1, "the runs of a comparison share, and each is one process"
         self._begin()
         notes = read_json(other / NOTES_FILE).get("weights_by_block", []) if (other / NOTES_FILE).is_file() else []
-        for number, shard in enumerate(map(self._shard, range(self._num_shards))):
+        for number, shard in enumerate(self._shards()):
             temporary = shard.with_suffix(".tmp")
             with translate_io_errors(self.path, temporary):
                 temporary.unlink(missing_ok=True)
@@ -211,20 +200,13 @@ class CheckpointWriter:
                 except OSError:  # another file system
                     shutil.copyfile(other / shard.name, temporary)
                 publish(temporary, shard)
+            # the first and the last shard are no blocks and have no notes
             self._list(shard, notes[number - 1] if 1 <= number <= len(notes) else None)
 
     def finish(self, config: dict[str, Any], notes: dict[str, Any]) -> None:
-        """Write notes (if any), index and config; only now the directory is a checkpoint. Only the first does it.
-
-        Raises:
-            SetupError: they cannot be written.
-        """
-        weight_map: dict[str, str] = {}
-        total = 0
-        for shard in map(self._shard, range(self._num_shards)):
-            for name, _, nbytes in stored_tensors([shard]):
-                weight_map[name] = shard.name
-                total += nbytes
+        """Write notes (if any), index and config, which makes the directory a checkpoint. For the first process."""
+        stored = [(name, shard.name, size) for shard in self._shards() for name, _, size in stored_tensors([shard])]
+        weight_map, total = {name: shard for name, shard, _ in stored}, sum(size for *_, size in stored)
         if notes:
             write_json(self.path / NOTES_FILE, notes)
         write_json(self.path / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from dfrot.compare.trials import Trial
 from dfrot.evaluation.record import Record, reported
-from dfrot.inspect.inspect import ROTATIONS
+from dfrot.methods import METHODS, variants
 from dfrot.pipeline.recipe import Recipe
 from dfrot.report.words import deviations
 from dfrot.system.errors import UserError
@@ -42,9 +42,10 @@ def recipes(
     if wrong := [seed for seed in seeds if not seed.isdecimal()]:
         raise UserError(f"a seed is a whole number, got '{wrong[0]}'.")
     found: dict[str, Recipe] = {}
+    named = variants()
     for spec, word, quantizer, seed in itertools.product(specs, methods, weights, seeds):
-        method, options = ROTATIONS.get(word, (word, {}))
-        of_method = ("duquant" if method == "duquant" else "paper") if preset == "auto" else preset
+        method, options = named.get(word, (word, {}))
+        of_method = getattr(METHODS.get(method), "preset", "paper") if preset == "auto" else preset
         made = Recipe.parse(
             method, quantizer, spec, preset=of_method, calib=calib, calib_tokens=calib_tokens, seed=int(seed), **options
         )
@@ -128,8 +129,8 @@ def _name(recipe: Recipe | None) -> tuple[str, str, str, str]:
     """The cells under `HEADS`; options that are not the default stand with the method, as RO is QuaRot with one."""
     if recipe is None:
         return "unquantized", "", "", ""
-    method = ", ".join(filter(None, (recipe.method_name, deviations(recipe.to_json()))))
-    return method, recipe.weights_name if recipe.spec.weights.enabled else "", str(recipe.spec), str(recipe.seed)
+    method = ", ".join(filter(None, (recipe.method.name, deviations(recipe.to_json()))))
+    return method, recipe.rounding.name if recipe.spec.weights.enabled else "", str(recipe.spec), str(recipe.seed)
 
 
 def _number(value: float | None) -> str:

@@ -160,7 +160,7 @@ def _measured(trial: Trial, out: Path) -> Record:
                 device=trial.device,
                 resume=folder.is_dir(),
                 memory=trial.memory,
-                share=out / "shared",
+                reuse_dir=out / "shared",
             ).timings_s
     record = evaluate(str(out / checkpoint) if checkpoint else trial.model, trial.measurement, device=trial.device)
     record.model = trial.model

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
+from rich.table import Table
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -111,8 +112,8 @@ def compare_speed(
     """Time two models, made by functions of their dtype; the rest as `bench` says.
 
     Args:
-        baselines: dtypes of the source; each is a model of its own in memory.
-        dtype: in which the checkpoint computes.
+        baselines: dtypes of the source; each is a separate model in memory.
+        dtype: the checkpoint computes in it.
         prompt: tokens of the prompt.
         new_tokens: tokens that are generated after it.
         rounds: how often each model is timed.
@@ -140,6 +141,22 @@ def compare_speed(
         "ratios": {name: _ratios(ours, other) for name, other in timed.items()},
         "conditions": conditions(loaded["checkpoint"], prompt=prompt, new_tokens=new_tokens, rounds=rounds),
     }
+
+
+def described(result: dict[str, Any]) -> list[Table | str]:
+    """The result of `bench` for a terminal: a table of the models, and sentences."""
+    table = Table("", "prefill tokens/s", "decode tokens/s", "first token s", "decoder MB", "cache MB")
+    conditions = result["conditions"]
+    for name, timed in {"checkpoint": result["checkpoint"], **result["baselines"]}.items():
+        prefill, decode = (statistics.median(timed[key]) for key in ("prefill_s", "decode_s"))
+        speeds = (f"{conditions['prompt'] / prefill:.0f}", f"{1 / decode:.1f}", f"{prefill:.3f}")
+        table.add_row(name, *speeds, *(f"{timed[key] / 1e6:.1f}" for key in ("decoder_bytes", "kv_bytes")))
+    ratios = [
+        f"against {name}: prefill {ratio['prefill']:.2f} times as fast, decode {ratio['decode']:.2f} times; "
+        f"decoder weights {ratio['decoder_bytes']:.3f} and cache {ratio['kv_bytes']:.3f} of the memory"
+        for name, ratio in result["ratios"].items()
+    ]
+    return [table, *ratios, f"{conditions['backend']}, {conditions['threads']} threads, {conditions['machine']}"]
 
 
 def _ratios(ours: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:

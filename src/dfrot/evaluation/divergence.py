@@ -1,6 +1,6 @@
-"""How far a model is from another, token by token: KL divergence, and whether both find the same token likeliest.
+"""The distance between two models, token by token: KL divergence, and whether their likeliest tokens agree.
 
-Perplexity can stay the same while predictions change: some tokens gain what others lose. These measures cannot.
+Perplexity can stay the same while predictions change: some tokens gain what others lose. These two measures show it.
 """
 
 from dataclasses import dataclass

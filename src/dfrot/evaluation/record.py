@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 
+from dfrot.checkpoint.hf_quantizer import read_checkpoint
 from dfrot.kernels.library import backend
 from dfrot.models.graph import head_dim
 from dfrot.models.source import read_config, stored_tensors, weight_files
-from dfrot.pipeline.recipe import Recipe
 from dfrot.quant.packing import packed_width
 from dfrot.quant.spec import UNQUANTIZED, TensorSpec
 from dfrot.system.errors import SetupError, UserError
-from dfrot.system.files import parse_json, read_json
+from dfrot.system.files import parse_json
 from dfrot.version import __version__
 
 SCHEMA = 1
@@ -192,8 +192,8 @@ def model_size(path: Path) -> dict[str, int | float]:
         unquantized_kv_bytes_per_token: the same at 16 bits.
     """
     config = read_config(path)
-    quantized = read_json(path / "config.json").get("quantization_config")
-    spec = Recipe.from_json(quantized["recipe"]).spec if quantized else None
+    checkpoint = read_checkpoint(path)
+    spec = checkpoint.runtime.spec if checkpoint else None
     total = entries = decoder_bytes = decoder_weights = 0
     for name, shape, nbytes in stored_tensors(set(weight_files(path).values())):
         total += nbytes
@@ -208,7 +208,7 @@ def model_size(path: Path) -> dict[str, int | float]:
     return {
         "weight_bytes": total,
         "decoder_bits_per_weight": 8 * decoder_bytes / decoder_weights,
-        "unquantized_bytes": quantized["unquantized_bytes"] if quantized else 2 * entries,
+        "unquantized_bytes": checkpoint.unquantized_bytes if checkpoint else 2 * entries,
         "kv_bytes_per_token": kv_bytes_per_token(config, UNQUANTIZED if spec is None else spec.keys),
         "unquantized_kv_bytes_per_token": kv_bytes_per_token(config, UNQUANTIZED),
     }

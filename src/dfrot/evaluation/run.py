@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from dfrot.checkpoint.load import Device, checkpoint_recipe, load
+from dfrot.checkpoint.hf_quantizer import read_checkpoint
+from dfrot.checkpoint.load import Device, load
 from dfrot.evaluation.divergence import divergence
 from dfrot.evaluation.massive_unquantized import perplexity_with_massive_unquantized
 from dfrot.evaluation.perplexity import perplexity, perplexity_of
@@ -21,29 +22,26 @@ from dfrot.system.files import write_tensors
 
 @dataclass(frozen=True)
 class Measurement:
-    """What is measured on a model.
-
-    Attributes:
-        texts: for perplexity: wikitext2, c4, pydoc, or paths.
-        seq_len: tokens of one block of a text.
-        max_tokens: take the first ⌊max_tokens / seq_len⌋ blocks of each text.
-        against: the unquantized model, whose predictions on the texts are compared; None leaves that out.
-        massive_unquantized: also measure perplexity with massive tokens left unquantized; needs `against`.
-        tasks: tasks or groups of lm-eval.
-        task_path: a folder with further tasks.
-        limit: take the first so many examples of each task.
-        batch_size: sequences of a task at a time; None chooses.
-    """
+    """What is measured on a model."""
 
     texts: tuple[str, ...] = ()
+    """For perplexity: wikitext2, c4, pydoc, or paths."""
     seq_len: int = 2048
+    """Tokens of one block of a text."""
     max_tokens: int | None = None
+    """Take the first blocks of this many tokens of each text."""
     against: str | None = None
+    """The unquantized model, whose predictions on the texts are compared; None leaves that out."""
     massive_unquantized: bool = False
+    """Also perplexity with massive tokens left unquantized, the papers' QuaRot.FP16(); eval needs --against."""
     tasks: tuple[str, ...] = ()
+    """Tasks or groups of lm-eval."""
     task_path: str | None = None
+    """A folder with further tasks."""
     limit: int | None = None
+    """Take the first so many examples of each task."""
     batch_size: int | None = None
+    """Sequences of a task at a time (default: as many as fit)."""
 
     def __post_init__(self) -> None:
         if not self.texts and not self.tasks:
@@ -104,10 +102,11 @@ def evaluate(model: str, measurement: Measurement, *, device: Device = "cpu", pe
         measured |= {"standard_errors": errors, "examples": examples}
     if per_token is not None:
         write_tensors(per_token, tensors, {"format": "pt"})
-    recipe = checkpoint_recipe(path)
+    checkpoint = read_checkpoint(path)
+    recipe = checkpoint and checkpoint.recipe
     return Record(
         model=model,
-        recipe=None if recipe is None else recipe.to_json(),
+        recipe=recipe,
         metrics=metrics,
         size=model_size(path),
         timings_s={"evaluate": time.perf_counter() - started},
@@ -117,7 +116,7 @@ def evaluate(model: str, measurement: Measurement, *, device: Device = "cpu", pe
             seq_len=measurement.seq_len,
             tokens={label: tokens.numel() for label, tokens in blocks.items()},
             against=measurement.against,
-            seed=None if recipe is None else recipe.seed,
+            seed=recipe and recipe.get("seed"),
             **measured,
         ),
     )

@@ -6,16 +6,16 @@ Grids and rotations come from the runtime's record, as in inference; the recipe 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dfrot.checkpoint.load import checkpoint_recipe
+from dfrot.checkpoint.hf_quantizer import read_checkpoint
 from dfrot.models.families import graph_for
 from dfrot.models.graph import Config, ModelGraph
 from dfrot.models.source import open_safetensors, read_config, weight_files
-from dfrot.pipeline.recipe import Recipe
 from dfrot.quant.affine import QParams, dequantize
 from dfrot.quant.packing import unpack
 from dfrot.runtime.config import RuntimeConfig
@@ -44,7 +44,7 @@ class Checkpoint:
 
     path: Path
     config: Config
-    recipe: Recipe
+    recipe: dict[str, Any]
     runtime: RuntimeConfig
     graph: ModelGraph
     files: dict[str, Path]  # tensor → the safetensors file that holds it
@@ -53,11 +53,10 @@ class Checkpoint:
     def open(path: Path) -> "Checkpoint":
         """Raises UserError if the directory is not a complete dfrot checkpoint."""
         path = path.expanduser()
-        if (recipe := checkpoint_recipe(path)) is None:
+        if (found := read_checkpoint(path)) is None:
             raise UserError(f"{path} is a model, but not a dfrot checkpoint. Make one: dfrot quantize {path} -o CKPT.")
         config = read_config(path)
-        runtime = RuntimeConfig.from_json(config.to_dict()["quantization_config"])
-        return Checkpoint(path, config, recipe, runtime, graph_for(config), weight_files(path))
+        return Checkpoint(path, config, found.recipe, found.runtime, graph_for(config), weight_files(path))
 
     def require_folded(self, engine: str) -> None:
         """Raise UserError if anything is rotated online, which `engine` cannot do."""
@@ -70,10 +69,10 @@ class Checkpoint:
 
     def require_shared(self, engine: str) -> None:
         """Raise UserError if online rotations differ from block to block (DuQuant), which no engine supports."""
-        if self.runtime.blocks:
+        if self.runtime.rotation_blocks:
             raise UserError(
-                f"{self.path} was made by {self.recipe.method_name}, which rotates the input of every layer while the "
-                f"model runs; {engine} cannot. Quantize with --method dfrot --fold-only."
+                f"{self.path} was made by {self.recipe.get('method')}, which rotates every layer's input while the "
+                f"model runs; {engine} cannot. Quantize with --method rangerot --fold-only."
             )
 
     def lost(self, engine: str, *kinds: str) -> Iterator[str]:

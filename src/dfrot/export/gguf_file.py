@@ -126,7 +126,7 @@ def _add_hyperparameters(writer: "GGUFWriter", checkpoint: Checkpoint, kind: str
     from gguf import GGML_QUANT_VERSION, LlamaFileType, RopeScalingType
 
     config, recipe, rope = checkpoint.config, checkpoint.recipe, checkpoint.config.rope_parameters
-    writer.add_description(f"{recipe.method_name} {recipe.weights_name} {checkpoint.runtime.spec}")
+    writer.add_description(f"{recipe.get('method')} {recipe.get('weights')} {checkpoint.runtime.spec}")
     writer.add_quantized_by("dfrot")
     writer.add_file_type(LlamaFileType.ALL_F32 if kind == "f32" else LlamaFileType[f"MOSTLY_{kind.upper()}"])
     writer.add_quantization_version(GGML_QUANT_VERSION)

@@ -10,25 +10,15 @@ from typing import Any
 
 from dfrot.evaluation.record import Record, model_size, read_records, reported
 from dfrot.export.checkpoint import Checkpoint
+from dfrot.methods import METHODS
 from dfrot.models.texts import text_label
-from dfrot.pipeline.recipe import Recipe
 from dfrot.report.words import metrics_of, number, recipe_label, shown
+from dfrot.rounding import ROUNDINGS
 from dfrot.system.errors import SetupError, UserError
 from dfrot.system.files import read_json
+from dfrot.system.papers import Paper
 from dfrot.version import __version__
 
-# Method or rounding → arXiv number, authors, title
-PAPERS = {
-    "dfrot": ("2412.00648", "Xiang, Jingyang and Zhang, Sai Qian", "DFRot: Achieving Outlier-Free and Massive "
-              "Activation-Free for Rotated LLMs with Refined Rotation"),
-    "quarot": ("2404.00456", "Ashkboos, Saleh and others", "QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs"),
-    "duquant": ("2406.01721", "Lin, Haokun and others", "DuQuant: Distributing Outliers via Dual Transformation Makes "
-                "Stronger Quantized LLMs"),
-    "gptq": ("2210.17323", "Frantar, Elias and others", "GPTQ: Accurate Post-Training Quantization for Generative "
-             "Pre-trained Transformers"),
-    "lwc": ("2308.13137", "Shao, Wenqi and others", "OmniQuant: Omnidirectionally Calibrated Quantization for Large "
-            "Language Models"),
-}  # fmt: skip
 # What a result depends on. Not the model and text paths or the commit, which mean nothing on other machines
 _CONDITIONS = ("text", "tokens", "seq_len", "examples", "seed", "dtype", "backend", "machine", "dfrot", "torch")
 _CARD = Path(__file__).with_name("model_card.md")
@@ -59,32 +49,35 @@ def model_card(path: Path, repository: str, records: Sequence[Record] = (), base
 
     checkpoint = Checkpoint.open(path)
     recipe, spec, size = checkpoint.recipe, checkpoint.runtime.spec, model_size(checkpoint.path)
-    own = [record for record in records if record.recipe == recipe.to_json()]
+    own = [record for record in records if record.recipe == recipe]
     if records and not own:
-        raise UserError(f"none of the {len(records)} result records is of the recipe of {path}: {recipe.digest}.")
+        raise UserError(f"none of the {len(records)} result records is of the recipe of {path}.")
     shown_records = [*(record for record in records if record.recipe is None), *own]
     papers = _papers(recipe)
-    tags = ["dfrot", "quantized", f"{spec.weights.bits}-bit", *(f"arxiv:{PAPERS[name][0]}" for name in papers)]
+    bibtex = "\n".join(paper.bibtex() for paper in papers)
+    tags = ["dfrot", "quantized", f"{spec.weights.bits}-bit", *(f"arxiv:{paper.arxiv}" for paper in papers)]
     data = ModelCardData(base_model=base_model, library_name="transformers", pipeline_tag="text-generation", tags=tags)
     measured = {key: result.conditions[key] for result in own for key in _CONDITIONS if result.conditions.get(key)}
     conditions = "; ".join(f"{key} {json.dumps(value)}" for key, value in measured.items()).replace('"', "")
     kinds = {"weights": spec.weights, "activations": spec.activations, "keys and values": spec.keys}
     grids = ", ".join(f"{kind} in {grid.bits} bits" for kind, grid in kinds.items() if grid.enabled)
-    provenance = recipe.to_json()
-    provenance["calibration"]["text"] = text_label(provenance["calibration"]["text"])  # without its folder
+    provenance = json.loads(json.dumps(recipe))
+    if isinstance(calibration := provenance.get("calibration"), dict):
+        calibration["text"] = text_label(str(calibration.get("text")))  # without its folder
     return _CARD.read_text(encoding="utf-8").format(
         front_matter=data.to_yaml(),
         title=base_model or checkpoint.path.resolve().name,
         spec=spec,
         grids=grids.capitalize() or "Nothing quantized",
-        recipe=recipe,
+        method=recipe.get("method"),
+        rounding=recipe.get("weights"),
         version=__version__,
         size=size,
         megabytes={name: value / 1e6 for name, value in size.items()},
         results=f"## Results\n\n{_table(shown_records)}\n\n{conditions}\n\n" if own else "",
         repository=repository,
         provenance=json.dumps(provenance, indent=2),
-        citation="\n\n## Citation\n\n```bibtex\n" + "\n".join(map(_bibtex, papers)) + "\n```" if papers else "",
+        citation=f"\n\n## Citation\n\n```bibtex\n{bibtex}\n```" if papers else "",
     )
 
 
@@ -124,10 +117,10 @@ def push(checkpoint: Path, repository: str, *, private: bool = False, **card_opt
     return str(address)
 
 
-def _papers(recipe: Recipe) -> list[str]:
-    """The keys of the papers that a recipe follows; DFRot's rotations but for one are QuaRot's."""
-    names = [*(["quarot"] if recipe.method_name == "dfrot" else []), recipe.method_name, recipe.weights_name]
-    return [name for name in names if name in PAPERS]
+def _papers(recipe: dict[str, Any]) -> list[Paper]:
+    """The papers that the method and the rounding of a recipe follow."""
+    owners = METHODS.get(str(recipe.get("method"))), ROUNDINGS.get(str(recipe.get("weights")))
+    return [paper for owner in owners if owner is not None for paper in owner.papers]
 
 
 def _table(records: Sequence[Record]) -> str:
@@ -135,9 +128,3 @@ def _table(records: Sequence[Record]) -> str:
     rows = [["", *map(shown, metrics)], ["---", *["---:"] * len(metrics)]]
     rows += [[recipe_label(record), *(number(record.metrics.get(name)) for name in metrics)] for record in records]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
-
-
-def _bibtex(name: str) -> str:
-    arxiv, authors, title = PAPERS[name]
-    year = f"20{arxiv[:2]}"
-    return f"@article{{{name}, title={{{title}}}, author={{{authors}}}, journal={{arXiv:{arxiv}}}, year={{{year}}}}}"

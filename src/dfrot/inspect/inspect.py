@@ -11,7 +11,6 @@ import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +22,9 @@ from dfrot.inspect.norm_stats import as_quantized, channel_stats, excess_kurtosi
 from dfrot.inspect.schema import SCHEMA, STATS_FILE, TENSORS_FILE, Stats
 from dfrot.inspect.storage_errors import kv_errors, weight_errors
 from dfrot.linalg.rotation import Identity
-from dfrot.methods import METHODS
+from dfrot.methods import variants
 from dfrot.methods.massive import describe_massive, massive_tokens
-from dfrot.methods.method import Context
+from dfrot.methods.method import FitContext
 from dfrot.methods.sensitivity import sensitivity_by_block
 from dfrot.models.source import Source, open_source
 from dfrot.models.stream import BlockRunner, captured_inputs
@@ -39,13 +38,7 @@ from dfrot.system.progress import track
 from dfrot.transform.transforms import Transforms
 
 # What is compared: the papers' names, the method and its options.
-ROTATIONS: dict[str, tuple[str, dict[str, Any]]] = {
-    "none": ("none", {}),
-    "RO": ("quarot", {"rotation": "orthogonal"}),
-    "RH": ("quarot", {"rotation": "hadamard"}),
-    "dfrot": ("dfrot", {}),
-    "duquant": ("duquant", {}),
-}
+ROTATIONS = variants()
 SENSITIVITY_TOKENS = 256  # the cost of the sensitivities grows with the square of the number of blocks
 SURFACE_TOKENS = 64  # as many as the papers' surfaces, token × channel, show
 
@@ -90,8 +83,8 @@ def inspect(
         raise SetupError(f"cannot make the directory {out}: {error}") from error
 
     calibration = functools.cache(lambda: calibration_tokens(source, recipe))
-    contexts = {name: Context(source, recipe, calibration, device) for name, recipe in recipes.items()}
-    fitted = {name: METHODS[context.recipe.method_name](context) for name, context in contexts.items()}
+    on = FitContext(source, recipe.spec.activations, calibration, device, seed)
+    fitted = {name: recipe.method.fit(on).transforms for name, recipe in recipes.items()}
     stats: Stats = {
         "schema": SCHEMA,
         "model": model,
@@ -103,7 +96,7 @@ def inspect(
             seq_len=seq_len,
             seed=seed,
             spec=f"a{recipe.spec.activations.bits}",
-            clip=recipe.spec.activations.clip,
+            clip=recipe.spec.activations.clip_ratio,
             preset=preset,
             grids=dataclasses.asdict(recipe.spec),
         ),
@@ -125,9 +118,8 @@ def inspect(
     tensors = _stream(stats, source, fitted, residual, recipe.spec, token_ids, device)
     if residual:
         bases = [transforms.residual or Identity(source.config.hidden_size) for transforms in residual.values()]
-        context = next(iter(contexts.values()))
         first = token_ids[:, :SENSITIVITY_TOKENS]
-        by_rotation = sensitivity_by_block(context, bases, recipe.spec.activations, first)
+        by_rotation = sensitivity_by_block(on, bases, recipe.spec.activations, first)
         stats["sensitivity"] = dict(zip(residual, by_rotation, strict=True))
     (out / STATS_FILE).unlink(missing_ok=True)
     write_tensors(out / TENSORS_FILE, tensors, {"format": "pt"})

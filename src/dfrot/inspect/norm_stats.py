@@ -8,7 +8,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dfrot.inspect.schema import NormChannels
-from dfrot.methods.dfrot import quantized
 from dfrot.quant.spec import TensorSpec
 from dfrot.transform.transforms import Transforms
 
@@ -49,7 +48,7 @@ def channel_stats(x: Float[Tensor, "tokens hidden"]) -> NormChannels:
 
 def relative_error(x: Float[Tensor, "*tokens channels"], quantizer: TensorSpec) -> Float[Tensor, "*tokens"]:
     """‖x − Q(x)‖ / ‖x‖ of every token."""
-    return ratio(x - quantized(x, quantizer), x)
+    return ratio(x - quantizer.fake_quantize(x), x)
 
 
 def ratio(error: Float[Tensor, "*tokens channels"], x: Float[Tensor, "*tokens channels"]) -> Float[Tensor, "*tokens"]:

@@ -15,17 +15,17 @@ from dfrot.quant.affine import dequantize
 from dfrot.quant.spec import TensorSpec
 from dfrot.rounding.rtn import rtn
 from dfrot.runtime.kv import KVQuantizer
-from dfrot.transform.transforms import Transforms, block_folds
+from dfrot.transform.transforms import Transforms
 
 
 def weight_errors(
     block: nn.Module, index: int, source: Source, transforms: Mapping[str, Transforms], spec: TensorSpec
 ) -> list[LayerErrors]:
     """‖W − Q(W)‖ / ‖W‖ of every linear layer of a block, folded and rounded to nearest without clipping by search."""
-    spec = spec if spec.clip is not None else dataclasses.replace(spec, clip=1.0)
+    spec = spec if spec.clip_ratio is not None else dataclasses.replace(spec, clip_ratio=1.0)
     errors: dict[str, dict[str, float]] = {name: {} for name in source.graph.linears}
     for method, fit in transforms.items():
-        for name, fold in block_folds(fit, index, source.graph, source.config, block).items():
+        for name, fold in fit.folds(index, source.graph, source.config, block).items():
             weight = fold.weight(block.get_submodule(name).weight.data).float()  # type: ignore[arg-type]
             codes, qparams = rtn(weight, spec)
             left = weight - dequantize(codes, spec.weight_granularity, qparams)

@@ -1,7 +1,7 @@
-"""PackedKV keys and values: into the cache, out of it, and attention of a few new tokens over it.
+"""Packed keys and values: writing to the cache, reading from it, and attention of a few new tokens over it.
 
-A cache is three tensors, (batch, heads, capacity, …): codes uint8, scales bfloat16, zero points uint8. Capacity is what
-there is room for; the tensors may be views of the first tokens, as long as only that axis is cut.
+A cache is three tensors, (batch, heads, capacity, …): codes uint8, scales bfloat16, zero points uint8. The
+tensors may be views of the first tokens, as long as no other axis is cut.
 """
 
 import ctypes
@@ -17,14 +17,13 @@ from dfrot.kernels.lowering import Lowered, flatten
 from dfrot.kernels.structures import DTYPES, cache, check, computable, mask_strides, native, pointer, size, transform
 from dfrot.quant.spec import TensorSpec
 
-FEW = 8  # new tokens, up to which there is a kernel for their attention
+FEW = 8  # most new tokens that the attention kernel takes; for more, unpacking once is cheaper
 MOST_CHANNELS = 512  # of a head, as in native/cache.h
 
 
 def supported(x: Tensor, spec: TensorSpec) -> bool:
     """Whether there are kernels for heads like x (…, head_dim) on such a grid."""
-    channels = x.shape[-1]
-    fits = spec.bits in (4, 8) and channels % 32 == 0 and channels <= MOST_CHANNELS
+    fits = spec.bits in (4, 8) and x.shape[-1] % 32 == 0 and x.shape[-1] <= MOST_CHANNELS
     return fits and computable(x) and instruction_set() >= AVX2
 
 
@@ -36,8 +35,7 @@ def append(
     spec: TensorSpec,
 ) -> None:
     """Quantize x R into a cache, from a position on."""
-    assert spec.clip is not None, "keys and values have a fixed clip ratio"
-    _append(x, *packed, position, *flatten(rotation), spec.bits, spec.clip, instruction_set())
+    _append(x, *packed, position, *flatten(rotation), spec.bits, spec.fixed_clip, instruction_set())
 
 
 def unpack(

@@ -1,7 +1,7 @@
 """Linear layers as single operators: inputs are rotated, quantized row by row, multiplied by packed
 integers with exact sums, and scaled.
 
-Weights are what the checkpoint holds; nothing is unpacked but a few rows at a time, in the processor's nearest cache.
+Weights stay packed as in the checkpoint; a few rows at a time are unpacked, in the processor's nearest cache.
 """
 
 import ctypes
@@ -39,10 +39,8 @@ class PackedWeight(NamedTuple):
             *(pointer(qweight), size(len(qweight)), size(in_features)),
             *(spec.bits, size(in_features // groups), pointer(sums)),
         )
-        scales = scales if scales.dtype in DTYPES else scales.float()
-        return PackedWeight(
-            qweight.contiguous(), scales.contiguous(), zeros, sums, None if bias is None else bias.float()
-        )
+        scales = (scales if scales.dtype in DTYPES else scales.float()).contiguous()
+        return PackedWeight(qweight.contiguous(), scales, zeros, sums, None if bias is None else bias.float())
 
 
 def supported(x: Tensor, weights: TensorSpec, activations: TensorSpec) -> bool:
@@ -85,8 +83,7 @@ def _columns(
 
 
 def _grids(weights: TensorSpec, activations: TensorSpec) -> tuple[int, int, int, bool, float]:
-    assert activations.clip is not None, "activations have a fixed clip ratio"
-    return weights.bits, weights.group or 0, activations.bits, activations.symmetric, activations.clip
+    return weights.bits, weights.group or 0, activations.bits, activations.symmetric, activations.fixed_clip
 
 
 def rotatable(x: Tensor) -> bool:

@@ -124,7 +124,7 @@ def weights_of(
 
 
 def cache(codes: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Cache:
-    """PackedKV keys or values (batch, heads, tokens, …), of which only the tokens may be cut."""
+    """Packed keys or values (batch, heads, tokens, …); a view may cut the tokens, no other axis."""
     _, heads, _, num_bytes = codes.shape
     capacity = codes.stride(1) // num_bytes
     for tensor in (codes, scale, zero):
@@ -143,6 +143,6 @@ def mask_strides(mask: Tensor | None) -> tuple[int, int]:
 
 
 def check(failed: int) -> None:
-    """Raises MemoryError if a kernel says that it failed, which it does for no other reason."""
+    """Raise MemoryError if a kernel failed; a lack of memory is the only reason it reports."""
     if failed:
         raise MemoryError("there is no memory for the scratch space of a kernel")

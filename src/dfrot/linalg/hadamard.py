@@ -1,17 +1,15 @@
 """Hadamard matrices of (nearly) every size a transformer has, generated rather than typed out.
 
-A Hadamard matrix of order n has entries ±1 and H Hᵀ = n I. The feed-forward widths of real models are
-2^k times an awkward number (11008 = 256 · 43), so powers of two are not enough. Four constructions and
-their Kronecker products cover what is met in practice:
+A Hadamard matrix of order n has entries ±1 and H Hᵀ = n I. Feed-forward widths are 2^k times an awkward number (11008 =
+256 · 43), so powers of two are not enough. Four constructions and their Kronecker products cover real models:
 
 * Sylvester: order 2, hence all powers of two.
 * Paley I:  order q + 1 for a prime power q ≡ 3 (mod 4).
 * Paley II: order 2 (q + 1) for a prime power q ≡ 1 (mod 4).
 * Williamson: order 4 m from four symmetric circulant matrices of order m, for the m that Paley misses.
 
-A large matrix is a Kronecker product of small dense ones, and is applied factor by factor: a size n = g₁ g₂
-costs g₁ + g₂ multiplications per entry instead of n. The factors are kept between roughly 16 and 200, where a
-matrix product runs at full speed; a butterfly of 2 × 2 steps is many times slower on every device we know.
+A large matrix is applied factor by factor: a size n = g₁ g₂ costs g₁ + g₂ multiplications per entry instead of n.
+Factors between about 16 and 200 keep matrix products at full speed; a butterfly of 2 × 2 steps is many times slower.
 """
 
 import functools
@@ -22,27 +20,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# First rows of Williamson's four circulants, entries 1 … (m − 1)/2 (entry 0 is +1, the rest is symmetric).
+# First rows of Williamson's four circulants, entries 1 … (m − 1)/2. Entry 0 is +1, the rest follows by symmetry.
 # m = 23: Baumert, Golomb, Hall 1962; m = 29: Baumert 1966; m = 43: Williamson 1944; m = 39: London 2013.
 _WILLIAMSON = {
     23: ("+---+---+-+", "-++-++--+++", "++---++-+-+", "++-+++-+---"),
     29: ("++---++--+-+--", "-+---++--+-+++", "+++-++-+---+++", "+--+--+-+++-++"),
-    39: (
-        "++--+-+-----+--++--",
-        "++--++-+---+-+--+--",
-        "+++---+--++----+-+-",
-        "---++-+-+-----+++-+",
-    ),
-    43: (
-        "+---++++-+--+--++----",
-        "++-+-++--+-+-++++-+--",
-        "+-++++++----+-+--++-+",
-        "---++--++++-+-+++-++-",
-    ),
+    39: ("++--+-+-----+--++--", "++--++-+---+-+--+--", "+++---+--++----+-+-", "---++-+-+-----+++-+"),
+    43: ("+---++++-+--+--++----", "++-+-++--+-+-++++-+--", "+-++++++----+-+--++-+", "---++--++++-+-+++-++-"),
 }
 
-
-LARGEST = 2**20  # channels of an axis that is rotated
+LARGEST = 2**20  # channels of a rotated axis
 
 
 def prime_power(q: int) -> tuple[int, int] | None:
@@ -55,12 +42,9 @@ def prime_power(q: int) -> tuple[int, int] | None:
 
 
 def _quadratic_character(p: int, k: int) -> Tensor:
-    """χ on GF(pᵏ): 0 at 0, +1 at squares, −1 elsewhere; an element is indexed by its base-p digits.
-
-    Some monic polynomial of degree k makes x a generator of the multiplicative group; the powers of x then run
-    through all non-zero elements, and the even ones are the squares.
-    """
+    """χ on GF(pᵏ): 0 at 0, +1 at squares, −1 elsewhere; an element is indexed by its base-p digits."""
     q = p**k
+    # Some monic polynomial of degree k makes x a generator: its powers reach all non-zero elements, even ones squares.
     for tail in itertools.product(range(p), repeat=k):  # xᵏ = Σ tail[i] xⁱ
         chi = torch.zeros(q, dtype=torch.int8)
         element = [1] + [0] * (k - 1)
@@ -69,8 +53,7 @@ def _quadratic_character(p: int, k: int) -> Tensor:
             if index == 0 or chi[index] != 0:  # x is not a generator
                 break
             chi[index] = 1 - 2 * (exponent % 2)
-            carry = element[-1]
-            shifted = [0, *element[:-1]]
+            carry, shifted = element[-1], [0, *element[:-1]]
             element = [(s + carry * t) % p for s, t in zip(shifted, tail, strict=True)]
         else:
             return chi
@@ -118,7 +101,7 @@ def _williamson(m: int) -> Tensor:
 
 
 def _construction(n: int) -> Callable[[], Tensor] | None:
-    """What makes a Hadamard matrix of order n without a product. Asking builds none: a file may ask for any size."""
+    """A constructor for order n that needs no product. It builds nothing yet: a file may ask for any size."""
     if n <= 2:
         return lambda: torch.tensor([[1, 1], [1, -1]], dtype=torch.int8)[:n, :n]
     if n & (n - 1) == 0 or n % 4:  # powers of two stay Sylvester's: exported models rely on that order
@@ -135,15 +118,14 @@ def is_hadamard_size(n: int) -> bool:
     """Whether this module can build a Hadamard matrix of order n."""
     if n > 2 and n % 4:
         return False
-    if n % 2 == 0 and n > 2 and is_hadamard_size(n // 2):
+    if (n % 2 == 0 and n > 2 and is_hadamard_size(n // 2)) or _construction(n) is not None:
         return True
-    return _construction(n) is not None or any(
-        n % a == 0 and is_hadamard_size(a) and is_hadamard_size(n // a) for a in range(4, math.isqrt(n) + 1, 4)
-    )
+    divisors = (a for a in range(4, math.isqrt(n) + 1, 4) if n % a == 0)
+    return any(is_hadamard_size(a) and is_hadamard_size(n // a) for a in divisors)
 
 
 def require_hadamard_size(n: int) -> None:
-    """Raise ValueError, naming the sizes near n, if there is no Hadamard matrix of order n here."""
+    """Raise ValueError, with the nearest sizes, if this module has no Hadamard matrix of order n."""
     if n > LARGEST:
         raise ValueError(f"no Hadamard matrix of size {n}: sizes are at most {LARGEST}, far more than models have.")
     if n >= 1 and is_hadamard_size(n):
@@ -151,11 +133,9 @@ def require_hadamard_size(n: int) -> None:
     below = next((m for m in range(n - 1, 0, -1) if is_hadamard_size(m)), None)
     above = next(m for m in itertools.count(max(n + 1, 1)) if is_hadamard_size(m))
     near = " and ".join(str(m) for m in (below, above) if m is not None)
-    rule = (
-        "a Hadamard matrix has order 1, 2 or a multiple of 4"
-        if n > 2 and n % 4
-        else "no construction here (Sylvester, Paley I and II, Williamson, products) gives this order"
-    )
+    rule = "no construction here (Sylvester, Paley I and II, Williamson, products) gives this order"
+    if n > 2 and n % 4:
+        rule = "a Hadamard matrix has order 1, 2 or a multiple of 4"
     raise ValueError(f"no Hadamard matrix of size {n}: {rule}. The nearest sizes are {near}.")
 
 
@@ -177,8 +157,8 @@ def hadamard_matrix(n: int) -> Tensor:
     raise AssertionError(f"{n} is a Hadamard size but has no factors")
 
 
-# One more pass over the data costs as much as this many multiplications per entry; measured on AVX512 and AMX,
-# where two factors of 64 beat three of 16 and one of 576 loses to 36 · 16.
+# Cost of one more pass over the data, in multiplications per entry. Measured on AVX512 and AMX: two factors of 64 beat
+# three of 16, and one of 576 loses to 36 · 16.
 _PASS_COST = 120
 
 

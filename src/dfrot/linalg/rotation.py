@@ -1,8 +1,8 @@
 """Rotations: orthogonal maps of the last axis, y = x Q with Q Qᵀ = I.
 
-`as_matrix` is the specification, in float64; `apply` may be faster and works in the dtype of its input. A
-block-diagonal rotation is a Kronecker product with the identity on the left (one block for all positions, as R2,
-R3 and DuQuant have it); mixing heads is one with the identity on the right.
+`as_matrix` is the specification, in float64; `apply` may be faster and works in the dtype of its input. A rotation with
+equal diagonal blocks (R2, R3, DuQuant's) is a Kronecker product with the identity on the left; one that mixes heads has
+the identity on the right.
 """
 
 import abc
@@ -41,9 +41,32 @@ class Rotation(abc.ABC):
         """First self, then other: x (self @ other) = (x self) other."""
         return Compose((self, other))
 
-    @abc.abstractmethod
     def describe(self, tensors: dict[str, Tensor], name: str) -> dict[str, Any]:
         """JSON that `rotation_from` turns back into this rotation; its tensors are put into `tensors` under `name`."""
+        kind = type(self).__name__.lower()
+        record: dict[str, Any] = {"type": kind}
+        for key in _DESCRIBED_BY[kind]:
+            value = getattr(self, key)
+            if isinstance(value, Tensor):
+                tensors[name], record[key] = value, name
+            elif isinstance(value, Rotation):
+                record[key] = value.describe(tensors, f"{name}.{key}")
+            elif key == "parts":
+                record[key] = [part.describe(tensors, f"{name}.{index}") for index, part in enumerate(value)]
+            elif value is not None:
+                record[key] = list(value) if isinstance(value, tuple) else value
+        return record
+
+
+# What the JSON of a rotation holds beside its type, in the order in which it is written.
+_DESCRIBED_BY = {
+    "identity": ("size",),
+    "hadamard": ("factors", "transposed", "signs"),
+    "dense": ("matrix",),
+    "permutation": ("order",),
+    "kronecker": ("left", "right"),
+    "compose": ("parts",),
+}
 
 
 @dataclass(frozen=True)
@@ -60,15 +83,12 @@ class Identity(Rotation):
     def T(self) -> Rotation:
         return self
 
-    def describe(self, tensors: dict[str, Tensor], name: str) -> dict[str, Any]:
-        return {"type": "identity", "size": self.size}
-
 
 @dataclass(frozen=True, eq=False)
 class Hadamard(Rotation):
     """diag(signs) H / √n; without signs the plain normalised Hadamard matrix.
 
-    H is the Kronecker product of Hadamard matrices of the sizes `factors`, by default those that are cheapest to apply.
+    H is the Kronecker product of Hadamard matrices of sizes `factors`; by default the factors cheapest to apply.
 
     Raises:
         ValueError: no Hadamard matrix of this size, or of a factor's, is known; the factors' product is not the size.
@@ -108,17 +128,10 @@ class Hadamard(Rotation):
     def T(self) -> Rotation:
         return Hadamard(self.size, self.signs, not self.transposed, self.factors)
 
-    def describe(self, tensors: dict[str, Tensor], name: str) -> dict[str, Any]:
-        record = {"type": "hadamard", "factors": list(self.factors), "transposed": self.transposed}
-        if self.signs is None:
-            return record
-        tensors[name] = self.signs
-        return {**record, "signs": name}
-
 
 @dataclass(frozen=True, eq=False)
 class Dense(Rotation):
-    """An orthogonal matrix as it is. Orthogonality is the caller's promise."""
+    """An orthogonal matrix. The caller guarantees orthogonality."""
 
     matrix: Float[Tensor, "size size"]
 
@@ -135,10 +148,6 @@ class Dense(Rotation):
     @property
     def T(self) -> Rotation:
         return Dense(self.matrix.T)
-
-    def describe(self, tensors: dict[str, Tensor], name: str) -> dict[str, Any]:
-        tensors[name] = self.matrix
-        return {"type": "dense", "matrix": name}
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,10 +169,6 @@ class Permutation(Rotation):
     @property
     def T(self) -> Rotation:
         return Permutation(torch.argsort(self.order))
-
-    def describe(self, tensors: dict[str, Tensor], name: str) -> dict[str, Any]:
-        tensors[name] = self.order
-        return {"type": "permutation", "order": name}
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,17 +195,13 @@ class Kronecker(Rotation):
     def T(self) -> Rotation:
         return Kronecker(self.left.T, self.right.T)
 
-    def describe(self, tensors: dict[str, Tensor], name: str) -> dict[str, Any]:
-        left, right = self.left.describe(tensors, f"{name}.left"), self.right.describe(tensors, f"{name}.right")
-        return {"type": "kronecker", "left": left, "right": right}
-
 
 @dataclass(frozen=True, eq=False)
 class Compose(Rotation):
     """The product of its parts, applied from first to last.
 
     Raises:
-        ValueError: the parts are of different sizes, or there is none.
+        ValueError: the parts differ in size, or there are none.
     """
 
     parts: tuple[Rotation, ...]
@@ -226,10 +227,6 @@ class Compose(Rotation):
     def T(self) -> Rotation:
         return Compose(tuple(part.T for part in reversed(self.parts)))
 
-    def describe(self, tensors: dict[str, Tensor], name: str) -> dict[str, Any]:
-        parts = [part.describe(tensors, f"{name}.{index}") for index, part in enumerate(self.parts)]
-        return {"type": "compose", "parts": parts}
-
 
 def block_diagonal(block: Rotation, count: int) -> Rotation:
     """`count` copies of one block along the diagonal: I ⊗ block."""
@@ -247,12 +244,15 @@ def block_rotation(matrices: Float[Tensor, "count block block"], orders: Int[Ten
 
 
 def rotation_from(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Rotation:
-    """The rotation that `Rotation.describe` described.
+    """The inverse of `Rotation.describe`.
 
     Raises:
-        ValueError: the description is of no known type, or names a tensor that is not there.
+        ValueError: the type is unknown, a key does not belong to it, or a tensor is missing.
     """
     try:
+        known = _DESCRIBED_BY.get(str(description.get("type")), ())
+        if known and (unknown := description.keys() - {"type", *known}):
+            raise ValueError(f"a rotation of type {description['type']} has no {min(unknown)!r}")
         match description:
             case {"type": "identity", "size": int(size)} if 1 <= size <= LARGEST:
                 return Identity(size)
@@ -274,13 +274,13 @@ def rotation_from(description: Mapping[str, Any], tensors: Mapping[str, Tensor])
                 return Kronecker(rotation_from(left, tensors), rotation_from(right, tensors))
             case {"type": "compose", "parts": [*parts]}:
                 return Compose(tuple(rotation_from(part, tensors) for part in parts))
-    except (KeyError, TypeError, RecursionError) as error:
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"not the description of a rotation: {reprlib.repr(description)}") from error
     raise ValueError(f"not the description of a rotation: {reprlib.repr(description)}")
 
 
 def is_permutation(orders: Tensor) -> bool:
-    """Whether every row holds each of 0 … n − 1 once; what is no permutation makes a kernel read elsewhere."""
+    """Whether every row holds each of 0 … n − 1 once. With any other index a kernel would read foreign memory."""
     if orders.dtype not in (torch.int32, torch.int64):
         return False
     return torch.equal(orders.sort().values, torch.arange(orders.shape[-1]).to(orders).expand_as(orders))
@@ -293,8 +293,7 @@ def is_finite(tensor: Tensor) -> bool:
 
 def random_hadamard(size: int, generator: torch.Generator) -> Hadamard:
     """diag(±1) H / √n with signs drawn from the generator (on the CPU): QuaRot's R1, the papers' RH."""
-    signs = torch.randint(0, 2, (size,), generator=generator).mul(2).sub(1).double()
-    return Hadamard(size, signs)
+    return Hadamard(size, torch.randint(0, 2, (size,), generator=generator).mul(2).sub(1).double())
 
 
 def random_orthogonal(size: int, generator: torch.Generator) -> Dense:
@@ -303,6 +302,5 @@ def random_orthogonal(size: int, generator: torch.Generator) -> Dense:
     QR of a Gaussian matrix is uniform only once the signs of R's diagonal are moved into Q; without that the
     distribution depends on the QR routine (Mezzadri, Notices of the AMS 54, 2007).
     """
-    gaussian = torch.randn(size, size, generator=generator, dtype=torch.float64)
-    q, r = torch.linalg.qr(gaussian)
+    q, r = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
     return Dense(q * torch.sign(torch.diagonal(r)))

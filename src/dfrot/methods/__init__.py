@@ -1,17 +1,21 @@
-"""One paper a file. A method looks at a model and a recipe and returns the rotations."""
+"""One file per paper. A method looks at a model and returns the rotations."""
 
-from collections.abc import Callable
+from typing import Any
 
-from dfrot.methods.dfrot import dfrot
-from dfrot.methods.duquant import duquant
-from dfrot.methods.method import Context
-from dfrot.methods.none import none
-from dfrot.methods.quarot import quarot
-from dfrot.transform.transforms import Transforms
+from dfrot.methods.dfrot import DFRot
+from dfrot.methods.duquant import DuQuant
+from dfrot.methods.method import Method
+from dfrot.methods.none import NoRotation
+from dfrot.methods.quarot import QuaRot
+from dfrot.methods.rangerot import RangeRot
 
-METHODS: dict[str, Callable[[Context], Transforms]] = {
-    "none": none,
-    "quarot": quarot,
-    "dfrot": dfrot,
-    "duquant": duquant,
-}
+METHODS: dict[str, type[Method]] = {kind.name: kind for kind in (NoRotation, QuaRot, DFRot, RangeRot, DuQuant)}
+
+
+def variants() -> dict[str, tuple[str, dict[str, Any]]]:
+    """The names under which papers compare rotations (none, RO, RH, …), each with its method and options."""
+    return {
+        word: (name, dict(options))
+        for name, kind in METHODS.items()
+        for word, options in (kind.variants or {name: {}}).items()
+    }

@@ -19,68 +19,143 @@ value head share its s. Its online Hadamard of queries and keys mixes neighbouri
 128; ours is QuaRot's, per head. Everything is fitted to the first calibration sequence.
 """
 
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
-from dfrot.linalg.rotation import Dense, block_diagonal, random_orthogonal
-from dfrot.methods.method import Context
+from dfrot.linalg.rotation import Dense, Identity, Rotation, block_diagonal, random_orthogonal
+from dfrot.methods.method import Fit, FitContext, Look, Method
 from dfrot.methods.quarot import hadamard, random_rotation
 from dfrot.models.graph import head_dim
+from dfrot.models.sizes import ModelSizes
 from dfrot.models.stream import BlockRunner, captured_inputs
-from dfrot.pipeline.recipe import LWC, DuQuant
+from dfrot.system.errors import UserError
+from dfrot.system.papers import Paper
 from dfrot.system.progress import track
-from dfrot.transform.transforms import InputTransform, Transforms, block_folds, fold_block_
+from dfrot.transform.transforms import InputTransform, Transforms, fold_block_, input_widths
 
+DUQUANT = Paper(
+    "duquant",
+    "2406.01721",
+    "Lin, Haokun and others",
+    "DuQuant: Distributing Outliers via Dual Transformation Makes Stronger Quantized LLMs",
+)
 SMALLEST = 1e-5  # of a smoothing factor: a channel that is never used
 
 
-def duquant(context: Context) -> Transforms:
-    """Smoothing and block rotations for the inputs of all linear layers, around QuaRot's R3.
+@dataclass(frozen=True)
+class DuQuant(Method):
+    """Smoothing and block rotations for the inputs of all linear layers, around QuaRot's R3."""
 
-    Raises:
-        UserError: no Hadamard matrix has the size of a head.
-    """
-    options, source, device = context.recipe.method, context.source, context.device
-    assert isinstance(options, DuQuant), "fitted with the options of another method"
-    keys = hadamard("one head", head_dim(source.config))
-    base = Transforms(keys=keys)
-    if options.base == "quarot":
-        base = Transforms(random_rotation(context, "hadamard"), hadamard("one head", head_dim(source.config)), keys)
-    alpha = options.alpha if options.alpha is not None else 0.5 if isinstance(context.recipe.weights, LWC) else 0.6
+    block: int = 128
+    """Size of the rotated blocks; where it does not divide, the largest power of two that does and is smaller."""
+    greedy_steps: int = 256
+    """Steps of the search for a rotation; the best prefix is kept."""
+    permutations: int = 1
+    """How often channels are permuted and rotated again; 0 rotates once."""
+    order: Literal["zigzag", "random", "none"] = "zigzag"
+    """How channels are dealt to the blocks: the largest in turn, at random, or left where they are."""
+    smooth: bool = True
+    """Move part of the channels' sizes into the weights first."""
+    alpha: float | None = None
+    """Strength of smoothing, s = max|x|^α / max|w|^(1 − α); 0.6 unless given, with learned clipping 0.5."""
+    base: Literal["none", "quarot"] = "none"
+    """Rotate the model unchanged, or on top of QuaRot's folded rotations R1 and R2."""
 
-    graph, config, generator = source.graph, source.config, context.generator()
-    token_ids = context.calibration()[:1]
-    hidden = source.embedding()[token_ids].double()
-    hidden = (hidden if base.residual is None else base.residual.apply(hidden)).float().to(device)
-    run = BlockRunner(source, hidden)
-    inputs, peaks = [], []
-    for index in track(range(source.num_blocks), "fitting rotations"):
-        block = source.block(index).to(device)
-        fold_block_(block, block_folds(base, index, graph, config, block), graph, torch.float32)
-        with captured_inputs({stage[0]: block.get_submodule(stage[0]) for stage in graph.stages}) as seen:
-            hidden = run(block, index, hidden)
-        transforms = {}
-        for stage in graph.stages:
-            x = torch.cat(seen[stage[0]]).flatten(0, -2)  # (tokens, in)
+    name = "duquant"
+    papers = (DUQUANT,)
+    look = Look("#CC79A7", "cross", "dashdot")
+    preset = "duquant"
+
+    def __post_init__(self) -> None:
+        if self.block < 2 or self.greedy_steps < 1 or self.permutations < 0:
+            raise UserError(
+                f"block is at least 2, greedy-steps at least 1 and permutations at least 0, got {self.block}, "
+                f"{self.greedy_steps} and {self.permutations}."
+            )
+        if self.alpha is not None and not 0 <= self.alpha <= 1:
+            raise UserError(f"alpha is between 0 and 1, got {self.alpha}.")
+
+    @property
+    def sequences_read(self) -> int:
+        return 1
+
+    def resolved(self, learned_clipping: bool) -> "DuQuant":
+        # both values are the released command's, the second for "+LWC"
+        return self if self.alpha is not None else replace(self, alpha=0.5 if learned_clipping else 0.6)
+
+    def outline(self, on: FitContext) -> Transforms:
+        graph, config = on.source.graph, on.source.config
+        inputs = {}
+        for stage, width in ((stage[0], input_widths(graph, config)[stage[0]]) for stage in graph.stages):
+            size = block_size(width, self.block)
+            matrices = torch.empty(self.permutations + 1, size, size, dtype=torch.float64, device="meta")
+            orders = torch.empty(self.permutations, width, dtype=torch.int64, device="meta")
+            inputs[stage] = InputTransform(torch.empty(width, device="meta"), matrices, orders)
+        base = self._base(on, Identity(config.hidden_size))
+        return replace(base, inputs=(inputs,) * config.num_hidden_layers)
+
+    def _base(self, on: FitContext, residual: Rotation) -> Transforms:
+        """What the block rotations go around; `residual` is R1 if there is one."""
+        head = hadamard("one head", head_dim(on.source.config))
+        return Transforms(keys=head) if self.base == "none" else Transforms(residual, head, head)
+
+    def fit(self, on: FitContext) -> Fit:
+        source, graph, config, generator = on.source, on.source.graph, on.source.config, on.generator()
+        residual = random_rotation(on, "hadamard") if self.base == "quarot" else Identity(config.hidden_size)
+        base = self._base(on, residual)
+        hidden = residual.apply(source.embedding()[on.calibration()[:1]].double()).float().to(on.device)
+        run = BlockRunner(source, hidden)
+        inputs, peaks = [], []
+        for index in track(range(source.num_blocks), "fitting rotations"):
+            block = source.block(index).to(on.device)
+            fold_block_(block, base.folds(index, graph, config, block), graph, torch.float32)
+            with captured_inputs({stage[0]: block.get_submodule(stage[0]) for stage in graph.stages}) as seen:
+                hidden = run(block, index, hidden)
+            transforms = {}
+            for stage in graph.stages:
+                x = torch.cat(seen[stage[0]]).flatten(0, -2)  # (tokens, in)
+                transforms[stage[0]], peak = self._fit_stage(x, block, stage, on, generator)
+                peaks.append({"block": index, "input": stage[0], **peak})
+            inputs.append(transforms)
+        return Fit(replace(base, inputs=tuple(inputs)), {"peaks": peaks})
+
+    def _fit_stage(
+        self,
+        x: Float[Tensor, "tokens in"],
+        block: nn.Module,
+        stage: tuple[str, ...],
+        on: FitContext,
+        generator: torch.Generator,
+    ) -> tuple[InputTransform, dict[str, Any]]:
+        """The transform of one input, and how far it lowers the largest entry."""
+        graph, config = on.source.graph, on.source.config
+        smooth = None
+        if self.smooth:
             w = torch.cat([block.get_submodule(name).weight for name in stage])  # type: ignore[misc]
             shared = config.num_key_value_heads if stage[0] == graph.output else None
-            smooth = smoothing(x, w, alpha, shared, head_dim(config)) if options.smooth else None
-            x = x if smooth is None else x / smooth
-            transforms[stage[0]] = InputTransform(smooth, *block_rotations(x, options, generator))
-            rotated = transforms[stage[0]].rotation.apply(x)
-            peaks.append(
-                {
-                    "block": index,
-                    "input": stage[0],
-                    "block_size": transforms[stage[0]].matrices.shape[-1],
-                    "before": float(x.abs().max()),
-                    "after": float(rotated.abs().max()),
-                }
-            )
-        inputs.append(transforms)
-    context.notes["peaks"] = peaks
-    return Transforms(base.residual, base.values, base.keys, inputs=tuple(inputs))
+            assert self.alpha is not None, "a recipe resolves its method"
+            smooth = smoothing(x, w, self.alpha, shared, head_dim(config))
+            x = x / smooth
+        transform = InputTransform(smooth, *block_rotations(x, self, generator))
+        before, after = float(x.abs().max()), float(transform.rotation.apply(x).abs().max())
+        return transform, {"block_size": transform.matrices.shape[-1], "before": before, "after": after}
+
+    def peak_bytes(self, sizes: ModelSizes) -> int:
+        block = sizes.block * (sizes.source + 4) + 4 * sizes.sequence
+        outputs = 4 * sizes.seq_len * sum(width for _, width in sizes.stages)
+        # rows are searched in float64 beside the layers that read them
+        return block + outputs + 8 * sizes.seq_len * max(width for _, width in sizes.stages)
+
+    def summary(self, notes: Mapping[str, Any]) -> list[str]:
+        peaks = [peak["before"] / peak["after"] for peak in notes["peaks"] if peak["after"]]
+        lowered = statistics.geometric_mean(peaks) if peaks else 1.0
+        return [f"the largest entry of a layer's input is {lowered:.1f} times smaller (geometric mean)"]
 
 
 def smoothing(

@@ -1,37 +1,114 @@
-"""What a method may look at while it fits its transforms."""
+"""The base class of methods. A method is a frozen dataclass that holds everything specific to one paper.
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+Its fields are its options. `fit` looks at a model and returns the rotations, with notes for people. Code outside the
+paper's file never asks which method it has. `Transforms` decides what follows from the rotations (tied embeddings,
+online rotations, tensors of the checkpoint); the attributes below hold what follows from the paper.
+"""
+
+import abc
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from dfrot.models.sizes import ModelSizes
 from dfrot.models.source import Source
-from dfrot.pipeline.recipe import Recipe
+from dfrot.quant.spec import TensorSpec
 from dfrot.system.distributed import SINGLE_PROCESS, ProcessGroup
+from dfrot.system.options import Options
+from dfrot.system.papers import Paper
+from dfrot.transform.transforms import Transforms
 
 
 @dataclass(frozen=True)
-class Context:
-    """A model, a recipe, and calibration text for the methods that ask for it.
+class FitContext:
+    """Everything that a method may look at.
 
     Attributes:
-        calibration: returns token ids of shape (sequences, seq_len). Calling it may read files or the network, so
-            methods that need no data never do.
-        device: where to compute.
-        processes: that fit together; all come to the same sums.
-        notes: what the method found out, as JSON; it stays with the checkpoint.
+        activations: the grid of the activations.
+        calibration: returns token ids of shape (sequences, seq_len). It may read files or the network, so methods that
+            need no data never call it.
+        device: the device to compute on.
+        seed: the seed of everything random.
+        processes: the processes that fit together; all get the same sums.
     """
 
     source: Source
-    recipe: Recipe
+    activations: TensorSpec
     calibration: Callable[[], Int[Tensor, "sequences seq_len"]]
     device: torch.device
-    notes: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
     processes: ProcessGroup = SINGLE_PROCESS
 
     def generator(self) -> torch.Generator:
-        """A fresh generator with the recipe's seed; always on the CPU, so that every device draws the same."""
-        return torch.Generator().manual_seed(self.recipe.seed)
+        """A fresh generator with the run's seed; always on the CPU, so that every device draws the same."""
+        return torch.Generator().manual_seed(self.seed)
+
+
+class Fit(NamedTuple):
+    """The rotations that a method fitted, and its notes, as JSON for the checkpoint's fit.json."""
+
+    transforms: Transforms
+    notes: dict[str, Any]
+
+
+class Look(NamedTuple):
+    """A method's style in figures; colour, symbol and dash each identify it."""
+
+    colour: str
+    symbol: str
+    dash: str
+
+
+@dataclass(frozen=True)
+class Method(Options, abc.ABC):
+    """The base of all methods.
+
+    Attributes:
+        name: its name on the command line.
+        papers: the papers that a model card cites.
+        look: its style in figures; None takes an unused one.
+        preset: the paper's symmetry and clip ratios.
+        variants: the names under which papers compare it, with the options of each; if empty, its own name.
+    """
+
+    name: ClassVar[str]
+    papers: ClassVar[tuple[Paper, ...]] = ()
+    look: ClassVar[Look | None] = None
+    preset: ClassVar[str] = "paper"
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+
+    @abc.abstractmethod
+    def fit(self, on: FitContext) -> Fit:
+        """Fit the rotations.
+
+        Raises:
+            UserError: the rotations do not fit the model.
+        """
+
+    def outline(self, on: FitContext) -> Transforms:
+        """Rotations of the same sites and sizes as `fit` returns, with any entries; the estimate needs them up front.
+
+        Override it if fitting reads text or takes time.
+        """
+        return self.fit(on).transforms
+
+    @property
+    def sequences_read(self) -> int:
+        """The number of calibration sequences that `fit` reads, counted from the first."""
+        return 0
+
+    def resolved(self, learned_clipping: bool) -> "Method":
+        """The method with every default filled in; `learned_clipping` tells whether the rounding learns clip ratios."""
+        return self
+
+    def peak_bytes(self, sizes: ModelSizes) -> int:
+        """The peak memory of `fit`."""
+        return 0
+
+    def summary(self, notes: Mapping[str, Any]) -> list[str]:
+        """The notes in sentences."""
+        return []

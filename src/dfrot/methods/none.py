@@ -1,8 +1,17 @@
-"""`none`: no rotation. What the others are measured against."""
+"""`none`: no rotation, the baseline of all methods."""
 
-from dfrot.methods.method import Context
+from dataclasses import dataclass
+
+from dfrot.methods.method import Fit, FitContext, Look, Method
 from dfrot.transform.transforms import Transforms
 
 
-def none(context: Context) -> Transforms:
-    return Transforms()
+@dataclass(frozen=True)
+class NoRotation(Method):
+    """Quantize the model unrotated."""
+
+    name = "none"
+    look = Look("#D55E00", "circle", "solid")
+
+    def fit(self, on: FitContext) -> Fit:
+        return Fit(Transforms(), {})

@@ -1,70 +1,84 @@
 """QuaRot: outlier-free 4-bit inference in rotated LLMs (Ashkboos et al. 2024, arXiv 2404.00456).
 
-Rotate the residual stream by a random rotation Q and the outliers, which sit in few channels, are spread over all of
-them. §4: a randomized Hadamard matrix does it best ("Stage 1a", R1), a Hadamard matrix per head makes the values
-easy ("Stage 1c", R2), one on the fly before down_proj the feed-forward activations ("Stage 1b", R4), one after RoPE
-the keys ("Stage 1d", R3).
+Outliers sit in few channels of the residual stream; a random rotation Q spreads them over all channels. In §4 a
+randomized Hadamard matrix works best for the stream ("Stage 1a", R1). A Hadamard matrix per head makes the values easy
+to quantize ("Stage 1c", R2), one applied online before down_proj the feed-forward activations ("Stage 1b", R4), and one
+after RoPE the keys ("Stage 1d", R3).
 
 Divergences. The released code mixes the heads by an online Hadamard matrix before o_proj; DFRot leaves that out, and
-so do we unless `head_mixing` is set. It takes hidden_size / num_attention_heads for head_dim; we ask the config.
+so do we unless `head_mixing` is set. It computes head_dim as hidden_size / num_attention_heads; we read the config.
 """
 
-from dfrot.linalg.hadamard import require_hadamard_size
-from dfrot.linalg.rotation import Hadamard, Rotation, random_hadamard, random_orthogonal
-from dfrot.methods.method import Context
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from dfrot.linalg.rotation import Hadamard, Identity, Rotation, random_hadamard, random_orthogonal
+from dfrot.methods.method import Fit, FitContext, Look, Method
 from dfrot.models.graph import head_dim
-from dfrot.pipeline.recipe import QuaRot
 from dfrot.system.errors import UserError
+from dfrot.system.papers import Paper
 from dfrot.transform.transforms import Transforms
 
-
-def quarot(context: Context) -> Transforms:
-    """R1 random, R2, R3 and R4 Hadamard.
-
-    Raises:
-        UserError: no Hadamard matrix has the size that a site of this model needs.
-    """
-    options = context.recipe.method
-    assert isinstance(options, QuaRot), "fitted with the options of another method"
-    return around(
-        random_rotation(context, options.rotation), context, online=options.online, head_mixing=options.head_mixing
-    )
+QUAROT = Paper(
+    "quarot", "2404.00456", "Ashkboos, Saleh and others", "QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs"
+)
 
 
-def random_rotation(context: Context, kind: str) -> Rotation:
+@dataclass(frozen=True)
+class QuaRot(Method):
+    """R1 random, R2, R3 and R4 Hadamard."""
+
+    rotation: Literal["hadamard", "orthogonal"] = "hadamard"
+    """R1: a randomized Hadamard matrix (the papers' RH) or a random orthogonal one (RO)."""
+    head_mixing: bool = False
+    """Also mix the heads by an online Hadamard before o_proj, as QuaRot does and DFRot does not."""
+    fold_only: bool = False
+    """Leave out the online rotations (R3, R4), for engines that cannot apply them."""
+
+    name = "quarot"
+    papers = (QUAROT,)
+    look = Look("#0072B2", "square", "dash")
+    variants: ClassVar = {"RO": {"rotation": "orthogonal"}, "RH": {"rotation": "hadamard"}}
+
+    def __post_init__(self) -> None:
+        if self.head_mixing and self.fold_only:
+            raise UserError("head-mixing is an online rotation and --fold-only excludes those. Drop one of the two.")
+
+    def fit(self, on: FitContext) -> Fit:
+        return Fit(around(random_rotation(on, self.rotation), on, self.fold_only, self.head_mixing), {})
+
+    def outline(self, on: FitContext) -> Transforms:
+        return around(Identity(on.source.config.hidden_size), on, self.fold_only, self.head_mixing)
+
+
+def random_rotation(on: FitContext, kind: str) -> Rotation:
     """R1 before any refinement: RH ("hadamard") or RO ("orthogonal") of the model's width.
 
     Raises:
-        UserError: no Hadamard matrix has the model's width.
+        UserError: no Hadamard matrix of the model's width is known.
     """
-    width = context.source.config.hidden_size
+    width = on.source.config.hidden_size
     if kind == "orthogonal":
-        return random_orthogonal(width, context.generator())
+        return random_orthogonal(width, on.generator())
     try:
-        require_hadamard_size(width)
+        return random_hadamard(width, on.generator())
     except ValueError as error:
         raise UserError(f"the residual stream has {width} channels: {error} Use --rotation orthogonal.") from error
-    return random_hadamard(width, context.generator())
 
 
-def around(residual: Rotation, context: Context, *, online: bool, head_mixing: bool = False) -> Transforms:
-    """QuaRot's other rotations around a given R1; without `online` those that are folded."""
-    config = context.source.config
-    return Transforms(
-        residual=residual,
-        values=hadamard("one head", head_dim(config)),
-        keys=hadamard("one head", head_dim(config)) if online else None,
-        ffn=hadamard("the input of down_proj", config.intermediate_size) if online else None,
-        heads=hadamard("head mixing", config.num_attention_heads) if head_mixing else None,
-    )
+def around(residual: Rotation, on: FitContext, fold_only: bool, head_mixing: bool = False) -> Transforms:
+    """A given R1 with QuaRot's other rotations; with `fold_only` just those that cost nothing at run time."""
+    config = on.source.config
+    head = hadamard("one head", head_dim(config))
+    mixing = hadamard("head mixing", config.num_attention_heads) if head_mixing else None
+    if fold_only:
+        return Transforms(residual, values=head, heads=mixing)
+    ffn = hadamard("the input of down_proj", config.intermediate_size)
+    return Transforms(residual, values=head, keys=head, ffn=ffn, heads=mixing)
 
 
 def hadamard(site: str, size: int) -> Hadamard:
-    """The plain Hadamard matrix of a site.
-
-    Raises:
-        UserError: none of that size is known.
-    """
+    """The plain Hadamard matrix of a site; raises UserError if none of that size is known."""
     try:
         return Hadamard(size)
     except ValueError as error:

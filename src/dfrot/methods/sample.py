@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dfrot.methods.massive import Rule, describe_massive, massive_tokens
-from dfrot.methods.method import Context
+from dfrot.methods.method import FitContext
 from dfrot.models.stream import BlockRunner, captured_inputs
 from dfrot.system.progress import track
 
@@ -25,18 +25,18 @@ class Sample:
     Attributes:
         tokens: (rows, hidden), unrotated, RMS 1.
         massive: which rows are tokens with massive activations.
-        share: how many tokens of the text each row stands for; 1 for massive ones.
+        multiplicity: how many tokens of the text each row stands for; 1 for massive ones.
         found: the massive tokens, as `describe_massive` describes them.
     """
 
     tokens: Float[Tensor, "rows hidden"]
     massive: Bool[Tensor, " rows"]
-    share: Float[Tensor, " rows"]
+    multiplicity: Float[Tensor, " rows"]
     found: list[dict[str, Any]]
 
     def weights(self, gamma: float) -> Float[Tensor, " rows"]:
-        """Weights of the squared errors: γ² for massive tokens, the share for ordinary ones; their sum is 1."""
-        w = torch.where(self.massive, torch.full_like(self.share, gamma**2), self.share)
+        """Weights of the squared errors: γ² for massive tokens, the multiplicity for ordinary ones; their sum is 1."""
+        w = torch.where(self.massive, torch.full_like(self.multiplicity, gamma**2), self.multiplicity)
         return w / w.sum()
 
 
@@ -70,24 +70,24 @@ class Sampler:
         ordinary = torch.nonzero(~massive).flatten().cpu()
         kept = ordinary[torch.randperm(len(ordinary), generator=self.generator)[: self.per_piece]]
         rows = torch.cat([which, kept.to(which.device)])
-        share = torch.where(massive[rows], 1.0, len(ordinary) / max(1, len(kept)))
-        self._parts.append((tokens[rows], massive[rows], share.to(tokens.dtype)))
+        multiplicity = torch.where(massive[rows], 1.0, len(ordinary) / max(1, len(kept)))
+        self._parts.append((tokens[rows], massive[rows], multiplicity.to(tokens.dtype)))
 
     def sample(self) -> Sample:
-        tokens, massive, share = (torch.cat(parts) for parts in zip(*self._parts, strict=True))
-        return Sample(tokens, massive, share, self._found)
+        tokens, massive, multiplicity = (torch.cat(parts) for parts in zip(*self._parts, strict=True))
+        return Sample(tokens, massive, multiplicity, self._found)
 
 
-def sample_norm_outputs(context: Context, token_ids: Tensor, rule: Rule, kept: int | None) -> Sample:
+def sample_norm_outputs(on: FitContext, token_ids: Tensor, rule: Rule, kept: int | None) -> Sample:
     """Stream text through the full-precision blocks and sample the outputs of all their norms.
 
     Args:
         token_ids: (sequences, seq_len).
         kept: ordinary tokens to keep in all; None keeps every one.
     """
-    source, device = context.source, context.device
+    source, device = on.source, on.device
     per_piece = None if kept is None else max(1, kept // (len(source.graph.norms) * source.num_blocks))
-    sampler = Sampler(per_piece, rule, context.generator())
+    sampler = Sampler(per_piece, rule, on.generator())
     hidden = source.embedding()[token_ids].float().to(device)  # (sequences, seq_len, hidden)
     run = BlockRunner(source, hidden[:1])
     for index in track(range(source.num_blocks), "calibrating"):

@@ -13,9 +13,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dfrot.linalg.rotation import Rotation
-from dfrot.methods.method import Context
+from dfrot.methods.method import FitContext
 from dfrot.models.stream import BlockRunner
-from dfrot.quant.affine import fake_quantize
 from dfrot.quant.spec import TensorSpec
 from dfrot.system.progress import track
 
@@ -24,14 +23,14 @@ _LOGIT_POSITIONS = 256
 
 @torch.no_grad()
 def kl_divergences(
-    context: Context,
+    on: FitContext,
     rotations: Sequence[Rotation],
     quantizer: TensorSpec,
     token_ids: Int[Tensor, "sequences seq_len"],
     first: int,
 ) -> list[float]:
     """Mean KL(original ‖ norm outputs quantized in the basis R) for every R, in nats, from position `first` on."""
-    source, device = context.source, context.device
+    source, device = on.source, on.device
     embedded = source.embedding()[token_ids].float().to(device)
     states = [embedded] * (len(rotations) + 1)  # the original last
     run = BlockRunner(source, embedded[:1])
@@ -41,12 +40,12 @@ def kl_divergences(
         for candidate, rotation in enumerate([*rotations, None]):
             with _quantized(norms, rotation, quantizer):
                 states[candidate] = _advanced(run, block, index, states[candidate])
-    return _divergences(context, states[-1][:, first:], [state[:, first:] for state in states[:-1]])
+    return _divergences(on, states[-1][:, first:], [state[:, first:] for state in states[:-1]])
 
 
 @torch.no_grad()
 def sensitivity_by_block(
-    context: Context,
+    on: FitContext,
     rotations: Sequence[Rotation],
     quantizer: TensorSpec,
     token_ids: Int[Tensor, "sequences seq_len"],
@@ -56,11 +55,11 @@ def sensitivity_by_block(
     Every R costs half the square of the number of blocks in runs of one block, and as many hidden states as there are
     blocks: meant for short texts.
     """
-    source, device = context.source, context.device
+    source, device = on.source, on.device
     original = source.embedding()[token_ids].float().to(device)
     changed: list[Tensor] = []  # (sequences, seq_len, hidden), block by block; within a block by rotation
     run = BlockRunner(source, original[:1])
-    for index in track(range(source.num_blocks), "damage by block"):
+    for index in track(range(source.num_blocks), "sensitivity by block"):
         block = source.block(index).float().to(device)
         norms = [block.get_submodule(name) for name in source.graph.norms]
         changed = [_advanced(run, block, index, state) for state in changed]
@@ -68,8 +67,8 @@ def sensitivity_by_block(
             with _quantized(norms, rotation, quantizer):
                 changed.append(_advanced(run, block, index, original))
         original = _advanced(run, block, index, original)
-    damage = _divergences(context, original, changed)
-    return [damage[number :: len(rotations)] for number in range(len(rotations))]
+    by_candidate = _divergences(on, original, changed)
+    return [by_candidate[number :: len(rotations)] for number in range(len(rotations))]
 
 
 def _advanced(
@@ -79,13 +78,13 @@ def _advanced(
 
 
 def _divergences(
-    context: Context,
+    on: FitContext,
     original: Float[Tensor, "sequences positions hidden"],
     changed: Sequence[Float[Tensor, "sequences positions hidden"]],
 ) -> list[float]:
     """Mean KL(original ‖ changed) of the predictions from each of the last block's outputs."""
-    norm = context.source.final_norm().float().to(context.device)
-    head = context.source.head().float().to(context.device)
+    norm = on.source.final_norm().float().to(on.device)
+    head = on.source.head().float().to(on.device)
     totals = [0.0] * len(changed)
     positions = [norm(state).flatten(0, 1) for state in (original, *changed)]  # (positions, hidden)
     for first, *others in zip(*(state.split(_LOGIT_POSITIONS) for state in positions), strict=True):
@@ -102,9 +101,8 @@ def _quantized(norms: Sequence[nn.Module], rotation: Rotation | None, quantizer:
 
     def hook(norm: nn.RMSNorm, args: tuple[Tensor], output: Tensor) -> Float[Tensor, "..."]:
         assert rotation is not None, "registered for rotations only"
-        assert quantizer.clip is not None, "activations have a fixed clip ratio"
         x = nn.functional.rms_norm(args[0], norm.normalized_shape, eps=norm.eps)
-        q = fake_quantize(rotation.apply(x), quantizer.grid, quantizer.token_granularity, quantizer.clip)
+        q = quantizer.fake_quantize(rotation.apply(x))
         return rotation.T.apply(q) * norm.weight
 
     handles = [] if rotation is None else [norm.register_forward_hook(hook) for norm in norms]

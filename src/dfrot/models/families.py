@@ -7,10 +7,7 @@ _SEPARATE = {
     "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
 }
-_FUSED = {
-    "input_layernorm": ("self_attn.qkv_proj",),
-    "post_attention_layernorm": ("mlp.gate_up_proj",),
-}
+_FUSED = {"input_layernorm": ("self_attn.qkv_proj",), "post_attention_layernorm": ("mlp.gate_up_proj",)}
 
 # Keyed by `model_type` of config.json.
 GRAPHS: dict[str, ModelGraph] = {
@@ -23,11 +20,7 @@ GRAPHS: dict[str, ModelGraph] = {
 
 
 def graph_for(config: Config) -> ModelGraph:
-    """The table of the architecture that `config` describes.
-
-    Raises:
-        UserError: the architecture is not known; the message lists those that are and says how to add one.
-    """
+    """The table of a config's architecture. Raises UserError for an unknown one."""
     if (graph := GRAPHS.get(config.model_type)) is None:
         known = ", ".join(f"{model_type} ({graph.name})" for model_type, graph in GRAPHS.items())
         raise UserError(

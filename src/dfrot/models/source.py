@@ -1,12 +1,13 @@
-"""Where a model comes from, and its parts one at a time.
+"""A model on disk: finding, checking and reading it, one part at a time.
 
-A source is opened without reading a weight. Its blocks are built from the safetensors files when they are asked for
-and freed by whoever asked, so that memory is bounded by one decoder block, whatever the size of the model.
+Opening a source reads no weight. Its blocks are built from the safetensors files on request and freed by the caller, so
+that memory is bounded by one decoder block, whatever the size of the model.
 """
 
+import contextlib
 import copy
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,12 +24,12 @@ from dfrot.system.errors import SetupError, UserError
 from dfrot.system.files import read_json
 
 M = TypeVar("M", bound=nn.Module)
-# Rows that are looked through for NaN at a time: it takes twice their size, and an embedding may be a gigabyte.
-_CHECKED_ROWS = 8192
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+# The dtypes that dfrot reads, as safetensors names them, with their bytes.
+_ITEMSIZE = {"U8": 1, "I8": 1, "BOOL": 1, "F16": 2, "BF16": 2, "I32": 4, "F32": 4, "I64": 8, "F64": 8}
+_FLOATS = ("F16", "BF16", "F32", "F64")
 
 
 def locate(model: str) -> Path:
@@ -46,8 +47,7 @@ def locate(model: str) -> Path:
             raise UserError(f"a model file ends in .gguf, got {path}. Give a .gguf file or a directory.")
         return converted(path)
     if not path.is_dir():
-        looks_local = model.count("/") != 1 or model.startswith((".", "/", "~"))
-        if looks_local:
+        if model.count("/") != 1 or model.startswith((".", "/", "~")):  # not the form of a hub id
             raise UserError(
                 f"there is no model at '{model}'. MODEL is a directory with safetensors weights, a .gguf file, "
                 f"a hub id such as 'meta-llama/Llama-2-7b-hf', or one of: {', '.join(EMBEDDED)}."
@@ -63,7 +63,8 @@ def _downloaded(hub_id: str) -> Path:
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES))
+        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # no pickles, no code
+        return Path(snapshot_download(hub_id, allow_patterns=patterns))
     except GatedRepoError as error:
         raise UserError(f"'{hub_id}' is gated: accept its licence on the hub, then `hf auth login`.") from error
     except RepositoryNotFoundError as error:
@@ -79,13 +80,13 @@ def weight_files(path: Path) -> dict[str, Path]:
     """Tensor name → safetensors file, for a directory with one or many of them.
 
     Raises:
-        UserError: there are no safetensors weights, a shard is missing, truncated or outside the directory.
+        UserError: there are no safetensors weights, or a shard is missing, truncated or outside the directory.
     """
     if (path / _INDEX).is_file():
         weight_map = read_json(path / _INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
             raise UserError(f"{path / _INDEX} is not an index of safetensors shards.")
-        present = {file.name for file in path.iterdir()}  # a shard is called by its plain name, so never from elsewhere
+        present = {file.name for file in path.iterdir()}  # plain names, so no shard lies outside the directory
         if absent := set(weight_map.values()) - present:
             raise UserError(f"{_INDEX} names the shard '{min(absent)}', which is not a file in {path}.")
         found: dict[str, str] = {}
@@ -111,12 +112,7 @@ def weight_files(path: Path) -> dict[str, Path]:
 
 
 def open_safetensors(path: Path) -> Any:
-    """`safetensors.safe_open` with a message for the person who has the broken file.
-
-    Raises:
-        UserError: it is no safetensors file, or not all of one.
-        SetupError: it has vanished.
-    """
+    """`safetensors.safe_open`, raising UserError for a broken file and SetupError for one that has vanished."""
     if not path.is_file():
         raise SetupError(f"{path} is not there, or not any more: has it been moved, or a disk been taken away?")
     try:
@@ -127,8 +123,9 @@ def open_safetensors(path: Path) -> Any:
         ) from error
 
 
-_ITEMSIZE = {"U8": 1, "I8": 1, "BOOL": 1, "F16": 2, "BF16": 2, "I32": 4, "F32": 4, "I64": 8, "F64": 8}
-_FLOATS = ("F16", "BF16", "F32", "F64")
+def all_tensors(file: Any) -> dict[str, Tensor]:
+    """The tensors of a file that `open_safetensors` opened."""
+    return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 — safe_open is no mapping
 
 
 def stored_tensors(files: Iterable[Path]) -> Iterator[tuple[str, torch.Size, int]]:
@@ -138,18 +135,15 @@ def stored_tensors(files: Iterable[Path]) -> Iterator[tuple[str, torch.Size, int
 
 
 def _headers(files: Iterable[Path]) -> Iterator[tuple[str, torch.Size, str]]:
-    """Name, shape and dtype of every tensor.
-
-    Raises:
-        UserError: a dtype is none that dfrot reads, or a shape is absurd.
-    """
+    """Name, shape and dtype of every tensor; UserError for a dtype that dfrot does not read and for an absurd shape."""
     for path in sorted(files):
         with open_safetensors(path) as file:
             for name in file.keys():  # noqa: SIM118 — safe_open is no mapping
                 piece = file.get_slice(name)
                 if (dtype := piece.get_dtype()) not in _ITEMSIZE:
                     raise UserError(f"the tensor '{name}' in {path} has the dtype {dtype}, which dfrot does not read.")
-                if max(shape := piece.get_shape(), default=0) >= 2**63:  # beside a 0, so that there are no bytes
+                # possible in a small file if another dimension is 0; torch.Size would overflow
+                if max(shape := piece.get_shape(), default=0) >= 2**63:
                     raise UserError(f"the tensor '{name}' in {path} has the shape {tuple(shape)}.")
                 yield name, torch.Size(shape), dtype
 
@@ -159,12 +153,12 @@ class Source:
     """A causal language model on disk.
 
     Attributes:
-        name: how the user called it.
-        path: the directory that holds it.
+        name: as given by the user.
+        path: of the directory.
         config: transformers' config.
-        graph: the table of its architecture.
+        graph: the table of the architecture.
         files: tensor name → safetensors file.
-        skeleton: the transformers model on the meta device, attention by SDPA, norms by torch.nn.RMSNorm.
+        skeleton: the transformers model on the meta device, with SDPA attention and torch.nn.RMSNorm norms.
     """
 
     name: str
@@ -185,38 +179,32 @@ class Source:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the weights as they are stored; the embedding's, since norms may be kept wider."""
+        """The stored dtype of the weights: the embedding's, since norms may be wider."""
         name = f"{self.graph.embedding}.weight"
         with open_safetensors(self.files[name]) as file:
             return file.get_slice(name)[:1].dtype
 
     def tensor(self, name: str) -> Tensor:
-        """One weight, read from disk.
-
-        Raises:
-            UserError: it holds NaN or infinities.
-        """
+        """One weight, read from disk. Raises UserError if it holds NaN or infinities."""
         with open_safetensors(self.files[name]) as file:
             tensor = file.get_tensor(name)
-        if not all(torch.isfinite(rows).all() for rows in tensor.split(_CHECKED_ROWS)):
-            raise UserError(
-                f"the weight '{name}' in {self.files[name]} holds NaN or infinite values; no quantizer can mend that."
-            )
+        # by pieces: isfinite allocates twice its input, and an embedding may be a gigabyte
+        if not all(torch.isfinite(rows).all() for rows in tensor.split(8192)):
+            path = self.files[name]
+            raise UserError(f"the weight '{name}' in {path} holds NaN or infinite values; no quantizer can mend that.")
         return tensor
 
     def block(self, index: int) -> nn.Module:
-        """Decoder block `index` with its weights, in the dtype they are stored in."""
-        prefix = f"{self.graph.blocks}.{index}."
-        block = self.empty_block(index)
-        tensors = {name: self.tensor(prefix + name) for name in block.state_dict()}
-        return loaded(block, tensors)
+        """Decoder block `index` with its weights, in their stored dtype."""
+        block, prefix = self.empty_block(index), f"{self.graph.blocks}.{index}."
+        return loaded(block, {name: self.tensor(prefix + name) for name in block.state_dict()})
 
     def empty_block(self, index: int) -> nn.Module:
         """Decoder block `index` on the meta device."""
         return copy.deepcopy(self.skeleton.get_submodule(f"{self.graph.blocks}.{index}"))
 
     def rotary(self) -> nn.Module:
-        """The module that makes the cosines and sines of RoPE."""
+        """The module that computes the cosines and sines of RoPE."""
         return type(self.skeleton.get_submodule(self.graph.rotary))(config=self.config)
 
     def embedding(self) -> Tensor:
@@ -233,7 +221,7 @@ class Source:
         return loaded(norm, {"weight": self.tensor(f"{self.graph.final_norm}.weight")})
 
     def fingerprint(self) -> str:
-        """Changes when the weights or the config do: names, sizes and modification times of the files."""
+        """A digest of the names, sizes and modification times of the config and weight files."""
         files = sorted({self.path / "config.json", *self.files.values()})
         parts = [f"{file.resolve()} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
@@ -243,26 +231,17 @@ class Source:
 
 
 def loaded(module: M, tensors: dict[str, Tensor]) -> M:
-    """The module with these tensors in place of its own, for inference."""
+    """The module with these tensors as its state, for inference."""
     module.load_state_dict(tensors, assign=True)
     return module.eval().requires_grad_(False)
 
 
 def load_tokenizer(path: Path) -> Any:
-    """The tokenizer of a model directory.
-
-    Raises:
-        UserError: there is none, or it cannot be read.
-    """
+    """The tokenizer of a model directory. Raises UserError if there is none, or it cannot be read."""
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # transformers and tokenizers raise errors of many kinds for broken files
         raise UserError(f"{path} has no tokenizer that transformers can load: {error}") from error
-
-
-# Of these a config makes a list, or a model modules; a small file must not ask for gigabytes.
-_COUNTS = {"num_hidden_layers", "num_labels"}
-_MOST = 10_000
 
 
 def read_config(path: Path) -> Config:
@@ -271,10 +250,11 @@ def read_config(path: Path) -> Config:
     Raises:
         UserError: it cannot be read, or needs remote code.
     """
-    record = read_json(path / "config.json")
-    for name in _COUNTS & record.keys():
-        if not isinstance(record[name], int) or record[name] > _MOST:
-            raise UserError(f"{path / 'config.json'} has {name} {record[name]!r}; it is an integer, at most {_MOST}.")
+    record, most = read_json(path / "config.json"), 10_000
+    # transformers makes a list or modules of so many items: a small file must not ask for gigabytes
+    for name in {"num_hidden_layers", "num_labels"} & record.keys():
+        if not isinstance(record[name], int) or record[name] > most:
+            raise UserError(f"{path / 'config.json'} has {name} {record[name]!r}; it is an integer, at most {most}.")
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # transformers and huggingface_hub raise errors of many kinds for a broken config
@@ -282,9 +262,9 @@ def read_config(path: Path) -> Config:
 
 
 def use_torch_norms_(model: nn.Module, graph: ModelGraph) -> None:
-    """Replace the RMS norms by torch.nn.RMSNorm, which computes in the dtype of its input when that is float64.
+    """Replace the RMS norms by torch.nn.RMSNorm, which computes float64 inputs in float64.
 
-    transformers' own cast to float32 whatever comes in, so that no invariance can be checked below 1e-7.
+    transformers' own norms always cast to float32, so that no invariance could be checked below 1e-7.
     """
     within = {*graph.norms, *graph.head_norms}
     for name, module in list(model.named_modules()):
@@ -310,48 +290,60 @@ def open_source(model: str) -> Source:
     if quantized := getattr(config, "quantization_config", None):
         made_by = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
         raise UserError(f"{path} is quantized already ({made_by}). Give the model it was made from.")
-    graph = graph_for(config)
-    files = weight_files(path)
-    _check_extent(path, config, graph, files)
-    try:
-        with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", trust_remote_code=False)
-    except Exception as error:  # what a config may say that no model can be made from has no end
-        raise UserError(f"{path / 'config.json'} describes no model that transformers can make: {error!r}") from error
+    graph, files = graph_for(config), weight_files(path)
+    headers = list(_headers(set(files.values())))
+    _check_extent(path, config, graph, headers)
+    with building(path):
+        skeleton = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", trust_remote_code=False)
     use_torch_norms_(skeleton, graph)
-    _check_tensors(path, skeleton, files, graph)
+    _check_tensors(path, skeleton, graph, [header for header in headers if header[0] in files])
     return Source(model, path, config, graph, files, skeleton.eval())
 
 
-def _check_extent(path: Path, config: Config, graph: ModelGraph, files: dict[str, Path]) -> None:
-    """Raise UserError if the config asks for more than the files can hold; a skeleton of it could take gigabytes."""
-    held = {name.removeprefix(graph.blocks + ".").split(".")[0] for name in files}
+@contextlib.contextmanager
+def building(path: Path) -> Iterator[None]:
+    """Build a model on the meta device; UserError where the config in `path` describes none that can be built."""
+    try:
+        with torch.device("meta"):
+            yield
+    except UserError:
+        raise
+    except Exception as error:  # there is no end to the errors that a config can cause
+        raise UserError(f"{path / 'config.json'} describes no model that transformers can make: {error!r}") from error
+
+
+def _check_extent(path: Path, config: Config, graph: ModelGraph, headers: list[tuple[str, torch.Size, str]]) -> None:
+    """Raise UserError if the config asks for more than the files can hold; its skeleton could take gigabytes."""
+    held = {name.removeprefix(graph.blocks + ".").split(".")[0] for name, _, _ in headers}
     if (absent := next((i for i in range(config.num_hidden_layers) if str(i) not in held), None)) is not None:
         raise UserError(f"the weights in {path} lack '{graph.blocks}.{absent}.…', which its config needs.")
-    most = max((shape.numel() for _, shape, _ in _headers(set(files.values()))), default=0)
+    most = max((shape.numel() for _, shape, _ in headers), default=0)
     for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"):
         if isinstance(size := getattr(config, name, None), int) and size > most:
             raise UserError(f"{path / 'config.json'} has {name} {size}; no tensor there has so many entries.")
 
 
-def _check_tensors(path: Path, skeleton: nn.Module, files: dict[str, Path], graph: ModelGraph) -> None:
-    """Raise UserError unless the files hold what the config promises: the same layers, of the same shapes."""
-    stored, dtypes = {}, {}
-    for name, shape, dtype in _headers(set(files.values())):
-        if name in files:
-            stored[name], dtypes[name] = shape, dtype
-    wanted = {name: tensor.shape for name, tensor in skeleton.state_dict().items()}
+def _check_tensors(
+    path: Path, skeleton: nn.Module, graph: ModelGraph, stored: list[tuple[str, torch.Size, str]]
+) -> None:
+    """Raise UserError unless the files hold the tensors of the config, and no other block's."""
+    expected = skeleton.state_dict()
     if skeleton.config.tie_word_embeddings:  # type: ignore[union-attr]
-        del wanted[f"{graph.head}.weight"]
-    if missing := sorted(wanted.keys() - stored.keys()):
+        del expected[f"{graph.head}.weight"]
+    names = {name for name, _, _ in stored}
+    if missing := sorted(expected.keys() - names):
         raise UserError(f"the weights in {path} lack '{missing[0]}' ({len(missing)} missing), which its config needs.")
-    for name, shape in wanted.items():
-        if stored[name] != shape:
-            raise UserError(
-                f"'{name}' in {path} has the shape {tuple(stored[name])}; its config asks for {tuple(shape)}."
-            )
-        if dtypes[name] not in _FLOATS:
-            raise UserError(f"'{name}' in {path} has the dtype {dtypes[name]}; weights are {', '.join(_FLOATS)}.")
-    blocks = {name for name in stored.keys() - wanted.keys() if name.startswith(graph.blocks + ".")}
-    if left := sorted(name for name in blocks if not name.endswith("rotary_emb.inv_freq")):
+    check_shapes(path, expected, stored)
+    for name, _, dtype in stored:
+        if name in expected and dtype not in _FLOATS:
+            raise UserError(f"'{name}' in {path} has the dtype {dtype}; weights are {', '.join(_FLOATS)}.")
+    blocks = {name for name in names - expected.keys() if name.startswith(graph.blocks + ".")}
+    if left := sorted(name for name in blocks if not name.endswith("rotary_emb.inv_freq")):  # old Llamas stored it
         raise UserError(f"the weights in {path} hold '{left[0]}', for which its config has no place.")
+
+
+def check_shapes(path: Path, expected: Mapping[str, Tensor], stored: Iterable[tuple[str, torch.Size, Any]]) -> None:
+    """Raise UserError if a stored tensor (name, shape, …) does not have the shape of the expected one of its name."""
+    for name, shape, _ in stored:
+        if name in expected and shape != (wanted := expected[name].shape):
+            raise UserError(f"'{name}' in {path} has the shape {tuple(shape)}; its config asks for {tuple(wanted)}.")

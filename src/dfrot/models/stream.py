@@ -1,4 +1,4 @@
-"""Hidden states on their way through decoder blocks."""
+"""Running decoder blocks one at a time, and capturing their layers' inputs."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -22,25 +22,18 @@ class BlockRunner:
         self._config = source.config
         positions = torch.arange(like.shape[1], device=like.device)[None]
         rotary = source.rotary().to(like.device)
-        self._arguments = {
-            "position_ids": positions,
-            "position_embeddings": rotary(like, position_ids=positions),
-        }
+        self._arguments = {"position_ids": positions, "position_embeddings": rotary(like, position_ids=positions)}
         window = getattr(source.config, "sliding_window", None)
         self._sliding_mask = None
-        if window is not None and window < like.shape[1]:
+        if window is not None and window < like.shape[1]:  # else the window changes nothing
             self._sliding_mask = create_sliding_window_causal_mask(
-                config=source.skeleton.config,
-                inputs_embeds=like,
-                attention_mask=None,
-                past_key_values=None,
-                position_ids=positions,
+                source.skeleton.config, like, attention_mask=None, past_key_values=None, position_ids=positions
             )
 
     def __call__(
         self, block: Callable[..., Any], index: int, hidden: Float[Tensor, "batch tokens hidden"], cache: Any = None
     ) -> Float[Tensor, "batch tokens hidden"]:
-        """The block's output; an empty `cache` of transformers gets its keys and values."""
+        """The block's output; an empty transformers `cache` is filled with its keys and values."""
         types = getattr(self._config, "layer_types", None)
         slides = types is None or types[index] == "sliding_attention"
         mask = self._sliding_mask if slides else None  # None: SDPA's own causal mask
@@ -50,7 +43,7 @@ class BlockRunner:
     def until(
         self, layer: nn.Module, block: nn.Module, index: int, hidden: Float[Tensor, "batch tokens hidden"]
     ) -> Float[Tensor, "batch tokens channels"]:
-        """The input that one layer of the block gets; nothing after it is computed."""
+        """The input of one layer of the block; nothing after it is computed."""
 
         def stop(_: nn.Module, args: tuple[Tensor]) -> None:
             raise _Reached(args[0])
@@ -71,12 +64,12 @@ class _Reached(Exception):
 
 @contextlib.contextmanager
 def captured_inputs(modules: dict[str, nn.Module]) -> Iterator[dict[str, list[Tensor]]]:
-    """Collect the inputs that the named modules get while the context is open."""
+    """Collect the inputs of the named modules while the context is open."""
     seen: dict[str, list[Tensor]] = {name: [] for name in modules}
-    handles = [
-        module.register_forward_pre_hook(lambda _, args, name=name: seen[name].append(args[0].detach()))
-        for name, module in modules.items()
-    ]
+    handles = []
+    for name, module in modules.items():
+        keep = seen[name].append
+        handles.append(module.register_forward_pre_hook(lambda _, args, keep=keep: keep(args[0].detach())))
     try:
         yield seen
     finally:

@@ -1,7 +1,7 @@
-"""Texts by name, and the tokens of them.
+"""Texts by name, and their tokens.
 
-A text is `wikitext2`, `c4`, `pydoc` or a path: a text file is one stream; `wiki.*.raw` is joined the way the
-quantization papers join it (rows joined with two newlines); `.jsonl` and `.jsonl.gz` give the field `text`.
+A text is `wikitext2`, `c4`, `pydoc` or a path. A text file is one stream; the rows of `wiki.*.raw` are joined with two
+newlines, as in the quantization papers; `.jsonl` and `.jsonl.gz` give their field `text`.
 """
 
 import gzip
@@ -25,12 +25,12 @@ def read_text(name: str, split: Split = "test") -> str:
     """The text called `name`.
 
     Args:
-        split: for wikitext2 and c4, the part to take: train for calibration, test for evaluation (c4 has a
-            validation part instead); pydoc is cut into its first three quarters and the rest.
+        split: of wikitext2 and c4: train for calibration, test for evaluation (in c4 the validation part). Of pydoc,
+            train is the first three quarters and test the rest.
 
     Raises:
-        UserError: there is no such text, it is empty or not text.
-        SetupError: it has to come from the hub, which cannot be reached.
+        UserError: there is no such text, or it is empty or not text.
+        SetupError: the hub cannot be reached.
     """
     text = _read(name, split)
     if not text.strip():
@@ -43,7 +43,7 @@ def read_text(name: str, split: Split = "test") -> str:
 
 
 def text_label(name: str) -> str:
-    """What results call a text: its name, or the file's."""
+    """The name of a text in results: its own, or that of its file."""
     return name if name in NAMED else Path(name).name
 
 
@@ -51,8 +51,7 @@ def _read(name: str, split: Split) -> str:
     if name == "pydoc":
         return _pydoc(split)
     if name == "wikitext2":
-        rows = _hub_rows("Salesforce/wikitext", "wikitext-2-raw-v1", split)
-        return "\n\n".join(rows)
+        return "\n\n".join(_hub_rows("Salesforce/wikitext", "wikitext-2-raw-v1", split))
     if name == "c4":
         part = {"train": "en/c4-train.00000-of-01024.json.gz", "test": "en/c4-validation.00000-of-00008.json.gz"}
         return " ".join(_hub_rows("allenai/c4", None, "train", data_files=part[split]))
@@ -63,7 +62,7 @@ def _read(name: str, split: Split) -> str:
         if path.name.endswith((".jsonl", ".jsonl.gz")):
             return "\n\n".join(_jsonl_rows(path))
         if path.name.startswith("wiki.") and path.suffix == ".raw":
-            with path.open(encoding="utf-8", newline="\n") as lines:  # one row of the data set per line
+            with path.open(encoding="utf-8", newline="\n") as lines:  # one data set row per line, "\n" included
                 return "\n\n".join(line if line.strip() else "" for line in lines)
         return path.read_text(encoding="utf-8")
     except (UnicodeDecodeError, OSError, zlib.error, EOFError) as error:
@@ -79,12 +78,12 @@ def _jsonl_rows(path: Path) -> Iterable[str]:
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(f"{path}, line {number}: expected a JSON object with the field 'text'.") from error
             if not isinstance(row, str):
-                raise UserError(f"{path}, line {number}: the field 'text' is no text but {type(row).__name__}.")
+                raise UserError(f"{path}, line {number}: the field 'text' is a string, got {type(row).__name__}.")
             yield row
 
 
 def _pydoc(split: Split) -> str:
-    """The help topics that every CPython carries: English prose about Python."""
+    """The help topics that come with CPython: English prose about Python."""
     from pydoc_data.topics import topics
 
     text = "\n\n".join(topics[key] for key in sorted(topics))
@@ -102,10 +101,10 @@ def _hub_rows(repository: str, config: str | None, split: str, **options: Any) -
         ) from error
     try:
         return list(load_dataset(repository, config, split=split, **options)["text"])
-    except Exception as error:  # datasets passes on whatever its many backends raise
+    except Exception as error:  # datasets has many backends with errors of their own
         raise SetupError(
-            f"{repository} cannot be had from the hub ({type(error).__name__}). Give 'pydoc', which needs no network, "
-            "or the path of a text file."
+            f"{repository} cannot be downloaded from the hub ({type(error).__name__}). Give 'pydoc', which needs no "
+            "network, or the path of a text file."
         ) from error
 
 
@@ -122,7 +121,7 @@ def token_windows(
         UserError: the text, or max_tokens, is shorter than one block.
     """
     if seq_len < 2:
-        raise UserError(f"a block has at least two tokens, the second to be predicted; got seq_len {seq_len}.")
+        raise UserError(f"a block has at least two tokens, so that one can be predicted; got seq_len {seq_len}.")
     if max_tokens is not None and max_tokens < seq_len:
         raise UserError(f"one block is {seq_len} tokens long, but only {max_tokens} tokens are asked for.")
     ids = tokenizer(text, verbose=False).input_ids

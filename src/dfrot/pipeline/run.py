@@ -1,7 +1,7 @@
 """quantize(): the loop over decoder blocks, the only orchestration.
 
-Fit the transforms; then for each block: load, check, fold, quantize, write, free. Memory holds one block, whatever the
-size of the model, and a small model goes through the same loop.
+Fit the transforms; then for each block: load, fold and prove, quantize, write, free. Memory holds one block, whatever
+the size of the model, and a small model goes through the same loop.
 """
 
 import contextlib
@@ -19,17 +19,17 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from dfrot.checkpoint.hf_quantizer import DfrotConfig
 from dfrot.checkpoint.load import usable_device
-from dfrot.checkpoint.reuse import Shared
+from dfrot.checkpoint.reuse import ReuseDir
 from dfrot.checkpoint.writer import CheckpointWriter, opened_writer
-from dfrot.methods import METHODS
-from dfrot.methods.method import Context
+from dfrot.methods.method import Fit, FitContext
 from dfrot.models.source import Source, open_source, stored_tensors
 from dfrot.models.texts import calibration_windows, read_text
-from dfrot.pipeline.estimate import VOCABULARY_ROWS, Estimate, rotates_residual, storage_dtype, working_dtype
-from dfrot.pipeline.recipe import GPTQ, LWC, DFRot, DuQuant, Recipe
-from dfrot.rounding import WEIGHTS
-from dfrot.rounding.stream import BlockTask, CalibrationStream, runtime_block
+from dfrot.pipeline.estimate import VOCABULARY_ROWS, Estimate
+from dfrot.pipeline.recipe import Recipe
+from dfrot.rounding.rounding import BlockTask
+from dfrot.rounding.stream import CalibrationStream, runtime_block
 from dfrot.runtime.config import RuntimeConfig
 from dfrot.runtime.linear import packed_tensors
 from dfrot.system.distributed import SINGLE_PROCESS, ProcessGroup
@@ -38,22 +38,24 @@ from dfrot.system.memory import give_freed_memory_back
 from dfrot.system.progress import track
 from dfrot.transform.fold import Fold
 from dfrot.transform.invariance import InvarianceCheck
-from dfrot.transform.transforms import Transforms, block_folds, fold_block_
+from dfrot.transform.transforms import Transforms, input_widths
 from dfrot.version import __version__
 
 
 @dataclass
-class Report:
+class QuantizeResult:
     """What a run did.
 
     Attributes:
         path: the checkpoint.
+        recipe: how it was made.
         timings_s: seconds per stage.
         invariance: the largest float64 error that folding made, relative; rounding if all is well.
-        notes: what the method found out while it fitted; also in the checkpoint's fit.json.
+        notes: what method and rounding found out; also in the checkpoint's fit.json.
     """
 
     path: Path
+    recipe: Recipe
     timings_s: dict[str, float] = field(default_factory=dict)
     invariance: float = 0.0
     notes: dict[str, Any] = field(default_factory=dict)
@@ -63,6 +65,14 @@ class Report:
         started = time.perf_counter()
         yield
         self.timings_s[name] = self.timings_s.get(name, 0.0) + time.perf_counter() - started
+
+    def summary(self) -> list[str]:
+        """What is worth saying of it, in sentences."""
+        return [
+            *self.recipe.method.summary(self.notes),
+            *self.recipe.rounding.summary(self.notes.get("weights_by_block", [])),
+            f"folding changed the model by {self.invariance:.0e} (float64, relative)",
+        ]
 
 
 def quantize(
@@ -74,27 +84,27 @@ def quantize(
     resume: bool = False,
     overwrite: bool = False,
     memory: int | None = None,
-    share: str | Path | None = None,
+    reuse_dir: str | Path | None = None,
     processes: ProcessGroup = SINGLE_PROCESS,
-) -> Report:
+) -> QuantizeResult:
     """Rotate and quantize a model into a checkpoint directory.
 
     Args:
         model: a directory with safetensors weights, a .gguf file, a hub id, or `smollm2-135m`.
-        recipe: what to do; see `Recipe.parse`.
+        recipe: how; see `Recipe.parse`.
         out: the checkpoint directory to make.
         device: where to compute.
         resume: continue a run that was interrupted.
         overwrite: replace a checkpoint that is there.
         memory: bytes that may be taken; None takes what the machine has available. If the hidden states of the
             calibration text do not fit, they go into a memory-mapped file in `out`.
-        share: a folder in which runs leave what others can take: fitted rotations, and blocks if recipes differ in the
-            cache alone.
+        reuse_dir: a folder in which runs leave what others can take: fitted rotations, and blocks if recipes differ in
+            the cache alone.
         processes: that make this checkpoint together, and have joined. Its numbers are those of one process but for the
             order in which sums over tokens are rounded.
 
     Raises:
-        UserError: the request cannot be carried out as it was made; it needs more memory than it may take.
+        UserError: the request cannot be carried out; it needs more memory than it may take.
         SetupError: network, disk or an optional package failed, or the disk is too small.
         InvarianceError: folding changed the model, which is a bug; nothing is left that looks finished.
     """
@@ -102,69 +112,69 @@ def quantize(
     source = open_source(str(model))
     _check_sizes(source, recipe)
     _check_shares(recipe, processes)
-    _warn_of_few_tokens(source, recipe)
-    expected = Estimate.of(source, recipe, memory, processes)
-    expected.require_room(Path(out))
+    estimate = Estimate.of(source, recipe, memory, processes)
+    estimate.require_room(Path(out))
+    if estimate.warning:
+        warnings.warn(estimate.warning, stacklevel=2)
     source.tokenizer()  # a model without one is refused before the work, not after it
-    report = Report(Path(out))
+
+    result, reuse = QuantizeResult(Path(out), recipe), ReuseDir(None if reuse_dir is None else Path(reuse_dir))
     calibration = functools.cache(lambda: calibration_tokens(source, recipe))
-    context = Context(source, recipe, calibration, there, report.notes, processes)
-    shared = Shared(None if share is None else Path(share))
-    num_shards = source.num_blocks + 2
-    run = _run(source, recipe)
-    with opened_writer(report.path, run, num_shards, resume=resume, overwrite=overwrite, processes=processes) as writer:
-        with report.stage("fit"):
-            transforms = _fitted(context, writer, shared)
-        with report.stage("quantize"):
-            online = transforms.online(source.graph, source.config)
-            keys = transforms.keys if recipe.spec.keys.enabled else None
-            plan = RuntimeConfig(recipe.spec, online, keys, transforms.blocks(source.graph))
-            blocks = _depended_on_by_blocks(context)
-            if (other := shared.checkpoint(blocks)) is not None:
-                writer.adopt(other)
-            _quantize_blocks(context, transforms, plan, writer, report, expected)
+    on = FitContext(source, recipe.spec.activations, calibration, there, recipe.seed, processes)
+    run, num_shards = _identity(source, recipe), source.num_blocks + 2
+    with opened_writer(result.path, run, num_shards, resume=resume, overwrite=overwrite, processes=processes) as writer:
+        with result.stage("fit"):
+            transforms, notes = _fitted(on, recipe, writer, reuse)
+            result.notes.update(notes)
+        with result.stage("quantize"):
+            blocks = _depended_on_by_blocks(on, recipe)
+            if (other := reuse.checkpoint(blocks)) is not None:
+                writer.reuse(other)
+            loop = _Loop(on, recipe, transforms, writer, estimate)
+            result.invariance = loop.run()
+            if by_block := writer.shard_notes():
+                result.notes["weights_by_block"] = by_block
             if processes.is_main:
-                _finish(context, transforms, plan, writer)
-            writer.agree()
-            shared.keep_checkpoint(blocks, writer.path)
-    return report
+                loop.finish(result.notes)
+            writer.sync()
+            reuse.keep_checkpoint(blocks, writer.path)
+    return result
 
 
-def _depended_on_by_fit(context: Context) -> dict[str, Any]:
-    """What the transforms of a method depend on: neither the weight quantizer nor the cache."""
-    recipe = context.recipe
-    read = {DFRot: getattr(recipe.method, "samples", 0), DuQuant: 1}.get(type(recipe.method), 0)  # sequences
-    text = context.calibration()[:read].numpy().tobytes() if read else b""
-    return {
-        **_run(context.source, recipe),
-        "recipe": {name: recipe.to_json()[name] for name in ("method", "options", "seed")},
-        "activations": recipe.to_json()["grids"]["activations"],
-        "learns_clipping": isinstance(recipe.method, DuQuant) and isinstance(recipe.weights, LWC),
-        "text": hashlib.sha256(text).hexdigest(),
-        "device": context.device.type,
-    }
-
-
-def _depended_on_by_blocks(context: Context) -> dict[str, Any]:
-    """What the blocks of a checkpoint depend on: all of the recipe but the cache."""
-    recipe = context.recipe.to_json()
-    del recipe["spec"]
-    recipe["grids"] = {kind: recipe["grids"][kind] for kind in ("weights", "activations")}
-    return {**_run(context.source, context.recipe), "recipe": recipe, "device": context.device.type}
-
-
-def _run(source: Source, recipe: Recipe) -> dict[str, Any]:
+def _identity(source: Source, recipe: Recipe) -> dict[str, Any]:
+    """What tells a run from others."""
     return {"model": source.fingerprint(), "recipe": recipe.to_json(), "dfrot": __version__}
 
 
-def _fitted(context: Context, writer: CheckpointWriter, shared: Shared) -> Transforms:
+def _depended_on_by_fit(on: FitContext, recipe: Recipe) -> dict[str, Any]:
+    """What the transforms of a method depend on: neither the rounding nor the cache."""
+    record, read = recipe.to_json(), recipe.method.sequences_read
+    text = on.calibration()[:read].numpy().tobytes() if read else b""
+    return {
+        **_identity(on.source, recipe),
+        "recipe": {name: record[name] for name in ("method", "options", "seed")},
+        "activations": record["grids"]["activations"],
+        "text": hashlib.sha256(text).hexdigest(),
+        "device": on.device.type,
+    }
+
+
+def _depended_on_by_blocks(on: FitContext, recipe: Recipe) -> dict[str, Any]:
+    """What the blocks of a checkpoint depend on: all of the recipe but the cache."""
+    record = recipe.to_json()
+    del record["spec"]
+    record["grids"] = {kind: record["grids"][kind] for kind in ("weights", "activations")}
+    return {**_identity(on.source, recipe), "recipe": record, "device": on.device.type}
+
+
+def _fitted(on: FitContext, recipe: Recipe, writer: CheckpointWriter, reuse: ReuseDir) -> Fit:
     """The method's transforms: fitted and kept, or those that the interrupted run, or another one, kept.
 
     Fitting again would not do: another number of threads rounds differently, and refinement amplifies that.
     """
     text = None
-    if context.recipe.fits_weights:  # a resumed run reads the text again: it has to be the same
-        text = hashlib.sha256(context.calibration().numpy().tobytes()).hexdigest()
+    if recipe.fits_weights:  # a resumed run reads the text again: it has to be the same
+        text = hashlib.sha256(on.calibration().numpy().tobytes()).hexdigest()
     if (kept := writer.load_fit()) is not None:
         record, tensors = kept
         if record.get("text") != text:
@@ -173,96 +183,140 @@ def _fitted(context: Context, writer: CheckpointWriter, shared: Shared) -> Trans
                 "name. Resume with that text, choose another -o directory, or --overwrite it."
             )
         transforms = Transforms.from_description(record["transforms"], tensors)
-        if not transforms.fit(context.source.graph, context.source.config):
+        if not transforms.fit(on.source.graph, on.source.config):
             raise UserError(f"{writer.path} keeps the rotations of another model. Begin again with --overwrite.")
-        context.notes.update(record["notes"])
-        return transforms
-    depends_on = _depended_on_by_fit(context)
-    if (kept := shared.fit(depends_on)) is None:
-        transforms = METHODS[context.recipe.method_name](context)
-        tensors = {}
-        kept = {"transforms": transforms.describe(tensors), "notes": dict(context.notes)}, tensors
-        shared.keep_fit(depends_on, *kept)
+        return Fit(transforms, record["notes"])
+    depends_on = _depended_on_by_fit(on, recipe)
+    if (kept := reuse.fit(depends_on)) is None:
+        fit, tensors = recipe.method.fit(on), {}
+        kept = {"transforms": fit.transforms.describe(tensors), "notes": fit.notes}, tensors
+        reuse.keep_fit(depends_on, *kept)
     record, tensors = kept
-    context.notes.update(record["notes"])
     writer.save_fit({**record, "text": text}, tensors)
-    record, tensors = writer.load_fit() or kept  # another process's, if that is the first
-    return Transforms.from_description(record["transforms"], tensors)
+    record, tensors = writer.load_fit() or kept  # another process's, if that is the main one
+    return Fit(Transforms.from_description(record["transforms"], tensors), record["notes"])
 
 
-def _quantize_blocks(
-    context: Context,
-    transforms: Transforms,
-    plan: RuntimeConfig,
-    writer: CheckpointWriter,
-    report: Report,
-    expected: Estimate,
-) -> None:
-    source, recipe = context.source, context.recipe
-    stored = storage_dtype(source, recipe)
-    working = working_dtype(source, recipe)
-    embedding = source.embedding()
-    check = InvarianceCheck(source, embedding, recipe.seed)
-    if not writer.has(0):
-        folded = _fold_rows(embedding, Fold(input_rotation=transforms.residual), stored, context.device)
-        writer.write(0, {f"{source.graph.embedding}.weight": folded})
-        del folded
-    del embedding  # a gigabyte for some models
-    stream = None
-    if recipe.fits_weights and not all(map(writer.has, range(1, source.num_blocks + 1))):
-        (rows,) = writer.read(0).values()
-        stream = CalibrationStream(
-            source,
-            plan,
-            rows,
-            context.calibration(),
-            working,
-            context.device,
-            writer.path if expected.offloads else None,
-            isinstance(recipe.weights, LWC),
-            context.processes,
+class _Loop:
+    """From a model and its transforms to the shards of a checkpoint: shard 0 the embedding, then a block each, at last
+    the final norm and the head."""
+
+    def __init__(
+        self, on: FitContext, recipe: Recipe, transforms: Transforms, writer: CheckpointWriter, estimate: Estimate
+    ) -> None:
+        self.on, self.recipe, self.transforms, self.writer, self.estimate = on, recipe, transforms, writer, estimate
+        self.source, self.dtypes = on.source, recipe.dtypes(on.source.dtype)
+        graph, config = self.source.graph, self.source.config
+        keys = transforms.keys if recipe.spec.keys.enabled else None
+        blocks = transforms.rotation_blocks(graph)
+        self.runtime = RuntimeConfig(recipe.spec, transforms.online(graph, config), keys, blocks)
+        self.tied = self.source.tied and not transforms.unties_head
+
+    def run(self) -> float:
+        """Write all shards that are not there; returns the largest float64 error that folding made."""
+        source, residual = self.source, self.transforms.residual
+        embedding = source.embedding()
+        check = InvarianceCheck(source, embedding, self.recipe.seed, self.on.device)
+        if not self.writer.has(0):
+            folded = self._fold_rows(embedding, Fold(input_rotation=residual))
+            self.writer.write(0, {f"{source.graph.embedding}.weight": folded})
+            del folded
+        del embedding  # a gigabyte for some models
+        (written,) = self.writer.read(0).values()
+        check.embedding(written, residual)
+        stream = self._stream(written)
+        del written
+        errors = []
+        for index in track(range(source.num_blocks), "quantizing"):
+            errors.append(self._block(index, check, stream))
+            if self.estimate.tight:
+                give_freed_memory_back()
+        del stream  # the head may need the room
+        return max(*errors, self._head(check))
+
+    def _stream(self, embedding: Tensor) -> CalibrationStream | None:
+        """The inputs of the blocks that are still to be rounded; None if they need no data."""
+        missing = not all(map(self.writer.has, range(1, self.source.num_blocks + 1)))
+        if not (missing and self.recipe.fits_weights):
+            return None
+        on, spill = self.on, self.writer.path if self.estimate.offloads else None
+        text, working, teacher = on.calibration(), self.dtypes.working, self.recipe.rounding.needs_teacher
+        return CalibrationStream(
+            self.source, self.runtime, embedding, text, working, on.device, spill, teacher, on.processes
         )
-        del rows
 
-    def through(index: int) -> None:  # a function: nothing of a block outlives it
-        block = source.block(index)
+    def _block(self, index: int, check: InvarianceCheck, stream: CalibrationStream | None) -> float:
+        """Prove, quantize and write one block; returns the float64 error. Nothing of the block outlives the call."""
+        source, working, error = self.source, self.dtypes.working, 0.0
+        block = source.block(index).to(self.on.device)
         prefix = f"{source.graph.blocks}.{index}."
-        done = writer.has(index + 1)
+        done = self.writer.has(index + 1)
         if done and (stream is None or stream.teacher_states is None):
             check.advance(index, block)
         else:
-            folds = block_folds(transforms, index, source.graph, source.config, block)
-            error = check.block(index, block, folds, transforms.residual)
-            report.invariance = max(report.invariance, error)
-            block.to(context.device)
-            fold_block_(block, folds, source.graph, working)
-            state = block.state_dict()
-            del block  # the layers' weights go as soon as they are rounded
-            rotations = transforms.online_tensors(index, source.graph, working)
+            error, state = check.block(index, block, self.transforms, working)
+            del block
+            rotations = self.transforms.online_tensors(index, source.graph, working)
             if stream is not None:
                 stream.advance_teacher(index, state | rotations)
         if not done:
-            tensors, notes = quantize_block(index, state, rotations, source, recipe, plan, stream, stored)
-            writer.write(index + 1, {prefix + name: tensor for name, tensor in tensors.items()}, notes)
+            stored = self.dtypes.stored
+            tensors, notes = quantize_block(index, state, rotations, source, self.recipe, self.runtime, stream, stored)
+            self.writer.write(index + 1, {prefix + name: tensor for name, tensor in tensors.items()}, notes)
         if stream is not None:
-            kept = writer.read(index + 1)
+            # From the disk, though a rounding has the block in memory: what the next block meets is then what lies
+            # there, and a resumed run equals one that was never interrupted.
+            kept = self.writer.read(index + 1)
             stream.advance(index, {name.removeprefix(prefix): tensor for name, tensor in kept.items()})
+        return error
 
-    for index in track(range(source.num_blocks), "quantizing"):
-        through(index)
-        if expected.tight:
-            give_freed_memory_back()
-    stream = None  # the head may need the room
-    norm, head = source.final_norm(), source.head()
-    fuses = transforms.residual is not None
-    fold = Fold(gain=norm.weight if fuses else None, input_rotation=transforms.residual)
-    report.invariance = max(report.invariance, check.head(norm, head, fold, transforms.residual))
-    if writer.has(source.num_blocks + 1):
-        return
-    last = {f"{source.graph.final_norm}.weight": fold.norm_gain(norm.weight).to(stored)}
-    if not _stays_tied(source, recipe):
-        last[f"{source.graph.head}.weight"] = _fold_rows(head, fold, stored, context.device)
-    writer.write(source.num_blocks + 1, last)
+    def _head(self, check: InvarianceCheck) -> float:
+        """Prove and write the last norm and, unless it stays the embedding, the head; returns the float64 error."""
+        graph, last = self.source.graph, self.source.num_blocks + 1
+        norm, head = self.source.final_norm(), self.source.head()
+        error = check.head(norm, head, self.transforms)
+        if not self.writer.has(last):
+            fold = self.transforms.head_fold(norm.weight)
+            tensors = {f"{graph.final_norm}.weight": fold.norm_gain(norm.weight).to(self.dtypes.stored)}
+            if not self.tied:
+                tensors[f"{graph.head}.weight"] = self._fold_rows(head, fold)
+            self.writer.write(last, tensors)
+            del tensors
+        del head  # before it is read back
+        written = self.writer.read(last) | (self.writer.read(0) if self.tied else {})
+        name = graph.embedding if self.tied else graph.head
+        check.written_head(written[f"{graph.final_norm}.weight"], written[f"{name}.weight"])
+        return error
+
+    def _fold_rows(self, matrix: Tensor, fold: Fold) -> Tensor:
+        """A folded embedding or head, (vocabulary, hidden), made in pieces."""
+        folded = torch.empty(matrix.shape, dtype=self.dtypes.stored)
+        for rows, into in zip(matrix.split(VOCABULARY_ROWS), folded.split(VOCABULARY_ROWS), strict=True):
+            into.copy_(_narrowed(fold.weight(rows.to(self.on.device)), self.dtypes.stored, "the embedding or head"))
+        return folded
+
+    def finish(self, notes: dict[str, Any]) -> None:
+        """Write the tokenizer, the notes and, last of all, the config, which makes the directory a checkpoint."""
+        source, writer = self.source, self.writer
+        unquantized = 2 * sum(shape.numel() for _, shape, _ in stored_tensors(set(source.files.values())))
+        config = source.config.to_dict() | {
+            "architectures": [type(source.skeleton).__name__],
+            "tie_word_embeddings": self.tied,
+            "dtype": str(self.dtypes.computing).removeprefix("torch."),
+            "quantization_config": DfrotConfig.describe(self.runtime, self.recipe.to_json(), unquantized),
+        }
+        try:
+            source.tokenizer().save_pretrained(writer.path)
+            if (settings := source.path / "generation_config.json").is_file():
+                shutil.copyfile(settings, writer.path / settings.name)
+        except ValueError as error:  # of transformers: names in its files that lead out of the directory
+            raise UserError(f"the tokenizer of {source.path} cannot be kept: {error}") from error
+        except Exception as error:  # tokenizers reports a full disk as a plain Exception
+            raise SetupError(
+                f"cannot write the tokenizer to {writer.path}: {error}. Make room or allow writing. "
+                "The same command with --resume instead of --overwrite continues."
+            ) from error
+        writer.finish(config, notes)
 
 
 def quantize_block(
@@ -271,7 +325,7 @@ def quantize_block(
     rotations: dict[str, Tensor],
     source: Source,
     recipe: Recipe,
-    plan: RuntimeConfig,
+    runtime: RuntimeConfig,
     stream: CalibrationStream | None,
     stored: torch.dtype,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -287,20 +341,13 @@ def quantize_block(
     if not spec.enabled:
         return tensors, {}
     wide = linears[f"{source.graph.down}.weight"]
-    module = runtime_block(source, index, tensors | linears, plan.without("weights", "activations")).to(wide.dtype)
-    task = BlockTask(index, module.to(wide.device), source, recipe, stream)
+    unquantized = runtime.without("weights", "activations")
+    module = runtime_block(source, index, tensors | linears, unquantized).to(wide.dtype).to(wide.device)
     del linears, wide
-    for name, (codes, qparams) in WEIGHTS[recipe.weights_name](task).items():
+    layers, notes = recipe.rounding.round(BlockTask(index, module, source.graph, spec, stream, recipe.seed))
+    for name, (codes, qparams) in layers.items():
         tensors |= {f"{name}.{key}": tensor for key, tensor in packed_tensors(codes, qparams, spec).items()}
-    return tensors, task.notes
-
-
-def _fold_rows(matrix: Tensor, fold: Fold, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A folded embedding or head, (vocabulary, hidden)."""
-    folded = torch.empty(matrix.shape, dtype=dtype)
-    for rows, into in zip(matrix.split(VOCABULARY_ROWS), folded.split(VOCABULARY_ROWS), strict=True):
-        into.copy_(_narrowed(fold.weight(rows.to(device)), dtype, "the embedding or head"))
-    return folded
+    return tensors, notes
 
 
 def _narrowed(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
@@ -308,40 +355,6 @@ def _narrowed(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     if not torch.isfinite(narrow).all():
         raise UserError(f"{name} does not fit into {dtype}: choose --dtype bfloat16.")
     return narrow
-
-
-def _finish(context: Context, transforms: Transforms, plan: RuntimeConfig, writer: CheckpointWriter) -> None:
-    source, recipe = context.source, context.recipe
-    config = source.config.to_dict()
-    config["architectures"] = [type(source.skeleton).__name__]
-    config["tie_word_embeddings"] = _stays_tied(source, recipe)
-    config["dtype"] = str(compute_dtype(source, recipe)).removeprefix("torch.")
-    unquantized = 2 * sum(shape.numel() for _, shape, _ in stored_tensors(set(source.files.values())))
-    config["quantization_config"] = {**plan.to_json(recipe), "unquantized_bytes": unquantized}
-    try:
-        source.tokenizer().save_pretrained(writer.path)
-        if (settings := source.path / "generation_config.json").is_file():
-            shutil.copyfile(settings, writer.path / settings.name)
-    except ValueError as error:  # of transformers: names in its files that lead out of the directory
-        raise UserError(f"the tokenizer of {source.path} cannot be kept: {error}") from error
-    except Exception as error:  # tokenizers reports a full disk as a plain Exception
-        raise SetupError(
-            f"cannot write the tokenizer to {writer.path}: {error}. Make room or allow writing. "
-            "The same command with --resume instead of --overwrite continues."
-        ) from error
-    if by_block := writer.shard_notes():
-        context.notes["weights_by_block"] = by_block
-    writer.finish(config, context.notes)
-
-
-def _stays_tied(source: Source, recipe: Recipe) -> bool:
-    """A head that absorbs the last norm's gain can no longer be the embedding."""
-    return source.tied and not rotates_residual(recipe)
-
-
-def compute_dtype(source: Source, recipe: Recipe) -> torch.dtype:
-    """What the checkpoint computes in unless its loader says otherwise: the source's own dtype."""
-    return source.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
 
 
 def calibration_tokens(source: Source, recipe: Recipe) -> Int[Tensor, "sequences seq_len"]:
@@ -352,41 +365,18 @@ def calibration_tokens(source: Source, recipe: Recipe) -> Int[Tensor, "sequences
         SetupError: it has to come from the hub, which cannot be reached.
     """
     wanted = recipe.calibration
-    return calibration_windows(
-        source.tokenizer(),
-        read_text(wanted.text, "train"),
-        wanted.text,
-        wanted.seq_len,
-        wanted.tokens,
-        torch.Generator().manual_seed(recipe.seed),
-    )
-
-
-def _widths(source: Source) -> dict[str, int]:
-    """in_features of the linear layers of a block."""
-    block = source.skeleton.get_submodule(f"{source.graph.blocks}.0")
-    return {name: block.get_submodule(name).in_features for name in source.graph.linears}  # type: ignore[misc]
-
-
-def _warn_of_few_tokens(source: Source, recipe: Recipe) -> None:
-    """A Hessian of fewer tokens than channels is singular: the weights would be fitted to the calibration text."""
-    wanted = recipe.calibration
-    tokens = wanted.tokens // wanted.seq_len * wanted.seq_len
-    name, width = max(_widths(source).items(), key=lambda item: item[1])
-    if recipe.fits_weights and isinstance(recipe.weights, GPTQ) and tokens < width:
-        warnings.warn(
-            f"{tokens} calibration tokens are few for GPTQ: {name} has {width} inputs. Give --calib-tokens {8 * width} "
-            "or more.",
-            stacklevel=3,
-        )
+    text, generator = read_text(wanted.text, "train"), torch.Generator().manual_seed(recipe.seed)
+    return calibration_windows(source.tokenizer(), text, wanted.text, wanted.seq_len, wanted.tokens, generator)
 
 
 def _check_shares(recipe: Recipe, processes: ProcessGroup) -> None:
-    """Refuse several processes where there is not something for each."""
+    """Refuse several processes if some would have no work."""
     if processes.count == 1 or not recipe.fits_weights:
         return
-    if isinstance(recipe.weights, LWC):
-        raise UserError("lwc learns from one sequence after the other; several processes can share gptq, or rtn.")
+    if not recipe.rounding.shares_sequences:
+        raise UserError(
+            f"{recipe.rounding.name} learns from one sequence after the other; several processes share gptq, or rtn."
+        )
     wanted = recipe.calibration
     if (sequences := wanted.tokens // wanted.seq_len) < processes.count:
         raise UserError(
@@ -400,7 +390,7 @@ def _check_sizes(source: Source, recipe: Recipe) -> None:
     group = recipe.spec.weights.group
     if group is None or not recipe.spec.weights.enabled:
         return
-    for name, width in _widths(source).items():
+    for name, width in input_widths(source.graph, source.config).items():
         if width % group:
             fitting = [g for g in (16, 32, 64, 128, 256) if width % g == 0]
             raise UserError(

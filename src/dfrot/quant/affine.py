@@ -4,8 +4,8 @@
     asymmetric   s = c · (max(x, 0) − min(x, 0)) / (2^b − 1),    q = clamp(round(x / s) + z),  x̂ = s (q − z)
                  z = round(−c · min(x, 0) / s)
 
-The range always contains 0, so that zeros (padding, dead channels) stay exactly zero. NaN and infinities in the
-input come out as NaN; they are never clamped into something that looks like a number.
+The range always contains 0, so zeros (padding, dead channels) stay exactly zero. NaN and infinities come out as NaN and
+are never clamped into something that looks like a number.
 """
 
 from typing import NamedTuple
@@ -14,10 +14,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dfrot.quant.grids import Granularity, IntGrid, PerGroup, PerTensor
+from dfrot.quant.grids import Granularity, IntGrid, PerGroup
 
-# What scales are stored in. Like float32 it can neither overflow nor underflow; since the integers are chosen for the
-# scale as it is stored, its short mantissa makes a step at most 2⁻⁷ longer and nothing else.
+# Of stored scales. It has the range of float32. Since the integers are chosen for the stored scale, the short mantissa
+# only makes a step up to 2⁻⁷ longer.
 SCALE_DTYPE = torch.bfloat16
 
 
@@ -37,19 +37,14 @@ def grouped(x: Tensor, granularity: Granularity) -> Tensor:
     Raises:
         ValueError: the group size does not divide the last axis.
     """
-    if isinstance(granularity, PerTensor):
-        return x.reshape(1, 1, -1)
-    if isinstance(granularity, PerGroup):
-        width = x.shape[-1]
-        if width % granularity.size:
-            divisors = [g for g in (16, 32, 64, 128, 256) if width % g == 0]
-            hint = f"Group sizes that do: {divisors}." if divisors else "Use one scale per channel."
-            raise ValueError(
-                f"group_size must divide the width it is applied to, got group_size={granularity.size} "
-                f"for width {width}. {hint}"
-            )
-        return x.unflatten(-1, (-1, granularity.size))
-    return x.unsqueeze(-2)
+    if not isinstance(granularity, PerGroup):
+        return x.unsqueeze(-2)
+    width, size = x.shape[-1], granularity.size
+    if width % size:
+        divisors = [g for g in (16, 32, 64, 128, 256) if width % g == 0]
+        hint = f"Group sizes that do: {divisors}." if divisors else "Use one scale per channel."
+        raise ValueError(f"group_size must divide the width, got group_size={size} for width {width}. {hint}")
+    return x.unflatten(-1, (-1, size))
 
 
 def choose_qparams(
@@ -64,8 +59,8 @@ def choose_qparams(
     Args:
         x: (…, channels).
         clip: the share c of the range that is kept, a number or one per group.
-        scale_dtype: a narrower dtype that the scales will be stored in. They are rounded up to it here, so that the
-            integers are chosen for the scale that will be used and nothing is clipped that was not to be.
+        scale_dtype: a narrower dtype in which the scales will be stored. They are rounded up to it here: the integers
+            then fit the stored scale, and nothing else is clipped.
 
     Returns:
         scale (and zero) of shape (…, groups), in the dtype of x; an all-zero group has scale 1.
@@ -124,7 +119,7 @@ def dequantize(q: Tensor, granularity: Granularity, qparams: QParams) -> Float[T
 def fake_quantize(
     x: Float[Tensor, "..."], grid: IntGrid, granularity: Granularity, clip: float | Tensor = 1.0
 ) -> Float[Tensor, "..."]:
-    """What is left of x after quantizing and dequantizing it; same shape and dtype.
+    """x quantized and dequantized; same shape and dtype.
 
     16-bit tensors are quantized in float32: in bfloat16 the quotient x / s itself would be off by up to half a step.
     """

@@ -1,4 +1,4 @@
-"""Clip search: how much of a weight's range to keep, by trying (QuaRot's `find_params`, after GPTQ's)."""
+"""Clip search: tries how much of a weight's range to keep (QuaRot's `find_params`, after GPTQ's)."""
 
 import torch
 from jaxtyping import Float
@@ -16,30 +16,22 @@ _PIECE_ENTRIES = 1 << 17
 
 
 def search_clip(
-    weight: Float[Tensor, "out in"],
-    grid: IntGrid,
-    granularity: Granularity,
-    scale_dtype: torch.dtype | None = None,
+    weight: Float[Tensor, "out in"], grid: IntGrid, granularity: Granularity, scale_dtype: torch.dtype | None = None
 ) -> QParams:
     """Scales (and zero points) that minimise Σ |ŵ − w|^2.4 in each group over clip ratios 1, 0.99, …, 0.20.
 
-    Args:
-        weight: (out, in).
-
     Returns:
-        QParams with entries of shape (out, groups).
+        Entries of shape (out, groups).
 
     Raises:
         ValueError: the group size does not divide `in`.
     """
-    groups = grouped(weight, granularity).flatten(0, -2)  # (rows, group_size)
-    found = [
-        _search_rows(piece, grid, scale_dtype) for piece in groups.split(max(1, _PIECE_ENTRIES // groups.shape[-1]))
-    ]
-    shape = grouped(weight, granularity).shape[:-1]
-    scale = torch.cat([qparams.scale for qparams in found]).reshape(shape)
+    groups = grouped(weight, granularity)
+    rows = groups.flatten(0, -2).split(max(1, _PIECE_ENTRIES // groups.shape[-1]))
+    found = [_search_rows(piece, grid, scale_dtype) for piece in rows]
+    scale = torch.cat([qparams.scale for qparams in found]).reshape(groups.shape[:-1])
     zeros = [qparams.zero for qparams in found if qparams.zero is not None]
-    return QParams(scale, torch.cat(zeros).reshape(shape) if zeros else None)
+    return QParams(scale, torch.cat(zeros).reshape(scale.shape) if zeros else None)
 
 
 def _search_rows(rows: Float[Tensor, "rows size"], grid: IntGrid, scale_dtype: torch.dtype | None) -> QParams:
@@ -53,10 +45,8 @@ def _search_rows(rows: Float[Tensor, "rows size"], grid: IntGrid, scale_dtype: t
         error = restored.sub_(rows).abs_().pow_(ERROR_POWER).sum(-1)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
-        best = QParams(
-            torch.where(better[:, None], qparams.scale, best.scale),
-            None
-            if qparams.zero is None or best.zero is None
-            else torch.where(better[:, None], qparams.zero, best.zero),
-        )
+        scale, zero = torch.where(better[:, None], qparams.scale, best.scale), None
+        if qparams.zero is not None and best.zero is not None:
+            zero = torch.where(better[:, None], qparams.zero, best.zero)
+        best = QParams(scale, zero)
     return best

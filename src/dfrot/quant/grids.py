@@ -1,4 +1,4 @@
-"""The vocabulary of quantization: which integers (grid) and what shares a scale (granularity).
+"""The vocabulary of quantization: the integers (grid) and the entries that share a scale (granularity).
 
 Throughout, a tensor is quantized along its last axis: activations are (…, tokens, channels), weights (out, in).
 """
@@ -33,11 +33,6 @@ class IntGrid:
 
 
 @dataclass(frozen=True)
-class PerTensor:
-    """One scale for everything: x of shape (8, 64) has a scale of shape (1, 1)."""
-
-
-@dataclass(frozen=True)
 class PerToken:
     """One scale per token: activations of shape (8, 64) have scales of shape (8, 1)."""
 
@@ -62,4 +57,4 @@ class PerGroup:
             raise ValueError(f"group_size must be positive, got {self.size}")
 
 
-Granularity = PerTensor | PerToken | PerChannel | PerGroup
+Granularity = PerToken | PerChannel | PerGroup

@@ -1,8 +1,7 @@
 """Integers of b bits in bytes, without a bit wasted.
 
-The codes of a row are written one after the other as a little-endian stream of bits: for 4 bits the low nibble
-comes first, for 8 bits a code is a byte, eight 3-bit codes fill three bytes. It is `numpy.packbits` with
-`bitorder="little"` of the codes' binary digits.
+A row is a little-endian stream of bits: at 4 bits the low nibble comes first, at 8 bits a code is a byte, eight 3-bit
+codes fill three bytes. It equals `numpy.packbits` with `bitorder="little"` of the codes' binary digits.
 """
 
 import torch
@@ -40,8 +39,7 @@ def unpack(packed: UInt8[Tensor, "*batch bytes"], bits: int, width: int) -> UInt
     if bits == 8:
         return packed
     if bits == 4:
-        codes = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
-        return codes[..., :width]
+        return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)[..., :width]
     stream = ((packed.unsqueeze(-1) >> torch.arange(8, device=packed.device)) & 1).flatten(-2)
     digits = stream[..., : width * bits].unflatten(-1, (width, bits))
     place = 1 << torch.arange(bits, device=packed.device)

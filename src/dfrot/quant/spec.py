@@ -2,38 +2,44 @@
 
 import re
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
+from jaxtyping import Float
+from torch import Tensor
+
+from dfrot.quant.affine import fake_quantize
 from dfrot.quant.grids import Granularity, IntGrid, PerChannel, PerGroup, PerToken
 from dfrot.system.errors import UserError
+from dfrot.system.options import Options
 
-UNQUANTIZED_BITS = 16  # the bits of what is left alone
+UNQUANTIZED_BITS = 16  # of tensors that are left alone
 
 _SPEC = re.compile(r"w(?P<w>\d+)(?:g(?P<g>\d+))?a(?P<a>\d+)kv(?P<kv>\d+)")
 _GRAMMAR = "w<bits>[g<group>]a<bits>kv<bits>, bits 2 to 8 or 16 for 'left alone', such as w4a4kv4 or w4g128a8kv16"
 
 
 @dataclass(frozen=True)
-class TensorSpec:
+class TensorSpec(Options):
     """How one kind of tensor is quantized.
 
-    Attributes:
-        bits: 2 to 8, or 16 for not at all.
-        symmetric: whether the zero point is 0.
-        clip: the share of the range that is kept; None means that it is searched for (weights only).
-        group: entries that share a scale; None means a whole row (an output channel, a token, a head).
+    Raises:
+        UserError: a number is out of range.
     """
 
     bits: int
+    """2 to 8, or 16 for not at all."""
     symmetric: bool
-    clip: float | None = 1.0
+    """Whether the zero point is 0."""
+    clip_ratio: float | None = 1.0
+    """The share of the range that is kept; None means that it is searched for (weights only)."""
     group: int | None = None
+    """Entries that share a scale; None means a whole row (an output channel, a token, a head)."""
 
     def __post_init__(self) -> None:
         if self.bits != UNQUANTIZED_BITS and not 2 <= self.bits <= 8:
             raise UserError(f"bits are 2 to 8, or 16 for 'left alone', got {self.bits}. The grammar is {_GRAMMAR}.")
-        if self.clip is not None and not 0 < self.clip <= 1:
-            raise UserError(f"a clip ratio is above 0 and at most 1, got {self.clip}.")
+        if self.clip_ratio is not None and not 0 < self.clip_ratio <= 1:
+            raise UserError(f"a clip ratio is above 0 and at most 1, got {self.clip_ratio}.")
         if self.group is not None and self.group < 1:
             raise UserError(f"a group has at least one entry, got {self.group}.")
 
@@ -46,6 +52,12 @@ class TensorSpec:
         return IntGrid(self.bits, self.symmetric)
 
     @property
+    def fixed_clip(self) -> float:
+        """The clip ratio of everything but weights, for which alone it is searched."""
+        assert self.clip_ratio is not None, "activations, keys and values have a fixed clip ratio"
+        return self.clip_ratio
+
+    @property
     def weight_granularity(self) -> Granularity:
         return PerChannel() if self.group is None else PerGroup(self.group)
 
@@ -53,8 +65,48 @@ class TensorSpec:
     def token_granularity(self) -> Granularity:
         return PerToken() if self.group is None else PerGroup(self.group)
 
+    def fake_quantize(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
+        """Tokens, or heads, quantized and dequantized; x itself if they are left alone."""
+        return fake_quantize(x, self.grid, self.token_granularity, self.fixed_clip) if self.enabled else x
+
 
 UNQUANTIZED = TensorSpec(UNQUANTIZED_BITS, symmetric=True)
+
+
+@dataclass(frozen=True)
+class Preset(Options):
+    """Symmetry and clip ratios, which the spec's text leaves open. Each can be overridden."""
+
+    weight_symmetric: bool
+    """Whether weights have a symmetric grid."""
+    weight_clip: float | Literal["search"]
+    """Clip ratio of weights, or search for the best one of every channel or group."""
+    act_symmetric: bool
+    """Whether activations have a symmetric grid."""
+    act_clip: float
+    """Clip ratio of activations."""
+    kv_clip: float
+    """Clip ratio of keys, values and queries."""
+    value_clip: float
+    """Clip ratio of values, if another one."""
+    quantize_queries: bool
+    """Whether queries are quantized on the grid of the keys, if keys are quantized."""
+
+
+PRESETS = {
+    # QuaRot's clip ratios, 0.9 and 0.95, on grids as DFRot has them: activations and KV cache asymmetric.
+    "paper": Preset(
+        True, "search", act_symmetric=False, act_clip=0.9, kv_clip=0.95, value_clip=0.95, quantize_queries=False
+    ),
+    # What stock servers compute: symmetric integers on both sides of the product, activations not clipped.
+    "deploy": Preset(
+        True, "search", act_symmetric=True, act_clip=1.0, kv_clip=0.95, value_clip=0.95, quantize_queries=False
+    ),
+    # DuQuant's command: everything asymmetric, fixed clip ratios 0.8 and 0.9, queries too; values are not clipped.
+    "duquant": Preset(
+        False, 0.8, act_symmetric=False, act_clip=0.9, kv_clip=0.9, value_clip=1.0, quantize_queries=True
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -80,24 +132,12 @@ class Spec:
         return f"w{self.weights.bits}{group}a{self.activations.bits}kv{self.keys.bits}"
 
     @staticmethod
-    def parse(
-        text: str,
-        preset: str = "paper",
-        *,
-        weight_symmetric: bool | None = None,
-        weight_clip: float | str | None = None,
-        act_symmetric: bool | None = None,
-        act_clip: float | None = None,
-        kv_clip: float | None = None,
-        value_clip: float | None = None,
-        quantize_queries: bool | None = None,
-    ) -> "Spec":
-        """The spec `text` with the symmetry and clip ratios of a preset, each of which can be overridden.
+    def parse(text: str, preset: str = "paper", **overrides: Any) -> "Spec":
+        """The spec `text` with the symmetry and clip ratios of a preset.
 
         Args:
-            weight_clip: a ratio, or "search" for the best one of every channel or group.
-            kv_clip: of keys, values and queries.
-            value_clip: of values, if it is another one.
+            overrides: fields of `Preset`; None means not given. A `kv_clip` holds for values too unless there is a
+                `value_clip`.
 
         Raises:
             UserError: the text does not parse, the preset is unknown, a number is out of range, queries are to be
@@ -107,73 +147,22 @@ class Spec:
             raise UserError(f"the spec '{text}' does not parse. The grammar is {_GRAMMAR}.")
         if preset not in PRESETS:
             raise UserError(f"there is no preset '{preset}'. Presets: {', '.join(PRESETS)}.")
-        chosen = PRESETS[preset]
-        group = None if match["g"] is None else int(match["g"])
-
-        def over(given: Any, default: Any) -> Any:
-            return default if given is None else given
-
-        keys = TensorSpec(int(match["kv"]), False, over(kv_clip, chosen.kv_clip))
-        values = replace(keys, clip=over(value_clip, over(kv_clip, chosen.value_clip)))
-        if quantize_queries and not keys.enabled:
+        given = {name: value for name, value in overrides.items() if value is not None}
+        if "kv_clip" in given:
+            given.setdefault("value_clip", given["kv_clip"])
+        chosen = Preset.checked(**vars(PRESETS[preset]) | given)
+        keys = TensorSpec(int(match["kv"]), False, chosen.kv_clip)
+        if given.get("quantize_queries") and not keys.enabled:
             raise UserError(f"queries take the grid of the keys, and '{text}' leaves keys alone.")
-        if isinstance(weight_clip, str) and weight_clip != "search":
-            raise UserError(f"weight_clip is a clip ratio or 'search', got '{weight_clip}'.")
-        with_queries = keys.enabled and over(quantize_queries, chosen.quantize_queries)
         return Spec(
             weights=TensorSpec(
                 int(match["w"]),
-                over(weight_symmetric, chosen.weight_symmetric),
-                None if isinstance(weight_clip, str) else over(weight_clip, chosen.weight_clip),
-                group,
+                chosen.weight_symmetric,
+                None if chosen.weight_clip == "search" else chosen.weight_clip,
+                None if match["g"] is None else int(match["g"]),
             ),
-            activations=TensorSpec(
-                int(match["a"]),
-                over(act_symmetric, chosen.act_symmetric),
-                over(act_clip, chosen.act_clip),
-            ),
+            activations=TensorSpec(int(match["a"]), chosen.act_symmetric, chosen.act_clip),
             keys=keys,
-            values=values,
-            queries=keys if with_queries else UNQUANTIZED,
+            values=replace(keys, clip_ratio=chosen.value_clip),
+            queries=keys if keys.enabled and chosen.quantize_queries else UNQUANTIZED,
         )
-
-
-@dataclass(frozen=True)
-class Preset:
-    """Symmetry and clip ratios that the spec's text leaves open."""
-
-    weight_symmetric: bool
-    weight_clip: float | None  # None: searched for
-    act_symmetric: bool
-    act_clip: float
-    kv_clip: float
-    value_clip: float
-    quantize_queries: bool = False  # with the keys
-
-
-# Words of `Spec.parse` that override the preset.
-OVERRIDES = (
-    *("weight_symmetric", "weight_clip", "act_symmetric", "act_clip"),
-    *("kv_clip", "value_clip", "quantize_queries"),
-)
-
-PRESETS = {
-    # DFRot's command: activations and KV cache asymmetric, clipped at 0.9 and 0.95.
-    "paper": Preset(
-        weight_symmetric=True, weight_clip=None, act_symmetric=False, act_clip=0.9, kv_clip=0.95, value_clip=0.95
-    ),
-    # What stock servers compute: symmetric integers on both sides of the product, activations not clipped.
-    "deploy": Preset(
-        weight_symmetric=True, weight_clip=None, act_symmetric=True, act_clip=1.0, kv_clip=0.95, value_clip=0.95
-    ),
-    # DuQuant's command: everything asymmetric, fixed clip ratios 0.8 and 0.9, queries too; values are not clipped.
-    "duquant": Preset(
-        weight_symmetric=False,
-        weight_clip=0.8,
-        act_symmetric=False,
-        act_clip=0.9,
-        kv_clip=0.9,
-        value_clip=1.0,
-        quantize_queries=True,
-    ),
-}

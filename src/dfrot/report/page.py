@@ -6,8 +6,10 @@ Jinja, which fills page.html.
 """
 
 import base64
+import dataclasses
 import functools
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -18,8 +20,9 @@ from markupsafe import Markup
 from dfrot.evaluation.record import RESULTS_FILE, Record, is_number, read_records
 from dfrot.inspect.schema import STATS_FILE
 from dfrot.report.drawing import Figure
-from dfrot.report.figures import figures
 from dfrot.report.inspection import Inspection, read_inspection
+from dfrot.report.inspection_figures import inspection_figures
+from dfrot.report.record_figures import record_figures
 from dfrot.report.results import definitions, results_table
 from dfrot.report.words import is_finite, number, shorten
 from dfrot.system.errors import SetupError, UserError
@@ -66,6 +69,18 @@ def report(directory: Path, out: Path | None = None) -> Path:
         raise SetupError(f"cannot make {out.parent}: {error}") from error
     write_text(out, text)
     return out
+
+
+def figures(records: Sequence[Record], inspection: Inspection | None) -> list[Figure]:
+    """All figures for which there is data, in the page's order, with unique names."""
+    drawn = [*record_figures(records), *([] if inspection is None else inspection_figures(inspection))]
+    found: list[Figure] = []
+    seen: Counter[str] = Counter()
+    for figure in filter(None, drawn):
+        seen[figure.name] += 1
+        again = f"--{seen[figure.name]}" if seen[figure.name] > 1 else ""  # metrics "a/b" and "a.b" have one slug
+        found.append(dataclasses.replace(figure, name=figure.name + again))
+    return found
 
 
 def page(records: Sequence[Record], inspection: Inspection | None, drawn: Sequence[Figure]) -> str:

@@ -31,56 +31,49 @@ def record_figures(records: Sequence[Record]) -> Iterator[Figure | None]:
 
 
 def by_recipe(records: Sequence[Record], metric: str) -> Figure | None:
-    """A metric of every cell: a line per spec and weight quantizer, a mark per method and seed."""
-    cells = [record for record in records if record.recipe and is_finite(record.metrics.get(metric))]
-    if not cells:
+    """A metric of every trial: a line per spec and weight quantizer, a mark per method and seed."""
+    trials = [record for record in records if record.recipe and is_finite(record.metrics.get(metric))]
+    if not trials:
         return None
-    values, lines = [record.metrics[metric] for record in cells], list(map(_line, cells))
+    values, lines = [record.metrics[metric] for record in trials], list(map(_line, trials))
     order = sorted(set(lines), reverse=True)
     unquantized = _unquantized(records, metric)
     lower = lower_is_better(metric)
     axis = new_axis(plain(shown(metric)), values + unquantized, log=lower)
-    categories = {"type": "category", "categoryarray": order, "range": [-0.6, len(order) - 0.4]}
-    layout = {"xaxis": axis, "yaxis": {"categoryorder": "array", **categories}}
+    recipes = {"type": "category", "categoryorder": "array", "categoryarray": order, "range": [-0.6, len(order) - 0.4]}
+    shapes = _rules("x", unquantized, axis, "left" if lower else "right")
+    marks = _marks(trials, values, lines, "%{x}")
     return Figure(
         slug(metric, "by-recipe"),
         "results",
         f"{shown(metric)} by recipe",
-        _best_and_worst(cells, metric, unquantized),
-        new_plot(
-            _marks(cells, values, lines, "%{x}"),
-            150 + 34 * len(order),
-            **layout,
-            shapes=_rules("x", unquantized, axis, "left" if lower else "right"),
-        ),
-        [*_recipes(cells), (shown(metric), values)],
+        _best_and_worst(trials, metric, unquantized),
+        new_plot(marks, 150 + 34 * len(order), xaxis=axis, yaxis=recipes, shapes=shapes),
+        [*_recipes(trials), (shown(metric), values)],
     )
 
 
 def against_bits(records: Sequence[Record], metric: str) -> Figure | None:
     """Perplexity against the bits that a weight of the decoder takes on disk."""
     measured = [record for record in records if record.recipe and is_finite(record.metrics.get(metric))]
-    cells = [record for record in measured if is_finite(record.size.get(BITS))]
-    values, bits = [record.metrics[metric] for record in cells], [record.size[BITS] for record in cells]
+    trials = [record for record in measured if is_finite(record.size.get(BITS))]
+    values, bits = [record.metrics[metric] for record in trials], [record.size[BITS] for record in trials]
     if len({round(each, 1) for each in bits}) < 2:  # a single column of marks: `by_recipe` shows the same
         return None
     unquantized = _unquantized(records, metric)
     axis = new_axis(plain(shown(metric)), values + unquantized)
-    layout = {"xaxis": new_axis("bits per weight of the decoder", rangemode="tozero"), "yaxis": axis}
-    fewest, value, place = min(zip(bits, values, range(len(cells)), strict=True))
+    x_axis = new_axis("bits per weight of the decoder", rangemode="tozero")
+    shapes = _rules("y", unquantized, axis, "left")
+    marks = _marks(trials, bits, values, "%{x:.2f} bits, %{y}")
+    fewest, value, place = min(zip(bits, values, range(len(trials)), strict=True))
     return Figure(
         slug(metric, "against-bits"),
         "results",
         f"{shown(metric)} against bits per weight",
-        f"At the fewest bits, {fewest:.2f}, the best is {number(value)} ({recipe_label(cells[place])}). "
-        f"{_best_and_worst(cells, metric, unquantized)}",
-        new_plot(
-            _marks(cells, bits, values, "%{x:.2f} bits, %{y}"),
-            420,
-            **layout,
-            shapes=_rules("y", unquantized, axis, "left"),
-        ),
-        [*_recipes(cells), ("bits per weight", bits), (shown(metric), values)],
+        f"At the fewest bits, {fewest:.2f}, the best is {number(value)} ({recipe_label(trials[place])}). "
+        f"{_best_and_worst(trials, metric, unquantized)}",
+        new_plot(marks, 420, xaxis=x_axis, yaxis=axis, shapes=shapes),
+        [*_recipes(trials), ("bits per weight", bits), (shown(metric), values)],
     )
 
 
@@ -88,14 +81,12 @@ def zero_shot(records: Sequence[Record]) -> Figure | None:
     """Accuracies that papers report: a bar per task and recipe, which is the mean of its seeds."""
     metrics = reported(metrics_of(records))
     tasks = [metric for metric in metrics if metric.startswith(("acc/", "acc_norm/")) or metric == AVERAGE]
-    cells = [record for record in records if record.recipe and any(task in record.metrics for task in tasks)]
-    if not cells:
+    trials = [record for record in records if record.recipe and any(task in record.metrics for task in tasks)]
+    if not trials:
         return None
     names = [plain(shown(task) if task == AVERAGE else task.partition("/")[2]) for task in tasks]
-    groups = {recipe_label(group[0]): group for group in by_seeds(cells)}
-    means = {
-        label: [mean(record.metrics.get(task) for record in group) for task in tasks] for label, group in groups.items()
-    }
+    groups = {recipe_label(group[0]): group for group in by_seeds(trials)}
+    means = {label: [mean(r.metrics.get(task) for r in group) for task in tasks] for label, group in groups.items()}
     hover = "%{fullData.name}<br>%{x} %{y:.4f}"
     data: list[dict[str, Any]] = []
     labels = list(means)
@@ -126,12 +117,12 @@ def zero_shot(records: Sequence[Record]) -> Figure | None:
     )
 
 
-def _marks(cells: Sequence[Record], x: Sequence[Any], y: Sequence[Any], hover: str) -> list[dict[str, Any]]:
+def _marks(trials: Sequence[Record], x: Sequence[Any], y: Sequence[Any], hover: str) -> list[dict[str, Any]]:
     """A trace for every method, with a mark for each of its records."""
     marker = {"size": 9, "opacity": 0.9}
     traces = []
-    for method, places in _by_method(cells).items():
-        text = [plain(recipe_label(cells[place])) for place in places]
+    for method, places in _by_method(trials).items():
+        text = [plain(recipe_label(trials[place])) for place in places]
         xs, ys = [x[place] for place in places], [y[place] for place in places]
         traces.append(scatter(method, xs, ys, "markers", "%{text}<br>" + hover, marker=marker, text=text))
     return traces
@@ -145,10 +136,10 @@ def _by_method(records: Sequence[Record]) -> dict[str, list[int]]:
     return dict(sorted(groups.items(), key=lambda group: (*STYLES, group[0]).index(group[0])))
 
 
-def _recipes(cells: Sequence[Record]) -> list[tuple[str, list[Any]]]:
+def _recipes(trials: Sequence[Record]) -> list[tuple[str, list[Any]]]:
     """The first columns of a table of data."""
-    seeds = [(record.recipe or {}).get("seed") for record in cells]
-    return [("recipe", list(map(recipe_label, cells))), ("seed", seeds)]
+    seeds = [(record.recipe or {}).get("seed") for record in trials]
+    return [("recipe", list(map(recipe_label, trials))), ("seed", seeds)]
 
 
 def _line(record: Record) -> str:
@@ -163,23 +154,21 @@ def _unquantized(records: Sequence[Record], metric: str) -> list[float]:
     return sorted({r.metrics[metric] for r in records if r.recipe is None and is_finite(r.metrics.get(metric))})
 
 
-def _best_and_worst(cells: Sequence[Record], metric: str, unquantized: Sequence[float]) -> str:
-    ranked = sorted(cells, key=lambda record: record.metrics[metric], reverse=not lower_is_better(metric))
+def _best_and_worst(trials: Sequence[Record], metric: str, unquantized: Sequence[float]) -> str:
+    ranked = sorted(trials, key=lambda record: record.metrics[metric], reverse=not lower_is_better(metric))
     best, worst = ranked[0], ranked[-1]
     whole = f" Unquantized: {', '.join(map(number, unquantized))}." if unquantized else ""
     if best is worst:
         return f"{recipe_label(best)}: {number(best.metrics[metric])}.{whole}"
-    return (
-        f"Best {number(best.metrics[metric])} ({recipe_label(best)}), "
-        f"worst {number(worst.metrics[metric])} ({recipe_label(worst)}).{whole}"
-    )
+    ends = (f"{word} {number(r.metrics[metric])} ({recipe_label(r)})" for word, r in (("Best", best), ("worst", worst)))
+    return f"{', '.join(ends)}.{whole}"
 
 
 def _rules(axis: str, values: Sequence[float], scale: Mapping[str, Any], anchor: str) -> list[dict[str, Any]]:
     """Dashed lines at the unquantized models, with their numbers beside them, on the side of the marks."""
     place = {"textposition": "start", "textangle": 0, "xanchor": anchor, "yanchor": "bottom", "font": {"size": 11}}
     return [
-        rule(value, axis, "y" if axis == "x" else "x", text=f"unquantized {number(value)}", **place)
+        rule(value, axis, text=f"unquantized {number(value)}", **place)
         for value in values
         if value > 0 or scale.get("type") != "log"  # a logarithmic axis has no place for a divergence of 0
     ]

@@ -1,7 +1,6 @@
-"""The table of results, which page.html shows: which rows and columns it has, and what stands in them."""
+"""The rows and columns of the table of results, which page.html shows."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from dfrot.evaluation.record import Record
@@ -11,36 +10,14 @@ WORDS = ("model", "method", "options", "weights", "spec", "seed")  # the columns
 FILTERS = ("method", "weights", "spec")
 
 
-@dataclass(frozen=True)
-class Column:
-    """A column of numbers.
-
-    Attributes:
-        heading: plain text.
-        of: its number in a record; None if the record lacks it.
-        metric: which metric this is, if it is one: these have a best, and numbers in papers.
-    """
-
-    heading: str
-    of: Callable[[Record], float | None]
-    metric: str | None = None
-
-    @property
-    def arrow(self) -> str:
-        return "" if self.metric is None else " ↓" if lower_is_better(self.metric) else " ↑"
-
-
-def _size(heading: str, key: str, unit: float = 1.0) -> Column:
-    return Column(heading, lambda record: None if (value := record.size.get(key)) is None else value / unit)
-
-
-SIZES = (
-    _size("MB", "weight_bytes", 1e6),
-    _size("bits per weight", "decoder_bits_per_weight"),
-    _size("KV bytes per token", "kv_bytes_per_token"),
-    Column("seconds", lambda record: sum(record.timings_s.values()) or None),
-    Column("peak memory, GB", lambda record: record.peak_rss_bytes / 1e9),
-)
+# The columns after those of metrics.
+SIZES: dict[str, Callable[[Record], float | None]] = {
+    "MB": lambda record: record.size["weight_bytes"] / 1e6 if "weight_bytes" in record.size else None,
+    "bits per weight": lambda record: record.size.get("decoder_bits_per_weight"),
+    "KV bytes per token": lambda record: record.size.get("kv_bytes_per_token"),
+    "seconds": lambda record: sum(record.timings_s.values()) or None,
+    "peak memory, GB": lambda record: record.peak_rss_bytes / 1e9,
+}
 
 
 def results_table(records: Sequence[Record]) -> dict[str, Any]:
@@ -49,27 +26,23 @@ def results_table(records: Sequence[Record]) -> dict[str, Any]:
     Every record is a row, and every group of records that differ only in the seed is a folded one, with their means.
     The page's script shows either kind.
     """
-    metrics = [
-        Column(shown(metric), lambda record, metric=metric: record.metrics.get(metric), metric)  # type: ignore[misc]
-        for metric in metrics_of(records)
-    ]
-    columns = [*metrics, *SIZES]
+    metrics = metrics_of(records)
     rows = []
     for kind, groups in (("record", [[record] for record in records]), ("fold", list(by_seeds(records)))):
-        best = {column: _best(groups, column) for column in metrics}
+        best = {metric: _best(groups, metric) for metric in metrics}
         for place, group in enumerate(groups):
             seeds = [_word(record, "seed") for record in group]
-            rows.append(
-                {
-                    "name": f"{kind}-{place}",
-                    "folded": kind == "fold",
-                    "words": {**{word: _word(group[0], word) for word in WORDS}, "seed": ", ".join(seeds)},
-                    "cells": [_cell(group, column, place in best.get(column, ())) for column in columns],
-                    "of_seed": seeds[0] if len(group) > 1 else None,  # whose details are shown
-                    "details": _details(group[0]),
-                }
-            )
+            cells = [_cell([r.metrics.get(metric) for r in group], place in best[metric]) for metric in metrics]
+            for metric, cell in zip(metrics, cells, strict=True):
+                cell["published"] = _published(group[0], metric)
+            row = {"name": f"{kind}-{place}", "folded": kind == "fold", "details": _details(group[0])}
+            row["words"] = {**{word: _word(group[0], word) for word in WORDS}, "seed": ", ".join(seeds)}
+            row["cells"] = cells + [_cell(list(map(size, group)), False) for size in SIZES.values()]
+            row["of_seed"] = seeds[0] if len(group) > 1 else None  # the record whose details are shown
+            rows.append(row)
     choices = {key: sorted({_word(record, key) for record in records}) for key in FILTERS}
+    columns = [(shown(metric), " ↓" if lower_is_better(metric) else " ↑") for metric in metrics]
+    columns += [(heading, "") for heading in SIZES]
     return {"words": WORDS, "columns": columns, "rows": rows, "choices": choices}
 
 
@@ -111,26 +84,26 @@ def _word(record: Record, key: str) -> str:
     return "unquantized" if record.recipe is None and key == "method" else str(recipe.get(key, "–"))
 
 
-def _cell(group: Sequence[Record], column: Column, best: bool) -> dict[str, Any]:
-    """The mean of the seeds, the smallest and the largest if they differ, and a paper's number with its source."""
-    values = [column.of(record) for record in group]
+def _cell(values: Sequence[int | float | None], best: bool) -> dict[str, Any]:
+    """The mean of the seeds, and the smallest and largest if they differ."""
     known = [value for value in values if value is not None and is_finite(value)]
-    published = group[0].conditions.get("published")
-    entry = published.get(column.metric) if isinstance(published, Mapping) else None
-    return {
-        "value": mean(known) if known else values[0],
-        "spread": (min(known), max(known)) if known and min(known) < max(known) else None,
-        "best": best,
-        "published": (str(entry.get("value")), entry.get("source")) if isinstance(entry, Mapping) else None,
-    }
+    spread = (min(known), max(known)) if known and min(known) < max(known) else None
+    return {"value": mean(known) if known else values[0], "spread": spread, "best": best, "published": None}
 
 
-def _best(groups: Sequence[Sequence[Record]], column: Column) -> set[int]:
+def _published(record: Record, metric: str) -> tuple[str, Any] | None:
+    """The number that a paper reports, and its source."""
+    published = record.conditions.get("published")
+    entry = published.get(metric) if isinstance(published, Mapping) else None
+    return (str(entry.get("value")), entry.get("source")) if isinstance(entry, Mapping) else None
+
+
+def _best(groups: Sequence[Sequence[Record]], metric: str) -> set[int]:
     """The places of the best quantized model of every setting, by the mean of its seeds."""
-    sign = 1 if lower_is_better(str(column.metric)) else -1  # the smallest is the best of all that follows
+    sign = 1 if lower_is_better(metric) else -1  # so that the smallest is the best
     found: dict[str, tuple[float, int]] = {}
     for place, group in enumerate(groups):
-        value = mean(map(column.of, group))
+        value = mean(record.metrics.get(metric) for record in group)
         if group[0].recipe is not None and value is not None:
             rank = (sign * value, place)
             found[setting(group[0])] = min(rank, found.get(setting(group[0]), rank))

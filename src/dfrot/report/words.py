@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dfrot.evaluation.record import AVERAGE, MASSIVE_UNQUANTIZED, Record, is_number
-from dfrot.pipeline.recipe import METHOD_OPTIONS, WEIGHT_OPTIONS
+from dfrot.methods import METHODS
+from dfrot.rounding import ROUNDINGS
 
 # Kinds of metrics in the order in which they are shown.
 METRICS = {
@@ -54,9 +55,13 @@ def recipe_label(record: Record) -> str:
 def deviations(recipe: Mapping[str, Any]) -> str:
     """The options of method and weight quantizer that are not their default: "gamma 1, steps 50"."""
     found = []
-    for kinds, name, options in ((METHOD_OPTIONS, "method", "options"), (WEIGHT_OPTIONS, "weights", "weight_options")):
-        kind = kinds.get(str(recipe.get(name)))
-        defaults = {} if kind is None else dataclasses.asdict(kind())
+    method, rounding = METHODS.get(str(recipe.get("method"))), ROUNDINGS.get(str(recipe.get("weights")))
+    usual: dict[str, dict[str, Any]] = {"options": {}, "weight_options": {}}
+    if method is not None:
+        usual["options"] = dataclasses.asdict(method().resolved(rounding is not None and rounding.learns_clipping))
+    if rounding is not None:
+        usual["weight_options"] = dataclasses.asdict(rounding())
+    for options, defaults in usual.items():
         given = recipe.get(options)
         for option, value in given.items() if isinstance(given, dict) else ():
             if option not in defaults or defaults[option] != value:

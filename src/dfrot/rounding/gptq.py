@@ -16,19 +16,24 @@ The grid is chosen before, by clip search on the weight as it is; with groups to
 the columns with the largest Hᵢᵢ first, each column keeps the scale of the group it stands in ("static groups").
 """
 
-from typing import NamedTuple
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
-from dfrot.pipeline.recipe import GPTQ
+from dfrot.models.sizes import ModelSizes
 from dfrot.quant.affine import QParams, dequantize, quantize
 from dfrot.quant.grids import IntGrid, PerGroup
 from dfrot.quant.spec import TensorSpec
+from dfrot.rounding.rounding import BlockTask, Rounded, Rounding
 from dfrot.rounding.rtn import weight_qparams
-from dfrot.rounding.stream import BlockTask
 from dfrot.system.errors import UserError
+from dfrot.system.papers import Paper
 
 # Columns whose updates are delayed and applied as one product: within the cache, and beyond it.
 _INNER, _OUTER = 16, 512
@@ -37,6 +42,104 @@ FLOAT64_UP_TO = 2048
 _RAISE, _RAISES = 10.0, 6  # damping, when the Hessian is singular
 # Of a weight whose rows are rounded together; five times as much is needed beside it.
 PIECE_ENTRIES = 1 << 25
+
+
+GPTQ_PAPER = Paper(
+    "gptq",
+    "2210.17323",
+    "Frantar, Elias and others",
+    "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
+)
+
+
+@dataclass(frozen=True)
+class GPTQ(Rounding):
+    """Round column after column, each compensating for those before."""
+
+    act_order: bool = True
+    """Take the columns with the largest inputs first; the groups' scales stay where they are, so it costs nothing."""
+    percdamp: float = 0.01
+    """Added to the Hessian's diagonal, as a share of its mean."""
+
+    name = "gptq"
+    papers = (GPTQ_PAPER,)
+    shares_sequences = True
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.percdamp) and self.percdamp >= 0):
+            raise UserError(f"percdamp is a share of the mean diagonal, at least 0, got {self.percdamp}.")
+
+    def round(self, task: BlockTask) -> Rounded:
+        """Round the layers of a block in the order in which they run, on inputs from layers rounded before.
+
+        Notes by stage: ‖XW − XŴ‖² / ‖XW‖², the same if rounded to nearest, and the damping that was needed.
+        """
+        rounded, notes = {}, {}
+        for stage in task.graph.stages:
+            try:
+                codes, qparams, note = self._round_stage(task, stage)
+            except UserError as error:
+                raise UserError(f"block {task.index}, {', '.join(stage)}: {error}") from error
+            notes[" ".join(stage)] = note
+            stop = 0
+            for name in stage:
+                layer = task.module.get_submodule(name)
+                rows = slice(stop, stop := stop + int(layer.out_features))  # type: ignore[arg-type]
+                rounded[name] = codes[rows], qparams.rows(rows)
+                # later layers of the block are to see what these leave
+                layer.weight.data = dequantize(codes[rows], task.spec.weight_granularity, qparams.rows(rows))
+        return Rounded(rounded, {"stages": notes})
+
+    def _round_stage(self, task: BlockTask, stage: tuple[str, ...]) -> tuple[Tensor, QParams, dict[str, float]]:
+        """The layers that read one input, as one weight: one Hessian, one factorisation, one pass."""
+        layers, processes, spec = [task.module.get_submodule(name) for name in stage], task.inputs.processes, task.spec
+        hessian = task.inputs.hessian(task.index, task.module, stage[0])
+        weight = torch.cat([layer.weight.data for layer in layers])  # type: ignore[misc]
+        for layer in layers:
+            layer.weight.data = weight[:0]  # they are all in `weight`, and need no room twice
+        factor = factorize(hessian, self.percdamp, self.act_order)
+        qparams = weight_qparams(weight, spec)
+        shard = processes.shard  # rows are independent of each other
+        codes, losses = gptq_with_rtn_fallback(weight[shard], hessian, factor, qparams.rows(shard), spec)
+        codes, losses = processes.all_gather(codes, len(weight)), processes.all_reduce_sum(losses)
+        size = layer_loss(weight, hessian).sum().clamp(min=torch.finfo(weight.dtype).tiny)  # 0 for a layer of zeros
+        loss, rtn_loss = (losses / size).tolist()
+        return codes, qparams, {"loss": loss, "rtn_loss": rtn_loss, "damping": factor.damping}
+
+    def peak_bytes(self, sizes: ModelSizes) -> int:
+        # folded or rounded weights, the codes and what they are packed into, a sequence on its way
+        held = sizes.block * (sizes.working + 2) + sizes.working * sizes.sequence
+        return held + max(self._stage_bytes(sizes.working, *stage) for stage in sizes.stages)
+
+    def _stage_bytes(self, working: int, rows: int, width: int) -> int:
+        """The Hessian and its factorisation, or rounding with its factor: weights, sums, errors and codes."""
+        wide = 8 if width <= FLOAT64_UP_TO else working
+        factorising = width**2 * (working + max(2 * working + wide, 2 * wide))
+        piece = min(rows * width, PIECE_ENTRIES)
+        return working * rows * width + max(factorising, working * (2 * width**2 + rows * width + 5 * piece))
+
+    def state_bytes(self, sizes: ModelSizes) -> int:
+        return sizes.working * sizes.heads  # attention is computed once, and its outputs kept
+
+    def warning(self, sizes: ModelSizes) -> str | None:
+        """A Hessian of fewer tokens than channels is singular: weights would be fitted to the calibration text."""
+        name, width = max(((name, shape[1]) for name, shape in sizes.linears.items()), key=lambda item: item[1])
+        if sizes.tokens >= width:
+            return None
+        return (
+            f"{sizes.tokens} calibration tokens are few for GPTQ: {name} has {width} inputs. "
+            f"Give --calib-tokens {8 * width} or more."
+        )
+
+    def summary(self, notes: Sequence[Mapping[str, Any]]) -> list[str]:
+        stages = [stage for block in notes for stage in block["stages"].values()]
+        found = []
+        if ratios := [stage["loss"] / stage["rtn_loss"] for stage in stages if stage["loss"] > 0]:
+            left = statistics.geometric_mean(ratios)
+            found.append(f"gptq leaves {left:.0%} of rounding's squared error (geometric mean of layers)")
+        if raised := [stage["damping"] for stage in stages if stage["damping"] > self.percdamp]:
+            found.append(f"{len(raised)} singular Hessians, damped by up to {max(raised):g} of their mean diagonal")
+        return found
 
 
 class Factor(NamedTuple):
@@ -57,8 +160,8 @@ class Factor(NamedTuple):
     damping: float
 
 
-def factorize(hessian: Float[Tensor, "in in"], damping: float, act_order: bool) -> Factor:
-    """Decompose H + δ I, δ the share `damping` of the mean diagonal, raised tenfold until that is positive definite.
+def factorize(hessian: Float[Tensor, "in in"], percdamp: float, act_order: bool) -> Factor:
+    """Decompose H + δ I, δ the share `percdamp` of the mean diagonal, raised tenfold until that is positive definite.
 
     Args:
         hessian: XᵀX, or any multiple of it.
@@ -75,6 +178,7 @@ def factorize(hessian: Float[Tensor, "in in"], damping: float, act_order: bool) 
         order = torch.argsort(diagonal, descending=True, stable=True)
     wide = torch.float64 if len(diagonal) <= FLOAT64_UP_TO else hessian.dtype
     mean = float(diagonal.mean()) or 1.0  # a layer that saw nothing but zeros is rounded to nearest
+    damping = percdamp
     for _ in range(_RAISES):
         # H = V Vᵀ with V upper triangular is the usual factorisation read from the last row and column to the first
         backwards = order.flip(0)
@@ -164,42 +268,3 @@ def _never_worse(
     rtn_loss = layer_loss(weight - dequantize(nearest, spec.weight_granularity, qparams), hessian)
     codes = torch.where((loss <= rtn_loss)[:, None], codes, nearest)
     return codes, torch.stack([torch.minimum(loss, rtn_loss), rtn_loss]).sum(1)
-
-
-def gptq_block(task: BlockTask) -> dict[str, tuple[Tensor, QParams]]:
-    """Quantize the layers of a block in the order in which they run, on inputs from layers quantized before.
-
-    Notes by stage: ‖XW − XŴ‖² / ‖XW‖², the same if rounded to nearest, and the damping that was needed.
-    """
-    options, spec = task.recipe.weights, task.recipe.spec.weights
-    assert isinstance(options, GPTQ), "called with the options of another weight quantizer"
-    assert task.stream is not None, "a recipe that fits weights has inputs"
-    processes = task.stream.processes
-    quantized = {}
-    notes = task.notes["stages"] = {}
-    for stage in task.source.graph.stages:
-        layers = [task.module.get_submodule(name) for name in stage]
-        # they read the same input: one Hessian, one factorisation, one pass
-        hessian = task.hessian(stage[0])
-        weight = torch.cat([layer.weight.data for layer in layers])  # type: ignore[misc]
-        counts = [len(layer.weight) for layer in layers]  # type: ignore[arg-type]
-        for layer in layers:
-            layer.weight.data = weight[:0]  # they are all in `weight`, and need no room twice
-        try:
-            factor = factorize(hessian, options.damping, options.act_order)
-        except UserError as error:
-            raise UserError(f"block {task.index}, {', '.join(stage)}: {error}") from error
-        qparams = weight_qparams(weight, spec)
-        part = processes.shard  # rows are rounded by themselves
-        codes, losses = gptq_with_rtn_fallback(weight[part], hessian, factor, qparams.rows(part), spec)
-        codes, losses = processes.all_gather(codes, len(weight)), processes.all_reduce_sum(losses)
-        size = layer_loss(weight, hessian).sum().clamp(min=torch.finfo(weight.dtype).tiny)  # 0 for a layer of zeros
-        loss, rtn_loss = (losses / size).tolist()
-        notes[" ".join(stage)] = {"loss": loss, "rtn_loss": rtn_loss, "damping": factor.damping}
-        rounded = dequantize(codes, spec.weight_granularity, qparams)
-        stop = 0
-        for name, layer, count in zip(stage, layers, counts, strict=True):
-            start, stop = stop, stop + count
-            layer.weight.data = rounded[start:stop]
-            quantized[name] = codes[start:stop], qparams.rows(slice(start, stop))
-    return quantized

@@ -15,6 +15,8 @@ The papers start from σ = 0.982; here the shares start from the clip search, an
 that is stored, its scales rounded as they will be.
 """
 
+import math
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,14 +24,22 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dfrot.pipeline.recipe import LWC
+from dfrot.models.sizes import ModelSizes
 from dfrot.quant.affine import SCALE_DTYPE, QParams, grouped, qparams_of_range, quantize, value_range
 from dfrot.quant.grids import IntGrid
 from dfrot.quant.spec import TensorSpec
+from dfrot.rounding.rounding import BlockTask, Rounded, Rounding
 from dfrot.rounding.rtn import weight_qparams
-from dfrot.rounding.stream import BlockTask
+from dfrot.system.errors import UserError
+from dfrot.system.papers import Paper
 
-LARGEST_START = 0.98  # of a share: beyond, the sigmoid hardly moves
+OMNIQUANT = Paper(
+    "omniquant",
+    "2308.13137",
+    "Shao, Wenqi and others",
+    "OmniQuant: Omnidirectionally Calibrated Quantization for Large Language Models",
+)
+LARGEST_START = 0.98  # of a clip factor: beyond, the sigmoid hardly moves
 
 
 class _FakeQuantized(torch.autograd.Function):
@@ -64,9 +74,9 @@ class ClippedWeight(nn.Module):
         self.spec, self.weight = spec, weight
         self.low, self.high = value_range(weight, spec.grid, spec.weight_granularity)
         whole = qparams_of_range(self.low, self.high, spec.grid)
-        share = (weight_qparams(weight, spec).scale / whole.scale).clamp(max=LARGEST_START)
-        self.upper = nn.Parameter(share.logit())
-        self.lower = None if self.low is None else nn.Parameter(share.logit())
+        clip_factor = (weight_qparams(weight, spec).scale / whole.scale).clamp(max=LARGEST_START)
+        self.upper = nn.Parameter(clip_factor.logit())
+        self.lower = None if self.low is None else nn.Parameter(clip_factor.logit())
 
     def qparams(self) -> QParams:
         """The grid as it would be stored, with gradients as if nothing in it were rounded."""
@@ -93,39 +103,62 @@ class ClippedWeight(nn.Module):
         return quantize(self.weight, self.spec.grid, self.spec.weight_granularity, qparams), qparams
 
 
-def lwc_block(task: BlockTask) -> dict[str, tuple[Tensor, QParams]]:
-    """Learn the shares of all layers of a block together."""
-    options, stream = task.recipe.weights, task.stream
-    assert isinstance(options, LWC), "called with the options of another weight quantizer"
-    assert stream is not None, "a recipe that fits weights has inputs"
-    assert stream.teacher_states is not None, "a recipe that learns has targets"
-    student = stream.block(task.index, task.module.state_dict(), stream.plan.without("weights"))
-    clipped = {
-        name: ClippedWeight(student.get_submodule(name).weight, task.recipe.spec.weights)  # type: ignore[arg-type]
-        for name in task.source.graph.linears
-    }
-    optimizer = torch.optim.Adam([p for weight in clipped.values() for p in weight.parameters()], options.learning_rate)
-    steps = options.epochs * len(stream)
-    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-    generator = torch.Generator().manual_seed(task.recipe.seed)
-    unit = (
-        stream.teacher_states.norm().item() ** 2 / stream.teacher_states.numel()
-    )  # the loss is relative to the output's size
-    losses = []
-    for _ in range(options.epochs):
-        total = 0.0
-        for number in torch.randperm(len(stream), generator=generator).tolist():
-            weights = {f"{name}.weight": weight() for name, weight in clipped.items()}
-            output = stream.run(partial(_call, student, weights), task.index, stream[number])
-            loss = (output - stream.teacher_states[number].to(stream.device)).square().mean() / unit
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            decay.step()
-            total += loss.item()
-        losses.append(total / len(stream))
-    task.notes["loss_by_epoch"] = losses
-    return {name: weight.quantized() for name, weight in clipped.items()}
+@dataclass(frozen=True)
+class LWC(Rounding):
+    """Learn the clip factors of all layers of a block together, then round to nearest."""
+
+    epochs: int = 20
+    """Passes over the calibration text for every block."""
+    learning_rate: float = 0.05
+    """Learning rate of Adam at the start; it falls to 0."""
+
+    name = "lwc"
+    papers = (OMNIQUANT,)
+    needs_teacher = True
+    learns_clipping = True
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1:
+            raise UserError(f"epochs is at least 1, got {self.epochs}.")
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            raise UserError(f"a learning rate is positive, got {self.learning_rate}.")
+
+    def round(self, task: BlockTask) -> Rounded:
+        stream = task.inputs
+        assert stream.teacher_states is not None, "a rounding that needs a teacher has its states"
+        student = stream.block(task.index, task.module.state_dict(), stream.runtime.without("weights"))
+        clipped = {
+            name: ClippedWeight(student.get_submodule(name).weight, task.spec)  # type: ignore[arg-type]
+            for name in task.graph.linears
+        }
+        parameters = [parameter for weight in clipped.values() for parameter in weight.parameters()]
+        optimizer = torch.optim.Adam(parameters, self.learning_rate)
+        steps = self.epochs * len(stream)
+        decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+        generator = torch.Generator().manual_seed(task.seed)
+        # the loss is relative to the size of the output
+        unit = stream.teacher_states.norm().item() ** 2 / stream.teacher_states.numel()
+        losses = []
+        for _ in range(self.epochs):
+            total = 0.0
+            for number in torch.randperm(len(stream), generator=generator).tolist():
+                weights = {f"{name}.weight": weight() for name, weight in clipped.items()}
+                output = stream.run(partial(_call, student, weights), task.index, stream[number])
+                loss = (output - stream.teacher_states[number].to(stream.device)).square().mean() / unit
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                decay.step()
+                total += loss.item()
+            losses.append(total / len(stream))
+        return Rounded({name: weight.quantized() for name, weight in clipped.items()}, {"loss_by_epoch": losses})
+
+    def peak_bytes(self, sizes: ModelSizes) -> int:
+        # folded; rounded, with gradients; the codes and what they are packed into; a sequence's states
+        return sizes.block * (sizes.working + 3 * sizes.working + 1 + 2) + 3 * sizes.working * sizes.sequence
+
+    def state_bytes(self, sizes: ModelSizes) -> int:
+        return sizes.working * sizes.hidden  # the teacher's
 
 
 def _call(block: nn.Module, weights: dict[str, Tensor], *args: Tensor, **kwargs: Any) -> Any:

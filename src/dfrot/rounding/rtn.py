@@ -1,18 +1,31 @@
 """Round to nearest, with a searched clip ratio."""
 
+from dataclasses import dataclass
+
 from jaxtyping import Float
 from torch import Tensor
 
+from dfrot.models.sizes import ModelSizes
 from dfrot.quant.affine import SCALE_DTYPE, QParams, choose_qparams, quantize
 from dfrot.quant.clip import search_clip
 from dfrot.quant.spec import TensorSpec
-from dfrot.rounding.stream import BlockTask
+from dfrot.rounding.rounding import BlockTask, Rounded, Rounding
 
 
-def rtn_block(task: BlockTask) -> dict[str, tuple[Tensor, QParams]]:
-    """Round every linear layer of a block."""
-    names = task.source.graph.linears
-    return {name: rtn(task.module.get_submodule(name).weight, task.recipe.spec.weights) for name in names}  # type: ignore[arg-type]
+@dataclass(frozen=True)
+class RTN(Rounding):
+    """Round every linear layer to nearest; needs no data."""
+
+    name = "rtn"
+    needs_data = False
+
+    def round(self, task: BlockTask) -> Rounded:
+        weights = {name: task.module.get_submodule(name).weight for name in task.graph.linears}
+        return Rounded({name: rtn(weight, task.spec) for name, weight in weights.items()}, {})  # type: ignore[arg-type]
+
+    def peak_bytes(self, sizes: ModelSizes) -> int:
+        codes = 2 * sizes.block  # a byte each, and packed
+        return sizes.block * sizes.working + codes + 3 * sizes.working * sizes.largest
 
 
 def rtn(weight: Float[Tensor, "out in"], spec: TensorSpec) -> tuple[Tensor, QParams]:
@@ -31,6 +44,6 @@ def weight_qparams(weight: Float[Tensor, "out in"], spec: TensorSpec) -> QParams
     Raises:
         ValueError: the group size does not divide `in`.
     """
-    if spec.clip is None:
+    if spec.clip_ratio is None:
         return search_clip(weight, spec.grid, spec.weight_granularity, SCALE_DTYPE)
-    return choose_qparams(weight, spec.grid, spec.weight_granularity, spec.clip, SCALE_DTYPE)
+    return choose_qparams(weight, spec.grid, spec.weight_granularity, spec.clip_ratio, SCALE_DTYPE)

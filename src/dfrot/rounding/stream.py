@@ -9,7 +9,6 @@ import mmap
 import os
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from torch import Tensor, nn
 
 from dfrot.models.source import Source, loaded
 from dfrot.models.stream import BlockRunner
-from dfrot.pipeline.recipe import Recipe
 from dfrot.runtime.config import RuntimeConfig
 from dfrot.runtime.install import install_block_
 from dfrot.runtime.linear import QuantLinear
@@ -33,50 +31,50 @@ class CalibrationStream:
     """Hidden states of the calibration text before one block after the other.
 
     Args:
-        plan: how the checkpoint computes.
+        runtime: how the checkpoint computes.
         embedding: of the checkpoint, (vocabulary, hidden).
         token_ids: (sequences, seq_len).
         dtype: of the computation.
         offload: a directory for a memory-mapped file that holds the states; None keeps them in memory.
-        with_originals: also carry what the original model computes.
+        with_teacher: also carry what the original model computes, the teacher.
         processes: of these each carries a part of the sequences.
     """
 
     def __init__(
         self,
         source: Source,
-        plan: RuntimeConfig,
+        runtime: RuntimeConfig,
         embedding: Tensor,
         token_ids: Int[Tensor, "sequences seq_len"],
         dtype: torch.dtype,
         device: torch.device,
         offload: Path | None = None,
-        with_originals: bool = False,
+        with_teacher: bool = False,
         processes: ProcessGroup = SINGLE_PROCESS,
     ) -> None:
-        self.source, self.plan, self.device, self.processes = source, plan, device, processes
+        self.source, self.runtime, self.device, self.processes = source, runtime, device, processes
         token_ids = token_ids[processes.shard]
         shape = (*token_ids.shape, embedding.shape[1])
         self._offload = offload
         self._mapped: list[mmap.mmap] = []  # what is offloaded
-        self.states = self._allocated(shape, dtype)
-        for state, ids in zip(self.states, token_ids, strict=True):
+        self.hidden_states = self._allocated(shape, dtype)
+        for state, ids in zip(self.hidden_states, token_ids, strict=True):
             state.copy_(embedding[ids])
-        self.teacher_states = self._allocated(shape, dtype).copy_(self.states) if with_originals else None
+        self.teacher_states = self._allocated(shape, dtype).copy_(self.hidden_states) if with_teacher else None
         self._heads: Tensor | None = None  # the heads' outputs in the block at hand, (sequences, seq_len, channels)
         self._kept: set[int] = set()  # of these sequences
-        self.run = BlockRunner(source, self.states[:1].to(device))
+        self.run = BlockRunner(source, self.hidden_states[:1].to(device))
 
     def __len__(self) -> int:
-        return len(self.states)
+        return len(self.hidden_states)
 
     def __getitem__(self, number: int) -> Float[Tensor, "1 seq_len hidden"]:
         """The input that one sequence makes for the block at hand."""
-        return self.states[number : number + 1].to(self.device)
+        return self.hidden_states[number : number + 1].to(self.device)
 
-    def block(self, index: int, tensors: dict[str, Tensor], plan: RuntimeConfig) -> nn.Module:
-        """Block `index` as `plan` computes it."""
-        return runtime_block(self.source, index, tensors, plan).to(self.states.dtype).to(self.device)
+    def block(self, index: int, tensors: dict[str, Tensor], runtime: RuntimeConfig) -> nn.Module:
+        """Block `index` as `runtime` computes it."""
+        return runtime_block(self.source, index, tensors, runtime).to(self.hidden_states.dtype).to(self.device)
 
     def inputs(self, index: int, block: nn.Module, linear: str) -> Iterator[Float[Tensor, "1 seq_len in"]]:
         """What one linear layer of the block at hand reads, for every sequence.
@@ -90,22 +88,32 @@ class CalibrationStream:
                 x = self.run.until(layer, block, index, self[number])
             if linear == self.source.graph.output:
                 if self._heads is None:
-                    self._heads = self._allocated((*self.states.shape[:2], x.shape[-1]), x.dtype)
+                    self._heads = self._allocated((*self.hidden_states.shape[:2], x.shape[-1]), x.dtype)
                 self._heads[number] = x[0]
                 self._kept.add(number)
             yield x
         self._leave_to_disk()
+
+    def hessian(self, index: int, block: nn.Module, linear: str) -> Float[Tensor, "in in"]:
+        """Xᵀ X over all inputs of one linear layer of the block at hand, those of other processes too."""
+        layer = block.get_submodule(linear)
+        total: Tensor | None = None
+        for x in self.inputs(index, block, linear):
+            x = (layer.quantize_input(x) if isinstance(layer, QuantLinear) else x).flatten(0, -2)
+            total = x.T @ x if total is None else total.addmm_(x.T, x)
+        assert total is not None, "calibration has at least one sequence"
+        return self.processes.all_reduce_sum(total)
 
     def advance(self, index: int, tensors: dict[str, Tensor]) -> None:
         """Go through block `index` of the checkpoint.
 
         As in the papers, GPTQ's stream does not quantize activations, and that of LWC, which has targets, does.
         """
-        plan = self.plan.without("activations") if self.teacher_states is None else self.plan
-        block = self.block(index, tensors, plan)
+        runtime = self.runtime.without("activations") if self.teacher_states is None else self.runtime
+        block = self.block(index, tensors, runtime)
         for number in range(len(self)):
             with self._attention_kept(block, number):
-                self.states[number] = self.run(block, index, self[number])[0]
+                self.hidden_states[number] = self.run(block, index, self[number])[0]
         self._kept.clear()
         self._leave_to_disk()
 
@@ -113,7 +121,7 @@ class CalibrationStream:
         """Go through block `index` with weights that are not quantized; its outputs are what is to be reached."""
         if self.teacher_states is None:
             return
-        block = self.block(index, tensors, self.plan.without("weights", "activations"))
+        block = self.block(index, tensors, self.runtime.without("weights", "activations"))
         for state in self.teacher_states.split(1):
             state.copy_(self.run(block, index, state.to(self.device)))
         self._leave_to_disk()
@@ -156,10 +164,10 @@ class CalibrationStream:
             block.set_submodule(graph.attention, attention)
 
 
-def runtime_block(source: Source, index: int, tensors: dict[str, Tensor], plan: RuntimeConfig) -> nn.Module:
+def runtime_block(source: Source, index: int, tensors: dict[str, Tensor], runtime: RuntimeConfig) -> nn.Module:
     """Block `index` with the runtime's modules."""
     block = source.empty_block(index)
-    install_block_(block, source.graph, plan)
+    install_block_(block, source.graph, runtime)
     return loaded(block, tensors)
 
 
@@ -172,33 +180,3 @@ class _Attended(nn.Module):
 
     def forward(self, **_: Any) -> tuple[Tensor, None]:
         return self.output(self.heads), None
-
-
-@dataclass
-class BlockTask:
-    """A folded block whose linear layers are to be quantized.
-
-    Attributes:
-        index: which block.
-        module: with the runtime's modules and weights that are not quantized yet.
-        stream: the inputs, if the recipe fits weights.
-        notes: what the weight quantizer found out, as JSON; it stays with the checkpoint.
-    """
-
-    index: int
-    module: nn.Module
-    source: Source
-    recipe: Recipe
-    stream: CalibrationStream | None
-    notes: dict[str, Any] = field(default_factory=dict)
-
-    def hessian(self, linear: str) -> Float[Tensor, "in in"]:
-        """Xᵀ X over all inputs of one linear layer, those of other processes too."""
-        assert self.stream is not None, "a recipe that fits weights has a stream"
-        layer = self.module.get_submodule(linear)
-        total: Tensor | None = None
-        for x in self.stream.inputs(self.index, self.module, linear):
-            x = (layer.quantize_input(x) if isinstance(layer, QuantLinear) else x).flatten(0, -2)
-            total = x.T @ x if total is None else total.addmm_(x.T, x)
-        assert total is not None, "calibration has at least one sequence"
-        return self.stream.processes.all_reduce_sum(total)

@@ -1,4 +1,7 @@
-"""What the runtime needs to know of a checkpoint beside its tensors, as JSON in `quantization_config`."""
+"""The runtime record of a checkpoint: all that loading and computing need beside the tensors, and nothing else.
+
+It lies in `quantization_config` beside the recipe, which says how the checkpoint was made and which nothing here reads.
+"""
 
 import dataclasses
 from collections.abc import Mapping
@@ -8,63 +11,85 @@ from typing import Any, Literal
 from torch import Tensor
 
 from dfrot.linalg.rotation import Rotation, rotation_from
-from dfrot.pipeline.recipe import Recipe
-from dfrot.quant.spec import UNQUANTIZED, Spec
+from dfrot.quant.spec import UNQUANTIZED, Spec, TensorSpec
 from dfrot.system.errors import UserError
 
-FORMAT = 3  # raised when older readers would misread a checkpoint
+FORMAT = 4  # raised when older readers would misread a checkpoint
 
 
 @dataclass(frozen=True, eq=False)
 class RuntimeConfig:
-    """How a checkpoint computes.
-
-    Attributes:
-        spec: the grids.
-        online: linear layer of a block → the rotation of its input.
-        keys: the rotation of queries and keys after RoPE (R3), if keys are rotated.
-        blocks: norm or linear layer of a block → size of the blocks, and count, of the block rotations of its output
-            or input. Unlike `online` ones they differ from block to block and are tensors of the checkpoint.
-    """
+    """How a checkpoint computes."""
 
     spec: Spec
-    online: Mapping[str, Rotation]
-    keys: Rotation | None
-    blocks: Mapping[str, tuple[int, int]]
+    online: Mapping[str, Rotation]  # linear layer of a block → rotation of its input
+    keys: Rotation | None  # of queries and keys after RoPE (R3)
+    # Norm or linear layer → block size and count of the rotation of its output or input. Unlike `online`, these
+    # rotations differ between blocks of the model, and are tensors of the checkpoint.
+    rotation_blocks: Mapping[str, tuple[int, int]]
 
     def without(self, *kinds: Literal["weights", "activations"]) -> "RuntimeConfig":
-        """The plan that leaves these kinds of tensors alone."""
+        """The same, leaving these kinds of tensors alone."""
         alone: dict[str, Any] = dict.fromkeys(kinds, UNQUANTIZED)
         return dataclasses.replace(self, spec=dataclasses.replace(self.spec, **alone))
 
-    def to_json(self, recipe: Recipe) -> dict[str, Any]:
-        """The `quantization_config` of a checkpoint; the grids are those of the recipe."""
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON; `from_json` is its inverse."""
         tensors: dict[str, Tensor] = {}
         record = {
-            "quant_method": "dfrot",
-            "format": FORMAT,
-            "recipe": recipe.to_json(),
+            "grids": dataclasses.asdict(self.spec),
             "online": {name: rotation.describe(tensors, name) for name, rotation in self.online.items()},
             "keys": None if self.keys is None else self.keys.describe(tensors, "keys"),
-            "blocks": {site: list(sizes) for site, sizes in self.blocks.items()},
+            "rotation_blocks": {site: list(sizes) for site, sizes in self.rotation_blocks.items()},
         }
         assert not tensors, f"format {FORMAT} has no place for the tensors of online rotations: {sorted(tensors)}"
         return record
 
     @staticmethod
-    def from_json(record: Mapping[str, Any]) -> "RuntimeConfig":
-        """Raises UserError if the record is not one that this version can read."""
-        if record.get("format") != FORMAT:
+    def from_json(record: Any) -> "RuntimeConfig":
+        """Raises UserError if the record is not complete, or says something that this version does not know."""
+        wrong = "this is not the runtime record of a dfrot checkpoint"
+        names = {"grids", "online", "keys", "rotation_blocks"}
+        if not isinstance(record, dict) or (differing := record.keys() ^ names):
             raise UserError(
-                f"this checkpoint has format {record.get('format')!r}; this version of dfrot reads format {FORMAT}. "
-                "Use the version that wrote it, or quantize again."
+                f"{wrong}: {min(differing)!r} is unknown or missing." if isinstance(record, dict) else wrong
             )
         try:
+            spec = Spec(**{kind: TensorSpec.checked(**grid) for kind, grid in record["grids"].items()})
             online = {name: rotation_from(rotation, {}) for name, rotation in record["online"].items()}
             keys = None if record["keys"] is None else rotation_from(record["keys"], {})
-            blocks = {site: (size, count) for site, (size, count) in record["blocks"].items()}
-            if wrong := [sizes for sizes in blocks.values() if not all(type(n) is int and n > 0 for n in sizes)]:
-                raise ValueError(f"the sizes of block rotations are two positive integers, got {wrong[0]}")
-            return RuntimeConfig(Recipe.from_json(record["recipe"]).spec, online, keys, blocks)
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise UserError(f"this is not the configuration of a dfrot checkpoint: {error}") from error
+            blocks = {site: (size, count) for site, (size, count) in record["rotation_blocks"].items()}
+            if bad := [sizes for sizes in blocks.values() if not all(type(n) is int and n > 0 for n in sizes)]:
+                raise ValueError(f"the sizes of block rotations are two positive integers, got {bad[0]}")
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
+            raise UserError(f"{wrong}: {error}") from error
+        return RuntimeConfig(spec, online, keys, blocks)
+
+    @staticmethod
+    def of_checkpoint(record: Mapping[str, Any]) -> "RuntimeConfig":
+        """From the `quantization_config` of a checkpoint, of this format or of format 3.
+
+        Raises:
+            UserError: it has another format, or its runtime record cannot be read.
+        """
+        if record.get("format") == 3:
+            return RuntimeConfig.from_json(_of_format_3(record))
+        if record.get("format") != FORMAT:
+            raise UserError(
+                f"this checkpoint has format {record.get('format')!r}; this version of dfrot reads formats 3 and "
+                f"{FORMAT}. Use the version that wrote it, or quantize again."
+            )
+        return RuntimeConfig.from_json(record.get("runtime"))
+
+
+def _of_format_3(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Format 3 had the grids in the recipe, and two other names."""
+    try:
+        grids = {
+            kind: {("clip_ratio" if name == "clip" else name): value for name, value in grid.items()}
+            for kind, grid in record["recipe"]["grids"].items()
+        }
+        names = {"online": "online", "keys": "keys", "rotation_blocks": "blocks"}
+        return {"grids": grids} | {name: record[old] for name, old in names.items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"this is not the configuration of a dfrot checkpoint: {error!r}") from error

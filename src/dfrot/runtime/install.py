@@ -1,22 +1,28 @@
 """Putting the runtime's modules into transformers' own."""
 
+import itertools
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from transformers.activations import SiLUActivation
 
 from dfrot.linalg.rotation import Rotation
 from dfrot.models.families import graph_for
-from dfrot.models.graph import ModelGraph, head_dim
+from dfrot.models.graph import Config, ModelGraph, head_dim
 from dfrot.models.source import use_torch_norms_
 from dfrot.runtime.config import RuntimeConfig
-from dfrot.runtime.fused import fuse_block_
 from dfrot.runtime.kv import install_kv_
 from dfrot.runtime.linear import QuantLinear
 from dfrot.runtime.norms import BlockRotation, Float64RMSNorm, Float64SiLU, RotatedNorm
 from dfrot.system.errors import UserError
 
+# Called with every block that has the runtime's modules. A ring that computes blocks faster registers here, so that the
+# core does not know of it.
+BLOCK_HOOKS: list[Callable[[nn.Module, ModelGraph, Config], None]] = []
 
-def install_(model: nn.Module, plan: RuntimeConfig) -> None:
+
+def install_(model: nn.Module, runtime: RuntimeConfig) -> None:
     """Put the runtime's modules into a transformers model that is still on the meta device."""
     config = model.config
     graph = graph_for(config)
@@ -24,25 +30,25 @@ def install_(model: nn.Module, plan: RuntimeConfig) -> None:
     attentions = []
     for index in range(config.num_hidden_layers):  # type: ignore[union-attr,arg-type]
         block = model.get_submodule(f"{graph.blocks}.{index}")
-        install_block_(block, graph, plan)
+        install_block_(block, graph, runtime)
         attentions.append(block.get_submodule(graph.attention))
-    if plan.spec.keys.enabled:
-        if plan.keys is not None and plan.keys.size != head_dim(config):
+    if runtime.spec.keys.enabled:
+        if runtime.keys is not None and runtime.keys.size != head_dim(config):
             raise UserError(
-                f"this checkpoint's config rotates keys of {plan.keys.size}, not {head_dim(config)} channels."
+                f"this checkpoint's config rotates keys of {runtime.keys.size}, not {head_dim(config)} channels."
             )
-        install_kv_(model.get_submodule(graph.decoder), attentions, plan.spec, plan.keys)
-    for index in range(config.num_hidden_layers):  # type: ignore[union-attr,arg-type]
-        fuse_block_(model.get_submodule(f"{graph.blocks}.{index}"), graph, config)
+        install_kv_(model.get_submodule(graph.decoder), attentions, runtime.spec, runtime.keys)
+    for index, hook in itertools.product(range(config.num_hidden_layers), BLOCK_HOOKS):  # type: ignore[union-attr,arg-type]
+        hook(model.get_submodule(f"{graph.blocks}.{index}"), graph, config)
 
 
-def _check_sizes(block: nn.Module, graph: ModelGraph, plan: RuntimeConfig) -> None:
-    """Raise UserError if the plan is one for another model."""
+def _check_sizes(block: nn.Module, graph: ModelGraph, runtime: RuntimeConfig) -> None:
+    """Raise UserError if the runtime is one for another model."""
     wrong = "this checkpoint's config does not fit its model"
-    for name, rotation in plan.online.items():
+    for name, rotation in runtime.online.items():
         if name not in graph.linears or rotation.size != _width(block, name):
             raise UserError(f"{wrong}: '{name}' has no input of {rotation.size} channels, which are to be rotated.")
-    for site, (size, _) in plan.blocks.items():
+    for site, (size, _) in runtime.rotation_blocks.items():
         if site not in {*graph.norms, *graph.linears} or _width(block, site) % size:
             raise UserError(f"{wrong}: '{site}' has no channels that blocks of {size} divide.")
 
@@ -52,11 +58,11 @@ def _width(block: nn.Module, name: str) -> int:
     return block.get_submodule(name).weight.shape[-1]  # type: ignore[index,return-value]
 
 
-def install_block_(block: nn.Module, graph: ModelGraph, plan: RuntimeConfig) -> None:
-    """Replace what a decoder block computes otherwise, and the linear layers for which the plan has something to do."""
-    _check_sizes(block, graph, plan)
-    rotations: dict[str, Rotation | BlockRotation] = dict(plan.online)
-    for site, (size, count) in plan.blocks.items():
+def install_block_(block: nn.Module, graph: ModelGraph, runtime: RuntimeConfig) -> None:
+    """Replace norms, activations and linear layers of a decoder block by the runtime's."""
+    _check_sizes(block, graph, runtime)
+    rotations: dict[str, Rotation | BlockRotation] = dict(runtime.online)
+    for site, (size, count) in runtime.rotation_blocks.items():
         module = block.get_submodule(site)
         with torch.device("meta"):
             blocks = BlockRotation(module.weight.shape[-1], size, count, module.weight.dtype)  # type: ignore
@@ -71,7 +77,7 @@ def install_block_(block: nn.Module, graph: ModelGraph, plan: RuntimeConfig) -> 
             block.set_submodule(name, Float64SiLU())
     for name in graph.linears:
         rotation = rotations.get(name)
-        if rotation is None and not plan.spec.weights.enabled and not plan.spec.activations.enabled:
+        if rotation is None and not runtime.spec.weights.enabled and not runtime.spec.activations.enabled:
             continue
         linear = block.get_submodule(name)
         assert isinstance(linear, nn.Linear), f"{name} is a {type(linear).__name__}"
@@ -80,8 +86,8 @@ def install_block_(block: nn.Module, graph: ModelGraph, plan: RuntimeConfig) -> 
                 linear.in_features,
                 linear.out_features,
                 bias=linear.bias is not None,
-                weights=plan.spec.weights,
-                activations=plan.spec.activations,
+                weights=runtime.spec.weights,
+                activations=runtime.spec.activations,
                 rotation=rotation,
                 dtype=linear.weight.dtype,
             )

@@ -7,7 +7,7 @@ carry this, and nothing is patched:
 
 * an attention function, registered as "dfrot", which quantizes keys and values that arrive as plain tensors, and leaves
   a few new tokens to the kernels, and many, for which it unpacks them, to SDPA;
-* a cache layer, which keeps codes, scales and zero points, and hands them to the attention function as they are;
+* a cache layer, which keeps codes, scales and zero points, and hands them to the attention function unchanged;
 * a forward pre-hook on the decoder, which puts these layers into an empty `DynamicCache`, so that `generate` uses
   4-bit keys and values without being told.
 
@@ -27,27 +27,22 @@ from transformers.masking_utils import sdpa_mask
 from dfrot.kernels import attention
 from dfrot.kernels.lowering import NO_PASSES, Lowered, lower
 from dfrot.linalg.rotation import Rotation
-from dfrot.quant.affine import SCALE_DTYPE, QParams, choose_qparams, dequantize, fake_quantize, quantize
+from dfrot.quant.affine import SCALE_DTYPE, QParams, choose_qparams, dequantize, quantize
 from dfrot.quant.packing import pack, packed_width, unpack
 from dfrot.quant.spec import UNQUANTIZED, Spec, TensorSpec
 from dfrot.runtime.norms import in_float64
 
+Heads = Float[Tensor, "batch heads tokens head_dim"]
 ATTENTION = "dfrot"
 _ROOM = 64  # tokens by which a cache grows at least
 
 
 class PackedKV(NamedTuple):
-    """Quantized keys or values of one layer.
+    """Quantized keys or values of one layer."""
 
-    Attributes:
-        codes: uint8 (batch, heads, tokens, ⌈head_dim · bits / 8⌉).
-        scale: bfloat16 (batch, heads, tokens, 1).
-        zero: uint8 (batch, heads, tokens, 1).
-    """
-
-    codes: Tensor
-    scale: Tensor
-    zero: Tensor
+    codes: Tensor  # uint8 (batch, heads, tokens, ⌈head_dim · bits / 8⌉)
+    scale: Tensor  # bfloat16 (batch, heads, tokens, 1)
+    zero: Tensor  # uint8 (batch, heads, tokens, 1)
 
     @property
     def nbytes(self) -> int:
@@ -85,19 +80,13 @@ class KVQuantizer(nn.Module):
         self.rotation, self.head_dim = rotation, head_dim
         self._passes: tuple[Rotation | None, Lowered | None] | None = None
 
-    def rotate(self, x: Float[Tensor, "batch heads tokens head_dim"]) -> Float[Tensor, "batch heads tokens head_dim"]:
+    def rotate(self, x: Heads) -> Heads:
         """Queries or keys, rotated by R3."""
         return x if self.rotation is None else in_float64(self.rotation.apply, x)
 
-    def quantize_queries(
-        self, x: Float[Tensor, "batch heads tokens head_dim"]
-    ) -> Float[Tensor, "batch heads tokens head_dim"]:
+    def quantize_queries(self, x: Heads) -> Heads:
         """Queries as keys meet them: rotated, and quantized if that is asked for."""
-        x = self.rotate(x)
-        if not self.queries.enabled:
-            return x
-        assert self.queries.clip is not None, "queries have a fixed clip ratio"
-        return fake_quantize(x, self.queries.grid, self.queries.token_granularity, self.queries.clip)
+        return self.queries.fake_quantize(self.rotate(x))
 
     def native(self, x: Tensor) -> bool:
         """Whether the kernels can do their part for such heads."""
@@ -110,39 +99,34 @@ class KVQuantizer(nn.Module):
             self._passes = self.rotation, NO_PASSES if self.rotation is None else lower(self.rotation)
         return self._passes[1]
 
-    def write_keys(self, x: Float[Tensor, "batch heads tokens head_dim"], room: PackedKV, at: int) -> None:
-        """Keys, rotated and quantized, into `room`, from position `at` on."""
-        if self.native(x):
-            assert self.passes is not None, "native() has seen to it"
-            attention.append(x, room, at, self.passes, self.keys)
+    def write(self, keys: Heads, values: Heads, room: tuple[PackedKV, PackedKV], at: int) -> None:
+        """Quantize new keys, rotated, and values into `room`, from position `at` on."""
+        if self.native(keys):
+            assert self.passes is not None, "native() has checked the rotation"
+            attention.append(keys, room[0], at, self.passes, self.keys)
+            attention.append(values, room[1], at, NO_PASSES, self.values)
         else:
-            room.put(self.pack_keys(x), at)
+            room[0].put(self.pack_keys(keys), at)
+            room[1].put(self.pack_values(values), at)
 
-    def write_values(self, x: Float[Tensor, "batch heads tokens head_dim"], room: PackedKV, at: int) -> None:
-        if self.native(x):
-            attention.append(x, room, at, NO_PASSES, self.values)
-        else:
-            room.put(self.pack_values(x), at)
-
-    def pack_keys(self, x: Float[Tensor, "batch heads tokens head_dim"]) -> PackedKV:
+    def pack_keys(self, x: Heads) -> PackedKV:
         """Keys, rotated and quantized."""
         return self._pack(self.rotate(x), self.keys)
 
-    def pack_values(self, x: Float[Tensor, "batch heads tokens head_dim"]) -> PackedKV:
+    def pack_values(self, x: Heads) -> PackedKV:
         return self._pack(x, self.values)
 
-    def _pack(self, x: Float[Tensor, "batch heads tokens head_dim"], spec: TensorSpec) -> PackedKV:
-        assert spec.clip is not None, "keys and values have a fixed clip ratio"
+    def _pack(self, x: Heads, spec: TensorSpec) -> PackedKV:
         wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
         grid, granularity = spec.grid, spec.token_granularity
-        qparams = choose_qparams(wide, grid, granularity, spec.clip, SCALE_DTYPE)
+        qparams = choose_qparams(wide, grid, granularity, spec.fixed_clip, SCALE_DTYPE)
         codes = quantize(wide, grid, granularity, qparams)
         assert qparams.zero is not None, "keys and values have an asymmetric grid"
         zero = torch.nan_to_num(qparams.zero).to(torch.uint8)  # a NaN lives on in the scale
         parts = pack(codes, spec.bits), qparams.scale.to(SCALE_DTYPE), zero
         return PackedKV(*(part.contiguous() for part in parts))
 
-    def unpack(self, packed: PackedKV, dtype: torch.dtype) -> Float[Tensor, "batch heads tokens head_dim"]:
+    def unpack(self, packed: PackedKV, dtype: torch.dtype) -> Heads:
         if attention.supported(torch.empty(0, self.head_dim, dtype=dtype, device=packed.codes.device), self.keys):
             return attention.unpack(packed, self.keys, dtype)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -173,9 +157,8 @@ class QuantizedCacheLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         batch, heads, tokens, _ = key_states.shape
-        (keys, values), length = self.reserve(batch, heads, tokens), self.get_seq_length()
-        self._quantizer.write_keys(key_states, keys, length)
-        self._quantizer.write_values(value_states, values, length)
+        room = self.reserve(batch, heads, tokens)
+        self._quantizer.write(key_states, value_states, room, self.get_seq_length())
         return self.advance(tokens)
 
     def reserve(self, batch: int, heads: int, tokens: int) -> tuple[PackedKV, PackedKV]:
@@ -183,10 +166,8 @@ class QuantizedCacheLayer(DynamicLayer):
         needed = self.get_seq_length() + tokens
         if self._room is not None and self._room[0].codes.shape[-2] >= needed:
             return self._room
-        capacity, width = (
-            -(-(needed + needed // 16) // _ROOM) * _ROOM,
-            packed_width(self._quantizer.head_dim, self._quantizer.keys.bits),
-        )
+        capacity = -(-(needed + needed // 16) // _ROOM) * _ROOM
+        width = packed_width(self._quantizer.head_dim, self._quantizer.keys.bits)
 
         def empty(width: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(batch, heads, capacity, width, dtype=dtype, device=self.device)
@@ -274,12 +255,8 @@ def quantized_attention(
         scaling = arguments.get("scaling") or quantizer.head_dim**-0.5
         query = quantizer.quantize_queries(query) if rotated else query
         return attention.attend(query, keys, values, attention_mask, passes, scaling, quantizer.keys), None
-    parts = (
-        quantizer.quantize_queries(query),
-        quantizer.unpack(keys, query.dtype),
-        quantizer.unpack(values, query.dtype),
-    )
-    if tokens <= attention.FEW and query.dtype == torch.float32:  # like what a block computes between its products
+    parts = quantizer.quantize_queries(query), *(quantizer.unpack(each, query.dtype) for each in (keys, values))
+    if tokens <= attention.FEW and query.dtype == torch.float32:  # as a block computes between its products
         adds = attention_mask is not None and attention_mask.dtype == torch.float32
         mask = attention_mask.double() if adds else attention_mask  # type: ignore[union-attr]
         attended, weights = sdpa_attention_forward(module, *(x.double() for x in parts), mask, **arguments)

@@ -1,7 +1,14 @@
 """A linear layer with an online rotation, a quantized input and a packed weight, each of them optional.
 
-Where the native kernels can, they compute it. The rest, and what has to be differentiated, is the reference: the same
-in torch, operation by operation.
+A product is computed in one of four ways. In float32 the first three agree, nearly always to the last bit; the fourth
+sums floats:
+
+| way | when |
+|---|---|
+| fused block in C (fused/block.py) | the kernels know grids and input; nothing observes or differentiates it |
+| one layer in C | the kernels know grids and input, but the block is not fused |
+| exact integer product in torch | otherwise, in float32 or float64 with one scale per output channel |
+| float product in torch | 16 bits, weight groups, unquantized tensors; the gradient of the integer product |
 """
 
 from typing import Any, TypeGuard
@@ -13,14 +20,14 @@ from torch import Tensor, nn
 from dfrot.kernels.linear import PackedWeight, linear, supported
 from dfrot.kernels.lowering import NO_PASSES, Lowered, lower
 from dfrot.linalg.rotation import Rotation
-from dfrot.quant.affine import SCALE_DTYPE, QParams, choose_qparams, dequantize, fake_quantize, quantize
+from dfrot.quant.affine import SCALE_DTYPE, QParams, choose_qparams, dequantize, quantize
 from dfrot.quant.packing import pack, packed_width, unpack
 from dfrot.quant.spec import TensorSpec
 from dfrot.runtime.norms import BlockRotation, in_float64
 
 
 def version(tensor: Tensor | None) -> int:
-    """Differs after a tensor was written to, as far as torch counts that."""
+    """A number that changes when torch sees a write to the tensor."""
     return 0 if tensor is None or tensor.is_inference() else tensor._version
 
 
@@ -107,8 +114,7 @@ class QuantLinear(nn.Module):
     def integer_product(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         """s t Σ (a − z)(w − v) + b as the kernels compute it: an exact sum of integers, then the scales."""
         x, spec = self.rotated(x), self.activations
-        assert spec.clip is not None, "activations have a fixed clip ratio"
-        qparams = choose_qparams(x, spec.grid, spec.token_granularity, spec.clip)
+        qparams = choose_qparams(x, spec.grid, spec.token_granularity, spec.fixed_clip)
         codes = quantize(x, spec.grid, spec.token_granularity, qparams)
         fits = self.in_features * 2 ** (spec.bits + self.weights.bits) <= 2**24  # integers that float32 has
         weight = self.integer_weight(x.dtype if fits else torch.float64)
@@ -138,9 +144,7 @@ class QuantLinear(nn.Module):
     def quantized(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch in"]:
         """What is left of a rotated input after quantizing it."""
         if self.activations.enabled:
-            assert self.activations.clip is not None, "activations have a fixed clip ratio"
-            grid, granularity = self.activations.grid, self.activations.token_granularity
-            q = fake_quantize(x.detach(), grid, granularity, self.activations.clip)
+            q = self.activations.fake_quantize(x.detach())
             x = x + (q - x).detach() if x.requires_grad else q  # rounding passes gradients straight through
         return x
 

@@ -1,8 +1,8 @@
 """Several processes that quantize one model together, as torchrun starts them.
 
-All go through the same steps. They share the calibration text, each taking its part of the sequences, and the rounding,
-each taking its part of the rows; sums over tokens are summed over the processes. The first one writes. They have to see
-one file system, and to be of one kind: the same versions, the same type of device.
+All run the same steps. They share the calibration text by sequences and the rounding by rows; sums over tokens are
+reduced over the processes. The first one writes. They must see one file system and be alike: the same versions, the
+same type of device.
 """
 
 import contextlib
@@ -20,19 +20,16 @@ from torch import Tensor
 
 from dfrot.system.errors import SetupError
 
-# That one is dead is noticed by torchrun; here it is only waited for those that have more to do.
-_LONGEST_WAIT = timedelta(hours=12)
-
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """This process among those that work together; by itself unless `joined` made it.
+    """This process among those that work together; the defaults are those of a single process.
 
     Attributes:
-        rank: which one this is.
-        count: how many there are.
+        rank: of this process.
+        count: of all processes.
         local: how many of them are on this machine.
-        local_rank: which one of those this is.
+        local_rank: of this process among those on this machine.
     """
 
     rank: int = 0
@@ -42,7 +39,7 @@ class ProcessGroup:
 
     @staticmethod
     def of(environment: Mapping[str, str] = os.environ) -> "ProcessGroup":
-        """Those that torchrun says it has started; nothing is joined yet."""
+        """The group that torchrun's environment variables describe; the processes are not connected yet."""
         names = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_RANK")
         if not all(environment.get(name, "").isdigit() for name in names):
             return ProcessGroup()
@@ -50,21 +47,21 @@ class ProcessGroup:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the one that writes and talks."""
+        """Whether this process writes and prints."""
         return self.rank == 0
 
     @property
     def shard(self) -> slice:
-        """Which sequences, or rows, are this process's."""
+        """This process's sequences or rows."""
         return slice(self.rank, None, self.count)
 
     def device(self, name: str) -> str:
-        """The device of this process: cuda is one of its own for each."""
+        """The device of this process: each has its own GPU."""
         return f"cuda:{self.local_rank}" if name == "cuda" and self.count > 1 else name
 
     @contextlib.contextmanager
     def joined(self, device: str) -> Iterator[None]:
-        """While open, the processes can talk to each other: by nccl on GPUs, else by gloo.
+        """Connect the processes while the context is open, by nccl on GPUs, else by gloo.
 
         Raises:
             SetupError: they cannot be reached.
@@ -76,7 +73,8 @@ class ProcessGroup:
         if on_gpu:
             torch.cuda.set_device(device)
         try:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=_LONGEST_WAIT)
+            # torchrun notices dead processes; a timeout here would only end runs in which one has more to do
+            dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(hours=12))
         except (RuntimeError, ValueError) as error:
             raise SetupError(f"the {self.count} processes that torchrun started do not meet: {error}") from error
         try:
@@ -85,14 +83,14 @@ class ProcessGroup:
             dist.destroy_process_group()
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
-        """Add up what all processes have, in place."""
+        """Sum a tensor over all processes, in place."""
         if self.count > 1:
-            with _others_lost():
+            with _translate_lost_processes():
                 dist.all_reduce(tensor)
         return tensor
 
     def all_gather(self, part: Shaped[Tensor, "part *shape"], rows: int) -> Shaped[Tensor, "rows *shape"]:
-        """All rows, of which every process has its `part`."""
+        """All rows, of which every process has its `shard`."""
         if self.count == 1:
             return part
         whole = part.new_zeros((rows, *part.shape[1:]))
@@ -100,30 +98,25 @@ class ProcessGroup:
         return self.all_reduce_sum(whole)
 
     def broadcast_object(self, record: Any) -> Any:
-        """The JSON that the first process has; all come here before any goes on.
-
-        It travels as JSON, since torch's own exchange of objects unpickles what it is sent.
-        """
+        """The first process's JSON value; a barrier. Sent as JSON, since torch's exchange of objects unpickles."""
         if self.count == 1:
             return record
         text = torch.tensor(list(json.dumps(record).encode()), dtype=torch.uint8)
         length = torch.tensor([len(text)])
-        with _others_lost():
+        with _translate_lost_processes():
             dist.broadcast(length, 0)
             text = text if self.is_main else torch.empty(int(length), dtype=torch.uint8)
             dist.broadcast(text, 0)
-            dist.all_reduce(length)  # the sender has waited for nobody
+            dist.all_reduce(length)  # a broadcast does not make its sender wait for the others
         return json.loads(bytes(text.tolist()))
 
 
 @contextlib.contextmanager
-def _others_lost() -> Iterator[None]:
+def _translate_lost_processes() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise SetupError(
-            f"another process of this run has ended before its work was done, and has said why ({error})."
-        ) from error
+        raise SetupError(f"another process of this run ended early; its own message says why ({error}).") from error
 
 
 SINGLE_PROCESS = ProcessGroup()

@@ -1,24 +1,18 @@
 """The two kinds of failure that a user can do something about."""
 
-_MOST = 2000  # characters of a message; what it quotes may be a whole file
+
+class _Brief(Exception):
+    def __str__(self) -> str:
+        message = super().__str__()  # it may quote a whole file
+        return message if len(message) <= 2000 else f"{message[:1000]} … {message[-1000:]}"
 
 
-def _brief(message: str) -> str:
-    return message if len(message) <= _MOST else f"{message[: _MOST // 2]} … {message[-_MOST // 2 :]}"
-
-
-class UserError(ValueError):
-    """The request cannot be carried out as it was made. The message gives the rule, what was given, what to do.
+class UserError(_Brief, ValueError):
+    """The request cannot be carried out as given. The message names the rule, what was given, and what to do.
 
     The command line prints it without a traceback and exits with code 2.
     """
 
-    def __str__(self) -> str:
-        return _brief(super().__str__())
 
-
-class SetupError(RuntimeError):
-    """The surroundings failed: no network, a full disk, a missing optional package. Exit code 1."""
-
-    def __str__(self) -> str:
-        return _brief(super().__str__())
+class SetupError(_Brief, RuntimeError):
+    """The environment failed: no network, a full disk, a missing optional package. Exit code 1."""

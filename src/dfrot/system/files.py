@@ -1,4 +1,4 @@
-"""Files: JSON that somebody else may have written, and writing so that nothing half-written has a final name."""
+"""Files: reading JSON from others, and atomic writes, so that no half-written file has a final name."""
 
 import contextlib
 import json
@@ -12,23 +12,17 @@ from torch import Tensor
 
 from dfrot.system.errors import SetupError, UserError
 
-RUN_FILE = "dfrot-run.json"  # in a directory whose writing can be resumed
-
-_DEPTH = 100  # what dfrot writes has six levels
+RUN_FILE = "dfrot-run.json"  # marks a directory as an unfinished run that can be resumed
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value of a JSON text.
-
-    Raises:
-        ValueError: it is none, or nested so deeply that whoever walks it would run out of stack.
-    """
+    """The value of a JSON text. Raises ValueError if it is not JSON, or nested too deeply to be walked recursively."""
     try:
         value = json.loads(text)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     level = [value]
-    for _ in range(_DEPTH):
+    for _ in range(100):  # dfrot's own files have six levels
         inner = [each for each in level if isinstance(each, dict | list)]
         level = [part for each in inner for part in (each.values() if isinstance(each, dict) else each)]
     if level:
@@ -37,11 +31,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        UserError: there is none.
-    """
+    """A JSON object from a file. Raises UserError if the file holds none."""
     try:
         record = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -52,33 +42,38 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def cache_dir() -> Path:
-    """Converted models and compiled kernels: $DFROT_CACHE, else the user's cache folder."""
+    """The folder of converted models and compiled kernels: $DFROT_CACHE, else dfrot's part of the user's cache."""
     root = os.environ.get("DFROT_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "dfrot"
     return Path(root).expanduser()
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
-    """Write JSON atomically.
-
-    Raises:
-        SetupError: it cannot be written.
-    """
+    """Write JSON atomically. Raises SetupError if it cannot be written."""
     write_text(path, json.dumps(record, indent=2, allow_nan=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text atomically; half characters, which UTF-8 does not have, become question marks.
+    """Write a text atomically. Raises SetupError if it cannot be written.
 
-    Raises:
-        SetupError: it cannot be written.
+    Lone surrogates, which UTF-8 cannot encode, become question marks.
     """
     with atomically(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="replace")
 
 
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write safetensors atomically. Raises SetupError if they cannot be written."""
+    ready = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    with atomically(path) as temporary:
+        save_file(ready, temporary, metadata=metadata)
+        umask = os.umask(0)  # reading the umask means setting it
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # safetensors makes files that only their owner can read
+
+
 @contextlib.contextmanager
 def atomically(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to; what is there in the end is synced and gets its name, or is removed.
+    """Yield a temporary name beside `path`; the file written there is synced and renamed, or removed on an error.
 
     Raises:
         SetupError: it cannot be written.
@@ -89,23 +84,8 @@ def atomically(path: Path) -> Iterator[Path]:
         publish(temporary, path)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write safetensors atomically.
-
-    Raises:
-        SetupError: they cannot be written.
-    """
-    ready = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    temporary = path.with_suffix(".tmp")
-    with translate_io_errors(path.parent, temporary):
-        save_file(ready, temporary, metadata=metadata)
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # safetensors leaves files that only their owner can read
-        publish(temporary, path)
-
-
 def publish(temporary: Path, final: Path) -> None:
+    """Sync a file, rename it, and sync the folder: without the last, the new name might not survive a power cut."""
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
     os.replace(temporary, final)
@@ -116,22 +96,17 @@ def publish(temporary: Path, final: Path) -> None:
         os.close(folder)
 
 
-class translate_io_errors:
-    """Turns a failed write into a message, and removes what it left."""
-
-    def __init__(self, folder: Path, temporary: Path | None = None) -> None:
-        self._folder, self._temporary = folder, temporary
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if error is None:
-            return
-        if self._temporary is not None:
-            self._temporary.unlink(missing_ok=True)
+@contextlib.contextmanager
+def translate_io_errors(folder: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Turn a failed write to `folder` into a SetupError, and remove the temporary file on any error."""
+    try:
+        yield
+    except BaseException as error:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
         # safetensors reports a full disk as its own error type, with the system's text
-        if isinstance(error, OSError) or "I/O error" in str(error) or "No space" in str(error):
-            resumable = (self._folder / RUN_FILE).is_file()
-            hint = " The same command with --resume instead of --overwrite continues." if resumable else ""
-            raise SetupError(f"cannot write to {self._folder}: {error}. Make room or allow writing.{hint}") from error
+        if not (isinstance(error, OSError) or "I/O error" in str(error) or "No space" in str(error)):
+            raise
+        resumable = (folder / RUN_FILE).is_file()
+        hint = " The same command with --resume instead of --overwrite continues." if resumable else ""
+        raise SetupError(f"cannot write to {folder}: {error}. Make room or allow writing.{hint}") from error

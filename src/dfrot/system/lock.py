@@ -1,6 +1,6 @@
 """One process at a time in a folder.
 
-The lock is the kernel's, on a file in the folder: it ends with the process that holds it, however that dies.
+The kernel holds the lock, on a file in the folder. It ends with the process, however the process dies.
 """
 
 import contextlib
@@ -16,10 +16,10 @@ LOCK_FILE = ".lock"
 
 @contextlib.contextmanager
 def exclusive_lock(folder: Path) -> Iterator[None]:
-    """Make the folder and keep other processes out of it; afterwards the lock's file is gone, and an empty folder too.
+    """Make the folder and keep other processes out. Afterwards the lock file is removed, and so is an empty folder.
 
     Raises:
-        UserError: another process is in there.
+        UserError: another process holds the lock.
         SetupError: the folder cannot be made or written to.
     """
     path = folder / LOCK_FILE
@@ -31,9 +31,10 @@ def exclusive_lock(folder: Path) -> Iterator[None]:
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # between our open and our lock the previous holder may have removed the file, and another made a new one
             ours = os.path.samestat(os.fstat(lock.fileno()), path.stat())
         except (BlockingIOError, FileNotFoundError):
-            ours = False  # or its holder has just removed it
+            ours = False
         except OSError as error:
             raise SetupError(f"{folder} cannot be locked: {error}") from error
         if not ours:
@@ -43,4 +44,4 @@ def exclusive_lock(folder: Path) -> Iterator[None]:
         finally:
             with contextlib.suppress(OSError):
                 path.unlink()
-                folder.rmdir()  # only if nothing was put into it
+                folder.rmdir()  # fails, as it should, unless the folder is empty

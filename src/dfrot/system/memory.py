@@ -1,4 +1,4 @@
-"""How much memory there is, and how the process treats what it has freed."""
+"""How much memory is available, and whether the process keeps the memory that it has freed."""
 
 import contextlib
 import ctypes
@@ -9,31 +9,36 @@ from pathlib import Path
 
 from dfrot.system.errors import UserError
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+# A control group's files, by version: below /sys/fs/cgroup, its limit, its use, and the droppable cache in memory.stat.
+_GROUP_FILES = {
+    2: ("", "memory.max", "memory.current", "inactive_file"),
+    1: ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
 
 
 def keep_freed_memory(largest: int = 1 << 30) -> None:
-    """Let malloc keep what is freed; for programs, since it concerns the whole process.
+    """Let malloc keep freed memory. For programs only, since it concerns the whole process; a no-op outside glibc.
 
-    glibc gives big buffers (always those above 32 MB) back to the system as soon as they are freed. A forward pass on
-    the CPU makes and frees hundreds of them, each time paying for fresh pages: elementwise work takes two to four times
-    as long. Does nothing where the C library is another.
+    glibc returns big buffers (always those above 32 MB) to the system as soon as they are freed. A forward pass on the
+    CPU makes and frees hundreds of them and pays for fresh pages each time: elementwise work takes two to four times as
+    long.
 
     Args:
-        largest: bytes of a buffer that is kept. What is kept can be as much again as is in use.
+        largest: bytes of the largest buffer that is kept. Freed memory can then double the process.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, largest)
-        mallopt(_M_TRIM_THRESHOLD, 2 * largest - 1)
+        trim_threshold, mmap_threshold = -1, -3  # as glibc's malloc.h numbers them
+        mallopt(mmap_threshold, largest)
+        mallopt(trim_threshold, 2 * largest - 1)
 
 
 def give_freed_memory_back() -> None:
-    """Return to the system what was freed, also from between what is in use; where glibc is, else nothing happens.
+    """Return freed memory to the system, also from holes between buffers in use; a no-op outside glibc.
 
-    A heap that has held a decoder block is full of holes, and the next block does not fit into them: what is resident
-    would be one block and what is left of those before.
+    A heap that has held a decoder block is full of holes that the next block does not fit into. Without this, one block
+    and the remains of all earlier ones would stay resident.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
@@ -41,12 +46,12 @@ def give_freed_memory_back() -> None:
 
 
 def available_memory(root: Path = Path("/")) -> int:
-    """Bytes that this process can take: without others being swapped out, and within the limits of its control groups.
+    """Bytes that this process can take without swapping and within the limits of its control groups.
 
-    Where the system does not tell, all the memory there is.
+    Where the system does not tell, all of its memory.
 
     Args:
-        root: of the system that is asked.
+        root: the root of the file system to read from.
     """
     meminfo = root / "proc/meminfo"
     if meminfo.is_file() and (found := re.search(r"MemAvailable:\s*(\d+) kB", meminfo.read_text())):
@@ -55,36 +60,29 @@ def available_memory(root: Path = Path("/")) -> int:
 
 
 def _left_by_control_groups(root: Path) -> Iterator[int]:
-    """The limit of each control group around this process, less what is in use and is no cache that can be dropped."""
+    """The limit of each control group around this process, less its use, but for cache that can be dropped."""
     try:
         memberships = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
         return
     for membership in memberships:
         _, controllers, path = membership.split(":", 2)
-        if not controllers:  # version 2
-            top, limit, used, cache = root / "sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"
-        elif "memory" in controllers.split(","):
-            top, limit, used = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
-            cache = "total_inactive_file"
-        else:
+        if controllers and "memory" not in controllers.split(","):
             continue
+        subfolder, limit, used, cache = _GROUP_FILES[1 if controllers else 2]  # version 2 lists no controllers
+        top = root / "sys/fs/cgroup" / subfolder
         group = top / path.strip("/")
         for folder in (group, *group.parents):  # in a container the path is the host's, and only the top is there
             with contextlib.suppress(OSError, ValueError):  # no such file; no limit: "max"
-                kept = re.search(rf"^{cache} (\d+)$", (folder / "memory.stat").read_text(), re.MULTILINE)
-                dropped = int(kept[1]) if kept else 0
-                yield int((folder / limit).read_text()) - int((folder / used).read_text()) + dropped
+                droppable = re.search(rf"^{cache} (\d+)$", (folder / "memory.stat").read_text(), re.MULTILINE)
+                left = int((folder / limit).read_text()) - int((folder / used).read_text())
+                yield left + (int(droppable[1]) if droppable else 0)
             if folder == top:
                 break
 
 
 def parse_size(text: str) -> int:
-    """Bytes: 8GB, 6GiB, 512MB.
-
-    Raises:
-        UserError: it is no size.
-    """
+    """Bytes of a size such as 8GB, 6GiB or 512MB. Raises UserError for anything else."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?", text.strip().lower())
     if found is None or found[2] not in _UNITS or not (size := int(float(found[1]) * _UNITS[found[2]])):
         raise UserError(f"a size of memory is a number with a unit, such as 8GB, 6GiB or 512MB, got '{text}'.")

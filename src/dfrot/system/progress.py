@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 from rich.console import Console
@@ -15,23 +15,15 @@ _silent = False
 
 
 def silence() -> None:
-    """Show no bars in this process: another one shows how things stand."""
+    """Show no bars in this process, because another one reports its progress."""
     global _silent
     _silent = True
 
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
-    """Yield from `items` behind a bar that vanishes when done; silent where standard error is no terminal."""
-    if total is None and isinstance(items, Sized):
-        total = len(items)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("eta"),
-        TimeRemainingColumn(),
-    )
+    """Yield from `items` behind a bar that vanishes when done; silent unless standard error is a terminal."""
+    eta = (TextColumn("eta"), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), *eta)
     disable = _silent or not sys.stderr.isatty() or "PYTEST_CURRENT_TEST" in os.environ
     with Progress(*columns, console=console, transient=True, disable=disable) as progress:
         yield from progress.track(items, total=total, description=description)

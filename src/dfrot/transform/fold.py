@@ -1,16 +1,16 @@
 """The algebra of folding, derived once.
 
-A linear layer is y = x Wᵀ + b with W of shape (out, in) and rows of x being tokens. Let its input arrive rotated,
-x Q, and its output be wanted rotated, y P. Then
+A linear layer is y = x Wᵀ + b with W of shape (out, in) and rows of x being tokens. Let its input arrive as x Q,
+and let its output leave as y P. Then
 
     y P = x Wᵀ P + b P = (x Q) (Qᵀ Wᵀ P) + b P = (x Q) (Pᵀ W Q)ᵀ + b P,
 
 so the folded weight is Pᵀ W Q and the folded bias b P. If a norm's gain g stood in between, x = x̂ diag(g), W is
-replaced by W diag(g) first: RMSNorm without gain commutes with Q, since ‖x Q‖ = ‖x‖; with a gain it does not. There is
-nothing to centre: RMSNorm subtracts no mean, and subtracting the embedding's is a known mistake.
+replaced by W diag(g) first: RMSNorm without gain commutes with Q, since ‖x Q‖ = ‖x‖; with a gain it does not. Nothing
+needs centring: RMSNorm subtracts no mean, and subtracting the embedding's is a known mistake.
 
-Smoothing divides the input, rotated so far, by s channel by channel, and what comes next rotates it online, R. The
-layer before, or the norm's gain, does the dividing: it shrinks its output by s, and
+Smoothing divides the rotated input by s, channel by channel, before the online rotation R. The layer before, or the
+norm's gain, absorbs the division, and
 
     y P = ((x Q) diag(1/s) R) (Pᵀ W Q diag(s) R)ᵀ + b P.
 
@@ -28,25 +28,15 @@ from dfrot.linalg.rotation import Rotation
 
 @dataclass(frozen=True, eq=False)
 class Fold:
-    """What one linear layer absorbs from its surroundings.
+    """What one linear layer absorbs from its surroundings."""
 
-    Attributes:
-        gain: the gain (in,) of the norm before it.
-        reads: Q, how its input arrives rotated.
-        smooth: s (in,), by which its input, so rotated, arrives divided.
-        online: R, which the runtime applies to that just before the layer.
-        writes: P, how its output is to leave rotated.
-        first_output_row: `writes` acts on the output rows from here on (the values are the last rows of a fused qkv).
-        output_divisor: what its last output rows, so rotated, are to leave divided by.
-    """
-
-    gain: Float[Tensor, " in"] | None = None
-    input_rotation: Rotation | None = None
-    smooth: Float[Tensor, " in"] | None = None
-    online: Rotation | None = None
-    output_rotation: Rotation | None = None
-    first_output_row: int = 0
-    output_divisor: Float[Tensor, " rows"] | None = None
+    gain: Float[Tensor, " in"] | None = None  # of the norm before the layer
+    input_rotation: Rotation | None = None  # Q, in whose basis the input arrives
+    smooth: Float[Tensor, " in"] | None = None  # s, which divides the rotated input
+    online: Rotation | None = None  # R, which the runtime then applies just before the layer
+    output_rotation: Rotation | None = None  # P, in whose basis the output leaves
+    first_output_row: int = 0  # P acts on the rows from here on: the values are the last rows of a fused qkv
+    output_divisor: Float[Tensor, " rows"] | None = None  # divides the last rotated output rows
 
     def weight(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """Pᵀ W diag(g) Q diag(s) R in float64, its last rows shrunk; always a new tensor."""
@@ -75,6 +65,6 @@ class Fold:
         return b
 
     def norm_gain(self, gain: Float[Tensor, " in"]) -> Float[Tensor, " in"]:
-        """What is left, in float64, of the gain of the norm before it: ones if it is folded; divided by s."""
+        """The remaining gain of the norm before the layer, in float64: ones if it is folded; divided by s."""
         left = torch.ones_like(gain, dtype=torch.float64) if self.gain is not None else gain.double()
         return left if self.smooth is None else left / self.smooth.to(left)

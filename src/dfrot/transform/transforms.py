@@ -9,7 +9,7 @@
 | across heads before o_proj | QuaRot's only | online | o_proj |
 | input of every linear layer | DuQuant's | online; its smoothing folded | that layer; the norm or layer before |
 
-A method fits a `Transforms`; this module says what it means for each linear layer of a block.
+A method fits a `Transforms`; this module derives the `Fold` of each linear layer of a block.
 """
 
 from collections.abc import Mapping
@@ -40,17 +40,11 @@ _PARTS = ("smooth", "matrices", "orders")
 
 @dataclass(frozen=True, eq=False)
 class InputTransform:
-    """x ↦ (x / s) B₁ P₁ B₂ … for the layers that read one input: DuQuant's.
+    """x ↦ (x / s) B₁ P₁ B₂ … for the layers that read one input: DuQuant's."""
 
-    Attributes:
-        smooth: s, (in,).
-        matrices: (count, block, block), each a block that is repeated along the diagonal of one B.
-        orders: (count − 1, in), the permutations between them.
-    """
-
-    smooth: Float[Tensor, " in"] | None
-    matrices: Float[Tensor, "count block block"]
-    orders: Int[Tensor, "between in"]
+    smooth: Float[Tensor, " in"] | None  # s
+    matrices: Float[Tensor, "count block block"]  # each is repeated along the diagonal of one B
+    orders: Int[Tensor, "between in"]  # of the count − 1 permutations P between them
 
     @property
     def rotation(self) -> Rotation:
@@ -58,22 +52,14 @@ class InputTransform:
 
 
 def input_widths(graph: ModelGraph, config: Config) -> dict[str, int]:
-    """Channels that the linear layers of a block read."""
-    widths = (
-        config.hidden_size,
-        config.num_attention_heads * head_dim(config),
-        config.hidden_size,
-        config.intermediate_size,
-    )
+    """Input channels of each linear layer of a block."""
+    heads = config.num_attention_heads * head_dim(config)
+    widths = config.hidden_size, heads, config.hidden_size, config.intermediate_size
     return {name: width for stage, width in zip(graph.stages, widths, strict=True) for name in stage}
 
 
 def _input_transform(name: str, tensors: Mapping[str, Tensor]) -> InputTransform:
-    """The parts that were kept under a name.
-
-    Raises:
-        ValueError: they are not there, or do not fit together.
-    """
+    """The transform whose parts are stored under `name`. Raises ValueError if they are missing or do not fit."""
     smooth, matrices, orders = (tensors.get(f"{name}.{part}") for part in _PARTS)
     if matrices is None or orders is None:
         raise ValueError(f"{name} lacks a part")
@@ -81,9 +67,9 @@ def _input_transform(name: str, tensors: Mapping[str, Tensor]) -> InputTransform
     fits = matrices.ndim == 3 and matrices.shape[1] == matrices.shape[2] > 0 and is_finite(matrices)
     fits = fits and orders.ndim == 2 and len(orders) == len(matrices) - 1 and is_permutation(orders)
     fits = fits and size[0] > 0 and size[0] % matrices.shape[-1] == 0
-    if not fits or (
-        smooth is not None and not (smooth.shape == size and is_finite(smooth) and bool((smooth > 0).all()))
-    ):
+    if smooth is not None:
+        fits = fits and smooth.shape == size and is_finite(smooth) and bool((smooth > 0).all())
+    if not fits:
         raise ValueError(f"the parts of {name} do not fit together")
     return InputTransform(smooth, matrices, orders)
 
@@ -92,39 +78,31 @@ def _input_transform(name: str, tensors: Mapping[str, Tensor]) -> InputTransform
 class Transforms:
     """One rotation per site; None leaves the site alone.
 
-    Attributes:
-        residual: R1, of size hidden_size. Norm gains are folded exactly when it is set.
-        values: R2, of size head_dim, the same for every head.
-        keys: R3, of size head_dim, applied at run time to queries and keys, if keys are quantized.
-        ffn: R4, of size intermediate_size, applied at run time.
-        heads: the rotation over the head index, of size num_attention_heads, applied at run time.
-        inputs: for each block, the first layer of a stage → what is done to the input of the stage's layers.
+    Norm gains are folded exactly when `residual` is set.
     """
 
-    residual: Rotation | None = None
-    values: Rotation | None = None
-    keys: Rotation | None = None
-    ffn: Rotation | None = None
-    heads: Rotation | None = None
+    residual: Rotation | None = None  # R1, of size hidden_size
+    values: Rotation | None = None  # R2, of size head_dim, the same for every head
+    keys: Rotation | None = None  # R3, of size head_dim, applied at run time if keys are quantized; to queries too
+    ffn: Rotation | None = None  # R4, of size intermediate_size, applied at run time
+    heads: Rotation | None = None  # over the head index, of size num_attention_heads, applied at run time
+    # One mapping per block, from the first layer of a stage to the transform of the stage's input.
     inputs: tuple[Mapping[str, InputTransform], ...] = ()
 
     def describe(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
         """JSON that `from_description` turns back into this; tensors are put into `tensors`."""
-        described: dict[str, Any] = {}
-        for site in SITES:
-            rotation = getattr(self, site)
-            described[site] = rotation and rotation.describe(tensors, site)
+        rotations: dict[str, Rotation | None] = {site: getattr(self, site) for site in SITES}
+        described = {site: rotation and rotation.describe(tensors, site) for site, rotation in rotations.items()}
         for index, stages in enumerate(self.inputs):
             for stage, transform in stages.items():
-                parts = {part: getattr(transform, part) for part in _PARTS}
-                tensors.update(
-                    {f"{index}.{stage}.{part}": tensor for part, tensor in parts.items() if tensor is not None}
-                )
+                for part in _PARTS:
+                    if (tensor := getattr(transform, part)) is not None:
+                        tensors[f"{index}.{stage}.{part}"] = tensor
         return {**described, "inputs": [list(stages) for stages in self.inputs]}
 
     @staticmethod
     def from_description(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "Transforms":
-        """Raises UserError if it describes no transforms."""
+        """The inverse of `describe`. Raises UserError if the description is invalid."""
         try:
             sites = {site: description[site] for site in SITES}
             rotations = {site: None if at is None else rotation_from(at, tensors) for site, at in sites.items()}
@@ -137,19 +115,19 @@ class Transforms:
         return Transforms(**rotations, inputs=inputs)
 
     def fit(self, graph: ModelGraph, config: Config) -> bool:
-        """Whether the sizes are those of a model."""
-        head, heads = head_dim(config), config.num_attention_heads
-        widths = {"residual": config.hidden_size, "values": head, "keys": head, "ffn": config.intermediate_size}
-        sizes = {site: rotation.size for site in SITES if (rotation := getattr(self, site)) is not None}
-        if any(size != {**widths, "heads": heads}[site] for site, size in sizes.items()):
+        """Whether the sizes fit a model."""
+        head = head_dim(config)
+        sizes = config.hidden_size, head, head, config.intermediate_size, config.num_attention_heads
+        rotations = [getattr(self, site) for site in SITES]
+        if any(rotation and rotation.size != size for rotation, size in zip(rotations, sizes, strict=True)):
             return False
         input_width = input_widths(graph, config)
         inputs = {stage[0]: input_width[stage[0]] for stage in graph.stages}
         wanted = [inputs] * config.num_hidden_layers if self.inputs else []
         return [{stage: part.orders.shape[-1] for stage, part in stages.items()} for stages in self.inputs] == wanted
 
-    def blocks(self, graph: ModelGraph) -> dict[str, tuple[int, int]]:
-        """Where the runtime applies the rotations of `inputs`: size of the blocks and how many, by norm or layer."""
+    def rotation_blocks(self, graph: ModelGraph) -> dict[str, tuple[int, int]]:
+        """Norm or layer at which the runtime applies a rotation of `inputs` → block size and count."""
         stages = self.inputs[0] if self.inputs else {}
         return {
             graph.norm_before(stage) or stage: (transform.matrices.shape[-1], len(transform.matrices))
@@ -157,7 +135,7 @@ class Transforms:
         }
 
     def online_tensors(self, index: int, graph: ModelGraph, dtype: torch.dtype) -> dict[str, Tensor]:
-        """What the checkpoint keeps of the rotations of one block's inputs, by the names of the runtime's modules."""
+        """Tensors of one block's input rotations in the checkpoint, named after the runtime's modules."""
         tensors = {}
         for stage, transform in (self.inputs[index] if self.inputs else {}).items():
             site = f"{graph.norm_before(stage) or stage}.rotation"
@@ -174,12 +152,17 @@ class Transforms:
             found[graph.output] = Kronecker(self.heads, Identity(head_dim(config)))
         return found
 
-    def folds(self, index: int, graph: ModelGraph, config: Config, gains: Mapping[str, Tensor]) -> dict[str, Fold]:
-        """What every linear layer of block `index` absorbs.
+    def head_fold(self, gain: Float[Tensor, " hidden"]) -> Fold:
+        """The head's fold; `gain` belongs to the norm before it."""
+        return Fold(gain=None if self.residual is None else gain, input_rotation=self.residual)
 
-        Args:
-            gains: the gain of each norm of the block.
-        """
+    @property
+    def unties_head(self) -> bool:
+        """Whether a tied head parts from the embedding: it absorbs the last norm's gain."""
+        return self.residual is not None
+
+    def folds(self, index: int, graph: ModelGraph, config: Config, block: nn.Module) -> dict[str, Fold]:
+        """The fold of every linear layer of block `index`, with the gains of its norms."""
         online = self.online(graph, config)
         smooth: dict[str, Tensor | None] = {}
         for stage in graph.stages if self.inputs else ():
@@ -188,38 +171,26 @@ class Transforms:
             smooth |= dict.fromkeys(stage, transform.smooth)
         output_divisor = {graph.up: smooth.get(graph.down)}
         if (of_heads := smooth.get(graph.output)) is not None:  # the same for all heads that read one value head
-            output_divisor[graph.value] = of_heads.view(config.num_key_value_heads, -1, head_dim(config))[
-                :, 0
-            ].flatten()
-        per_head = None
-        if self.values is not None:
-            per_head = block_diagonal(self.values, config.num_attention_heads)
+            by_value_head = of_heads.view(config.num_key_value_heads, -1, head_dim(config))
+            output_divisor[graph.value] = by_value_head[:, 0].flatten()
         folds = {}
         for name in graph.linears:
             norm = graph.norm_before(name)
-            offline = self.residual if norm else per_head if name == graph.output else None
-            writes, first_output_row = (self.residual if name in graph.writers else None), 0
+            reads, writes = (self.residual if norm else None), (self.residual if name in graph.writers else None)
+            if name == graph.output and self.values is not None:
+                reads = block_diagonal(self.values, config.num_attention_heads)
             if name == graph.value and self.values is not None:
                 writes = block_diagonal(self.values, config.num_key_value_heads)
-                first_output_row = -value_width(config)
             folds[name] = Fold(
-                gain=gains[norm] if norm and self.residual is not None else None,
-                input_rotation=offline,
+                gain=block.get_submodule(norm).weight if norm and self.residual is not None else None,  # type: ignore[arg-type]
+                input_rotation=reads,
                 smooth=smooth.get(name),
                 online=online.get(name),
                 output_rotation=writes,
-                first_output_row=first_output_row,
+                first_output_row=-value_width(config) if name == graph.value else 0,
                 output_divisor=output_divisor.get(name),
             )
         return folds
-
-
-def block_folds(
-    transforms: Transforms, index: int, graph: ModelGraph, config: Config, block: nn.Module
-) -> dict[str, Fold]:
-    """The folds of one block, its norms' gains included."""
-    gains: dict[str, Tensor] = {norm: block.get_submodule(norm).weight for norm in graph.norms}  # type: ignore[misc]
-    return transforms.folds(index, graph, config, gains)
 
 
 def fold_block_(block: nn.Module, folds: Mapping[str, Fold], graph: ModelGraph, dtype: torch.dtype) -> None:

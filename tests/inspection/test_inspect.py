@@ -1,5 +1,6 @@
 """Every statistic against a direct computation on the transformers model, in float64."""
 
+import functools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,10 +19,10 @@ import dfrot
 from dfrot.cli import main
 from dfrot.inspect.inspect import inspect
 from dfrot.linalg.rotation import Hadamard, random_hadamard, random_orthogonal
-from dfrot.methods import METHODS
-from dfrot.methods.method import Context
+from dfrot.methods.method import FitContext
 from dfrot.models.source import load_tokenizer, open_source
 from dfrot.pipeline.run import calibration_tokens
+from dfrot.transform.transforms import Transforms
 from tests.tiny_models import write_planted_model
 
 Tiny = Callable[[str], Path]
@@ -84,11 +85,14 @@ def outputs(model: Any, token_ids: Tensor) -> list[np.ndarray]:
     return [(x / (x.square().mean(-1, keepdim=True) + model.config.rms_norm_eps).sqrt()).numpy() for x in inputs]
 
 
-def context(planted: Path, text_file: Path, method: str) -> Context:
-    """As the method gets it from `quantize`."""
+def fitted_by(method: str, planted: Path, text_file: Path) -> Transforms:
+    """What the method fits in `quantize`."""
     source = open_source(str(planted))
     recipe = dfrot.Recipe.parse(method, "rtn", calib=str(text_file), calib_tokens=TOKENS, seed=3)
-    return Context(source, recipe, lambda: calibration_tokens(source, recipe), torch.device("cpu"))
+    calibration = functools.cache(lambda: calibration_tokens(source, recipe))
+    return recipe.method.fit(
+        FitContext(source, recipe.spec.activations, calibration, torch.device("cpu"), recipe.seed)
+    ).transforms
 
 
 @pytest.fixture(scope="module")
@@ -99,11 +103,12 @@ def rotated(planted: Path, text_file: Path, model: Any, outputs: list[np.ndarray
         "RO": random_orthogonal(HIDDEN, torch.Generator().manual_seed(3)).as_matrix().numpy(),
         "RH": random_hadamard(HIDDEN, torch.Generator().manual_seed(3)).as_matrix().numpy(),
     }
-    refined = METHODS["dfrot"](context(planted, text_file, "dfrot")).residual
-    assert refined is not None
-    matrices["dfrot"] = refined.as_matrix().numpy()
+    for method in ("dfrot", "rangerot"):
+        refined = fitted_by(method, planted, text_file).residual
+        assert refined is not None
+        matrices[method] = refined.as_matrix().numpy()
     views = {name: [x @ matrix for x in outputs] for name, matrix in matrices.items()}
-    fitted = METHODS["duquant"](context(planted, text_file, "duquant")).inputs
+    fitted = fitted_by("duquant", planted, text_file).inputs
     views["duquant"] = []
     for number, (x, norm) in enumerate(zip(outputs, norms_of(model), strict=True)):
         transform = fitted[number // 2][("self_attn.q_proj", "mlp.gate_proj")[number % 2]]
@@ -139,7 +144,7 @@ def test_the_files_hold_what_the_contract_says(
         *("error", "sensitivity", "weights", "kv", "surface"),
     }
     assert (found["schema"], found["model"]) == (2, str(planted))
-    assert found["rotations"] == ["none", "RO", "RH", "dfrot", "duquant"]
+    assert found["rotations"] == ["none", "RO", "RH", "dfrot", "rangerot", "duquant"]
     assert found["norms"] == [f"{block}.{norm}" for block in range(BLOCKS) for norm in NORMS]
     assert "".join(found["tokens"]).startswith("thequickbrownfox")
     conditions = found["conditions"]
@@ -150,10 +155,10 @@ def test_the_files_hold_what_the_contract_says(
     assert set(found["channels"][0]) == {"median", "largest"}
     assert len(found["channels"]) == len(found["norms"])
     assert set(found["kurtosis"]) == set(found["error"]) == set(found["rotations"])
-    assert list(found["sensitivity"]) == ["none", "RO", "RH", "dfrot"]
+    assert list(found["sensitivity"]) == ["none", "RO", "RH", "dfrot", "rangerot"]
     assert len(found["weights"]) == 7 * BLOCKS
     assert set(found["weights"][0]) == {"block", "layer", "error"}
-    assert list(found["weights"][0]["error"]) == ["none", "RO", "RH", "dfrot"]
+    assert list(found["weights"][0]["error"]) == ["none", "RO", "RH", "dfrot", "rangerot"]
     assert set(found["kv"]) == {"keys", "values"}
     assert all(set(by_how) == {"plain", "rotated"} for by_how in found["kv"].values())
     assert {len(errors) for by_how in found["kv"].values() for errors in by_how.values()} == {BLOCKS}
@@ -186,7 +191,7 @@ def test_outlier_channels_are_those_with_the_largest_entries(found: dict[str, An
         assert entry["median"] == pytest.approx(np.sort(peaks)[HIDDEN // 2 - 1], rel=1e-5)
 
 
-@pytest.mark.parametrize("rotation", ["none", "RO", "RH", "dfrot", "duquant"])
+@pytest.mark.parametrize("rotation", ["none", "RO", "RH", "dfrot", "rangerot", "duquant"])
 def test_errors_kurtosis_and_surface_are_those_of_the_rotated_norm_outputs(
     found: dict[str, Any], tensors: dict[str, Tensor], rotated: dict[str, list[np.ndarray]], rotation: str
 ) -> None:
@@ -295,7 +300,7 @@ def test_a_quantized_checkpoint_is_refused(tiny: Tiny, text_file: Path, tmp_path
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"rotations": ("R4",)}, "rotations are some of none, RO, RH, dfrot, duquant; got R4"),
+        ({"rotations": ("R4",)}, "rotations are some of none, RO, RH, dfrot, rangerot, duquant; got R4"),
         ({"rotations": ()}, "got none at all"),
         ({"spec": "w4a4kv16"}, "has a grid for each; got 'w4a4kv16'"),
         ({"seq_len": 10**6}, "fewer than one block"),

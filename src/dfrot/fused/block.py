@@ -81,11 +81,8 @@ class FusedBlock:
         x = x.contiguous()
         cos, sin = (each.expand(batch, -1, -1).to(x.dtype).contiguous() for each in position_embeddings)
         tokens = Tokens(x.data_ptr(), structures.DTYPES[x.dtype], batch, count, cos.data_ptr(), sin.data_ptr())
-        if (
-            isinstance(layer, QuantizedCacheLayer)
-            and count <= attention.FEW
-            and (attention_mask is not None or count == 1)
-        ):
+        few = count == 1 or (attention_mask is not None and count <= attention.FEW)
+        if few and isinstance(layer, QuantizedCacheLayer):
             return self._whole(block, tokens, x, layer, attention_mask)
         query, keys, values = self._read(block, tokens, x, layer)
         if isinstance(layer, Cache):
@@ -242,9 +239,9 @@ class FusedBlock:
             *(norm(attention_norm), norm(mlp_norm), norm(query_norm), norm(key_norm)),
             *(weights(readers), len(readers), weights([output]), weights(gates), weights([down]), len(gates)),
             *map(transform, (attention_norm, "keys", output, mlp_norm, down)),
-            Grid(activations.bits, activations.symmetric, activations.clip),
-            Grid(queries.bits, queries.symmetric, queries.clip),
-            *(keys.bits, keys.clip, values.clip, self.attention.scaling),
+            Grid(activations.bits, activations.symmetric, activations.fixed_clip),
+            Grid(queries.bits, queries.symmetric, queries.fixed_clip),
+            *(keys.bits, keys.fixed_clip, values.fixed_clip, self.attention.scaling),
         )
 
     def _rotary(self) -> int:

@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 import dfrot
+from dfrot.fused.block import FusedBlock
 from dfrot.kernels.library import backend, instruction_set
-from dfrot.runtime.fused import FusedBlock
 from dfrot.runtime.linear import QuantLinear
 from tests.tiny_models import CONFIGS, write_tiny_model
 
