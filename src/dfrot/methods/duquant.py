@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from dfrot.linalg.rotation import Dense, Identity, Rotation, block_diagonal, random_orthogonal
 from dfrot.methods.method import Fit, FitContext, Look, Method
@@ -119,32 +119,19 @@ class DuQuant(Method):
                 hidden = run(block, index, hidden)
             transforms = {}
             for stage in graph.stages:
-                x = torch.cat(seen[stage[0]]).flatten(0, -2)  # (tokens, in)
-                transforms[stage[0]], peak = self._fit_stage(x, block, stage, on, generator)
-                peaks.append({"block": index, "input": stage[0], **peak})
+                x, smooth = torch.cat(seen[stage[0]]).flatten(0, -2), None  # (tokens, in)
+                if self.smooth:
+                    w = torch.cat([block.get_submodule(name).weight for name in stage])  # type: ignore[misc]
+                    shared = config.num_key_value_heads if stage[0] == graph.output else None
+                    assert self.alpha is not None, "a recipe resolves its method"
+                    smooth = smoothing(x, w, self.alpha, shared, head_dim(config))
+                    x = x / smooth
+                transform = transforms[stage[0]] = InputTransform(smooth, *block_rotations(x, self, generator))
+                peak = {"block": index, "input": stage[0], "block_size": transform.matrices.shape[-1]}
+                after = float(transform.rotation.apply(x).abs().max())
+                peaks.append({**peak, "before": float(x.abs().max()), "after": after})
             inputs.append(transforms)
         return Fit(replace(base, inputs=tuple(inputs)), {"peaks": peaks})
-
-    def _fit_stage(
-        self,
-        x: Float[Tensor, "tokens in"],
-        block: nn.Module,
-        stage: tuple[str, ...],
-        on: FitContext,
-        generator: torch.Generator,
-    ) -> tuple[InputTransform, dict[str, Any]]:
-        """The transform of one input, and how far it lowers the largest entry."""
-        graph, config = on.source.graph, on.source.config
-        smooth = None
-        if self.smooth:
-            w = torch.cat([block.get_submodule(name).weight for name in stage])  # type: ignore[misc]
-            shared = config.num_key_value_heads if stage[0] == graph.output else None
-            assert self.alpha is not None, "a recipe resolves its method"
-            smooth = smoothing(x, w, self.alpha, shared, head_dim(config))
-            x = x / smooth
-        transform = InputTransform(smooth, *block_rotations(x, self, generator))
-        before, after = float(x.abs().max()), float(transform.rotation.apply(x).abs().max())
-        return transform, {"block_size": transform.matrices.shape[-1], "before": before, "after": after}
 
     def peak_bytes(self, sizes: ModelSizes) -> int:
         block = sizes.block * (sizes.source + 4) + 4 * sizes.sequence

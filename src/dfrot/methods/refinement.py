@@ -111,12 +111,8 @@ class Refined(Method):
         # with a single γ there is nothing to choose, and nothing was held back to choose by
         kl = kl_divergences(on, refined, quantizer, token_ids, refined_on) if len(gammas) > 1 else [math.nan]
         chosen = min(range(len(gammas)), key=lambda i: kl[i])
-        rotations: dict[str, Rotation] = {
-            "none": Identity(start.size),
-            "RO": random_rotation(on, "orthogonal"),
-            "start": start,
-            "refined": refined[chosen],
-        }
+        rotations: dict[str, Rotation] = {"none": Identity(start.size), "RO": random_rotation(on, "orthogonal")}
+        rotations |= {"start": start, "refined": refined[chosen]}
         notes = {
             "massive_tokens": sample.found,
             "gamma": gammas[chosen],

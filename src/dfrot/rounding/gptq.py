@@ -245,26 +245,16 @@ def layer_loss(error: Float[Tensor, "out in"], hessian: Float[Tensor, "in in"]) 
 
 
 def gptq_with_rtn_fallback(
-    weight: Float[Tensor, "out in"],
-    hessian: Float[Tensor, "in in"],
-    factor: Factor,
-    qparams: QParams,
-    spec: TensorSpec,
+    weight: Float[Tensor, "out in"], hessian: Float[Tensor, "in in"], factor: Factor, qparams: QParams, spec: TensorSpec
 ) -> tuple[Integer[Tensor, "out in"], Float[Tensor, "2"]]:
-    """GPTQ's integers, and rounded to nearest those rows where greed does not pay; the losses of this and of RTN."""
-    step = max(1, PIECE_ENTRIES // weight.shape[1])
-    pieces = [slice(start, start + step) for start in range(0, len(weight), step)]
-    codes, losses = zip(
-        *(_never_worse(weight[rows], hessian, factor, qparams.rows(rows), spec) for rows in pieces), strict=True
-    )
+    """GPTQ's integers, but rounded to nearest in rows where greed does not pay; the losses of this and of RTN."""
+    codes, losses = [], []
+    for start in range(0, len(weight), step := max(1, PIECE_ENTRIES // weight.shape[1])):
+        rows = slice(start, start + step)
+        greedy, loss = gptq(weight[rows], factor, qparams.rows(rows), spec)
+        nearest = quantize(weight[rows], spec.grid, spec.weight_granularity, qparams.rows(rows))
+        restored = dequantize(nearest, spec.weight_granularity, qparams.rows(rows))
+        rtn_loss = layer_loss(weight[rows] - restored, hessian)
+        codes.append(torch.where((loss <= rtn_loss)[:, None], greedy, nearest))
+        losses.append(torch.stack([torch.minimum(loss, rtn_loss), rtn_loss]).sum(1))
     return torch.cat(codes), torch.stack(losses).sum(0)
-
-
-def _never_worse(
-    weight: Tensor, hessian: Tensor, factor: Factor, qparams: QParams, spec: TensorSpec
-) -> tuple[Tensor, Tensor]:
-    codes, loss = gptq(weight, factor, qparams, spec)
-    nearest = quantize(weight, spec.grid, spec.weight_granularity, qparams)
-    rtn_loss = layer_loss(weight - dequantize(nearest, spec.weight_granularity, qparams), hessian)
-    codes = torch.where((loss <= rtn_loss)[:, None], codes, nearest)
-    return codes, torch.stack([torch.minimum(loss, rtn_loss), rtn_loss]).sum(1)
