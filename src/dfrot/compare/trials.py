@@ -94,7 +94,7 @@ def compare(
     Args:
         recipes: None stands for the unquantized model.
         out: a folder for results.jsonl, the checkpoints and what they share; a comparison that was begun there goes on.
-        jobs: trials at a time, each in a process of its own.
+        jobs: trials at a time, each in a separate process.
         threads: of each; None divides the cores among the jobs.
         ray: address of a Ray cluster ("auto" for the one of this machine) whose nodes all see `out` and the model; in
             place of `jobs`, it takes as many trials at a time as it has room for.
@@ -182,7 +182,7 @@ class _Pool(NamedTuple):
 def _outcomes(
     pool: _Pool, groups: list[list[Trial]], out: Path, on_trial: OnTrial
 ) -> Iterator[tuple[Trial, Record | Exception]]:
-    """Every trial as it is done; the next of its group begins then."""
+    """Every trial when it is done; the next of its group then begins."""
     begun: dict[futures.Future[Any], list[Trial]] = {}
     while groups or begun:
         while groups and len(begun) < pool.room:

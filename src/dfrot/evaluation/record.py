@@ -146,7 +146,7 @@ def read_records(path: Path, *, repair: bool = False) -> list[Record]:
 
 
 def conditions(model: Any, **measured: Any) -> dict[str, Any]:
-    """What a measurement depended on, beside what was `measured`.
+    """The conditions of a measurement, beside those that were `measured`.
 
     Args:
         model: a loaded model, or a tensor, with the device and dtype of the computation.

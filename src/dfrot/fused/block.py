@@ -1,6 +1,6 @@
 """A decoder block in few calls: the two halves around its attention, or for a few new tokens all of it.
 
-`fuse_block_` gives a block of transformers a subclass of its own class, whose forward takes the short way where it can
+`fuse_block_` gives a transformers block a subclass of its class, whose forward takes the short way where it can
 and is the block's own otherwise: with gradients, hooks, torch.compile, other caches and attentions, another device.
 """
 

@@ -1,7 +1,7 @@
 """Norm outputs of a calibration text: every massive token, a weighted sample of the others.
 
-What the readers of the residual stream see is the RMSNorm output x̂ without gain (the gain is folded into them). A text
-of N tokens has 2 L N of them; the ordinary ones are so many and so alike that a sample stands for all, each sampled
+The readers of the residual stream see the RMSNorm output x̂ without its gain, which is folded into them. A text of N
+tokens has 2 L N such outputs. The ordinary ones are so many and so alike that a sample stands for all, each sampled
 token counting for those left out. So the cost of refining does not grow with the text.
 """
 
@@ -56,7 +56,7 @@ class Sampler:
     _found: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, tokens: Float[Tensor, "rows hidden"], token_ids: Tensor, block: int, norm: str, length: int) -> None:
-        """Take what is needed of one piece.
+        """Sample one piece.
 
         Args:
             tokens: norm outputs of consecutive tokens, whole sequences one after the other.

@@ -1,6 +1,6 @@
-"""What quantizing the norm outputs does to the model: KL divergence, measured.
+"""Layer sensitivity: the KL divergence that quantizing norm outputs causes, measured.
 
-Quantizing what the readers of the residual stream see, in the basis R, is x̂ ↦ Q(x̂ R) Rᵀ in the original basis. So no
+Quantizing the inputs of the residual stream's readers in the basis R is x̂ ↦ Q(x̂ R) Rᵀ in the original basis. So no
 weight has to be folded to compare rotations: the original blocks are streamed once, and each candidate carries its own
 hidden states. A candidate is a rotation for all blocks, or a rotation for one block and no other.
 """

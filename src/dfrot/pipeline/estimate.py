@@ -99,16 +99,16 @@ class Estimate:
         return self.checkpoint + (self.states * self.processes if self.offloads else 0)
 
     def require_room(self, out: Path) -> None:
-        """Raise before the work what would come in the middle of it.
+        """Raise before the work an error that would otherwise come in the middle of it.
 
         Raises:
-            UserError: the budget does not hold what cannot be offloaded.
-            SetupError: the disk of `out` does not hold the checkpoint and what is offloaded.
+            UserError: the budget is too small even with all states offloaded.
+            SetupError: the disk of `out` does not hold the checkpoint and the offloaded states.
         """
         if self.memory > self.budget:
             raise UserError(
-                f"memory has to hold what cannot be offloaded, {_gb(self.memory)} as far as can be told; the budget is "
-                f"{_gb(self.budget)}. Give a larger --memory if there is more, or --weights rtn, which needs the least."
+                f"this needs {_gb(self.memory)} of memory that is not offloaded; the budget is {_gb(self.budget)}. "
+                "Give a larger --memory if there is more, or --weights rtn, which needs the least."
             )
         free = free_disk(out)
         if self.disk > free:

@@ -117,7 +117,7 @@ class Spec:
         weights: of the decoder's linear layers.
         activations: before every one of them.
         keys: after RoPE, per head and token.
-        values: per head and token; bits of the keys, but with a clip ratio of their own.
+        values: per head and token; the bits of the keys, but a separate clip ratio.
         queries: after RoPE, per head and token; the grid of the keys, or left alone.
     """
 

@@ -12,8 +12,8 @@ numbers come from H itself, with nothing inverted. Let H = M D Mᵀ, M unit uppe
 so, going from the first column to the last, ŵⱼ = Q(wⱼ + Σ_{i<j} (wᵢ − ŵᵢ) Mᵢⱼ) makes one term after the other as small
 as the grid allows. (That this is GPTQ, and Babai's nearest plane algorithm: Chen et al. 2025, arXiv 2507.18553.)
 
-The grid is chosen before, by clip search on the weight as it is; with groups too, so that with `act_order`, which takes
-the columns with the largest Hᵢᵢ first, each column keeps the scale of the group it stands in ("static groups").
+The grid is chosen before, by clip search on the unrounded weight; with groups too, so that with `act_order`, which
+takes the columns with the largest Hᵢᵢ first, each column keeps the scale of the group it stands in ("static groups").
 """
 
 import math
@@ -150,7 +150,7 @@ class Factor(NamedTuple):
         diagonal: D, (in,).
         order: position → column, (in,).
         added: what damping added to the diagonal.
-        damping: the same as a share of the diagonal's mean: what was asked for unless the Hessian was singular.
+        damping: the same as a share of the diagonal's mean; more than `percdamp` if the Hessian was singular.
     """
 
     upper: Float[Tensor, "in in"]

@@ -98,7 +98,7 @@ class ClippedWeight(nn.Module):
 
     @torch.no_grad()
     def quantized(self) -> tuple[Tensor, QParams]:
-        """Integers and grid as they are stored."""
+        """Integers and grid in their stored form."""
         qparams = self.qparams()
         return quantize(self.weight, self.spec.grid, self.spec.weight_granularity, qparams), qparams
 

@@ -1,4 +1,4 @@
-"""What the blocks of the quantized-so-far model really get as input, carried from block to block.
+"""The inputs that blocks of the quantized-so-far model really meet, carried from block to block.
 
 Weights are fitted to the inputs that they will meet: those that the rotated model produces whose earlier blocks are
 quantized already. Memory holds the hidden states of the calibration text, or a memory-mapped file does.
@@ -56,7 +56,7 @@ class CalibrationStream:
         token_ids = token_ids[processes.shard]
         shape = (*token_ids.shape, embedding.shape[1])
         self._offload = offload
-        self._mapped: list[mmap.mmap] = []  # what is offloaded
+        self._mapped: list[mmap.mmap] = []  # the offloaded states
         self.hidden_states = self._allocated(shape, dtype)
         for state, ids in zip(self.hidden_states, token_ids, strict=True):
             state.copy_(embedding[ids])
@@ -77,10 +77,10 @@ class CalibrationStream:
         return runtime_block(self.source, index, tensors, runtime).to(self.hidden_states.dtype).to(self.device)
 
     def inputs(self, index: int, block: nn.Module, linear: str) -> Iterator[Float[Tensor, "1 seq_len in"]]:
-        """What one linear layer of the block at hand reads, for every sequence.
+        """The input of one linear layer of the current block, for every sequence.
 
-        Layers are asked for in the order in which they run, weights before them being final: what the heads give is
-        kept from when the layer that reads it was asked for, so that attention is computed once.
+        Layers are asked for in the order in which they run, with final weights before them. The outputs of the heads
+        are kept once the layer that reads them was asked for, so that attention is computed only once.
         """
         layer = block.get_submodule(linear)
         for number in range(len(self)):
@@ -118,7 +118,7 @@ class CalibrationStream:
         self._leave_to_disk()
 
     def advance_teacher(self, index: int, tensors: dict[str, Tensor]) -> None:
-        """Go through block `index` with weights that are not quantized; its outputs are what is to be reached."""
+        """Go through block `index` with weights that are not quantized; its outputs are the targets."""
         if self.teacher_states is None:
             return
         block = self.block(index, tensors, self.runtime.without("weights", "activations"))
@@ -131,9 +131,9 @@ class CalibrationStream:
             return torch.empty(shape, dtype=dtype)
         size = torch.Size(shape).numel() * dtype.itemsize
         try:
-            # without a name, but there, until the tensor is gone
+            # the file has no name, and lives as long as the tensor: nothing is left behind by a kill
             with tempfile.TemporaryFile(dir=self._offload, prefix=_SCRATCH) as file:
-                # a full disk is an error now, not a SIGBUS later
+                # reserves the space: a full disk is an error now, not a SIGBUS later
                 os.posix_fallocate(file.fileno(), 0, size)
                 mapped = mmap.mmap(file.fileno(), size)
         except OSError as error:
@@ -145,7 +145,7 @@ class CalibrationStream:
         return torch.frombuffer(mapped, dtype=dtype).view(shape)
 
     def _leave_to_disk(self) -> None:
-        """Have nothing of what is offloaded in memory; it is read again where it is needed."""
+        """Drop the offloaded states from memory; they are read again where they are needed."""
         for mapped in self._mapped:
             mapped.madvise(mmap.MADV_DONTNEED)
 

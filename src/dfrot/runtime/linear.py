@@ -177,7 +177,7 @@ class QuantLinear(nn.Module):
         return codes - 2 ** (self.weights.bits - 1) if self.weights.symmetric else codes
 
     def kept_tensors(self) -> list[Tensor]:
-        """Everything that the layer has in memory: the checkpoint's tensors, and what was made of them."""
+        """All tensors that the layer keeps in memory: the checkpoint's, and those derived from them."""
         made = [] if self._packed is None else [tensor for tensor in self._packed[1] if tensor is not None]
         unpacked = [tensor for tensor in (self._dense, self._integers) if tensor is not None]
         return [*self.parameters(), *self.buffers(), *made, *unpacked]
