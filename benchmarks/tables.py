@@ -61,7 +61,7 @@ RELEASED_DUQUANT: Words = DUQUANT | RTN4 | {"block": 64}
 
 
 def every_method(spec: str) -> dict[str, Row]:
-    """Rows for every method by every weight quantizer; the peers are QuaRot's."""
+    """Rows for every method by every rounding; the peers are QuaRot's."""
     methods = {"none": NONE, "QuaRot": RH, "RangeRot": RANGEROT, "DuQuant": DUQUANT}
     weights = {"rtn": RTN4, "lwc": LWC4, "gptq": GPTQ4}
     return {

@@ -34,7 +34,7 @@ dfrot eval "$model" --ppl wikitext2 c4 --tasks $zero_shot --device "$device" --j
 for weights in "rtn" "lwc --calib-tokens 262144" "gptq --calib-tokens 262144 --weight-clip search"; do
   for base in none quarot; do
     name=duquant-$base-${weights%% *}
-    # shellcheck disable=SC2086 — the words of the weight quantizer are meant to be split
+    # shellcheck disable=SC2086 — the words of the rounding are meant to be split
     dfrot quantize "$model" -o "$out/$name" --method duquant --base $base --preset duquant --weights $weights \
       --spec w4a4kv4 --calib wikitext2 --device "$device"
     dfrot eval "$out/$name" --ppl wikitext2 c4 --tasks $zero_shot --device "$device" --json "$out/$name.json"

@@ -22,7 +22,7 @@ from rich.text import Text
 
 from dfrot.evaluation.record import model_size
 from dfrot.evaluation.run import Measurement, evaluate
-from dfrot.methods import METHODS
+from dfrot.methods import METHODS, variants
 from dfrot.models.source import open_source
 from dfrot.pipeline.estimate import Estimate
 from dfrot.pipeline.recipe import Recipe
@@ -148,11 +148,12 @@ def _options() -> list[tuple[str, Any, Any]]:
     flags: dict[str, bool] = {}  # name → whether every owner's default is off
     kinds: dict[str, type[Options]] = {**METHODS, **ROUNDINGS, "overrides the preset": Preset}
     for owner, kind in kinds.items():
+        hints, helps = kind.types(), kind.help()
         for field in dataclasses.fields(kind):
-            name, hint = field.name, kind.types()[field.name]
+            name, hint = field.name, hints[field.name]
             types[name] = types.get(name, hint) | hint
             flags[name] = flags.get(name, True) and field.default is False
-            text = kind.help()[name].rstrip(".")
+            text = helps[name].rstrip(".")
             if field.default not in (None, False, dataclasses.MISSING):
                 text += f" (default {field.default})"
             owners.setdefault(name, {}).setdefault(text, []).append(owner)
@@ -233,13 +234,13 @@ class Compare:
     methods: Words = ("none", "quarot", "dfrot")
     """Methods, joined by commas; RO and RH are quarot with a random orthogonal or a randomized Hadamard matrix."""
     weights: Words = ("rtn", "gptq")
-    """Weight quantizers, joined by commas."""
+    """Roundings, joined by commas."""
     specs: Words = ("w4a4kv4",)
     """Specs, joined by commas."""
     seeds: Words = ("0",)
     """Seeds, joined by commas."""
-    preset: Literal["auto", "paper", "deploy", "duquant"] = "auto"
-    """Symmetry and clip ratios (auto: duquant for the method of that name, else paper)."""
+    preset: Literal["auto", *PRESETS] = "auto"  # type: ignore[valid-type]
+    """Symmetry and clip ratios (auto: each method's own)."""
     calib: Calib = "wikitext2"
     calib_tokens: CalibTokens = None
     unquantized: bool = True
@@ -289,7 +290,7 @@ class Inspect:
     """Hub id, directory with safetensors weights, .gguf file, or smollm2-135m; not a checkpoint."""
     out: Out
     """Directory for inspect.json and inspect.safetensors."""
-    rotations: tuple[Literal["none", "RO", "RH", "dfrot", "duquant"], ...] = ("none", "RO", "RH", "dfrot", "duquant")
+    rotations: tuple[Literal[tuple(variants())], ...] = ("none", "RO", "RH", "dfrot", "duquant")  # type: ignore[valid-type]
     """What is compared: no rotation, random orthogonal, randomized Hadamard, refined, DuQuant."""
     text: str = "wikitext2"
     """wikitext2, c4, pydoc, or a path; rotations are fitted to its train part, statistics are of its test part."""
@@ -297,7 +298,7 @@ class Inspect:
     """Tokens that are inspected, the first of the text."""
     spec: str = "w4a4kv4"
     """w<bits>[g<group>]a<bits>kv<bits>."""
-    preset: Literal["paper", "deploy", "duquant"] = "paper"
+    preset: Literal[tuple(PRESETS)] = "paper"  # type: ignore[valid-type]
     """Symmetry and clip ratios."""
     seed: Seed = 0
     device: Device = "cpu"
@@ -499,7 +500,7 @@ COMMANDS = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command. Returns the exit code: 2 for the user's mistake, 1 for the environment's fault."""
+    """Run one command. Returns the exit code: 2 for the user's mistake, 1 for the environment's fault or dfrot's."""
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]

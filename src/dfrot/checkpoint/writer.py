@@ -18,14 +18,13 @@ from torch import Tensor
 
 from dfrot.checkpoint.manifest import FIT_FILE, differences, digest, is_blank, is_ours, read_manifest
 from dfrot.checkpoint.reuse import read_fit, write_fit
-from dfrot.models.source import all_tensors, open_safetensors, stored_tensors
+from dfrot.models.source import INDEX_FILE, all_tensors, open_safetensors, stored_tensors
 from dfrot.system.distributed import SINGLE_PROCESS, ProcessGroup
 from dfrot.system.errors import UserError
-from dfrot.system.files import RUN_FILE, publish, read_json, translate_io_errors, write_json, write_tensors
+from dfrot.system.files import RUN_FILE, SCRATCH, publish, read_json, translate_io_errors, write_json, write_tensors
 from dfrot.system.lock import LOCK_FILE, exclusive_lock
 
 NOTES_FILE = "fit.json"
-INDEX_FILE = "model.safetensors.index.json"
 
 
 @contextlib.contextmanager
@@ -108,7 +107,7 @@ class CheckpointWriter:
             intact = {name: entry for name, entry in listed.items() if digest(self.path / name) == entry["sha256"]}
             if FIT_FILE in intact:  # without its rotations no shard is of use
                 self._files = intact
-            patterns = ("model-*", FIT_FILE, "dfrot-run-*", "*.tmp", NOTES_FILE)
+            patterns = ("model-*", FIT_FILE, f"{SCRATCH}*", "*.tmp", NOTES_FILE)
             stale = {file for pattern in patterns for file in self.path.glob(pattern) if file.name not in self._files}
             for file in stale:
                 file.unlink()

@@ -38,7 +38,7 @@ def recipes(
         UserError: one of the words is not known, or there is nothing to combine.
     """
     if not (methods and weights and specs and seeds):
-        raise UserError("a comparison has at least one method, weight quantizer, spec and seed.")
+        raise UserError("a comparison has at least one method, rounding, spec and seed.")
     if wrong := [seed for seed in seeds if not seed.isdecimal()]:
         raise UserError(f"a seed is a whole number, got '{wrong[0]}'.")
     found: dict[str, Recipe] = {}

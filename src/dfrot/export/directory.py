@@ -12,9 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from dfrot.checkpoint.writer import INDEX_FILE
 from dfrot.export.checkpoint import Checkpoint, Layer
-from dfrot.models.source import load_tokenizer
+from dfrot.models.source import INDEX_FILE, load_tokenizer
 from dfrot.system.errors import UserError
 from dfrot.system.files import translate_io_errors, write_json, write_tensors
 from dfrot.system.lock import LOCK_FILE, exclusive_lock

@@ -60,7 +60,7 @@ def inspect(
     Args:
         model: whatever `quantize` takes; not a checkpoint.
         out: the directory for the two files; older ones in it are replaced.
-        rotations: some of none, RO, RH, dfrot, duquant.
+        rotations: some of none, RO, RH, dfrot, rangerot, duquant.
         text: wikitext2, c4, pydoc, or a path; its first tokens are inspected.
         seq_len: tokens that are inspected, and as many that rotations are fitted to.
 

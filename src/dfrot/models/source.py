@@ -25,7 +25,7 @@ from dfrot.system.files import read_json
 
 M = TypeVar("M", bound=nn.Module)
 
-_INDEX = "model.safetensors.index.json"
+INDEX_FILE = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 # The dtypes that dfrot reads, as safetensors names them, with their bytes.
 _ITEMSIZE = {"U8": 1, "I8": 1, "BOOL": 1, "F16": 2, "BF16": 2, "I32": 4, "F32": 4, "I64": 8, "F64": 8}
@@ -82,19 +82,19 @@ def weight_files(path: Path) -> dict[str, Path]:
     Raises:
         UserError: there are no safetensors weights, or a shard is missing, truncated or outside the directory.
     """
-    if (path / _INDEX).is_file():
-        weight_map = read_json(path / _INDEX).get("weight_map")
+    if (path / INDEX_FILE).is_file():
+        weight_map = read_json(path / INDEX_FILE).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-            raise UserError(f"{path / _INDEX} is not an index of safetensors shards.")
+            raise UserError(f"{path / INDEX_FILE} is not an index of safetensors shards.")
         present = {file.name for file in path.iterdir()}  # plain names, so no shard lies outside the directory
         if absent := set(weight_map.values()) - present:
-            raise UserError(f"{_INDEX} names the shard '{min(absent)}', which is not a file in {path}.")
+            raise UserError(f"{INDEX_FILE} names the shard '{min(absent)}', which is not a file in {path}.")
         found: dict[str, str] = {}
         for shard in sorted(set(weight_map.values())):
             with open_safetensors(path / shard) as file:
                 held = set(file.keys())
             if lacking := {name for name, where in weight_map.items() if where == shard} - held:
-                raise UserError(f"{_INDEX} says that {shard} holds '{min(lacking)}', which it does not.")
+                raise UserError(f"{INDEX_FILE} says that {shard} holds '{min(lacking)}', which it does not.")
             if twice := held & found.keys():
                 raise UserError(f"{path} has two tensors '{min(twice)}', in {found[min(twice)]} and in {shard}.")
             found |= dict.fromkeys(held, shard)
@@ -108,7 +108,7 @@ def weight_files(path: Path) -> dict[str, Path]:
             f"{path} has its weights in pickle files ({pickles[0]}), which can run code when they are read and are "
             "refused. Convert them to safetensors on a machine you can lose, or take a revision that has safetensors."
         )
-    raise UserError(f"{path} has no safetensors weights ({_SINGLE} or {_INDEX}).")
+    raise UserError(f"{path} has no safetensors weights ({_SINGLE} or {INDEX_FILE}).")
 
 
 def open_safetensors(path: Path) -> Any:

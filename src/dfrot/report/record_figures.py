@@ -31,7 +31,7 @@ def record_figures(records: Sequence[Record]) -> Iterator[Figure | None]:
 
 
 def by_recipe(records: Sequence[Record], metric: str) -> Figure | None:
-    """A metric of every trial: a line per spec and weight quantizer, a mark per method and seed."""
+    """A metric of every trial: a line per spec and rounding, a mark per method and seed."""
     trials = [record for record in records if record.recipe and is_finite(record.metrics.get(metric))]
     if not trials:
         return None
@@ -143,7 +143,7 @@ def _recipes(trials: Sequence[Record]) -> list[tuple[str, list[Any]]]:
 
 
 def _line(record: Record) -> str:
-    """Spec and weight quantizer, and below them what is unusual."""
+    """Spec and rounding, and below them what is unusual."""
     recipe = record.recipe or {}
     name = plain(" ".join(str(recipe[key]) for key in ("spec", "weights") if key in recipe))
     unusual = plain(deviations(recipe), 28)

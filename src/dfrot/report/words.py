@@ -45,7 +45,7 @@ def lower_is_better(metric: str) -> bool:
 
 
 def recipe_label(record: Record) -> str:
-    """Method, weight quantizer, spec and options that are not the default."""
+    """Method, rounding, spec and options that are not the default."""
     if record.recipe is None:
         return "unquantized"
     names = (record.recipe.get(key) for key in ("method", "weights", "spec"))
@@ -53,7 +53,7 @@ def recipe_label(record: Record) -> str:
 
 
 def deviations(recipe: Mapping[str, Any]) -> str:
-    """The options of method and weight quantizer that are not their default: "gamma 1, steps 50"."""
+    """The options of method and rounding that are not their default: "gamma 1, steps 50"."""
     found = []
     method, rounding = METHODS.get(str(recipe.get("method"))), ROUNDINGS.get(str(recipe.get("weights")))
     usual: dict[str, dict[str, Any]] = {"options": {}, "weight_options": {}}

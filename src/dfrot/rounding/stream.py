@@ -23,8 +23,7 @@ from dfrot.runtime.install import install_block_
 from dfrot.runtime.linear import QuantLinear
 from dfrot.system.distributed import SINGLE_PROCESS, ProcessGroup
 from dfrot.system.errors import SetupError
-
-_SCRATCH = "dfrot-run-"  # how such files are called, so that a resumed run knows what a killed one left
+from dfrot.system.files import SCRATCH
 
 
 class CalibrationStream:
@@ -132,7 +131,7 @@ class CalibrationStream:
         size = torch.Size(shape).numel() * dtype.itemsize
         try:
             # the file has no name, and lives as long as the tensor: nothing is left behind by a kill
-            with tempfile.TemporaryFile(dir=self._offload, prefix=_SCRATCH) as file:
+            with tempfile.TemporaryFile(dir=self._offload, prefix=SCRATCH) as file:
                 # reserves the space: a full disk is an error now, not a SIGBUS later
                 os.posix_fallocate(file.fileno(), 0, size)
                 mapped = mmap.mmap(file.fileno(), size)

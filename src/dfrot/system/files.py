@@ -13,6 +13,7 @@ from torch import Tensor
 from dfrot.system.errors import SetupError, UserError
 
 RUN_FILE = "dfrot-run.json"  # marks a directory as an unfinished run that can be resumed
+SCRATCH = "dfrot-run-"  # of temporary files, so that a resumed run knows what a killed one left
 
 
 def parse_json(text: str | bytes) -> Any:

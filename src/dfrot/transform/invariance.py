@@ -88,8 +88,8 @@ class InvarianceCheck:
             gain = folds[readers[0]].norm_gain(block.get_submodule(name).weight)  # type: ignore[arg-type]
             folding.get_submodule(name).weight = nn.Parameter(gain, requires_grad=False)
         float64_error = _relative(self._run[torch.float64](folding, index, start), expected)
-        norms = folding.state_dict().items()
-        state = {name: tensor.to(dtype) for name, tensor in norms if not name.startswith(tuple(layers))}
+        norms, linear = folding.state_dict().items(), tuple(f"{name}." for name in layers)
+        state = {name: tensor.to(dtype) for name, tensor in norms if not name.startswith(linear)}
         for name, layer in layers.items():
             state |= {f"{name}.{key}": tensor for key, tensor in layer.folded.items()}
 
