@@ -23,7 +23,7 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import save
 
 import dfrot
 from dfrot.checkpoint.hf_quantizer import read_checkpoint
@@ -121,7 +121,9 @@ def readers(scratch: Path) -> dict[str, Reader]:
         "source": Reader(_source, model, {**_weights(), **_json("config.json")}),
         "checkpoint": Reader(_checkpoint, {"config.json": checkpoint["config.json"]}, _json("config.json")),
         "fit": Reader(
-            _fit, {"fit.safetensors": (scratch / "fit.safetensors").read_bytes()}, {"fit.safetensors": _mutated_fit}
+            _fit,
+            {"fit.safetensors": (scratch / "fit.safetensors").read_bytes()},
+            {"fit.safetensors": mutated_safetensors},
         ),
         "run": Reader(
             partial(_resumed, run), {"dfrot-run.json": json.dumps(manifest).encode()}, _json("dfrot-run.json")
@@ -229,25 +231,6 @@ def _packed_line(data: bytes, rng: random.Random) -> bytes:
     if rng.randrange(2):
         return mutated_bytes(data, rng)
     return gzip.compress(_line(gzip.decompress(data), rng), mtime=0)
-
-
-def _mutated_fit(data: bytes, rng: random.Random) -> bytes:
-    """The safetensors mutated, or the JSON that its metadata holds, or the tensors."""
-    length = int.from_bytes(data[:8], "little")
-    kept = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["record"])
-    tensors = load(data)
-    match rng.randrange(4):
-        case 0:
-            return mutated_safetensors(data, rng)
-        case 1:
-            name = rng.choice(sorted(tensors))
-            old = tensors[name]
-            tensors[name] = rng.choice(
-                (old[:1].clone(), old * 0 - 1, old.new_zeros(()), old.int(), old.float() * torch.nan, old * 2**20)
-            )
-            return save(tensors, {"record": json.dumps(kept)})
-        case _:
-            return save(tensors, {"record": mutated_json_file(json.dumps(kept).encode(), rng).decode("latin-1")})
 
 
 def _tensors(folder: Path) -> None:

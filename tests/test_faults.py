@@ -1,7 +1,6 @@
 """What goes wrong around dfrot, and what others may intend: nothing is lost, nothing looks finished, no one gets in."""
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -17,7 +16,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import dfrot
-from dfrot.checkpoint.manifest import FIT_FILE
 from dfrot.checkpoint.reuse import read_fit, write_fit
 from dfrot.checkpoint.writer import opened_writer
 from dfrot.cli import main
@@ -282,16 +280,13 @@ def test_a_message_does_not_quote_a_whole_file() -> None:
         {"type": "hadamard", "factors": [10**400], "transposed": False},
         {"type": "hadamard", "factors": "12", "transposed": False},
         {"type": "identity", "size": -1},
-        {"type": "permutation", "order": "twice"},
-        {"type": "dense", "matrix": "wide"},
-        {"type": "dense", "matrix": "nan"},
+        {"type": "dense", "matrix": "missing"},
         {"type": "compose", "parts": 3},
     ],
 )
 def test_a_rotation_that_is_none_is_refused_before_anything_is_built(description: dict[str, Any]) -> None:
-    tensors = {"twice": torch.tensor([0, 0]), "wide": torch.ones(2, 3), "nan": torch.full((2, 2), torch.nan)}
     with pytest.raises(ValueError, match="not the description"):
-        rotation_from(description, tensors)
+        rotation_from(description, {})
 
 
 def test_asking_for_a_hadamard_matrix_builds_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -349,14 +344,21 @@ def test_a_plan_for_another_model_is_refused(checkpoint: Path) -> None:
         dfrot.load(checkpoint)
 
 
-def test_a_fit_of_something_else_is_refused(tmp_path: Path) -> None:
-    for record in ({}, {"transforms": 3, "notes": {}}):
-        write_fit(tmp_path / "fit.safetensors", record, {"a": torch.ones(1)})
-        with pytest.raises(UserError, match="holds no fitted rotations"):
-            read_fit(tmp_path / "fit.safetensors")
-    save.write_tensors(tmp_path / "fit.safetensors", {"a": torch.ones(1)}, {"record": "["})
-    with pytest.raises(UserError, match="holds no fitted rotations"):
-        read_fit(tmp_path / "fit.safetensors")
+def test_fitted_rotations_are_read_as_they_were_written_or_not_at_all(tmp_path: Path) -> None:
+    path, tensors = tmp_path / "fit.safetensors", {"a": torch.arange(4.0)}
+    write_fit(path, {"transforms": {}, "notes": {}}, tensors)
+    whole = path.read_bytes()
+    read = read_fit(path)
+    assert read is not None
+    assert read[0] == {"transforms": {}, "notes": {}}
+    assert torch.equal(read[1]["a"], tensors["a"])
+    for damaged in (whole[:-1] + b"\x01", whole.replace(b"notes", b"nodes")):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match="holds no fitted rotations, or damaged ones"):
+            read_fit(path)
+    save.write_tensors(path, tensors, {"record": "{}"})
+    with pytest.raises(UserError, match="holds no fitted rotations, or damaged ones"):
+        read_fit(path)
 
 
 @pytest.mark.parametrize(
@@ -366,35 +368,6 @@ def test_a_manifest_lists_files_of_a_run_and_no_others(tmp_path: Path, name: str
     (tmp_path / save.RUN_FILE).write_text(json.dumps({"run": {}, "files": {name: {"sha256": ""}}}))
     with pytest.raises(UserError, match="lists a file that no run writes"), opened_writer(tmp_path, {}, 4, resume=True):
         pass
-
-
-@pytest.mark.parametrize("method", ["quarot", "duquant"])
-def test_a_resumed_run_does_not_go_on_with_the_rotations_of_another_model(
-    tiny: Tiny, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch, method: str
-) -> None:
-    options: dict[str, Any] = {"block": 16} if method == "duquant" else {}
-    recipe = Recipe.parse(method, "rtn", calib=str(text_file), calib_tokens=32, **options)
-    model, out = tiny("llama"), tmp_path / "out"
-
-    def die(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(pipeline, "quantize_block", die)
-    with pytest.raises(KeyboardInterrupt):
-        dfrot.quantize(model, recipe, out)
-    monkeypatch.undo()
-    kept = read_fit(out / FIT_FILE)
-    assert kept is not None, "it was written before the first block"
-    record, tensors = kept
-    if method == "duquant":
-        record["transforms"]["inputs"].pop()
-    else:
-        record["transforms"]["values"] = {"type": "identity", "size": 5}
-    write_fit(out / FIT_FILE, record, tensors)
-    digest = hashlib.sha256((out / FIT_FILE).read_bytes()).hexdigest()
-    edit(out / save.RUN_FILE, lambda manifest: manifest["files"][FIT_FILE].update(sha256=digest))
-    with pytest.raises(UserError, match="keeps the rotations of another model"):
-        dfrot.quantize(model, recipe, out, resume=True)
 
 
 @pytest.mark.parametrize(

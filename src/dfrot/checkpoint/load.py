@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from dfrot.checkpoint.hf_quantizer import read_checkpoint
-from dfrot.linalg.rotation import is_permutation
 from dfrot.models.families import graph_for
 from dfrot.models.graph import Config
 from dfrot.models.source import (
@@ -62,7 +61,10 @@ def _check_values(path: Path, model: nn.Module, files: Mapping[str, Path]) -> No
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise UserError(f"'{name}' in {path} holds NaN or infinite values.")
     for name, module in model.named_modules():
-        if isinstance(module, BlockRotation) and not is_permutation(module.orders):
+        if not isinstance(module, BlockRotation):
+            continue
+        channels = torch.arange(module.orders.shape[-1]).to(module.orders)
+        if not torch.equal(module.orders.sort().values, channels.expand_as(module.orders)):
             raise UserError(f"'{name}.orders' in {path} are no permutations.")
 
 

@@ -8,16 +8,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save
 from torch import Tensor
 
 from dfrot.models.source import all_tensors, open_safetensors
 from dfrot.system.errors import SetupError, UserError
-from dfrot.system.files import parse_json, read_json, write_json, write_tensors
+from dfrot.system.files import read_json, write_json, write_tensors
 
 
 def write_fit(path: Path, record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Write JSON and tensors into one file, atomically. Raises SetupError if it cannot be written."""
-    write_tensors(path, tensors, {"record": json.dumps(record)})
+    text = json.dumps(record)
+    write_tensors(path, tensors, {"record": text, "sha256": _digest(text, tensors)})
 
 
 def read_fit(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
@@ -25,14 +27,16 @@ def read_fit(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
     if not path.is_file():
         return None
     with open_safetensors(path) as file:
-        try:
-            record = parse_json((file.metadata() or {})["record"])
-        except (KeyError, ValueError) as error:
-            raise UserError(f"{path} holds no fitted rotations ({error}). Delete it to fit again.") from error
-        parts = [record.get(name) for name in ("transforms", "notes")] if isinstance(record, dict) else [None]
-        if not all(isinstance(part, dict) for part in parts):
-            raise UserError(f"{path} holds no fitted rotations. Delete it to fit again.")
-        return record, all_tensors(file)
+        metadata, tensors = file.metadata() or {}, all_tensors(file)
+    text = metadata.get("record", "")
+    if metadata.get("sha256") != _digest(text, tensors):  # what is unharmed is what a run wrote, and needs no check
+        raise UserError(f"{path} holds no fitted rotations, or damaged ones. Delete it to fit again.")
+    return json.loads(text), tensors
+
+
+def _digest(text: str, tensors: dict[str, Tensor]) -> str:
+    ready = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    return hashlib.sha256(text.encode(errors="replace") + save(ready)).hexdigest()
 
 
 class ReuseDir:

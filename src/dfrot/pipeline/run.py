@@ -182,10 +182,7 @@ def _fitted(on: FitContext, recipe: Recipe, writer: CheckpointWriter, reuse: Reu
                 f"{writer.path} holds an interrupted run whose calibration text was another, though it had the same "
                 "name. Resume with that text, choose another -o directory, or --overwrite it."
             )
-        transforms = Transforms.from_description(record["transforms"], tensors)
-        if not transforms.fit(on.source.graph, on.source.config):
-            raise UserError(f"{writer.path} keeps the rotations of another model. Begin again with --overwrite.")
-        return Fit(transforms, record["notes"])
+        return Fit(Transforms.from_description(record["transforms"], tensors), record["notes"])
     depends_on = _depended_on_by_fit(on, recipe)
     if (kept := reuse.fit(depends_on)) is None:
         fit, tensors = recipe.method.fit(on), {}

@@ -20,18 +20,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dfrot.linalg.rotation import (
-    Identity,
-    Kronecker,
-    Rotation,
-    block_diagonal,
-    block_rotation,
-    is_finite,
-    is_permutation,
-    rotation_from,
-)
+from dfrot.linalg.rotation import Identity, Kronecker, Rotation, block_diagonal, block_rotation, rotation_from
 from dfrot.models.graph import Config, ModelGraph, head_dim, value_width
-from dfrot.system.errors import UserError
 from dfrot.transform.fold import Fold
 
 SITES = ("residual", "values", "keys", "ffn", "heads")
@@ -56,22 +46,6 @@ def input_widths(graph: ModelGraph, config: Config) -> dict[str, int]:
     heads = config.num_attention_heads * head_dim(config)
     widths = config.hidden_size, heads, config.hidden_size, config.intermediate_size
     return {name: width for stage, width in zip(graph.stages, widths, strict=True) for name in stage}
-
-
-def _input_transform(name: str, tensors: Mapping[str, Tensor]) -> InputTransform:
-    """The transform whose parts are stored under `name`. Raises ValueError if they are missing or do not fit."""
-    smooth, matrices, orders = (tensors.get(f"{name}.{part}") for part in _PARTS)
-    if matrices is None or orders is None:
-        raise ValueError(f"{name} lacks a part")
-    size = orders.shape[-1:]
-    fits = matrices.ndim == 3 and matrices.shape[1] == matrices.shape[2] > 0 and is_finite(matrices)
-    fits = fits and orders.ndim == 2 and len(orders) == len(matrices) - 1 and is_permutation(orders)
-    fits = fits and size[0] > 0 and size[0] % matrices.shape[-1] == 0
-    if smooth is not None:
-        fits = fits and smooth.shape == size and is_finite(smooth) and bool((smooth > 0).all())
-    if not fits:
-        raise ValueError(f"the parts of {name} do not fit together")
-    return InputTransform(smooth, matrices, orders)
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,29 +76,13 @@ class Transforms:
 
     @staticmethod
     def from_description(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "Transforms":
-        """The inverse of `describe`. Raises UserError if the description is invalid."""
-        try:
-            sites = {site: description[site] for site in SITES}
-            rotations = {site: None if at is None else rotation_from(at, tensors) for site, at in sites.items()}
-            inputs = tuple(
-                {stage: _input_transform(f"{index}.{stage}", tensors) for stage in stages}
-                for index, stages in enumerate(description["inputs"])
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"these are not the rotations of a run ({error}). Begin again with --overwrite.") from error
-        return Transforms(**rotations, inputs=inputs)
-
-    def fit(self, graph: ModelGraph, config: Config) -> bool:
-        """Whether the sizes fit a model."""
-        head = head_dim(config)
-        sizes = config.hidden_size, head, head, config.intermediate_size, config.num_attention_heads
-        rotations = [getattr(self, site) for site in SITES]
-        if any(rotation and rotation.size != size for rotation, size in zip(rotations, sizes, strict=True)):
-            return False
-        input_width = input_widths(graph, config)
-        inputs = {stage[0]: input_width[stage[0]] for stage in graph.stages}
-        wanted = [inputs] * config.num_hidden_layers if self.inputs else []
-        return [{stage: part.orders.shape[-1] for stage, part in stages.items()} for stages in self.inputs] == wanted
+        """The inverse of `describe`."""
+        sites = {site: description[site] for site in SITES}
+        inputs = tuple(
+            {stage: InputTransform(*(tensors.get(f"{index}.{stage}.{part}") for part in _PARTS)) for stage in stages}
+            for index, stages in enumerate(description["inputs"])
+        )
+        return Transforms(**{site: at and rotation_from(at, tensors) for site, at in sites.items()}, inputs=inputs)
 
     def rotation_blocks(self, graph: ModelGraph) -> dict[str, tuple[int, int]]:
         """Norm or layer at which the runtime applies a rotation of `inputs` → block size and count."""
