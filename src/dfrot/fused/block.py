@@ -109,7 +109,7 @@ class FusedBlock:
         y = torch.empty_like(x)
         mask = None if mask is None else mask.contiguous()
         keys, values, length = self._room(layer, x)
-        looks = pointer(mask), *structures.mask_strides(mask)
+        looks = structures.looks(mask)
         native().dfrot_block(*machine(), block, tokens, keys, values, length, *looks, pointer(y))
         layer.advance(x.shape[1])
         return y

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dfrot.kernels.structures import DTYPES, cache, computable, machine, mask_strides, native, pointer, transform
+from dfrot.kernels.structures import DTYPES, cache, computable, looks, machine, native, pointer, transform
 from dfrot.quant.spec import TensorSpec
 
 FEW = 8  # most new tokens that the attention kernel takes; for more, unpacking once is cheaper
@@ -82,7 +82,7 @@ def attend(
     sizes = *query.shape[:3], keys[0].shape[2]
     native().dfrot_attend(
         *(*machine(), pointer(query), DTYPES[query.dtype], *sizes, transform(passes, data, square), scaling),
-        *(pointer(mask), *mask_strides(mask), cache(keys, bits), cache(values, bits), pointer(y)),
+        *(*looks(mask), cache(keys, bits), cache(values, bits), pointer(y)),
     )
     return y
 

@@ -134,8 +134,8 @@ def cache(packed: Sequence[Tensor], bits: int) -> Cache:
     return Cache(*map(pointer, packed), heads, capacity, num_bytes * 8 // bits, bits)
 
 
-def mask_strides(mask: Tensor | None) -> tuple[int, int]:
-    """From one sequence to the next and from one query to the next of a contiguous mask (batch, 1, tokens, length)."""
+def looks(mask: Tensor | None) -> tuple[int | None, int, int]:
+    """A contiguous mask (batch, 1, tokens, length), and its strides from one sequence and one query to the next."""
     if mask is None:
-        return 0, 0
-    return (mask.stride(0) if mask.shape[0] > 1 else 0), mask.stride(2)
+        return None, 0, 0
+    return mask.data_ptr(), (mask.stride(0) if mask.shape[0] > 1 else 0), mask.stride(2)
