@@ -1,4 +1,4 @@
-"""The C structures and functions of native/*.h, and what every operator needs to fill and call them."""
+"""The structures and functions of native/, and what every operator needs to fill and call them."""
 
 import ctypes
 import functools
@@ -63,6 +63,7 @@ class Tokens(ctypes.Structure):
     _fields_ = (("x", c_void_p), *_all(c_int64, "dtype batch tokens"), *_all(c_void_p, "cos sin"))
 
 
+# What the functions take: those that cannot fail, and those that may find no memory.
 _CACHES, _MASK = (POINTER(Cache),) * 2, (c_void_p, c_int64, c_int64)
 _BLOCK = (c_int, c_int, POINTER(Block))
 _ROWS = (c_int, c_int, c_void_p, c_int, c_int64)  # instruction set, threads, x, its element type, batch or rows
@@ -83,7 +84,7 @@ _FALLIBLE = {
 
 @functools.cache
 def native() -> ctypes.CDLL:
-    """The library, which the caller knows to be there; functions that lack memory raise MemoryError."""
+    """The library, which the caller knows to be there. Its functions raise MemoryError."""
     found, why = library.library()
     assert found is not None, why
     for name, types in {**_VOID, **_FALLIBLE}.items():
@@ -114,12 +115,9 @@ def pointer(tensor: Tensor | None) -> int | None:
 
 def transform(passes: Sequence[int], data: Sequence[Tensor], square: int) -> Transform:
     """From the parts of a `Lowered`, which must outlive it."""
-    count, tensors = len(passes) // 3, iter(data)
-    made = (Pass * count)()
-    for number in range(count):
-        kind, size, after = passes[3 * number : 3 * number + 3]
-        made[number] = Pass(kind, size, after, None if kind == BUTTERFLIES else next(tensors).data_ptr())
-    return Transform(count, made, square)
+    tensors, numbers = iter(data), zip(passes[::3], passes[1::3], passes[2::3], strict=True)
+    made = [Pass(kind, *sizes, None if kind == BUTTERFLIES else next(tensors).data_ptr()) for kind, *sizes in numbers]
+    return Transform(len(made), (Pass * len(made))(*made), square)
 
 
 def cache(packed: Sequence[Tensor], bits: int) -> Cache:

@@ -254,8 +254,7 @@ def quantized_attention(
         assert passes is not None, "native() has seen to it"
         scaling = arguments.get("scaling") or quantizer.head_dim**-0.5
         query = quantizer.quantize_queries(query) if rotated else query
-        bits = quantizer.keys.bits
-        return attention.attend(query, [*keys], [*values], attention_mask, *passes, scaling, bits), None
+        return attention.attend(query, [*keys], [*values], attention_mask, *passes, scaling, quantizer.keys.bits), None
     parts = quantizer.quantize_queries(query), *(quantizer.unpack(each, query.dtype) for each in (keys, values))
     if tokens <= attention.FEW and query.dtype == torch.float32:  # as a block computes between its products
         adds = attention_mask is not None and attention_mask.dtype == torch.float32
