@@ -13,7 +13,7 @@ class CompileKernels(BuildHookInterface[Any]):
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         if version == "editable":
             return
-        tools = runpy.run_path(str(Path(self.root) / "src/dfrot/kernels/compile.py"))
+        tools = runpy.run_path(str(Path(self.root) / "src/dfrot/kernels/library.py"))
         made = Path(self.directory) / "kernels" / tools["library_name"]()
         try:
             tools["compile_library"](made)

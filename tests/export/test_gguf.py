@@ -161,16 +161,13 @@ def expected(path: Path) -> dict[str, Tensor]:
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     heads = heads if config.model_type in ("llama", "mistral") else {}
     names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-    found = {f"{names[name.removesuffix('.weight')]}.weight": tensor for name, tensor in checkpoint.ends().items()}
-    for index in range(config.num_hidden_layers):
-        for name, tensor in checkpoint.others(index).items():
-            found[f"blk.{index}.{NAMES[name.removesuffix('.weight')]}.weight"] = tensor
-        for linear in checkpoint.graph.linears:
-            layer, name = checkpoint.layer(index, linear), NAMES[linear]
-            for part, values in (("weight", layer.weight), ("bias", layer.bias)):
-                if values is not None:
-                    ordered = interleaved(values, heads[name]) if name in heads else values
-                    found[f"blk.{index}.{name}.{part}"] = ordered
+    found = {}
+    for index in checkpoint.shards:
+        for full, tensor in checkpoint.tensors(index, lambda _, layer: {"weight": layer.weight}):
+            name, part = full.removeprefix(f"model.layers.{index}.").rsplit(".", 1)
+            own = names[name] if index is None else NAMES[name]
+            ordered = interleaved(tensor, heads[own]) if own in heads else tensor
+            found[f"{own}.{part}" if index is None else f"blk.{index}.{own}.{part}"] = ordered
     return {name: tensor.float() for name, tensor in found.items()}
 
 
@@ -286,8 +283,8 @@ def test_a_scale_that_float16_does_not_have_is_refused(scale: float) -> None:
 
 
 def test_a_weight_beyond_float16_is_refused(made: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ends = Checkpoint.ends
-    monkeypatch.setattr(Checkpoint, "ends", lambda self: {name: 1e6 * t.float() for name, t in ends(self).items()})
+    tensor = Checkpoint.tensor
+    monkeypatch.setattr(Checkpoint, "tensor", lambda self, name: tensor(self, name).float() * 1e6)
     with pytest.raises(UserError, match=r"f16 ends at 65504, which a weight exceeds. Take --type bf16"):
         export(made(), "gguf", tmp_path / "a.gguf")
     assert not list(tmp_path.iterdir())

@@ -12,8 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import dfrot
 from dfrot.export import export
-from dfrot.export.checkpoint import Checkpoint, Layer
-from dfrot.export.directory import write_directory
+from dfrot.export.checkpoint import Checkpoint, Layer, write_directory
 from dfrot.system.errors import UserError
 from tests.tiny_models import CONFIGS
 

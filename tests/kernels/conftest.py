@@ -8,6 +8,5 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Every instruction set that this machine has, one after the other."""
     if request.param > instruction_set():
         pytest.skip(f"no {INSTRUCTION_SETS[request.param]} here: {backend()}")
-    for module in ("linear", "attention"):
-        monkeypatch.setattr(f"dfrot.kernels.{module}.instruction_set", lambda: request.param)
+    monkeypatch.setattr("dfrot.kernels.library.instruction_set", lambda: request.param)
     return int(request.param)

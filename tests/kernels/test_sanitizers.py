@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dfrot.kernels.compile import FLAGS, SOURCES
-from dfrot.kernels.library import backend, instruction_set
+from dfrot.kernels.library import FLAGS, SOURCES, backend, instruction_set
 
 COMPILER = os.environ.get("CC") or "cc"
 FLAGS_HERE = [flag for flag in FLAGS if flag not in ("-fPIC", "-shared", "-fvisibility=hidden", "-O3")]

@@ -4,8 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dfrot.export.checkpoint import Checkpoint
-from dfrot.export.directory import to_huggingface
+from dfrot.export.checkpoint import Checkpoint, to_huggingface
 from dfrot.export.gguf_file import to_gguf
 from dfrot.export.vllm import to_vllm
 from dfrot.system.errors import UserError

@@ -1,12 +1,13 @@
-"""A dfrot checkpoint as exporters read it: one layer at a time, as integers and as the floats that they stand for.
+"""A dfrot checkpoint as exporters read it, one layer at a time, and directories as they write them.
 
 Grids and rotations come from the runtime's record, as in inference; the recipe is good for names and descriptions only.
 """
 
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -15,27 +16,27 @@ from torch import Tensor
 from dfrot.checkpoint.hf_quantizer import read_checkpoint
 from dfrot.models.families import graph_for
 from dfrot.models.graph import Config, ModelGraph
-from dfrot.models.source import open_safetensors, read_config, weight_files
+from dfrot.models.source import INDEX_FILE, load_tokenizer, open_safetensors, read_config, weight_files
 from dfrot.quant.affine import QParams, dequantize
 from dfrot.quant.packing import unpack
 from dfrot.runtime.config import RuntimeConfig
 from dfrot.system.errors import UserError
+from dfrot.system.files import translate_io_errors, write_json, write_tensors
+from dfrot.system.lock import LOCK_FILE, exclusive_lock
+from dfrot.system.progress import track
 from dfrot.transform.transforms import input_widths
 
 
-@dataclass(frozen=True)
-class Layer:
-    """A linear layer of a decoder block.
+class Layer(NamedTuple):
+    """A linear layer of a decoder block."""
 
-    Attributes:
-        weight: dequantized to float32, or as stored if it is not quantized.
-        bias: if it has one.
-        integers: codes, centred on 0 if symmetric, and scales; None if the weight is not quantized.
-    """
-
-    weight: Float[Tensor, "out in"]
+    weight: Float[Tensor, "out in"]  # dequantized to float32, or as stored if it is not quantized
     bias: Float[Tensor, " out"] | None
+    # codes, centred on 0 if symmetric, and scales; None if the weight is not quantized
     integers: tuple[Int[Tensor, "out in"], Float[Tensor, "out groups"]] | None
+
+
+Weight = Callable[[str, Layer], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -58,21 +59,18 @@ class Checkpoint:
         config = read_config(path)
         return Checkpoint(path, config, found.recipe, found.runtime, graph_for(config), weight_files(path))
 
-    def require_folded(self, engine: str) -> None:
-        """Raise UserError if anything is rotated online, which `engine` cannot do."""
-        self.require_shared(engine)
-        if online := ", ".join(self.runtime.online):
-            raise UserError(
-                f"{self.path} rotates the input of {online} while the model runs; {engine} cannot. "
-                "Quantize with --fold-only, which leaves out online rotations."
-            )
-
-    def require_shared(self, engine: str) -> None:
-        """Raise UserError if online rotations differ from block to block (DuQuant), which no engine supports."""
+    def refuse_rotations(self, engine: str, *, alike: bool = True) -> None:
+        """Raise UserError if an input is rotated while the model runs, as no engine can from block to block (DuQuant),
+        and `engine` cannot at all if that is to be refused where it is `alike` in all blocks, too."""
         if self.runtime.rotation_blocks:
             raise UserError(
                 f"{self.path} was made by {self.recipe.get('method')}, which rotates every layer's input while the "
                 f"model runs; {engine} cannot. Quantize with --method rangerot --fold-only."
+            )
+        if alike and (online := ", ".join(self.runtime.online)):
+            raise UserError(
+                f"{self.path} rotates the input of {online} while the model runs; {engine} cannot. "
+                "Quantize with --fold-only, which leaves out online rotations."
             )
 
     def lost(self, engine: str, *kinds: str) -> Iterator[str]:
@@ -98,14 +96,70 @@ class Checkpoint:
         zeros = None if spec.symmetric else self.tensor(f"{name}.zeros").float()
         return Layer(dequantize(codes, spec.weight_granularity, QParams(scales, zeros)), bias, (codes, scales))
 
-    def others(self, index: int) -> dict[str, Tensor]:
-        """The tensors of block `index` outside its linear layers (norms), by their names in the block."""
+    @property
+    def shards(self) -> list[int | None]:
+        """What `tensors` takes, in order."""
+        return [None, *range(self.config.num_hidden_layers)]
+
+    def tensors(self, index: int | None, weight: Weight) -> Iterator[tuple[str, Tensor]]:
+        """Names and contents of the tensors of block `index`, or of embedding, last norm and untied head.
+
+        Args:
+            weight: name and contents of a linear layer → its tensors but for the bias. All others are as stored.
+        """
+        if index is None:
+            ends = (f"{name}.weight" for name in (self.graph.embedding, self.graph.final_norm, self.graph.head))
+            yield from ((name, self.tensor(name)) for name in ends if name in self.files)
+            return
         prefix = f"{self.graph.blocks}.{index}."
         linears = tuple(f"{prefix}{linear}." for linear in self.graph.linears)
-        names = (name for name in sorted(self.files) if name.startswith(prefix) and not name.startswith(linears))
-        return {name.removeprefix(prefix): self.tensor(name) for name in names}
+        others = (name for name in sorted(self.files) if name.startswith(prefix) and not name.startswith(linears))
+        yield from ((name, self.tensor(name)) for name in others)
+        for linear in self.graph.linears:
+            layer = self.layer(index, linear)
+            for part, tensor in weight(linear, layer).items():
+                yield f"{prefix}{linear}.{part}", tensor
+            if layer.bias is not None:
+                yield f"{prefix}{linear}.bias", layer.bias
 
-    def ends(self) -> dict[str, Tensor]:
-        """The embedding, the last norm and, unless it is tied to the embedding, the head."""
-        names = [f"{self.graph.embedding}.weight", f"{self.graph.final_norm}.weight", f"{self.graph.head}.weight"]
-        return {name: self.tensor(name) for name in names if name in self.files}
+
+def write_directory(checkpoint: Checkpoint, out: Path, weight: Weight, config: dict[str, Any]) -> None:
+    """Write all `tensors` in shards, an index, the tokenizer and, last, config.json: without it there is no model.
+
+    Raises:
+        UserError: `out` is not empty.
+        SetupError: `out` cannot be written.
+    """
+    count = len(checkpoint.shards)
+    weight_map: dict[str, str] = {}
+    total = 0
+    with exclusive_lock(out):
+        if found := sorted(file.name for file in out.iterdir() if file.name != LOCK_FILE):
+            raise UserError(f"{out} is not empty ({found[0]}); nothing there is touched. Choose another -o directory.")
+        try:
+            for number, index in enumerate(track(checkpoint.shards, "exporting", count), start=1):
+                tensors = dict(checkpoint.tensors(index, weight))
+                file = out / f"model-{number:05}-of-{count:05}.safetensors"
+                write_tensors(file, tensors, {"format": "pt"})
+                weight_map |= dict.fromkeys(tensors, file.name)
+                total += sum(tensor.nbytes for tensor in tensors.values())
+            write_json(out / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+            with translate_io_errors(out):
+                load_tokenizer(checkpoint.path).save_pretrained(out)
+                if (settings := checkpoint.path / "generation_config.json").is_file():
+                    shutil.copyfile(settings, out / settings.name)
+            write_json(out / "config.json", config)
+        except BaseException:  # Ctrl-C too
+            for file in out.iterdir():
+                if file.name != LOCK_FILE:
+                    file.unlink()
+            raise
+
+
+def to_huggingface(checkpoint: Checkpoint, out: Path) -> list[str]:
+    """Write plain weights in the checkpoint's dtype, for tools that know nothing of dfrot: folded rotations stay in
+    them, integers become floats. Returns and errors are those of `export`."""
+    checkpoint.refuse_rotations("transformers")
+    config = {name: value for name, value in checkpoint.config.to_dict().items() if name != "quantization_config"}
+    write_directory(checkpoint, out, lambda _, layer: {"weight": layer.weight.to(checkpoint.config.dtype)}, config)
+    return list(checkpoint.lost("transformers", "activations", "keys"))

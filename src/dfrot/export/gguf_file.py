@@ -12,12 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from dfrot.export.checkpoint import Checkpoint
+from dfrot.export.checkpoint import Checkpoint, Layer
 from dfrot.export.gguf_vocabulary import add_vocabulary
 from dfrot.models.graph import Config, head_dim
 from dfrot.system.errors import SetupError, UserError
@@ -26,8 +27,7 @@ from dfrot.system.progress import track
 from dfrot.transform.transforms import input_widths
 
 if TYPE_CHECKING:
-    import numpy as np
-    from gguf import GGUFWriter, TensorNameMap
+    from gguf import GGUFWriter
 
 # `model_type` of config.json → llama.cpp's architecture
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "phi3": "phi3"}
@@ -46,28 +46,27 @@ def to_gguf(checkpoint: Checkpoint, out: Path, kind: str | None = None) -> list[
     """
     if importlib.util.find_spec("gguf") is None:
         raise SetupError("writing GGUF files needs the package gguf. Install it: pip install 'dfrot[gguf]'")
-    from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFWriter, get_tensor_name_map
+    from gguf import GGMLQuantizationType, GGUFWriter
 
-    checkpoint.require_folded("llama.cpp")
+    checkpoint.refuse_rotations("llama.cpp")
     if problem := next(_problems(checkpoint.config), None):
         raise UserError(f"{problem} dfrot export --to huggingface keeps it.")
     kind = choose_type(checkpoint, kind)
     if out.exists():
         raise UserError(f"{out} is there already, and is not touched. Choose another -o file.")
-    architecture = ARCHITECTURES[checkpoint.config.model_type]
-    names = get_tensor_name_map(MODEL_ARCH[architecture.upper()], checkpoint.config.num_hidden_layers)
-    writer = GGUFWriter(None, architecture)
+    writer = GGUFWriter(None, ARCHITECTURES[checkpoint.config.model_type])
     _add_hyperparameters(writer, checkpoint, kind)
+    rope = _add_rope(writer, checkpoint.config)
     add_vocabulary(writer, checkpoint.path, checkpoint.config.vocab_size)
     # The file begins with the shapes of all tensors. So all are made twice, one at a time: first for their shapes and
     # to refuse, before a file is begun, what cannot be written; then to write them.
-    for name, stored, data in _tensors(checkpoint, names, kind):
+    for name, stored, data in _tensors(checkpoint, rope, kind):
         writer.add_tensor_info(name, data.shape, data.dtype, data.nbytes, GGMLQuantizationType[stored.upper()])
     with atomically(out) as temporary, contextlib.closing(writer):
         writer.write_header_to_file(temporary)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for _, _, data in track(_tensors(checkpoint, names, kind), "exporting", len(writer.tensors[0])):
+        for _, _, data in track(_tensors(checkpoint, rope, kind), "exporting", len(writer.tensors[0])):
             writer.write_tensor_data(data)
     return list(_differences(checkpoint, kind))
 
@@ -123,9 +122,9 @@ def _differences(checkpoint: Checkpoint, kind: str) -> Iterator[str]:
 
 def _add_hyperparameters(writer: "GGUFWriter", checkpoint: Checkpoint, kind: str) -> None:
     """The metadata but for the vocabulary."""
-    from gguf import GGML_QUANT_VERSION, LlamaFileType, RopeScalingType
+    from gguf import GGML_QUANT_VERSION, LlamaFileType
 
-    config, recipe, rope = checkpoint.config, checkpoint.recipe, checkpoint.config.rope_parameters
+    config, recipe = checkpoint.config, checkpoint.recipe
     writer.add_description(f"{recipe.get('method')} {recipe.get('weights')} {checkpoint.runtime.spec}")
     writer.add_quantized_by("dfrot")
     writer.add_file_type(LlamaFileType.ALL_F32 if kind == "f32" else LlamaFileType[f"MOSTLY_{kind.upper()}"])
@@ -140,66 +139,68 @@ def _add_hyperparameters(writer: "GGUFWriter", checkpoint: Checkpoint, kind: str
     writer.add_key_length(head_dim(config))
     writer.add_value_length(head_dim(config))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+
+
+def _add_rope(writer: "GGUFWriter", config: Config) -> dict[str, Tensor]:
+    """RoPE's metadata. Returns tensors of divisors of its frequencies, where these differ from one to the next."""
+    from gguf import RopeScalingType
+
+    rope = config.rope_parameters
     writer.add_rope_dimension_count(int(head_dim(config) * rope.get("partial_rotary_factor", 1.0)))
     writer.add_rope_freq_base(rope["rope_theta"])
-    if rope.get("rope_type") == "linear":
-        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(rope["factor"])
-    elif rope.get("rope_type") == "longrope":
-        _, attention = ROPE_INIT_FUNCTIONS["longrope"](config, torch.device("cpu"))
-        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
-        writer.add_rope_scaling_attn_factors(attention)
-
-
-def _rope_tensors(config: Config) -> dict[str, Tensor]:
-    """Divisors of RoPE's frequencies, where they differ from one to the next: Llama 3 and LongRoPE."""
-    rope = config.rope_parameters
-    if rope.get("rope_type") == "llama3":
-        scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
-        unscaled = rope["rope_theta"] ** (-torch.arange(len(scaled), dtype=torch.float32) / len(scaled))
-        return {"rope_freqs.weight": unscaled / scaled}
-    if rope.get("rope_type") == "longrope":
-        return {f"rope_factors_{which}.weight": torch.tensor(rope[f"{which}_factor"]) for which in ("long", "short")}
+    match rope.get("rope_type"):
+        case "linear":
+            writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+            writer.add_rope_scaling_factor(rope["factor"])
+        case "llama3":
+            scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+            unscaled = rope["rope_theta"] ** (-torch.arange(len(scaled), dtype=torch.float32) / len(scaled))
+            return {"rope_freqs.weight": unscaled / scaled}
+        case "longrope":
+            _, attention = ROPE_INIT_FUNCTIONS["longrope"](config, torch.device("cpu"))
+            writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+            writer.add_rope_scaling_attn_factors(attention)
+            return {f"rope_factors_{term}.weight": torch.tensor(rope[f"{term}_factor"]) for term in ("long", "short")}
     return {}
 
 
-def _tensors(checkpoint: Checkpoint, names: "TensorNameMap", kind: str) -> Iterator[tuple[str, str, "np.ndarray"]]:
+def _tensors(checkpoint: Checkpoint, rope: dict[str, Tensor], kind: str) -> Iterator[tuple[str, str, np.ndarray]]:
     """Name, type and contents of every tensor: linear layers in `kind`, the other matrices too if it is a float type,
     else in f16; vectors in f32."""
-    wide = kind if kind in FLOATS else "f16"
+    from gguf import MODEL_ARCH, get_tensor_name_map
 
-    def named(name: str, stored: str, tensor: Tensor) -> tuple[str, str, "np.ndarray"]:
-        gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        if gguf_name is None:
-            raise UserError(f"llama.cpp has no place for the tensor {name} of {checkpoint.path}.")
-        return gguf_name, stored, (_floats(stored, tensor) if stored in FLOATS else tensor).contiguous().numpy()
+    config = checkpoint.config
+    names = get_tensor_name_map(MODEL_ARCH[ARCHITECTURES[config.model_type].upper()], config.num_hidden_layers)
 
-    for name, tensor in checkpoint.ends().items():
-        yield named(name, "f32" if tensor.ndim == 1 else wide, tensor)
-    for name, tensor in _rope_tensors(checkpoint.config).items():
-        yield name, "f32", tensor.float().numpy()
-    for index in range(checkpoint.config.num_hidden_layers):
-        prefix = f"{checkpoint.graph.blocks}.{index}."
-        for name, tensor in checkpoint.others(index).items():
-            yield named(prefix + name, "f32", tensor)
-        for linear in checkpoint.graph.linears:
-            layer = checkpoint.layer(index, linear)
-            rows = _row_order(checkpoint.config, linear, len(layer.weight))
-            weight = layer.weight[rows]
-            if kind in INTEGER_BITS and layer.integers is not None:
-                weight = packed(kind, *(part[rows] for part in layer.integers))
-            yield named(f"{prefix}{linear}.weight", kind, weight)
-            if layer.bias is not None:
-                yield named(f"{prefix}{linear}.bias", "f32", layer.bias[rows])
+    def weight(_: str, layer: Layer) -> dict[str, Tensor]:
+        return {"weight": layer.weight if kind in FLOATS or layer.integers is None else packed(kind, *layer.integers)}
+
+    for index in checkpoint.shards:
+        for name, tensor in checkpoint.tensors(index, weight):
+            gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
+            if gguf_name is None:
+                raise UserError(f"llama.cpp has no place for the tensor {name} of {checkpoint.path}.")
+            stored = kind
+            if tensor.dtype != torch.uint8:
+                stored = "f32" if tensor.ndim == 1 else kind if kind in FLOATS else "f16"
+                tensor = tensor.to(FLOATS[stored])
+                if not tensor.isfinite().all():
+                    most = torch.finfo(tensor.dtype).max
+                    raise UserError(f"{stored} ends at {most:g}, which a weight exceeds. Take --type bf16.")
+                tensor = tensor.view(torch.int16) if stored == "bf16" else tensor  # numpy has no bfloat16
+            yield gguf_name, stored, _in_order(config, name, tensor).contiguous().numpy()
+        if index is None:
+            for name, tensor in rope.items():
+                yield name, "f32", tensor.float().numpy()
 
 
-def _row_order(config: Config, linear: str, count: int) -> Tensor:
-    """Order of a layer's output channels. For "llama", RoPE in llama.cpp rotates neighbouring channels of a head, in
+def _in_order(config: Config, name: str, tensor: Tensor) -> Tensor:
+    """A tensor, its rows in the order of llama.cpp. For "llama", RoPE rotates neighbouring channels of a head there, in
     transformers one half against the other; so channels of queries and keys take turns. Others rotate halves too."""
-    rows = torch.arange(count)
-    if ARCHITECTURES[config.model_type] != "llama" or linear not in _HEADS:
-        return rows
-    return rows.view(getattr(config, _HEADS[linear]), 2, -1).transpose(1, 2).flatten()
+    for linear, heads in _HEADS.items():
+        if ARCHITECTURES[config.model_type] == "llama" and f".{linear}." in name:
+            return tensor.unflatten(0, (getattr(config, heads), 2, -1)).transpose(1, 2).flatten(0, 2)
+    return tensor
 
 
 def packed(kind: str, codes: Int[Tensor, "out in"], scales: Float[Tensor, "out groups"]) -> Tensor:
@@ -218,11 +219,3 @@ def packed(kind: str, codes: Int[Tensor, "out in"], scales: Float[Tensor, "out g
     else:
         blocks = blocks.to(torch.int8).view(torch.uint8)
     return torch.cat([steps.unsqueeze(-1).view(torch.uint8), blocks], dim=-1).view(len(codes), -1)
-
-
-def _floats(kind: str, weight: Float[Tensor, "..."]) -> Tensor:
-    """A tensor in one of `FLOATS`, of bf16 the bytes as int16 for numpy; UserError if it overflows."""
-    narrow = weight.to(FLOATS[kind])
-    if not narrow.isfinite().all():
-        raise UserError(f"{kind} ends at {torch.finfo(FLOATS[kind]).max:g}, which a weight exceeds. Take --type bf16.")
-    return narrow.view(torch.int16) if kind == "bf16" else narrow

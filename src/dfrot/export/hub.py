@@ -16,7 +16,6 @@ from dfrot.report.words import metrics_of, number, recipe_label, shown
 from dfrot.rounding import ROUNDINGS
 from dfrot.system.errors import SetupError, UserError
 from dfrot.system.files import read_json
-from dfrot.system.papers import Paper
 from dfrot.version import __version__
 
 # What a result depends on. Not the model and text paths or the commit, which mean nothing on other machines
@@ -52,13 +51,11 @@ def model_card(path: Path, repository: str, records: Sequence[Record] = (), base
     own = [record for record in records if record.recipe == recipe]
     if records and not own:
         raise UserError(f"none of the {len(records)} result records is of the recipe of {path}.")
-    shown_records = [*(record for record in records if record.recipe is None), *own]
-    papers = _papers(recipe)
+    owners = METHODS.get(str(recipe.get("method"))), ROUNDINGS.get(str(recipe.get("weights")))
+    papers = [paper for owner in owners if owner is not None for paper in owner.papers]
     bibtex = "\n".join(paper.bibtex() for paper in papers)
     tags = ["dfrot", "quantized", f"{spec.weights.bits}-bit", *(f"arxiv:{paper.arxiv}" for paper in papers)]
     data = ModelCardData(base_model=base_model, library_name="transformers", pipeline_tag="text-generation", tags=tags)
-    measured = {key: result.conditions[key] for result in own for key in _CONDITIONS if result.conditions.get(key)}
-    conditions = "; ".join(f"{key} {json.dumps(value)}" for key, value in measured.items()).replace('"', "")
     kinds = {"weights": spec.weights, "activations": spec.activations, "keys and values": spec.keys}
     grids = ", ".join(f"{kind} in {grid.bits} bits" for kind, grid in kinds.items() if grid.enabled)
     provenance = json.loads(json.dumps(recipe))
@@ -74,7 +71,7 @@ def model_card(path: Path, repository: str, records: Sequence[Record] = (), base
         version=__version__,
         size=size,
         megabytes={name: value / 1e6 for name, value in size.items()},
-        results=f"## Results\n\n{_table(shown_records)}\n\n{conditions}\n\n" if own else "",
+        results=_results([*(record for record in records if record.recipe is None), *own]) if own else "",
         repository=repository,
         provenance=json.dumps(provenance, indent=2),
         citation=f"\n\n## Citation\n\n```bibtex\n{bibtex}\n```" if papers else "",
@@ -85,7 +82,7 @@ def push(checkpoint: Path, repository: str, *, private: bool = False, **card_opt
     """Upload a checkpoint with its model card, whose records and base_model are `card_options`.
 
     Returns:
-        The repository's address; the repository is made if it does not exist.
+        The address of the repository, which is made if it does not exist.
 
     Raises:
         UserError: there is no checkpoint, or nobody is logged in who may write there.
@@ -117,14 +114,13 @@ def push(checkpoint: Path, repository: str, *, private: bool = False, **card_opt
     return str(address)
 
 
-def _papers(recipe: dict[str, Any]) -> list[Paper]:
-    """The papers that the method and the rounding of a recipe follow."""
-    owners = METHODS.get(str(recipe.get("method"))), ROUNDINGS.get(str(recipe.get("weights")))
-    return [paper for owner in owners if owner is not None for paper in owner.papers]
-
-
-def _table(records: Sequence[Record]) -> str:
+def _results(records: list[Record]) -> str:
+    """A table of metrics, and what those of quantized models depend on."""
     metrics = reported(metrics_of(records))
     rows = [["", *map(shown, metrics)], ["---", *["---:"] * len(metrics)]]
     rows += [[recipe_label(record), *(number(record.metrics.get(name)) for name in metrics)] for record in records]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
+    table = "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |\n" for row in rows)
+    own = [record.conditions for record in records if record.recipe is not None]
+    measured = {key: conditions[key] for conditions in own for key in _CONDITIONS if conditions.get(key)}
+    words = "; ".join(f"{key} {json.dumps(value)}" for key, value in measured.items()).replace('"', "")
+    return f"## Results\n\n{table}\n{words}\n\n"

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dfrot.export.checkpoint import Checkpoint, Layer
-from dfrot.export.directory import write_directory
+from dfrot.export.checkpoint import Checkpoint, Layer, write_directory
 from dfrot.linalg.rotation import Rotation
 from dfrot.quant.packing import pack
 from dfrot.system.errors import UserError
@@ -98,7 +97,7 @@ def _problems(checkpoint: Checkpoint, device: str, plugin: bool, gpus: int) -> I
         yield f"vLLM runs on cpu or cuda, got '{device}'."
     if gpus < 1:
         yield f"--tensor-parallel is at least 1 GPU, got {gpus}."
-    checkpoint.require_shared("vLLM")
+    checkpoint.refuse_rotations("vLLM", alike=False)
     if not (weights.enabled or activations.enabled or online):
         yield "nothing is quantized: --to huggingface writes plain weights, which vLLM loads."
     if (weights.bits, activations.bits) not in FORMATS:

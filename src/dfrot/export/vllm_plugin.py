@@ -19,7 +19,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.transform.module
 from vllm.platforms import current_platform
 
 from dfrot.export.vllm import PLUGIN_METHOD
-from dfrot.kernels.linear import bound
+from dfrot.kernels.linear import linear
 from dfrot.kernels.lowering import NO_PASSES
 from dfrot.quant.spec import TensorSpec
 from dfrot.runtime.linear import QuantLinear
@@ -100,7 +100,7 @@ class FourBitActivations(Wrapped):
             )
         reference.qweight, reference.scales = words.view(torch.uint8), scales
         if reference.native(scales.new_empty(1, inputs)):
-            products = bound([reference.packed()[0]], NO_PASSES, weights, activations)
+            products = linear([reference.packed()[0]], NO_PASSES, weights, activations)
             self.multiply = lambda x: products(x)[0]
         else:
             reference.dense_weight(dtype)  # unpacked now, not while vLLM compiles

@@ -14,10 +14,9 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from dfrot.kernels import attention, structures
-from dfrot.kernels.library import instruction_set
 from dfrot.kernels.linear import PackedWeight
-from dfrot.kernels.lowering import NO_PASSES, Lowered, flatten, lower
-from dfrot.kernels.structures import Block, Grid, Norm, Tokens, Transform, Weights, native
+from dfrot.kernels.lowering import NO_PASSES, Lowered, lower
+from dfrot.kernels.structures import Block, Grid, Norm, Tokens, Transform, Weights, machine, native, pointer
 from dfrot.models.graph import Config, ModelGraph, head_dim
 from dfrot.quant.spec import UNQUANTIZED
 from dfrot.runtime.kv import ATTENTION, KVQuantizer, QuantizedCacheLayer
@@ -110,14 +109,8 @@ class FusedBlock:
         y = torch.empty_like(x)
         mask = None if mask is None else mask.contiguous()
         keys, values, length = self._room(layer, x)
-        structures.check(
-            native().dfrot_block(
-                *(instruction_set(), torch.get_num_threads(), ctypes.byref(block), ctypes.byref(tokens)),
-                *(ctypes.byref(keys), ctypes.byref(values), structures.size(length)),
-                *(structures.pointer(mask), *map(structures.size, structures.mask_strides(mask))),
-                structures.pointer(y),
-            )
-        )
+        looks = structures.looks(mask)
+        native().dfrot_block(*machine(), block, tokens, keys, values, length, *looks, pointer(y))
         layer.advance(x.shape[1])
         return y
 
@@ -130,29 +123,18 @@ class FusedBlock:
         length = 0
         if isinstance(layer, QuantizedCacheLayer):
             *packed, length = self._room(layer, x)
-        structures.check(
-            native().dfrot_block_read(
-                *(instruction_set(), torch.get_num_threads(), ctypes.byref(block), ctypes.byref(tokens)),
-                *(None if each is None else ctypes.byref(each) for each in packed),
-                *(structures.size(length), *map(structures.pointer, (query, keys, values))),
-            )
-        )
+        native().dfrot_block_read(*machine(), block, tokens, *packed, length, *map(pointer, (query, keys, values)))
         if isinstance(layer, QuantizedCacheLayer):
             whole = layer.advance(count)
             if length:
                 spec = self.attention.kv_quantizer.keys
-                keys, values = (attention.unpack(part, spec, x.dtype) for part in whole)
+                keys, values = (attention.unpack([*part], spec.bits, x.dtype) for part in whole)
         return query, keys, values
 
     def _write(self, block: Block, x: Tensor, attended: Tensor) -> Tensor:
         attended, y = attended.contiguous(), torch.empty_like(x)
-        structures.check(
-            native().dfrot_block_write(
-                *(instruction_set(), torch.get_num_threads(), ctypes.byref(block)),
-                *(structures.pointer(x), structures.pointer(attended), structures.DTYPES[x.dtype]),
-                *(structures.size(x.shape[0] * x.shape[1]), structures.pointer(y)),
-            )
-        )
+        rows = structures.DTYPES[x.dtype], x.shape[0] * x.shape[1]
+        native().dfrot_block_write(*machine(), block, pointer(x), pointer(attended), *rows, pointer(y))
         return y
 
     def _room(self, layer: QuantizedCacheLayer, x: Tensor) -> tuple[Any, Any, int]:
@@ -161,7 +143,7 @@ class FusedBlock:
             layer.lazy_initialization(x, x)
         bits = self.attention.kv_quantizer.keys.bits
         keys, values = layer.reserve(x.shape[0], self.config.num_key_value_heads, x.shape[1])
-        return structures.cache(*keys, bits), structures.cache(*values, bits), layer.get_seq_length()
+        return structures.cache(keys, bits), structures.cache(values, bits), layer.get_seq_length()
 
     def _structure(self, x: Tensor) -> Block | None:
         """The block as the kernels take it; None if they cannot compute it for such an input."""
@@ -204,20 +186,12 @@ class FusedBlock:
         def transform(name: str) -> Transform:
             passes: Lowered = before[name]
             kept.append(passes)
-            return structures.transform(*flatten(passes))
+            return structures.transform(*passes)
 
         def weights(stage: Sequence[str]) -> Any:
             columns: list[PackedWeight] = [packed[name][0] for name in stage]
-            spec = self.modules[stage[0]].weights
-            array = structures.weights_of(
-                [each.qweight for each in columns],
-                [each.scales for each in columns],
-                [each.zeros for each in columns if each.zeros is not None],
-                [each.sums for each in columns],
-                [each.bias for each in columns],
-                spec.bits,
-                spec.group or 0,
-            )
+            bits = self.modules[stage[0]].weights.bits
+            array = (Weights * len(columns))(*(each.structure(bits) for each in columns))
             kept.append((columns, array))
             return ctypes.cast(array, ctypes.POINTER(Weights))
 

@@ -1,59 +1,87 @@
-"""The compiled C library: found beside the package, or compiled on first use and kept.
+"""The C library: compiled with the package, or on first use and kept, or not at all.
 
-Everything works without it, only slower: `backend()` says which is used and why.
+Everything works without it, only slower: `backend()` says which is used and why. The build of the package runs this
+file too, without dfrot's dependencies.
 """
 
 import ctypes
 import functools
+import hashlib
 import os
 import platform
+import shutil
 import subprocess
+import tempfile
+from pathlib import Path
 
-from dfrot.kernels.compile import SOURCES, compile_library, library_name
-from dfrot.system.files import cache_dir
-
+SOURCES = Path(__file__).parent / "native"
+FLAGS = (
+    *("-O3", "-std=gnu11", "-fPIC", "-shared", "-fopenmp", "-fvisibility=hidden"),
+    *("-fno-math-errno", "-fno-trapping-math"),  # or rintf is a call
+    "-ffp-contract=off",  # a product and a sum are rounded as torch rounds them
+)
 INSTRUCTION_SETS = ("none", "AVX2", "AVX512-VNNI", "AMX-int8")
 AVX2 = 1
 _SWITCH = "DFROT_KERNELS"  # set to "reference": torch alone
 
 
+def library_name() -> str:
+    """Differs between sources and flags that differ."""
+    content = b"".join(file.read_bytes() for file in sorted(SOURCES.glob("*.[ch]")))
+    return f"dfrot-{hashlib.sha256(content + ' '.join(FLAGS).encode()).hexdigest()[:16]}.so"
+
+
+def compile_library(into: Path) -> None:
+    """Compile to a shared library with $CC, else the first of cc, gcc and clang that is there.
+
+    Raises:
+        OSError: there is no compiler, or the folder cannot be written.
+        subprocess.CalledProcessError: the compiler refused; `stderr` says why.
+    """
+    compiler = os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), "cc")
+    into.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=into.parent) as folder:  # renamed when whole: others may be compiling too
+        made = Path(folder) / into.name
+        sources = sorted(map(str, SOURCES.glob("*.c")))
+        command = [*compiler.split(), *FLAGS, *sources, "-o", str(made)]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+        made.replace(into)
+
+
 @functools.cache
-def _found() -> tuple[ctypes.CDLL | None, str]:
-    """The library, and which instruction set it uses; or None, and why not."""
+def library() -> tuple[ctypes.CDLL | None, str]:
+    """The library, and which instruction set it uses; or None, and why it cannot be had here."""
     if os.environ.get(_SWITCH) == "reference":
         return None, f"{_SWITCH}=reference is set"
     if platform.machine() not in ("x86_64", "AMD64"):
         return None, f"there are no kernels for {platform.machine()}"
+    from dfrot.system.files import cache_dir
+
     path = SOURCES / library_name()
     try:
         if not path.is_file():
             path = cache_dir() / "kernels" / library_name()
         if not path.is_file():
             compile_library(path)
-        library = ctypes.CDLL(str(path))
+        found = ctypes.CDLL(str(path))
     except subprocess.CalledProcessError as error:
         why = (error.stderr or "").strip().splitlines()
         return None, f"the kernels do not compile: {why[0] if why else f'{error.cmd[0]} fails'}"
     except OSError as error:
         return None, f"the kernels cannot be compiled or loaded: {error}"
-    if library.dfrot_isa() == 0:
+    if found.dfrot_isa() == 0:
         return None, "the processor has neither AVX2 nor anything newer"
-    return library, f"with {INSTRUCTION_SETS[library.dfrot_isa()]}"
-
-
-def library() -> ctypes.CDLL | None:
-    """The compiled library, or None if it cannot be had here."""
-    return _found()[0]
+    return found, f"with {INSTRUCTION_SETS[found.dfrot_isa()]}"
 
 
 @functools.cache
 def instruction_set() -> int:
     """Position in `INSTRUCTION_SETS` of what the kernels use; 0 if there are none."""
-    native = library()
-    return 0 if native is None else native.dfrot_isa()
+    found, _ = library()
+    return 0 if found is None else found.dfrot_isa()
 
 
 def backend() -> str:
     """What computes here, for people."""
-    there, why = _found()
-    return f"native kernels {why}" if there is not None else f"torch reference: {why}"
+    found, why = library()
+    return f"torch reference: {why}" if found is None else f"native kernels {why}"

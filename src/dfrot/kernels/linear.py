@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from dfrot.kernels.library import AVX2, instruction_set
-from dfrot.kernels.lowering import Lowered, flatten
-from dfrot.kernels.structures import DTYPES, Grid, check, computable, native, pointer, size, transform, weights_of
+from dfrot.kernels import library
+from dfrot.kernels.lowering import Lowered
+from dfrot.kernels.structures import DTYPES, Grid, Weights, computable, machine, native, pointer, transform
 from dfrot.quant.spec import TensorSpec
 
 
@@ -32,125 +32,87 @@ class PackedWeight(NamedTuple):
         qweight: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, spec: TensorSpec
     ) -> "PackedWeight":
         """From the tensors of a checkpoint; none is copied unless the kernels do not know its dtype."""
-        groups = scales.shape[1]
-        sums = torch.empty(len(qweight), groups, dtype=torch.int32)
-        in_features = qweight.shape[1] * 8 // spec.bits
-        native().dfrot_code_sums(
-            *(pointer(qweight), size(len(qweight)), size(in_features)),
-            *(spec.bits, size(in_features // groups), pointer(sums)),
-        )
+        out, groups = scales.shape
+        sums = torch.empty(out, groups, dtype=torch.int32)
+        width = qweight.shape[1] * 8 // spec.bits
+        native().dfrot_code_sums(pointer(qweight), out, width, spec.bits, width // groups, pointer(sums))
         scales = (scales if scales.dtype in DTYPES else scales.float()).contiguous()
         return PackedWeight(qweight.contiguous(), scales, zeros, sums, None if bias is None else bias.float())
+
+    def structure(self, bits: int) -> Weights:
+        """The same for C, as long as this lives."""
+        (out, groups), num_bytes = self.scales.shape, self.qweight.shape[1]
+        width = num_bytes * 8 // bits
+        return Weights(
+            *(out, width, width // groups, groups, bits, pointer(self.qweight), num_bytes, pointer(self.scales)),
+            *(DTYPES[self.scales.dtype], pointer(self.zeros), pointer(self.sums), pointer(self.bias)),
+        )
 
 
 def supported(x: Tensor, weights: TensorSpec, activations: TensorSpec) -> bool:
     """Whether there is a kernel for such grids and an input like x (…, in)."""
-    if not computable(x):
+    if not computable(x) or not activations.enabled:
         return False
-    if weights.bits not in (4, 8) or not activations.enabled or x.shape[-1] * weights.bits % 8:
+    if weights.bits not in (4, 8) or x.shape[-1] * weights.bits % 8:
         return False
-    if (isa := instruction_set()) < AVX2 or weights.group is None:
-        return isa >= AVX2
+    if weights.group is None:
+        return True
     group_bytes, rest = divmod(weights.group * weights.bits, 8)
     fits = not rest and group_bytes % 4 == 0 and (64 % group_bytes == 0 or group_bytes % 64 == 0)
-    return fits and (isa > AVX2 or group_bytes % 32 == 0)
+    return fits and (library.instruction_set() > library.AVX2 or group_bytes % 32 == 0)
 
 
 def linear(
-    x: Float[Tensor, "*batch in"],
-    weights: Sequence[PackedWeight],
-    rotation: Lowered,
-    weight_spec: TensorSpec,
-    activation_spec: TensorSpec,
-) -> list[Tensor]:
-    """Q(x R) Ŵᵀ + b, (…, out) in the dtype of x, for each of the weights that read x."""
-    return bound(weights, rotation, weight_spec, activation_spec)(x)
-
-
-def bound(
     weights: Sequence[PackedWeight], rotation: Lowered, weight_spec: TensorSpec, activation_spec: TensorSpec
-) -> Callable[[Tensor], list[Tensor]]:
-    """`linear` as a function of x alone, that torch.compile takes for one operator."""
-    rest = *_columns(weights), *flatten(rotation), *_grids(weight_spec, activation_spec), instruction_set()
-    return lambda x: _linear(x, *rest)
-
-
-def _columns(
-    weights: Sequence[PackedWeight],
-) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor | None]]:
-    qweights, scales, zeros, sums, biases = (list(column) for column in zip(*weights, strict=True))
-    return qweights, scales, [] if zeros[0] is None else zeros, sums, biases
-
-
-def _grids(weights: TensorSpec, activations: TensorSpec) -> tuple[int, int, int, bool, float]:
-    return weights.bits, weights.group or 0, activations.bits, activations.symmetric, activations.fixed_clip
-
-
-def rotatable(x: Tensor) -> bool:
-    """Whether the kernels can rotate rows like those of x (…, n)."""
-    return computable(x) and instruction_set() >= AVX2
-
-
-def rotate(x: Float[Tensor, "*batch n"], rotation: Lowered) -> Float[Tensor, "*batch n"]:
-    """x R in the dtype of x, computed in float32, for float32 in float64."""
-    return _rotate(x, *flatten(rotation), instruction_set())
-
-
-# ---- The operators ---------------------------------------------------------------------------------------------------
+) -> Callable[[Float[Tensor, "*batch in"]], list[Tensor]]:
+    """x → Q(x R) Ŵᵀ + b, (…, out) in the dtype of x, for each of the weights that read x. To torch.compile, it is one
+    operator."""
+    parts = [part for weight in weights for part in weight]
+    grid = activation_spec.bits, activation_spec.symmetric, activation_spec.fixed_clip
+    return lambda x: _linear(x, parts, *rotation, weight_spec.bits, *grid)
 
 
 @torch.library.custom_op("dfrot::linear", mutates_args=())
 def _linear(
     x: Tensor,
-    qweights: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    zeros: Sequence[Tensor],
-    sums: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
+    parts: Sequence[Tensor | None],
     passes: Sequence[int],
-    pass_data: Sequence[Tensor],
-    square: float,
+    data: Sequence[Tensor],
+    square: int,
     weight_bits: int,
-    group: int,
     bits: int,
     symmetric: bool,
     clip: float,
-    isa: int,
 ) -> list[Tensor]:
-    x = x.contiguous()
-    made = [x.new_empty((*x.shape[:-1], len(qweight))) for qweight in qweights]
-    weights = weights_of(qweights, scales, zeros, sums, biases, weight_bits, group)
-    pointers = (ctypes.c_void_p * len(made))(*(y.data_ptr() for y in made))
-    grid = Grid(bits, symmetric, clip)
-    rotation = transform(passes, pass_data, square)
-    check(
-        native().dfrot_linear(
-            *(isa, torch.get_num_threads(), pointer(x), DTYPES[x.dtype], size(x.numel() // x.shape[-1])),
-            *(ctypes.byref(rotation), ctypes.byref(grid), len(made), weights, pointers),
-        )
+    x, made = x.contiguous(), _products(x, parts)
+    each = len(PackedWeight._fields)
+    weights = [PackedWeight(*parts[at : at + each]) for at in range(0, len(parts), each)]  # type: ignore[arg-type]
+    count = len(weights)
+    native().dfrot_linear(
+        *(*machine(), pointer(x), DTYPES[x.dtype], x.numel() // x.shape[-1]),
+        *(transform(passes, data, square), Grid(bits, symmetric, clip), count),
+        (Weights * count)(*(weight.structure(weight_bits) for weight in weights)),
+        (ctypes.c_void_p * count)(*map(pointer, made)),
     )
     return made
 
 
 @_linear.register_fake
-def _(x: Tensor, qweights: Sequence[Tensor], *_: Any) -> list[Tensor]:
-    return [x.new_empty((*x.shape[:-1], len(qweight))) for qweight in qweights]
+def _products(x: Tensor, parts: Sequence[Tensor | None], *_: Any) -> list[Tensor]:
+    qweights = parts[:: len(PackedWeight._fields)]
+    return [x.new_empty((*x.shape[:-1], len(qweight))) for qweight in qweights if qweight is not None]
 
 
 @torch.library.custom_op("dfrot::rotate", mutates_args=())
-def _rotate(x: Tensor, passes: Sequence[int], pass_data: Sequence[Tensor], square: float, isa: int) -> Tensor:
-    x = x.contiguous()
+def rotate(x: Tensor, passes: Sequence[int], data: Sequence[Tensor], square: int) -> Tensor:
+    """x R in the dtype of x (…, n), computed in float32, for float32 in float64. R is that of a `Lowered`."""
+    x, width = x.contiguous(), x.shape[-1]
     y = torch.empty_like(x)
-    width, rotation = x.shape[-1], transform(passes, pass_data, square)
-    check(
-        native().dfrot_rotate(
-            *(isa, torch.get_num_threads(), pointer(x), pointer(y), DTYPES[x.dtype], size(x.numel() // width)),
-            *(size(width), ctypes.byref(rotation)),
-        )
-    )
+    sizes = DTYPES[x.dtype], x.numel() // width, width
+    native().dfrot_rotate(*machine(), pointer(x), pointer(y), *sizes, transform(passes, data, square))
     return y
 
 
-@_rotate.register_fake
+@rotate.register_fake
 def _(x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x)

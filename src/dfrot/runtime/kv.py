@@ -103,8 +103,8 @@ class KVQuantizer(nn.Module):
         """Quantize new keys, rotated, and values into `room`, from position `at` on."""
         if self.native(keys):
             assert self.passes is not None, "native() has checked the rotation"
-            attention.append(keys, room[0], at, self.passes, self.keys)
-            attention.append(values, room[1], at, NO_PASSES, self.values)
+            attention.append(keys, [*room[0]], at, *self.passes, self.keys.bits, self.keys.fixed_clip)
+            attention.append(values, [*room[1]], at, *NO_PASSES, self.values.bits, self.values.fixed_clip)
         else:
             room[0].put(self.pack_keys(keys), at)
             room[1].put(self.pack_values(values), at)
@@ -128,7 +128,7 @@ class KVQuantizer(nn.Module):
 
     def unpack(self, packed: PackedKV, dtype: torch.dtype) -> Heads:
         if attention.supported(torch.empty(0, self.head_dim, dtype=dtype, device=packed.codes.device), self.keys):
-            return attention.unpack(packed, self.keys, dtype)
+            return attention.unpack([*packed], self.keys.bits, dtype)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         codes = unpack(packed.codes, self.keys.bits, self.head_dim)
         qparams = QParams(packed.scale.to(wide), packed.zero.to(wide))
@@ -254,7 +254,7 @@ def quantized_attention(
         assert passes is not None, "native() has seen to it"
         scaling = arguments.get("scaling") or quantizer.head_dim**-0.5
         query = quantizer.quantize_queries(query) if rotated else query
-        return attention.attend(query, keys, values, attention_mask, passes, scaling, quantizer.keys), None
+        return attention.attend(query, [*keys], [*values], attention_mask, *passes, scaling, quantizer.keys.bits), None
     parts = quantizer.quantize_queries(query), *(quantizer.unpack(each, query.dtype) for each in (keys, values))
     if tokens <= attention.FEW and query.dtype == torch.float32:  # as a block computes between its products
         adds = attention_mask is not None and attention_mask.dtype == torch.float32

@@ -84,7 +84,7 @@ class QuantLinear(nn.Module):
             weight, rotation = self.packed()
             if rotation is None:
                 x, rotation = self.rotated(x), NO_PASSES
-            return linear(x, [weight], rotation, self.weights, self.activations)[0]
+            return linear([weight], rotation, self.weights, self.activations)(x)[0]
         if not self.exact(x):
             return self.float_product(x)
         y = self.integer_product(x.detach())

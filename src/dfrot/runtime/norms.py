@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dfrot.kernels.linear import rotatable, rotate
+from dfrot.kernels import linear, structures
 from dfrot.kernels.lowering import lower
 from dfrot.linalg.rotation import Rotation, block_rotation
 
@@ -60,8 +60,8 @@ class BlockRotation(nn.Module):
         return block_rotation(self.matrices, self.orders)
 
     def forward(self, x: Float[Tensor, "*batch size"]) -> Float[Tensor, "*batch size"]:
-        passes = lower(self.as_rotation) if rotatable(x) else None
-        return in_float64(self.as_rotation.apply, x) if passes is None else rotate(x, passes)
+        passes = lower(self.as_rotation) if structures.computable(x) else None
+        return in_float64(self.as_rotation.apply, x) if passes is None else linear.rotate(x, *passes)
 
 
 class RotatedNorm(Float64RMSNorm):
