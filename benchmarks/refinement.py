@@ -24,6 +24,7 @@ from dfrot.methods.refinement import ORDINARY_TOKENS, squared_errors
 from dfrot.models.source import open_source
 from dfrot.models.texts import calibration_windows, read_text
 from dfrot.quant.spec import TensorSpec
+from dfrot.system.distributed import SINGLE_PROCESS
 
 QUANTIZER = TensorSpec(4, symmetric=False, clip_ratio=0.9)
 TOKENS, PIECE = 131_072, 2048
@@ -47,7 +48,7 @@ def compare(text: str, model: str, gamma: float) -> None:
     few, _ = sample_norm_outputs(context, ids, "relative", ORDINARY_TOKENS)
     for name, method, sample in (("descent, sampled", RangeRot(), few), ("alternation, all", DFRot(), everything)):
         began = time.perf_counter()
-        refined, _ = method.refine(start, sample, QUANTIZER, gamma)
+        refined, _ = method.refine(start, sample, QUANTIZER, gamma, SINGLE_PROCESS)
         seconds[name] = time.perf_counter() - began
         print(f"{name:18} objective {objective(refined):.4f}   {seconds[name]:.1f} s", flush=True)
     first, second = seconds.values()
@@ -65,7 +66,8 @@ def synthetic(size: int, steps: int, gamma: float) -> None:
         pieces.append(drawn(x, massive_tokens(x), ORDINARY_TOKENS * PIECE // TOKENS, generator))
     sample = Sample.joined(pieces)
     began = time.perf_counter()
-    refined, _ = RangeRot(steps=steps).refine(random_hadamard(size, generator), sample, QUANTIZER, gamma)
+    start = random_hadamard(size, generator)
+    refined, _ = RangeRot(steps=steps).refine(start, sample, QUANTIZER, gamma, SINGLE_PROCESS)
     deviation = (refined.matrix @ refined.matrix.T - torch.eye(size, dtype=torch.float64)).abs().max()
     print(f"d = {size}, {TOKENS} tokens, {int(sample.massive.sum())} massive, {len(sample.tokens)} kept, {steps} steps")
     print(f"{(time.perf_counter() - began) / steps:.1f} s per step, orthogonal to {deviation:.0e}")

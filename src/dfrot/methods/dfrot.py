@@ -17,7 +17,6 @@ does that objective; the other keeps a sample of the ordinary tokens, each weigh
 tokens are found by the same rule on every model, not by its name.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,7 +26,7 @@ from torch import Tensor
 from dfrot.linalg.procrustes import polar_factor
 from dfrot.methods.method import Look
 from dfrot.methods.quarot import QUAROT
-from dfrot.methods.refinement import PAPER_QUANTIZER, Refined, pieces
+from dfrot.methods.refinement import PAPER_QUANTIZER, Refined, Walk, pieces
 from dfrot.quant.spec import TensorSpec
 from dfrot.system.distributed import ProcessGroup
 from dfrot.system.papers import Paper
@@ -62,9 +61,7 @@ class DFRot(Refined):
     def quantizer(self, activations: TensorSpec) -> TensorSpec:
         return PAPER_QUANTIZER if self.objective == "paper" else super().quantizer(activations)
 
-    def walk(
-        self, X: Tensor, w: Tensor, R: Tensor, quantizer: TensorSpec, processes: ProcessGroup
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    def walk(self, X: Tensor, w: Tensor, R: Tensor, quantizer: TensorSpec, processes: ProcessGroup) -> Walk:
         """The paper's algorithm: quantization step, rotation step."""
         while True:
             errors, XtWB = [], torch.zeros_like(R)

@@ -56,13 +56,9 @@ def _error(x: Float[Tensor, "rows hidden"]) -> Float[Tensor, " rows"]:
 
 
 def describe_massive(
-    tokens: Float[Tensor, "rows hidden"],
-    massive: Bool[Tensor, " rows"],
-    token_ids: Int[Tensor, "sequences seq_len"],
-    block: int,
-    norm: str,
+    tokens: Float[Tensor, "rows hidden"], massive: Bool[Tensor, " rows"], token_ids: Tensor, block: int, norm: str
 ) -> list[dict[str, Any]]:
-    """One entry per massive token: where it is and how large, in units of the token's RMS."""
+    """Where every massive token is in `token_ids` (sequences, seq_len), and how large, in units of the token's RMS."""
     x, rows = tokens[massive], torch.nonzero(massive).flatten().to(token_ids.device)
     value, channel = x.abs().max(dim=-1)
     peaks = value / x.square().mean(-1).sqrt()
@@ -106,11 +102,7 @@ def sample_norm_outputs(
 ) -> tuple[Sample, list[dict[str, Any]]]:
     """Stream text through the full-precision blocks and sample the outputs of all their norms.
 
-    Args:
-        kept: ordinary tokens to keep in all; None keeps every one.
-
-    Returns:
-        The sample, and the massive tokens as `describe_massive` describes them.
+    Of the ordinary tokens so many are `kept` in all; None keeps every one. The massive ones are described beside.
     """
     source, device, generator = on.source, on.device, on.generator()
     per_piece = None if kept is None else max(1, kept // (len(source.graph.norms) * source.num_blocks))

@@ -68,11 +68,7 @@ class Method(Options, abc.ABC):
 
     @abc.abstractmethod
     def fit(self, on: FitContext) -> Fit:
-        """Fit the rotations.
-
-        Raises:
-            UserError: the rotations do not fit the model.
-        """
+        """Fit the rotations; UserError if they do not fit the model."""
 
     def outline(self, on: FitContext) -> Transforms:
         """Rotations of the same sites and sizes as `fit` returns, with any entries; the estimate needs them up front.

@@ -52,11 +52,7 @@ class QuaRot(Method):
 
 
 def random_rotation(on: FitContext, kind: str) -> Rotation:
-    """R1 before any refinement: RH ("hadamard") or RO ("orthogonal") of the model's width.
-
-    Raises:
-        UserError: no Hadamard matrix of the model's width is known.
-    """
+    """R1 unrefined: RO ("orthogonal") or RH ("hadamard"; raises UserError if none of the model's width is known)."""
     width = on.source.config.hidden_size
     if kind == "orthogonal":
         return random_orthogonal(width, on.generator())

@@ -18,7 +18,6 @@ a minute on a CPU.
 
 import itertools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +27,7 @@ from torch import Tensor
 from dfrot.methods.dfrot import DFROT
 from dfrot.methods.method import Look
 from dfrot.methods.quarot import QUAROT
-from dfrot.methods.refinement import Refined, pieces
+from dfrot.methods.refinement import Refined, Walk, pieces
 from dfrot.quant.spec import TensorSpec
 from dfrot.system.distributed import ProcessGroup
 from dfrot.system.papers import Paper
@@ -53,9 +52,7 @@ class RangeRot(Refined):
     papers = (QUAROT, DFROT, SPINQUANT)
     look = Look("#882255", "star-diamond", "solid")
 
-    def walk(
-        self, X: Tensor, w: Tensor, R: Tensor, quantizer: TensorSpec, processes: ProcessGroup
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    def walk(self, X: Tensor, w: Tensor, R: Tensor, quantizer: TensorSpec, processes: ProcessGroup) -> Walk:
         """Riemannian descent on the weighted squared ranges."""
         velocity = torch.zeros_like(R)
         for step in itertools.count():

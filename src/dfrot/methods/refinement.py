@@ -27,7 +27,7 @@ from dfrot.methods.quarot import around, random_rotation
 from dfrot.methods.sensitivity import kl_divergences
 from dfrot.models.sizes import ModelSizes
 from dfrot.quant.spec import TensorSpec
-from dfrot.system.distributed import SINGLE_PROCESS, ProcessGroup
+from dfrot.system.distributed import ProcessGroup
 from dfrot.system.errors import UserError
 from dfrot.system.progress import track
 from dfrot.transform.transforms import Transforms
@@ -39,6 +39,9 @@ HELD_BACK = 4  # one token in so many, the last of every sequence, is kept from 
 # Refinement has converged when the best objective has not fallen by this much in so many steps.
 CONVERGED, PATIENCE = 1e-4, 25
 _PIECE_ENTRIES = 1 << 20  # of the products that exist at a time; these stay in the cache
+
+
+Walk = Iterator[tuple[Tensor, Tensor]]  # the rotations met, each with the ‖xR − Q(xR)‖² of every token
 
 
 @dataclass(frozen=True)
@@ -68,10 +71,8 @@ class Refined(Method):
             raise UserError(f"steps is at least 1, got {self.steps}.")
 
     @abc.abstractmethod
-    def walk(
-        self, X: Tensor, w: Tensor, R: Tensor, quantizer: TensorSpec, processes: ProcessGroup
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Rotations from R on, each with every row's ‖xR − Q(xR)‖²; sums over X, weighted by w, are the processes'."""
+    def walk(self, X: Tensor, w: Tensor, R: Tensor, quantizer: TensorSpec, processes: ProcessGroup) -> Walk:
+        """From R to better rotations; sums over the tokens X, weighted by w, are reduced over the processes."""
 
     @property
     def ordinary_tokens(self) -> int | None:
@@ -97,68 +98,57 @@ class Refined(Method):
         refined_on = token_ids.shape[1] - held_back
         sample, massive = sample_norm_outputs(on, token_ids[:, :refined_on], self.massive, self.ordinary_tokens)
         start = random_rotation(on, self.rotation)
-        refined, logs = zip(*(self.refine(start, sample, quantizer, g, on.processes) for g in gammas), strict=True)
+        found = [self.refine(start, sample, quantizer, gamma, on.processes) for gamma in gammas]
         kl = [math.nan]  # with a single γ there is nothing to choose, and nothing was held back to choose by
         if len(gammas) > 1:
-            everywhere = [(rotation, range(on.source.num_blocks)) for rotation in refined]
-            kl = kl_divergences(on, everywhere, quantizer, token_ids, refined_on)
+            candidates = [(rotation, range(on.source.num_blocks)) for rotation, _ in found]
+            kl = kl_divergences(on, candidates, quantizer, token_ids, refined_on)
         chosen = min(range(len(gammas)), key=lambda i: kl[i])
+        refined, steps = found[chosen]
         rotations: dict[str, Rotation] = {"none": Identity(start.size), "RO": random_rotation(on, "orthogonal")}
-        rotations |= {"start": start, "refined": refined[chosen]}
+        rotations |= {"start": start, "refined": refined}
         notes = {
             "massive_tokens": massive,
             "gamma": gammas[chosen],
             "kl_by_gamma": dict(zip(map(str, gammas), kl, strict=True)) if len(gammas) > 1 else None,
-            "objective_by_step": logs[chosen],
+            "objective_by_step": steps,
             "squared_error_by_rotation": {
                 name: class_errors(squared_errors(sample.tokens, rotation, quantizer), sample)
                 for name, rotation in rotations.items()
             },
         }
-        return Fit(around(refined[chosen], on, self.fold_only), notes)
+        return Fit(around(refined, on, self.fold_only), notes)
 
     def refine(
-        self,
-        start: Rotation,
-        sample: Sample,
-        quantizer: TensorSpec,
-        gamma: float,
-        processes: ProcessGroup = SINGLE_PROCESS,
+        self, start: Rotation, sample: Sample, quantizer: TensorSpec, gamma: float, processes: ProcessGroup
     ) -> tuple[Dense, list[dict[str, Any]]]:
-        """The best rotation on the walk from `start`; never worse on the objective than that.
+        """The best rotation on the walk from `start`, orthogonal to 1e-9, on the CPU; and a record of each step.
 
-        Args:
-            quantizer: what the objective measures.
-            gamma: weight of massive tokens.
-            processes: share the tokens among them; each has the whole sample.
-
-        Returns:
-            A rotation orthogonal to 1e-9, on the CPU; the objective and the mean squared error of both classes of
-            tokens, step by step.
+        It is never worse on the objective than the start. Processes share the tokens; each has the whole sample.
         """
         w, shard = sample.weights(gamma), processes.shard
         X = sample.tokens[shard]
         first = start.as_matrix().to(device=X.device, dtype=X.dtype)
-        best, least, since, log = first, math.inf, 0, []
+        best, least, since, steps = first, math.inf, 0, []
         met = itertools.islice(self.walk(X, w[shard], first, quantizer, processes), self.steps + 1)
         for step, (R, error) in enumerate(track(met, "refining", self.steps + 1)):
             error = processes.all_gather(error, len(w))
             objective = float((error * w).sum(dtype=torch.float64))
-            log.append({"step": step, "objective": objective, **class_errors(error, sample)})
+            steps.append({"step": step, "objective": objective, **class_errors(error, sample)})
             since = 0 if objective < least * (1 - CONVERGED) else since + 1
             if objective < least:
                 best, least = R, objective
             if since == PATIENCE:
                 break
         # a hundred products in float32 leave R orthogonal to about 1e-5; the nearest orthogonal matrix mends that
-        return Dense(start.as_matrix() if best is first else polar_factor(best).cpu()), log
+        return Dense(start.as_matrix() if best is first else polar_factor(best).cpu()), steps
 
     def peak_bytes(self, sizes: ModelSizes) -> int:
         tokens = self.sequences * sizes.seq_len
         block = sizes.block * (sizes.source + 4) + 4 * sizes.sequence
         outputs = 4 * tokens * sum(width for _, width in sizes.stages)
-        rows = tokens * 2 * sizes.num_blocks
-        rows = rows if self.ordinary_tokens is None else min(rows, self.ordinary_tokens)
+        every = tokens * 2 * sizes.num_blocks  # norm output
+        rows = min(every, self.ordinary_tokens or every)
         refining = 3 * 4 * rows * sizes.hidden + 8 * 8 * sizes.hidden**2  # rows, twice while joined; matrices
         return max(block + outputs + 4 * rows * sizes.hidden, refining)
 

@@ -2,7 +2,7 @@
 
 Quantizing the inputs of the residual stream's readers in the basis R is x̂ ↦ Q(x̂ R) Rᵀ in the original basis. So no
 weight has to be folded to compare rotations: the original blocks are streamed once, and each candidate carries its own
-hidden states. A candidate is a rotation for all blocks, or a rotation for one block and no other.
+hidden states.
 """
 
 import contextlib
@@ -30,10 +30,9 @@ def kl_divergences(
     token_ids: Int[Tensor, "sequences seq_len"],
     first: int = 0,
 ) -> list[float]:
-    """Mean KL(original ‖ these blocks' norm outputs quantized in the basis R), in nats, from position `first` on.
+    """Mean KL(original ‖ candidate) of every candidate, in nats, from position `first` on.
 
-    Args:
-        candidates: each a rotation R and the blocks whose norm outputs it is for.
+    A candidate is a basis, and the blocks whose norm outputs are quantized in it.
     """
     source, device = on.source, on.device
     original = source.embedding()[token_ids].float().to(device)
@@ -63,10 +62,7 @@ def kl_divergences(
 
 
 def sensitivity_by_block(
-    on: FitContext,
-    rotations: Sequence[Rotation],
-    quantizer: TensorSpec,
-    token_ids: Int[Tensor, "sequences seq_len"],
+    on: FitContext, rotations: Sequence[Rotation], quantizer: TensorSpec, token_ids: Int[Tensor, "sequences seq_len"]
 ) -> list[list[float]]:
     """`kl_divergences` with one block quantized and no other: for every R, by block.
 
