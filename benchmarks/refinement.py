@@ -16,14 +16,15 @@ import torch
 
 from dfrot.evaluation.record import peak_rss_bytes
 from dfrot.linalg.rotation import Rotation, random_hadamard
-from dfrot.methods.dfrot import alternate
+from dfrot.methods.dfrot import DFRot
+from dfrot.methods.massive import Sample, drawn, massive_tokens, sample_norm_outputs
 from dfrot.methods.method import FitContext
-from dfrot.methods.rangerot import descend
-from dfrot.methods.refinement import ORDINARY_TOKENS, refine, squared_errors
-from dfrot.methods.sample import Sample, Sampler, sample_norm_outputs
+from dfrot.methods.rangerot import RangeRot
+from dfrot.methods.refinement import ORDINARY_TOKENS, squared_errors
 from dfrot.models.source import open_source
 from dfrot.models.texts import calibration_windows, read_text
 from dfrot.quant.spec import TensorSpec
+from dfrot.system.distributed import SINGLE_PROCESS
 
 QUANTIZER = TensorSpec(4, symmetric=False, clip_ratio=0.9)
 TOKENS, PIECE = 131_072, 2048
@@ -34,7 +35,7 @@ def compare(text: str, model: str, gamma: float) -> None:
     generator = torch.Generator().manual_seed(0)
     ids = calibration_windows(source.tokenizer(), read_text(text, "train"), text, 2048, 2048, generator)
     context = FitContext(source, QUANTIZER, lambda: ids, torch.device("cpu"))
-    everything = sample_norm_outputs(context, ids, "relative", kept=None)
+    everything, _ = sample_norm_outputs(context, ids, "relative", kept=None)
     start = random_hadamard(source.config.hidden_size, context.generator())
 
     def objective(rotation: Rotation) -> float:
@@ -44,10 +45,10 @@ def compare(text: str, model: str, gamma: float) -> None:
     print(f"{model}, {len(everything.tokens)} norm outputs, {int(everything.massive.sum())} massive, γ = {gamma:g}")
     print(f"start              objective {objective(start):.4f}")
     seconds = {}
-    for name, solver, kept in (("descent, sampled", descend, None), ("alternation, all", alternate, everything)):
-        drawn = kept or sample_norm_outputs(context, ids, "relative", ORDINARY_TOKENS)
+    few, _ = sample_norm_outputs(context, ids, "relative", ORDINARY_TOKENS)
+    for name, method, sample in (("descent, sampled", RangeRot(), few), ("alternation, all", DFRot(), everything)):
         began = time.perf_counter()
-        refined = refine(start, drawn, QUANTIZER, gamma, solver, num_steps=100)
+        refined, _ = method.refine(start, sample, QUANTIZER, gamma, SINGLE_PROCESS)
         seconds[name] = time.perf_counter() - began
         print(f"{name:18} objective {objective(refined):.4f}   {seconds[name]:.1f} s", flush=True)
     first, second = seconds.values()
@@ -57,17 +58,18 @@ def compare(text: str, model: str, gamma: float) -> None:
 def synthetic(size: int, steps: int, gamma: float) -> None:
     before = peak_rss_bytes()
     generator = torch.Generator().manual_seed(0)
-    sampler = Sampler(ORDINARY_TOKENS * PIECE // TOKENS, "relative", generator)
+    pieces = []
     for piece in range(TOKENS // PIECE):
         x = torch.randn(PIECE, size, generator=generator)
         x[:2, piece % 8] = 1000
         x /= x.square().mean(-1, keepdim=True).sqrt()
-        sampler.add(x, torch.arange(PIECE), piece, "norm", PIECE)
-    drawn: Sample = sampler.sample()
+        pieces.append(drawn(x, massive_tokens(x), ORDINARY_TOKENS * PIECE // TOKENS, generator))
+    sample = Sample.joined(pieces)
     began = time.perf_counter()
-    refined = refine(random_hadamard(size, generator), drawn, QUANTIZER, gamma, descend, steps)
+    start = random_hadamard(size, generator)
+    refined, _ = RangeRot(steps=steps).refine(start, sample, QUANTIZER, gamma, SINGLE_PROCESS)
     deviation = (refined.matrix @ refined.matrix.T - torch.eye(size, dtype=torch.float64)).abs().max()
-    print(f"d = {size}, {TOKENS} tokens, {int(drawn.massive.sum())} massive, {len(drawn.tokens)} kept, {steps} steps")
+    print(f"d = {size}, {TOKENS} tokens, {int(sample.massive.sum())} massive, {len(sample.tokens)} kept, {steps} steps")
     print(f"{(time.perf_counter() - began) / steps:.1f} s per step, orthogonal to {deviation:.0e}")
     print(
         f"peak resident memory {peak_rss_bytes() / 1e9:.2f} GB, of which {before / 1e9:.2f} GB before the first token"

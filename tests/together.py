@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 import dfrot
 from dfrot.linalg.rotation import random_hadamard
-from dfrot.methods.dfrot import alternate
-from dfrot.methods.rangerot import descend
-from dfrot.methods.refinement import PAPER_QUANTIZER, refine
-from dfrot.methods.sample import Sample
+from dfrot.methods.dfrot import DFRot
+from dfrot.methods.massive import Sample
+from dfrot.methods.rangerot import RangeRot
+from dfrot.methods.refinement import PAPER_QUANTIZER
 from dfrot.rounding.stream import CalibrationStream
 from dfrot.system.distributed import SINGLE_PROCESS, ProcessGroup
 
@@ -21,16 +21,15 @@ STEPS = 10
 
 
 def refined(processes: ProcessGroup) -> dict[str, Tensor]:
-    """A rotation from either solver, in float64, and the objective along the way."""
+    """A rotation from either method, in float64, and the objective along the way."""
     x = torch.randn(301, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     x[:5, 7] = 100
     x /= x.square().mean(-1, keepdim=True).sqrt()
-    sample = Sample(x, torch.arange(301) < 5, torch.ones(301, dtype=torch.float64), [])
+    sample = Sample(x, torch.arange(301) < 5, torch.ones(301, dtype=torch.float64))
     start = random_hadamard(32, torch.Generator().manual_seed(1))
     found = {}
-    for name, solver in {"descent": descend, "procrustes": alternate}.items():
-        log: list[dict[str, float]] = []
-        rotation = refine(start, sample, PAPER_QUANTIZER, 10.0, solver, STEPS, log.append, processes)
+    for name, method in {"descent": RangeRot(steps=STEPS), "procrustes": DFRot(steps=STEPS)}.items():
+        rotation, log = method.refine(start, sample, PAPER_QUANTIZER, 10.0, processes)
         found[name] = rotation.as_matrix()
         found[f"{name}/objective"] = torch.tensor([entry["objective"] for entry in log], dtype=torch.float64)
     return found

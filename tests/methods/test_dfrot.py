@@ -11,18 +11,18 @@ from safetensors.torch import load_file
 
 import dfrot
 from dfrot.linalg.rotation import Dense, Hadamard, Rotation, random_hadamard, random_orthogonal
-from dfrot.methods.dfrot import alternate
-from dfrot.methods.massive import massive_tokens
-from dfrot.methods.rangerot import descend, soft_range
-from dfrot.methods.refinement import PAPER_QUANTIZER, Solver, refine, squared_errors
-from dfrot.methods.sample import Sample, Sampler
+from dfrot.methods.dfrot import DFRot
+from dfrot.methods.massive import Sample, describe_massive, drawn, massive_tokens
+from dfrot.methods.rangerot import RangeRot, soft_range
+from dfrot.methods.refinement import PAPER_QUANTIZER, Refined, squared_errors
 from dfrot.models.source import load_tokenizer
 from dfrot.quant.spec import TensorSpec
+from dfrot.system.distributed import SINGLE_PROCESS
 from tests.reference import kl_of_quantized_norm_outputs
 from tests.tiny_models import write_planted_model
 
 Tiny = Callable[[str], Path]
-SOLVERS: dict[str, Solver] = {"rangerot": descend, "dfrot": alternate}
+METHODS: dict[str, type[Refined]] = {"rangerot": RangeRot, "dfrot": DFRot}
 IN_USE = TensorSpec(4, symmetric=False, clip_ratio=0.9)
 SIZE = 32
 
@@ -35,26 +35,25 @@ def tokens(rows: int, massive: int = 0, size: int = SIZE, seed: int = 0) -> torc
 
 
 def sample(rows: int = 300, massive: int = 8) -> Sample:
-    sampler = Sampler(rows, "relative", torch.Generator().manual_seed(0))
-    sampler.add(tokens(rows, massive), torch.arange(rows), block=0, norm="norm", length=rows)
-    return sampler.sample()
+    x = tokens(rows, massive)
+    return drawn(x, massive_tokens(x), None, torch.Generator().manual_seed(0))
 
 
-every_solver = pytest.mark.parametrize("solver", SOLVERS)
+every_method = pytest.mark.parametrize("method", METHODS)
 every_quantizer = pytest.mark.parametrize("quantizer", [IN_USE, PAPER_QUANTIZER], ids=["in use", "paper"])
 
 
-@every_solver
+@every_method
 @every_quantizer
 @pytest.mark.parametrize("gamma", [1.0, 100.0])
 def test_refining_never_makes_the_objective_worse_and_stays_orthogonal(
-    solver: str, quantizer: TensorSpec, gamma: float
+    method: str, quantizer: TensorSpec, gamma: float
 ) -> None:
-    drawn, start = sample(), random_hadamard(SIZE, torch.Generator().manual_seed(1))
-    refined = refine(start, drawn, quantizer, gamma, SOLVERS[solver], num_steps=20)
+    few, start = sample(), random_hadamard(SIZE, torch.Generator().manual_seed(1))
+    refined, _ = METHODS[method](steps=20).refine(start, few, quantizer, gamma, SINGLE_PROCESS)
 
     def objective(rotation: Rotation) -> float:
-        return float((squared_errors(drawn.tokens, rotation, quantizer) * drawn.weights(gamma)).sum())
+        return float((squared_errors(few.tokens, rotation, quantizer) * few.weights(gamma)).sum())
 
     assert objective(refined) <= objective(Dense(start.as_matrix()))
     eye = torch.eye(SIZE, dtype=torch.float64)
@@ -65,12 +64,12 @@ def test_descent_shortens_ranges_more_than_alternation_does() -> None:
     """On tokens that share a few directions, as those of a language model do."""
     generator = torch.Generator().manual_seed(1)
     shared = torch.randn(300, 4, generator=generator) @ torch.randn(4, SIZE, generator=generator)
-    drawn = Sample(tokens(300) + shared, torch.zeros(300, dtype=torch.bool), torch.ones(300), [])
+    few = Sample(tokens(300) + shared, torch.zeros(300, dtype=torch.bool), torch.ones(300))
     start = random_hadamard(SIZE, generator)
-    error = {
-        name: squared_errors(drawn.tokens, refine(start, drawn, IN_USE, 1.0, solver, num_steps=60), IN_USE).mean()
-        for name, solver in SOLVERS.items()
-    }
+    error = {}
+    for name, method in METHODS.items():
+        rotation, _ = method(steps=60).refine(start, few, IN_USE, 1.0, SINGLE_PROCESS)
+        error[name] = squared_errors(few.tokens, rotation, IN_USE).mean()
     assert error["rangerot"] < error["dfrot"]
 
 
@@ -78,17 +77,17 @@ def test_a_start_that_cannot_be_improved_is_returned_as_it_is() -> None:
     """Tokens that are ± one value in every rotated channel lie on the grid: their error is rounding."""
     start = Hadamard(SIZE)
     flat = torch.randint(0, 2, (40, SIZE), generator=torch.Generator().manual_seed(0)).mul(2).sub(1).double()
-    drawn = Sample(start.T.apply(flat), torch.zeros(40, dtype=torch.bool), torch.ones(40).double(), [])
+    few = Sample(start.T.apply(flat), torch.zeros(40, dtype=torch.bool), torch.ones(40).double())
     spec = TensorSpec(4, symmetric=True, clip_ratio=1.0)
-    refined = refine(start, drawn, spec, 1.0, alternate, num_steps=30)
+    refined, _ = DFRot(steps=30).refine(start, few, spec, 1.0, SINGLE_PROCESS)
     torch.testing.assert_close(refined.matrix, start.as_matrix(), rtol=0, atol=1e-9)
 
 
 def test_one_alternation_is_the_papers_step() -> None:
     """Massive rows multiplied by γ, quantized, and scipy's Procrustes solution."""
-    drawn, start, gamma = sample(), random_orthogonal(SIZE, torch.Generator().manual_seed(2)).matrix, 10.0
-    steps = alternate(drawn.tokens.double(), drawn.weights(gamma).double(), start, PAPER_QUANTIZER, 1)
-    A = torch.where(drawn.massive[:, None], gamma, 1.0) * drawn.tokens.double()
+    few, start, gamma = sample(), random_orthogonal(SIZE, torch.Generator().manual_seed(2)).matrix, 10.0
+    steps = DFRot().walk(few.tokens.double(), few.weights(gamma).double(), start, PAPER_QUANTIZER, SINGLE_PROCESS)
+    A = torch.where(few.massive[:, None], gamma, 1.0) * few.tokens.double()
     expected, _ = scipy.linalg.orthogonal_procrustes(A.numpy(), PAPER_QUANTIZER.fake_quantize(A @ start).numpy())
     next(steps)
     torch.testing.assert_close(next(steps)[0], torch.from_numpy(expected), rtol=0, atol=1e-9)
@@ -121,14 +120,23 @@ def test_massive_tokens_are_found_and_only_they(rule: Any) -> None:
 
 
 def test_the_sample_keeps_every_massive_token_and_counts_for_the_whole_text() -> None:
-    sampler = Sampler(50, "relative", torch.Generator().manual_seed(0))
-    for piece in range(3):
-        sampler.add(tokens(400, 2, seed=piece), torch.arange(400), piece, "norm", length=200)
-    drawn = sampler.sample()
-    assert (int(drawn.massive.sum()), len(drawn.tokens)) == (6, 156)
-    assert drawn.multiplicity[~drawn.massive].sum() == pytest.approx(3 * 398)
-    assert drawn.weights(10.0).sum() == pytest.approx(1)
-    assert [(f["block"], f["position"], f["channel"]) for f in drawn.found[:3]] == [(0, 0, 5), (0, 1, 5), (1, 0, 5)]
+    generator = torch.Generator().manual_seed(0)
+    pieces = [tokens(400, 2, seed=seed) for seed in range(3)]
+    few = Sample.joined([drawn(piece, massive_tokens(piece), 50, generator) for piece in pieces])
+    assert (int(few.massive.sum()), len(few.tokens)) == (6, 156)
+    assert few.multiplicity[~few.massive].sum() == pytest.approx(3 * 398)
+    assert few.weights(10.0).sum() == pytest.approx(1)
+
+
+def test_massive_tokens_are_described_by_where_they_are() -> None:
+    x = torch.cat([tokens(200, 2), tokens(200, 1)])
+    ids = torch.arange(400).view(2, 200)
+    found = describe_massive(x, massive_tokens(x), ids, block=3, norm="norm")
+    assert [(f["block"], f["position"], f["token_id"], f["channel"]) for f in found] == [
+        (3, 0, 0, 5),
+        (3, 1, 1, 5),
+        (3, 0, 200, 5),
+    ]
 
 
 def quantized_model(model: Path, out: Path, text_file: Path, **options: Any) -> dfrot.QuantizeResult:

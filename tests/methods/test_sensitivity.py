@@ -14,6 +14,7 @@ from dfrot.quant.spec import UNQUANTIZED, TensorSpec
 from tests.reference import kl_of_quantized_norm_outputs
 
 Tiny = Callable[[str], Path]
+WHOLE = range(2)  # all blocks of a tiny model
 TOKENS = torch.randint(1, 96, (2, 24), generator=torch.Generator().manual_seed(7))
 
 
@@ -35,7 +36,7 @@ def test_the_divergence_is_that_of_the_quantized_checkpoint(tiny: Tiny, tmp_path
         p, q = (m(TOKENS, use_cache=False).logits[:, 6:].double().log_softmax(-1) for m in (original, model))
     expected = (p.exp() * (p - q)).sum(-1).mean().item()
     rotation = random_hadamard(there.source.config.hidden_size, there.generator())
-    (found,) = kl_divergences(there, [rotation], recipe.spec.activations, TOKENS, first=6)
+    (found,) = kl_divergences(there, [(rotation, WHOLE)], recipe.spec.activations, TOKENS, first=6)
     assert found == pytest.approx(expected, rel=0.05)  # float32 rounding now and then picks the next code
 
 
@@ -44,14 +45,14 @@ def test_positions_before_the_first_do_not_count(tiny: Tiny) -> None:
     rotation = random_hadamard(48, there.generator())
     kl = kl_of_quantized_norm_outputs(tiny("qwen2"), TOKENS, rotation.as_matrix(), 0.9)
     for first in (0, 6, 18, 23):
-        (found,) = kl_divergences(there, [rotation], TensorSpec(4, False, 0.9), TOKENS, first)
+        (found,) = kl_divergences(there, [(rotation, WHOLE)], TensorSpec(4, False, 0.9), TOKENS, first)
         assert found == pytest.approx(kl[:, first:].mean().item(), rel=1e-3)
     parts = [kl[:, first:].mean().item() for first in (0, 6, 18, 23)]
     assert min(abs(a - b) / b for a, b in itertools.combinations(parts, 2)) > 0.01  # so that 1e-3 tells them apart
 
 
-def test_eight_bits_do_less_damage_than_two(tiny: Tiny) -> None:
+def test_the_divergence_falls_with_every_bit(tiny: Tiny) -> None:
     there = context(tiny("llama"))
-    rotations = [random_hadamard(48, there.generator())]
-    damage = [kl_divergences(there, rotations, TensorSpec(bits, False, 0.9), TOKENS, first=0)[0] for bits in (8, 4, 2)]
-    assert 0 < damage[0] < damage[1] < damage[2]
+    candidates = [(random_hadamard(48, there.generator()), WHOLE)]
+    kl = [kl_divergences(there, candidates, TensorSpec(bits, False, 0.9), TOKENS)[0] for bits in (8, 4, 2)]
+    assert 0 < kl[0] < kl[1] < kl[2]

@@ -176,8 +176,7 @@ def _stream(
             assert isinstance(norm, nn.RMSNorm), "the skeleton has torch's norms"
             x = nn.functional.rms_norm(seen[name][0][0], norm.normalized_shape, eps=norm.eps)  # x̂: (tokens, hidden)
             masks.append(massive_tokens(x))
-            at = torch.nonzero(masks[-1]).flatten()
-            for entry in describe_massive(x[at], at, token_ids[0].to(device)[at], index, name):
+            for entry in describe_massive(x, masks[-1], token_ids, index, name):
                 stats["massive"].append({**entry, "token": stats["tokens"][entry["position"]]})  # type: ignore[typeddict-item]
             stats["norms"].append(f"{index}.{name}")
             stats["channels"].append(channel_stats(x))

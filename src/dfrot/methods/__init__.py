@@ -4,8 +4,7 @@ from typing import Any
 
 from dfrot.methods.dfrot import DFRot
 from dfrot.methods.duquant import DuQuant
-from dfrot.methods.method import Method
-from dfrot.methods.none import NoRotation
+from dfrot.methods.method import Method, NoRotation
 from dfrot.methods.quarot import QuaRot
 from dfrot.methods.rangerot import RangeRot
 

@@ -17,7 +17,6 @@ does that objective; the other keeps a sample of the ordinary tokens, each weigh
 tokens are found by the same rule on every model, not by its name.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,9 +26,9 @@ from torch import Tensor
 from dfrot.linalg.procrustes import polar_factor
 from dfrot.methods.method import Look
 from dfrot.methods.quarot import QUAROT
-from dfrot.methods.refinement import PAPER_QUANTIZER, Refined, Solver, Sum, pieces
+from dfrot.methods.refinement import PAPER_QUANTIZER, Refined, Walk, pieces
 from dfrot.quant.spec import TensorSpec
-from dfrot.system.distributed import SINGLE_PROCESS
+from dfrot.system.distributed import ProcessGroup
 from dfrot.system.papers import Paper
 
 DFROT = Paper(
@@ -56,28 +55,21 @@ class DFRot(Refined):
     look = Look("#009E73", "diamond", "solid")
 
     @property
-    def solver(self) -> Solver:
-        return alternate
-
-    @property
     def ordinary_tokens(self) -> int | None:
         return None if self.objective == "paper" else super().ordinary_tokens
 
     def quantizer(self, activations: TensorSpec) -> TensorSpec:
         return PAPER_QUANTIZER if self.objective == "paper" else super().quantizer(activations)
 
-
-def alternate(
-    X: Tensor, w: Tensor, R: Tensor, quantizer: TensorSpec, num_steps: int, sum_: Sum = SINGLE_PROCESS.all_reduce_sum
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """The paper's algorithm: quantization step, rotation step."""
-    while True:
-        errors, XtWB = [], torch.zeros_like(R)
-        for x, weight in pieces(X, w):
-            XR = x @ R
-            B = quantizer.fake_quantize(XR)
-            errors.append((XR - B).square_().sum(-1))
-            XtWB += (x * weight).T @ B
-        yield R, torch.cat(errors)
-        # the released code takes the Q of a QR decomposition here, which flips signs
-        R = polar_factor(sum_(XtWB)).to(X.dtype)
+    def walk(self, X: Tensor, w: Tensor, R: Tensor, quantizer: TensorSpec, processes: ProcessGroup) -> Walk:
+        """The paper's algorithm: quantization step, rotation step."""
+        while True:
+            errors, XtWB = [], torch.zeros_like(R)
+            for x, weight in pieces(X, w[:, None]):
+                XR = x @ R
+                B = quantizer.fake_quantize(XR)
+                errors.append((XR - B).square_().sum(-1))
+                XtWB += (x * weight).T @ B
+            yield R, torch.cat(errors)
+            # the released code takes the Q of a QR decomposition here, which flips signs
+            R = polar_factor(processes.all_reduce_sum(XtWB)).to(X.dtype)

@@ -71,6 +71,7 @@ class DuQuant(Method):
     papers = (DUQUANT,)
     look = Look("#CC79A7", "cross", "dashdot")
     preset = "duquant"
+    sequences_read = 1
 
     def __post_init__(self) -> None:
         if self.block < 2 or self.greedy_steps < 1 or self.permutations < 0:
@@ -81,19 +82,15 @@ class DuQuant(Method):
         if self.alpha is not None and not 0 <= self.alpha <= 1:
             raise UserError(f"alpha is between 0 and 1, got {self.alpha}.")
 
-    @property
-    def sequences_read(self) -> int:
-        return 1
-
     def resolved(self, learned_clipping: bool) -> "DuQuant":
         # both values are the released command's, the second for "+LWC"
         return self if self.alpha is not None else replace(self, alpha=0.5 if learned_clipping else 0.6)
 
     def outline(self, on: FitContext) -> Transforms:
-        graph, config = on.source.graph, on.source.config
-        inputs = {}
-        for stage, width in ((stage[0], input_widths(graph, config)[stage[0]]) for stage in graph.stages):
-            size = block_size(width, self.block)
+        config, inputs = on.source.config, {}
+        widths = input_widths(on.source.graph, config)
+        for stage, *_ in on.source.graph.stages:
+            width, size = widths[stage], block_size(widths[stage], self.block)
             matrices = torch.empty(self.permutations + 1, size, size, dtype=torch.float64, device="meta")
             orders = torch.empty(self.permutations, width, dtype=torch.int64, device="meta")
             inputs[stage] = InputTransform(torch.empty(width, device="meta"), matrices, orders)
@@ -150,8 +147,7 @@ def smoothing(
 ) -> Float[Tensor, " in"]:
     """s_j = max|x_j|^α / max|w_j|^(1−α) (SmoothQuant, arXiv 2211.10438, Eq. 4).
 
-    Args:
-        groups: if x are the outputs of heads, how many value heads there are; heads that read the same share s.
+    If x are the outputs of heads, `groups` is how many value heads there are; heads that read the same share s.
     """
     of_x, of_w = x.abs().amax(0), w.abs().amax(0)
     if groups is not None:
@@ -166,7 +162,7 @@ def block_rotations(
     """B₁, B₂, … and the permutations between them."""
     width = x.shape[1]
     size = block_size(width, options.block)
-    matrices, orders = [], []
+    matrices, orders = [], [torch.empty(0, width, dtype=torch.int64, device=x.device)]
     for number in range(options.permutations + 1):
         if number:
             match options.order:
@@ -176,12 +172,11 @@ def block_rotations(
                     order = torch.randperm(width, generator=generator).to(x.device)
                 case "none":
                     order = torch.arange(width, device=x.device)
-            orders.append(order)
+            orders.append(order[None])
             x = x[:, order]
         matrices.append(greedy_rotation(x.unflatten(-1, (-1, size)).flatten(0, 1), options.greedy_steps, generator))
         x = block_diagonal(Dense(matrices[-1]), width // size).apply(x)
-    empty = torch.empty(0, width, dtype=torch.int64, device=x.device)
-    return torch.stack(matrices), torch.stack(orders) if orders else empty
+    return torch.stack(matrices), torch.cat(orders)
 
 
 def block_size(width: int, wanted: int) -> int:

@@ -25,23 +25,15 @@ from dfrot.transform.transforms import Transforms
 
 @dataclass(frozen=True)
 class FitContext:
-    """Everything that a method may look at.
-
-    Attributes:
-        activations: the grid of the activations.
-        calibration: returns token ids of shape (sequences, seq_len). It may read files or the network, so methods that
-            need no data never call it.
-        device: the device to compute on.
-        seed: the seed of everything random.
-        processes: the processes that fit together; all get the same sums.
-    """
+    """Everything that a method may look at."""
 
     source: Source
     activations: TensorSpec
+    # Token ids. It may read files or the network, so methods that need no data never call it.
     calibration: Callable[[], Int[Tensor, "sequences seq_len"]]
     device: torch.device
     seed: int = 0
-    processes: ProcessGroup = SINGLE_PROCESS
+    processes: ProcessGroup = SINGLE_PROCESS  # that fit together; all get the same sums
 
     def generator(self) -> torch.Generator:
         """A fresh generator with the run's seed; always on the CPU, so that every device draws the same."""
@@ -65,29 +57,18 @@ class Look(NamedTuple):
 
 @dataclass(frozen=True)
 class Method(Options, abc.ABC):
-    """The base of all methods.
+    """The base of all methods."""
 
-    Attributes:
-        name: its name on the command line.
-        papers: the papers that a model card cites.
-        look: its style in figures; None takes an unused one.
-        preset: the paper's symmetry and clip ratios.
-        variants: the names under which papers compare it, with the options of each; if empty, its own name.
-    """
-
-    name: ClassVar[str]
-    papers: ClassVar[tuple[Paper, ...]] = ()
-    look: ClassVar[Look | None] = None
-    preset: ClassVar[str] = "paper"
+    name: ClassVar[str]  # on the command line
+    papers: ClassVar[tuple[Paper, ...]] = ()  # that a model card cites
+    look: ClassVar[Look | None] = None  # None takes an unused one
+    preset: ClassVar[str] = "paper"  # the paper's symmetry and clip ratios
+    # The names under which papers compare it, with the options of each; if empty, its own name.
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     @abc.abstractmethod
     def fit(self, on: FitContext) -> Fit:
-        """Fit the rotations.
-
-        Raises:
-            UserError: the rotations do not fit the model.
-        """
+        """Fit the rotations; UserError if they do not fit the model."""
 
     def outline(self, on: FitContext) -> Transforms:
         """Rotations of the same sites and sizes as `fit` returns, with any entries; the estimate needs them up front.
@@ -112,3 +93,14 @@ class Method(Options, abc.ABC):
     def summary(self, notes: Mapping[str, Any]) -> list[str]:
         """The notes in sentences."""
         return []
+
+
+@dataclass(frozen=True)
+class NoRotation(Method):
+    """Quantize the model unrotated: the baseline of all methods."""
+
+    name = "none"
+    look = Look("#D55E00", "circle", "solid")
+
+    def fit(self, on: FitContext) -> Fit:
+        return Fit(Transforms(), {})

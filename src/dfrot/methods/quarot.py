@@ -52,11 +52,7 @@ class QuaRot(Method):
 
 
 def random_rotation(on: FitContext, kind: str) -> Rotation:
-    """R1 before any refinement: RH ("hadamard") or RO ("orthogonal") of the model's width.
-
-    Raises:
-        UserError: no Hadamard matrix of the model's width is known.
-    """
+    """R1 unrefined: RO ("orthogonal") or RH ("hadamard"; raises UserError if none of the model's width is known)."""
     width = on.source.config.hidden_size
     if kind == "orthogonal":
         return random_orthogonal(width, on.generator())
@@ -71,10 +67,8 @@ def around(residual: Rotation, on: FitContext, fold_only: bool, head_mixing: boo
     config = on.source.config
     head = hadamard("one head", head_dim(config))
     mixing = hadamard("head mixing", config.num_attention_heads) if head_mixing else None
-    if fold_only:
-        return Transforms(residual, values=head, heads=mixing)
-    ffn = hadamard("the input of down_proj", config.intermediate_size)
-    return Transforms(residual, values=head, keys=head, ffn=ffn, heads=mixing)
+    ffn = None if fold_only else hadamard("the input of down_proj", config.intermediate_size)
+    return Transforms(residual, values=head, keys=None if fold_only else head, ffn=ffn, heads=mixing)
 
 
 def hadamard(site: str, size: int) -> Hadamard:

@@ -18,7 +18,6 @@ a minute on a CPU.
 
 import itertools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -28,9 +27,9 @@ from torch import Tensor
 from dfrot.methods.dfrot import DFROT
 from dfrot.methods.method import Look
 from dfrot.methods.quarot import QUAROT
-from dfrot.methods.refinement import Refined, Solver, Sum, pieces
+from dfrot.methods.refinement import Refined, Walk, pieces
 from dfrot.quant.spec import TensorSpec
-from dfrot.system.distributed import SINGLE_PROCESS
+from dfrot.system.distributed import ProcessGroup
 from dfrot.system.papers import Paper
 
 SPINQUANT = Paper(
@@ -53,30 +52,23 @@ class RangeRot(Refined):
     papers = (QUAROT, DFROT, SPINQUANT)
     look = Look("#882255", "star-diamond", "solid")
 
-    @property
-    def solver(self) -> Solver:
-        return descend
-
-
-def descend(
-    X: Tensor, w: Tensor, R: Tensor, quantizer: TensorSpec, num_steps: int, sum_: Sum = SINGLE_PROCESS.all_reduce_sum
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Riemannian descent on the weighted squared ranges."""
-    velocity = torch.zeros_like(R)
-    for step in itertools.count():
-        done = step / num_steps
-        tau = TAU[0] * (TAU[1] / TAU[0]) ** done
-        errors, gradient = [], torch.zeros_like(R)
-        for x, weight in pieces(X, w):
-            XR = x @ R
-            errors.append((XR - quantizer.fake_quantize(XR)).square_().sum(-1))
-            r, slope = soft_range(XR, tau, symmetric=quantizer.symmetric)
-            gradient += x.T @ (slope * (r * weight))
-        yield R, torch.cat(errors)
-        tangent = R.T @ sum_(gradient)
-        velocity = MOMENTUM * velocity + (tangent - tangent.T)  # the gradient in the Lie algebra
-        angle = FIRST_STEP * (1 - done) * math.sqrt(R.shape[0])
-        R = R @ torch.matrix_exp(velocity * (-angle / velocity.norm().clamp(min=1e-30)))
+    def walk(self, X: Tensor, w: Tensor, R: Tensor, quantizer: TensorSpec, processes: ProcessGroup) -> Walk:
+        """Riemannian descent on the weighted squared ranges."""
+        velocity = torch.zeros_like(R)
+        for step in itertools.count():
+            done = step / self.steps
+            tau = TAU[0] * (TAU[1] / TAU[0]) ** done
+            errors, gradient = [], torch.zeros_like(R)
+            for x, weight in pieces(X, w[:, None]):
+                XR = x @ R
+                errors.append((XR - quantizer.fake_quantize(XR)).square_().sum(-1))
+                r, slope = soft_range(XR, tau, symmetric=quantizer.symmetric)
+                gradient += x.T @ (slope * (r * weight))
+            yield R, torch.cat(errors)
+            tangent = R.T @ processes.all_reduce_sum(gradient)
+            velocity = MOMENTUM * velocity + (tangent - tangent.T)  # the gradient in the Lie algebra
+            angle = FIRST_STEP * (1 - done) * math.sqrt(R.shape[0])
+            R = R @ torch.matrix_exp(velocity * (-angle / velocity.norm().clamp(min=1e-30)))
 
 
 def soft_range(

@@ -5,14 +5,13 @@ Both look for the rotation that is good for all tokens, those with massive activ
     min_R  Σ_{x ordinary} ‖xR − Q(xR)‖²  +  γ² Σ_{x massive} ‖xR − Q(xR)‖²,       R Rᵀ = I,
 
 over x the outputs of all norms of all blocks (gains folded into their readers). Both start from a random rotation and
-return the best rotation that they meet on their way. They differ in the way: each is a solver, an iterator over
-rotations.
+return the best rotation that they meet on their way. They differ in the way: each is a `walk` over rotations.
 """
 
 import abc
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,14 +21,13 @@ from torch import Tensor
 
 from dfrot.linalg.procrustes import polar_factor
 from dfrot.linalg.rotation import Dense, Identity, Rotation
-from dfrot.methods.massive import Rule
+from dfrot.methods.massive import Rule, Sample, sample_norm_outputs
 from dfrot.methods.method import Fit, FitContext, Method
 from dfrot.methods.quarot import around, random_rotation
-from dfrot.methods.sample import Sample, sample_norm_outputs
 from dfrot.methods.sensitivity import kl_divergences
 from dfrot.models.sizes import ModelSizes
 from dfrot.quant.spec import TensorSpec
-from dfrot.system.distributed import SINGLE_PROCESS, ProcessGroup
+from dfrot.system.distributed import ProcessGroup
 from dfrot.system.errors import UserError
 from dfrot.system.progress import track
 from dfrot.transform.transforms import Transforms
@@ -42,10 +40,8 @@ HELD_BACK = 4  # one token in so many, the last of every sequence, is kept from 
 CONVERGED, PATIENCE = 1e-4, 25
 _PIECE_ENTRIES = 1 << 20  # of the products that exist at a time; these stay in the cache
 
-# From tokens, weights, start, quantizer, number of steps, and what adds up sums over tokens that other processes have:
-# the rotations met, and each row's ‖xR − Q(xR)‖² under each.
-Sum = Callable[[Tensor], Tensor]
-Solver = Callable[[Tensor, Tensor, Tensor, TensorSpec, int, Sum], Iterator[tuple[Tensor, Tensor]]]
+
+Walk = Iterator[tuple[Tensor, Tensor]]  # the rotations met, each with the ‖xR − Q(xR)‖² of every token
 
 
 @dataclass(frozen=True)
@@ -74,10 +70,9 @@ class Refined(Method):
         if self.steps < 1:
             raise UserError(f"steps is at least 1, got {self.steps}.")
 
-    @property
     @abc.abstractmethod
-    def solver(self) -> Solver:
-        """The way from the start to better rotations."""
+    def walk(self, X: Tensor, w: Tensor, R: Tensor, quantizer: TensorSpec, processes: ProcessGroup) -> Walk:
+        """From R to better rotations; sums over the tokens X, weighted by w, are reduced over the processes."""
 
     @property
     def ordinary_tokens(self) -> int | None:
@@ -101,36 +96,59 @@ class Refined(Method):
         token_ids = on.calibration()[: self.sequences]
         held_back = max(1, token_ids.shape[1] // HELD_BACK) if len(gammas) > 1 else 0
         refined_on = token_ids.shape[1] - held_back
-        sample = sample_norm_outputs(on, token_ids[:, :refined_on], self.massive, self.ordinary_tokens)
+        sample, massive = sample_norm_outputs(on, token_ids[:, :refined_on], self.massive, self.ordinary_tokens)
         start = random_rotation(on, self.rotation)
-        logs: list[list[dict[str, float]]] = [[] for _ in gammas]
-        refined = [
-            refine(start, sample, quantizer, gamma, self.solver, self.steps, log.append, on.processes)
-            for gamma, log in zip(gammas, logs, strict=True)
-        ]
-        # with a single γ there is nothing to choose, and nothing was held back to choose by
-        kl = kl_divergences(on, refined, quantizer, token_ids, refined_on) if len(gammas) > 1 else [math.nan]
+        found = [self.refine(start, sample, quantizer, gamma, on.processes) for gamma in gammas]
+        kl = [math.nan]  # with a single γ there is nothing to choose, and nothing was held back to choose by
+        if len(gammas) > 1:
+            candidates = [(rotation, range(on.source.num_blocks)) for rotation, _ in found]
+            kl = kl_divergences(on, candidates, quantizer, token_ids, refined_on)
         chosen = min(range(len(gammas)), key=lambda i: kl[i])
+        refined, steps = found[chosen]
         rotations: dict[str, Rotation] = {"none": Identity(start.size), "RO": random_rotation(on, "orthogonal")}
-        rotations |= {"start": start, "refined": refined[chosen]}
+        rotations |= {"start": start, "refined": refined}
         notes = {
-            "massive_tokens": sample.found,
+            "massive_tokens": massive,
             "gamma": gammas[chosen],
             "kl_by_gamma": dict(zip(map(str, gammas), kl, strict=True)) if len(gammas) > 1 else None,
-            "objective_by_step": logs[chosen],
+            "objective_by_step": steps,
             "squared_error_by_rotation": {
                 name: class_errors(squared_errors(sample.tokens, rotation, quantizer), sample)
                 for name, rotation in rotations.items()
             },
         }
-        return Fit(around(refined[chosen], on, self.fold_only), notes)
+        return Fit(around(refined, on, self.fold_only), notes)
+
+    def refine(
+        self, start: Rotation, sample: Sample, quantizer: TensorSpec, gamma: float, processes: ProcessGroup
+    ) -> tuple[Dense, list[dict[str, Any]]]:
+        """The best rotation on the walk from `start`, orthogonal to 1e-9, on the CPU; and a record of each step.
+
+        It is never worse on the objective than the start. Processes share the tokens; each has the whole sample.
+        """
+        w, shard = sample.weights(gamma), processes.shard
+        X = sample.tokens[shard]
+        first = start.as_matrix().to(device=X.device, dtype=X.dtype)
+        best, least, since, steps = first, math.inf, 0, []
+        met = itertools.islice(self.walk(X, w[shard], first, quantizer, processes), self.steps + 1)
+        for step, (R, error) in enumerate(track(met, "refining", self.steps + 1)):
+            error = processes.all_gather(error, len(w))
+            objective = float((error * w).sum(dtype=torch.float64))
+            steps.append({"step": step, "objective": objective, **class_errors(error, sample)})
+            since = 0 if objective < least * (1 - CONVERGED) else since + 1
+            if objective < least:
+                best, least = R, objective
+            if since == PATIENCE:
+                break
+        # a hundred products in float32 leave R orthogonal to about 1e-5; the nearest orthogonal matrix mends that
+        return Dense(start.as_matrix() if best is first else polar_factor(best).cpu()), steps
 
     def peak_bytes(self, sizes: ModelSizes) -> int:
         tokens = self.sequences * sizes.seq_len
         block = sizes.block * (sizes.source + 4) + 4 * sizes.sequence
         outputs = 4 * tokens * sum(width for _, width in sizes.stages)
-        rows = tokens * 2 * sizes.num_blocks
-        rows = rows if self.ordinary_tokens is None else min(rows, self.ordinary_tokens)
+        every = tokens * 2 * sizes.num_blocks  # norm output
+        rows = min(every, self.ordinary_tokens or every)
         refining = 3 * 4 * rows * sizes.hidden + 8 * 8 * sizes.hidden**2  # rows, twice while joined; matrices
         return max(block + outputs + 4 * rows * sizes.hidden, refining)
 
@@ -138,46 +156,6 @@ class Refined(Method):
         massive = notes["massive_tokens"]
         where = f", the first in block {massive[0]['block']} at position {massive[0]['position']}" if massive else ""
         return [f"{len(massive)} norm outputs with massive activations{where}; gamma {notes['gamma']:g}"]
-
-
-def refine(
-    start: Rotation,
-    sample: Sample,
-    quantizer: TensorSpec,
-    gamma: float,
-    solver: Solver,
-    num_steps: int,
-    log: Callable[[dict[str, float]], Any] = lambda entry: None,
-    processes: ProcessGroup = SINGLE_PROCESS,
-) -> Dense:
-    """The best rotation that a solver meets on its way from `start`; never worse on the objective than that.
-
-    Args:
-        quantizer: what the objective measures.
-        gamma: weight of massive tokens.
-        num_steps: at most; fewer if the objective has converged.
-        log: called with the mean squared error of both classes of tokens, and the objective, after every step.
-        processes: share the tokens among them; each has the whole sample.
-
-    Returns:
-        A rotation orthogonal to 1e-9, on the CPU.
-    """
-    w, shard = sample.weights(gamma), processes.shard
-    X = sample.tokens[shard]
-    first = start.as_matrix().to(device=X.device, dtype=X.dtype)
-    best, least, since = first, math.inf, 0
-    met = itertools.islice(solver(X, w[shard], first, quantizer, num_steps, processes.all_reduce_sum), num_steps + 1)
-    for step, (R, error) in enumerate(track(met, "refining", num_steps + 1)):
-        error = processes.all_gather(error, len(w))
-        objective = float((error * w).sum(dtype=torch.float64))
-        log({"step": step, "objective": objective, **class_errors(error, sample)})
-        since = 0 if objective < least * (1 - CONVERGED) else since + 1
-        if objective < least:
-            best, least = R, objective
-        if since == PATIENCE:
-            break
-    # a hundred products in float32 leave R orthogonal to about 1e-5; the nearest orthogonal matrix mends that
-    return Dense(start.as_matrix() if best is first else polar_factor(best).cpu())
 
 
 def class_errors(error: Float[Tensor, " rows"], sample: Sample) -> dict[str, float]:
@@ -191,11 +169,11 @@ def class_errors(error: Float[Tensor, " rows"], sample: Sample) -> dict[str, flo
 
 def squared_errors(X: Tensor, rotation: Rotation, quantizer: TensorSpec) -> Float[Tensor, " rows"]:
     """‖xR − Q(xR)‖² of every row: the errors that DFRot shows token by token, in numbers."""
-    rotated = (rotation.apply(x) for x, _ in pieces(X, X[:, 0]))
+    rotated = (rotation.apply(x) for (x,) in pieces(X))
     return torch.cat([(v - quantizer.fake_quantize(v)).square_().sum(-1) for v in rotated])
 
 
-def pieces(X: Tensor, w: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rows and their weights (rows, 1) in pieces, so that products with a rotation never exist all at once."""
+def pieces(X: Tensor, *beside: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Rows, and what stands beside them, in pieces, so that products with a rotation never exist all at once."""
     rows = max(1, _PIECE_ENTRIES // X.shape[-1])
-    return zip(X.split(rows), w[:, None].split(rows), strict=True)
+    return zip(*(tensor.split(rows) for tensor in (X, *beside)), strict=True)

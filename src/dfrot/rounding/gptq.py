@@ -28,7 +28,7 @@ from torch import Tensor
 
 from dfrot.models.sizes import ModelSizes
 from dfrot.quant.affine import QParams, dequantize, quantize
-from dfrot.quant.grids import IntGrid, PerGroup
+from dfrot.quant.grids import PerGroup
 from dfrot.quant.spec import TensorSpec
 from dfrot.rounding.rounding import BlockTask, Rounded, Rounding
 from dfrot.rounding.rtn import weight_qparams
@@ -74,26 +74,21 @@ class GPTQ(Rounding):
 
         Notes by stage: ‖XW − XŴ‖² / ‖XW‖², the same if rounded to nearest, and the damping that was needed.
         """
-        rounded, notes = {}, {}
+        rounded: dict[str, tuple[Tensor, QParams]] = {}
+        notes = {}
         for stage in task.graph.stages:
             try:
-                codes, qparams, note = self._round_stage(task, stage)
+                layers, notes[" ".join(stage)] = self._round_stage(task, stage)
             except UserError as error:
                 raise UserError(f"block {task.index}, {', '.join(stage)}: {error}") from error
-            notes[" ".join(stage)] = note
-            stop = 0
-            for name in stage:
-                layer = task.module.get_submodule(name)
-                rows = slice(stop, stop := stop + int(layer.out_features))  # type: ignore[arg-type]
-                rounded[name] = codes[rows], qparams.rows(rows)
-                # later layers of the block are to see what these leave
-                layer.weight.data = dequantize(codes[rows], task.spec.weight_granularity, qparams.rows(rows))
+            rounded |= layers
         return Rounded(rounded, {"stages": notes})
 
-    def _round_stage(self, task: BlockTask, stage: tuple[str, ...]) -> tuple[Tensor, QParams, dict[str, float]]:
+    def _round_stage(self, task: BlockTask, stage: tuple[str, ...]) -> Rounded:
         """The layers that read one input, as one weight: one Hessian, one factorisation, one pass."""
-        layers, processes, spec = [task.module.get_submodule(name) for name in stage], task.inputs.processes, task.spec
-        hessian = task.inputs.hessian(task.index, task.module, stage[0])
+        assert task.stream is not None, "a rounding that needs data gets a stream"
+        layers, processes, spec = [task.module.get_submodule(name) for name in stage], task.stream.processes, task.spec
+        hessian = task.stream.hessian(task.index, task.module, stage[0])
         weight = torch.cat([layer.weight.data for layer in layers])  # type: ignore[misc]
         for layer in layers:
             layer.weight.data = weight[:0]  # they are all in `weight`, and need no room twice
@@ -104,7 +99,13 @@ class GPTQ(Rounding):
         codes, losses = processes.all_gather(codes, len(weight)), processes.all_reduce_sum(losses)
         size = layer_loss(weight, hessian).sum().clamp(min=torch.finfo(weight.dtype).tiny)  # 0 for a layer of zeros
         loss, rtn_loss = (losses / size).tolist()
-        return codes, qparams, {"loss": loss, "rtn_loss": rtn_loss, "damping": factor.damping}
+        rounded, stop = {}, 0
+        for name, layer in zip(stage, layers, strict=True):
+            rows = slice(stop, stop := stop + int(layer.out_features))  # type: ignore[arg-type]
+            rounded[name] = codes[rows], qparams.rows(rows)
+            # later layers of the block are to see what these leave
+            layer.weight.data = dequantize(codes[rows], spec.weight_granularity, qparams.rows(rows))
+        return Rounded(rounded, {"loss": loss, "rtn_loss": rtn_loss, "damping": factor.damping})
 
     def peak_bytes(self, sizes: ModelSizes) -> int:
         # folded or rounded weights, the codes and what they are packed into, a sequence on its way
@@ -143,39 +144,25 @@ class GPTQ(Rounding):
 
 
 class Factor(NamedTuple):
-    """M D Mᵀ of a damped Hessian whose columns are taken in some order.
+    """M D Mᵀ of a damped Hessian whose columns are taken in some order."""
 
-    Attributes:
-        upper: M, (in, in), unit upper triangular.
-        diagonal: D, (in,).
-        order: position → column, (in,).
-        added: what damping added to the diagonal.
-        damping: the same as a share of the diagonal's mean; more than `percdamp` if the Hessian was singular.
-    """
-
-    upper: Float[Tensor, "in in"]
-    diagonal: Float[Tensor, " in"]
-    order: Int[Tensor, " in"]
-    added: float
-    damping: float
+    upper: Float[Tensor, "in in"]  # M, unit upper triangular
+    diagonal: Float[Tensor, " in"]  # D
+    order: Int[Tensor, " in"]  # position → column
+    added: float  # to the Hessian's diagonal, by damping
+    damping: float  # the same as a share of the diagonal's mean; more than `percdamp` if the Hessian was singular
 
 
 def factorize(hessian: Float[Tensor, "in in"], percdamp: float, act_order: bool) -> Factor:
     """Decompose H + δ I, δ the share `percdamp` of the mean diagonal, raised tenfold until that is positive definite.
 
-    Args:
-        hessian: XᵀX, or any multiple of it.
-        act_order: take the columns in the order of falling Hᵢᵢ.
-
-    Raises:
-        UserError: the Hessian holds NaN or infinities, or no damping helps.
+    With `act_order` in the order of falling Hᵢᵢ. Raises UserError if H holds NaN or infinities, or no damping helps.
     """
     diagonal = hessian.diagonal()  # Σ x², so a NaN anywhere is here too
     if not torch.isfinite(diagonal).all():
         raise UserError("the Hessian holds NaN or infinite values: the model's activations overflowed.")
-    order = torch.arange(len(diagonal), device=hessian.device)
-    if act_order:
-        order = torch.argsort(diagonal, descending=True, stable=True)
+    in_turn = torch.arange(len(diagonal), device=hessian.device)
+    order = torch.argsort(diagonal, descending=True, stable=True) if act_order else in_turn
     wide = torch.float64 if len(diagonal) <= FLOAT64_UP_TO else hessian.dtype
     mean = float(diagonal.mean()) or 1.0  # a layer that saw nothing but zeros is rounded to nearest
     damping = percdamp
@@ -200,11 +187,7 @@ def factorize(hessian: Float[Tensor, "in in"], percdamp: float, act_order: bool)
 def gptq(
     weight: Float[Tensor, "out in"], factor: Factor, qparams: QParams, spec: TensorSpec
 ) -> tuple[Integer[Tensor, "out in"], Float[Tensor, " out"]]:
-    """Integers on a given grid, and each row's loss (w − ŵ) H (w − ŵ)ᵀ without the damping.
-
-    Args:
-        qparams: scales (and zero points) of shape (out, groups).
-    """
+    """Integers on the grid of `qparams` (out, groups); each row's loss (w − ŵ) H (w − ŵ)ᵀ without the damping."""
     grid, granularity = spec.grid, spec.weight_granularity
     in_features = weight.shape[1]
     size = granularity.size if isinstance(granularity, PerGroup) else in_features
@@ -219,8 +202,13 @@ def gptq(
         for first in range(start, stop, _INNER):
             last = min(first + _INNER, stop)
             for j in range(first, last):
-                step, shift = scale[group[j]], None if zero is None else zero[group[j]]
-                rounded = _nearest(wanted[j], step, shift, grid, codes[j])
+                step = scale[group[j]]
+                code = torch.div(wanted[j], step, out=codes[j]).round_()
+                if zero is None:
+                    rounded = code.clamp_(grid.lowest, grid.highest) * step
+                else:
+                    shift = zero[group[j]]
+                    rounded = (code.add_(shift).clamp_(grid.lowest, grid.highest) - shift).mul_(step)
                 error[j] -= rounded
                 wanted[j] -= rounded
                 wanted[j + 1 : last].addr_(factor.upper[j, j + 1 : last], error[j])
@@ -229,14 +217,6 @@ def gptq(
     loss = factor.diagonal @ wanted.square_() - factor.added * error.square_().sum(0)
     loss.clamp_(min=0)  # a difference of rounded sums
     return codes[torch.argsort(factor.order)].T.to(torch.int8 if grid.symmetric else torch.uint8), loss
-
-
-def _nearest(w: Tensor, scale: Tensor, zero: Tensor | None, grid: IntGrid, code: Tensor) -> Tensor:
-    """The grid point nearest to every entry; its integer goes into `code`."""
-    torch.div(w, scale, out=code).round_()
-    if zero is None:
-        return code.clamp_(grid.lowest, grid.highest) * scale
-    return (code.add_(zero).clamp_(grid.lowest, grid.highest) - zero).mul_(scale)
 
 
 def layer_loss(error: Float[Tensor, "out in"], hessian: Float[Tensor, "in in"]) -> Float[Tensor, " out"]:

@@ -57,9 +57,8 @@ class _FakeQuantized(torch.autograd.Function):
         return code.mul_(scale)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
+    def backward(ctx: Any, gradient: Tensor) -> Any:
         by_scale, clamped, scale = ctx.saved_tensors
-        (gradient,) = gradients
         to_zero = None
         if ctx.needs_input_grad[2]:
             to_zero = -scale * gradient.masked_fill(~clamped, 0).sum(-1, keepdim=True)
@@ -124,15 +123,15 @@ class LWC(Rounding):
             raise UserError(f"a learning rate is positive, got {self.learning_rate}.")
 
     def round(self, task: BlockTask) -> Rounded:
-        stream = task.inputs
-        assert stream.teacher_states is not None, "a rounding that needs a teacher has its states"
+        stream = task.stream
+        assert stream is not None, "a rounding that needs data gets a stream"
+        assert stream.teacher_states is not None, "with the teacher's states, if it needs a teacher"
         student = stream.block(task.index, task.module.state_dict(), stream.runtime.without("weights"))
         clipped = {
             name: ClippedWeight(student.get_submodule(name).weight, task.spec)  # type: ignore[arg-type]
             for name in task.graph.linears
         }
-        parameters = [parameter for weight in clipped.values() for parameter in weight.parameters()]
-        optimizer = torch.optim.Adam(parameters, self.learning_rate)
+        optimizer = torch.optim.Adam(nn.ModuleList(clipped.values()).parameters(), self.learning_rate)
         steps = self.epochs * len(stream)
         decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
         generator = torch.Generator().manual_seed(task.seed)

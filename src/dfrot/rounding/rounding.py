@@ -22,28 +22,14 @@ from dfrot.system.papers import Paper
 
 @dataclass
 class BlockTask:
-    """A folded block whose linear layers are to be rounded.
-
-    Attributes:
-        index: which block.
-        module: with the runtime's modules and weights that are not quantized yet.
-        spec: the grid of the weights.
-        stream: the inputs, unless the rounding needs no data.
-        seed: of everything random.
-    """
+    """A folded block whose linear layers are to be rounded."""
 
     index: int
-    module: nn.Module
+    module: nn.Module  # with the runtime's modules and weights that are not quantized yet
     graph: ModelGraph
-    spec: TensorSpec
-    stream: CalibrationStream | None
-    seed: int = 0
-
-    @property
-    def inputs(self) -> CalibrationStream:
-        """The stream of a rounding that needs data."""
-        assert self.stream is not None, "a rounding that needs data gets a stream"
-        return self.stream
+    spec: TensorSpec  # the grid of the weights
+    stream: CalibrationStream | None  # the inputs, unless the rounding needs no data
+    seed: int
 
 
 class Rounded(NamedTuple):
@@ -55,23 +41,14 @@ class Rounded(NamedTuple):
 
 @dataclass(frozen=True)
 class Rounding(Options, abc.ABC):
-    """The base of all roundings.
+    """The base of all roundings."""
 
-    Attributes:
-        name: the word of the command line.
-        papers: that a model card cites.
-        needs_data: whether weights are fitted to the inputs that they will meet.
-        needs_teacher: whether the block's outputs in the original model are needed, too.
-        learns_clipping: whether clip ratios of weights are learned; DuQuant smooths less then.
-        shares_sequences: whether several processes can each take a part of the calibration text.
-    """
-
-    name: ClassVar[str]
-    papers: ClassVar[tuple[Paper, ...]] = ()
-    needs_data: ClassVar[bool] = True
-    needs_teacher: ClassVar[bool] = False
-    learns_clipping: ClassVar[bool] = False
-    shares_sequences: ClassVar[bool] = False
+    name: ClassVar[str]  # on the command line
+    papers: ClassVar[tuple[Paper, ...]] = ()  # that a model card cites
+    needs_data: ClassVar[bool] = True  # whether weights are fitted to the inputs that they will meet
+    needs_teacher: ClassVar[bool] = False  # whether the block's outputs in the original model are needed, too
+    learns_clipping: ClassVar[bool] = False  # whether clip ratios of weights are learned; DuQuant smooths less then
+    shares_sequences: ClassVar[bool] = False  # whether processes can each take a part of the calibration text
 
     @abc.abstractmethod
     def round(self, task: BlockTask) -> Rounded:

@@ -29,20 +29,15 @@ class RTN(Rounding):
 
 
 def rtn(weight: Float[Tensor, "out in"], spec: TensorSpec) -> tuple[Tensor, QParams]:
-    """Integers (out, in) and scales (out, groups) of a weight.
-
-    Raises:
-        ValueError: the group size does not divide `in`.
-    """
+    """Integers (out, in) and scales (out, groups) of a weight; ValueError as for `weight_qparams`."""
     qparams = weight_qparams(weight, spec)
     return quantize(weight, spec.grid, spec.weight_granularity, qparams), qparams
 
 
 def weight_qparams(weight: Float[Tensor, "out in"], spec: TensorSpec) -> QParams:
-    """The grid of a weight: scales (and zero points) of shape (out, groups), in a dtype that they are stored in.
+    """Scales (and zero points) of shape (out, groups), in a dtype that they are stored in, by search unless given.
 
-    Raises:
-        ValueError: the group size does not divide `in`.
+    Raises ValueError if the group size does not divide `in`.
     """
     if spec.clip_ratio is None:
         return search_clip(weight, spec.grid, spec.weight_granularity, SCALE_DTYPE)

@@ -10,7 +10,6 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -21,7 +20,7 @@ from dfrot.models.stream import BlockRunner
 from dfrot.runtime.config import RuntimeConfig
 from dfrot.runtime.install import install_block_
 from dfrot.runtime.linear import QuantLinear
-from dfrot.system.distributed import SINGLE_PROCESS, ProcessGroup
+from dfrot.system.distributed import ProcessGroup
 from dfrot.system.errors import SetupError
 from dfrot.system.files import SCRATCH
 
@@ -30,10 +29,7 @@ class CalibrationStream:
     """Hidden states of the calibration text before one block after the other.
 
     Args:
-        runtime: how the checkpoint computes.
-        embedding: of the checkpoint, (vocabulary, hidden).
-        token_ids: (sequences, seq_len).
-        dtype: of the computation.
+        runtime, embedding: the checkpoint's.
         offload: a directory for a memory-mapped file that holds the states; None keeps them in memory.
         with_teacher: also carry what the original model computes, the teacher.
         processes: of these each carries a part of the sequences.
@@ -43,13 +39,13 @@ class CalibrationStream:
         self,
         source: Source,
         runtime: RuntimeConfig,
-        embedding: Tensor,
+        embedding: Float[Tensor, "vocabulary hidden"],
         token_ids: Int[Tensor, "sequences seq_len"],
         dtype: torch.dtype,
         device: torch.device,
-        offload: Path | None = None,
-        with_teacher: bool = False,
-        processes: ProcessGroup = SINGLE_PROCESS,
+        offload: Path | None,
+        with_teacher: bool,
+        processes: ProcessGroup,
     ) -> None:
         self.source, self.runtime, self.device, self.processes = source, runtime, device, processes
         token_ids = token_ids[processes.shard]
@@ -61,7 +57,7 @@ class CalibrationStream:
             state.copy_(embedding[ids])
         self.teacher_states = self._allocated(shape, dtype).copy_(self.hidden_states) if with_teacher else None
         self._heads: Tensor | None = None  # the heads' outputs in the block at hand, (sequences, seq_len, channels)
-        self._kept: set[int] = set()  # of these sequences
+        self._attended = False  # whether these are there
         self.run = BlockRunner(source, self.hidden_states[:1].to(device))
 
     def __len__(self) -> int:
@@ -75,31 +71,25 @@ class CalibrationStream:
         """Block `index` as `runtime` computes it."""
         return runtime_block(self.source, index, tensors, runtime).to(self.hidden_states.dtype).to(self.device)
 
-    def inputs(self, index: int, block: nn.Module, linear: str) -> Iterator[Float[Tensor, "1 seq_len in"]]:
-        """The input of one linear layer of the current block, for every sequence.
+    def hessian(self, index: int, block: nn.Module, linear: str) -> Float[Tensor, "in in"]:
+        """Xᵀ X over all inputs of one linear layer of the block at hand, those of other processes too.
 
         Layers are asked for in the order in which they run, with final weights before them. The outputs of the heads
         are kept once the layer that reads them was asked for, so that attention is computed only once.
         """
-        layer = block.get_submodule(linear)
+        layer, reads_heads = block.get_submodule(linear), linear == self.source.graph.output
+        total: Tensor | None = None
         for number in range(len(self)):
             with self._attention_kept(block, number):
                 x = self.run.until(layer, block, index, self[number])
-            if linear == self.source.graph.output:
+            if reads_heads:
                 if self._heads is None:
                     self._heads = self._allocated((*self.hidden_states.shape[:2], x.shape[-1]), x.dtype)
                 self._heads[number] = x[0]
-                self._kept.add(number)
-            yield x
-        self._leave_to_disk()
-
-    def hessian(self, index: int, block: nn.Module, linear: str) -> Float[Tensor, "in in"]:
-        """Xᵀ X over all inputs of one linear layer of the block at hand, those of other processes too."""
-        layer = block.get_submodule(linear)
-        total: Tensor | None = None
-        for x in self.inputs(index, block, linear):
             x = (layer.quantize_input(x) if isinstance(layer, QuantLinear) else x).flatten(0, -2)
             total = x.T @ x if total is None else total.addmm_(x.T, x)
+        self._attended |= reads_heads
+        self._leave_to_disk()
         assert total is not None, "calibration has at least one sequence"
         return self.processes.all_reduce_sum(total)
 
@@ -113,7 +103,7 @@ class CalibrationStream:
         for number in range(len(self)):
             with self._attention_kept(block, number):
                 self.hidden_states[number] = self.run(block, index, self[number])[0]
-        self._kept.clear()
+        self._attended = False
         self._leave_to_disk()
 
     def advance_teacher(self, index: int, tensors: dict[str, Tensor]) -> None:
@@ -151,16 +141,17 @@ class CalibrationStream:
     @contextlib.contextmanager
     def _attention_kept(self, block: nn.Module, number: int) -> Iterator[None]:
         """While open, the block takes the kept outputs of its heads, if they are there, and does not compute them."""
-        graph = self.source.graph
-        if number not in self._kept or self._heads is None:
+        if self._heads is None or not self._attended:
             yield
             return
+        graph = self.source.graph
         attention, output = block.get_submodule(graph.attention), block.get_submodule(graph.output)
-        block.set_submodule(graph.attention, _Attended(output, self._heads[number : number + 1].to(self.device)))
+        heads = self._heads[number : number + 1].to(self.device)
+        attention.forward = lambda **_: (output(heads), None)
         try:
             yield
         finally:
-            block.set_submodule(graph.attention, attention)
+            del attention.forward
 
 
 def runtime_block(source: Source, index: int, tensors: dict[str, Tensor], runtime: RuntimeConfig) -> nn.Module:
@@ -168,14 +159,3 @@ def runtime_block(source: Source, index: int, tensors: dict[str, Tensor], runtim
     block = source.empty_block(index)
     install_block_(block, source.graph, runtime)
     return loaded(block, tensors)
-
-
-class _Attended(nn.Module):
-    """An attention module whose heads are done."""
-
-    def __init__(self, output: nn.Module, heads: Tensor) -> None:
-        super().__init__()
-        self.output, self.heads = output, heads
-
-    def forward(self, **_: Any) -> tuple[Tensor, None]:
-        return self.output(self.heads), None
