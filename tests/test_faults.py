@@ -21,6 +21,7 @@ from dfrot.checkpoint.manifest import FIT_FILE
 from dfrot.checkpoint.reuse import read_fit, write_fit
 from dfrot.checkpoint.writer import opened_writer
 from dfrot.cli import main
+from dfrot.inspect.inspection import read_inspection
 from dfrot.linalg.hadamard import is_hadamard_size, require_hadamard_size
 from dfrot.linalg.rotation import rotation_from
 from dfrot.models.gguf import check_structure
@@ -28,7 +29,6 @@ from dfrot.models.source import open_source, read_config, weight_files
 from dfrot.models.texts import read_text
 from dfrot.pipeline import run as pipeline
 from dfrot.pipeline.recipe import Recipe
-from dfrot.report.inspection import read_inspection
 from dfrot.system import files as save
 from dfrot.system.errors import SetupError, UserError
 from dfrot.system.files import parse_json

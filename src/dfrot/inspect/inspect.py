@@ -3,37 +3,46 @@
 The original model is streamed block by block over one sequence of the text. Every rotation is the one that `quantize`
 would use: the method fits it to the train part of the text, while the statistics are of its test part (a text from a
 file has only one part). Then each block's sensitivity is measured: its norm outputs alone are quantized.
-
-`dfrot.inspect.schema` defines the two files. inspect.json is written last: where it is, both are complete.
 """
 
 import dataclasses
 import functools
+import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from dfrot.checkpoint.load import usable_device
 from dfrot.evaluation.record import conditions
-from dfrot.inspect.norm_stats import as_quantized, channel_stats, excess_kurtosis, relative_error
-from dfrot.inspect.schema import SCHEMA, STATS_FILE, TENSORS_FILE, Stats
-from dfrot.inspect.storage_errors import kv_errors, weight_errors
+from dfrot.inspect.inspection import SCHEMA, STATS_FILE, TENSORS_FILE, Stats
+from dfrot.inspect.statistics import (
+    as_quantized,
+    channel_stats,
+    excess_kurtosis,
+    kv_errors,
+    relative_error,
+    weight_errors,
+)
 from dfrot.linalg.rotation import Identity
 from dfrot.methods import variants
 from dfrot.methods.massive import describe_massive, massive_tokens
 from dfrot.methods.method import FitContext
 from dfrot.methods.sensitivity import sensitivity_by_block
-from dfrot.models.source import Source, open_source
+from dfrot.models.source import open_source
 from dfrot.models.stream import BlockRunner, captured_inputs
 from dfrot.models.texts import read_text, text_label, token_windows
 from dfrot.pipeline.recipe import Recipe
 from dfrot.pipeline.run import calibration_tokens
 from dfrot.quant.spec import Spec
-from dfrot.system.errors import SetupError, UserError
-from dfrot.system.files import write_json, write_tensors
+from dfrot.system.errors import UserError
+from dfrot.system.files import translate_io_errors, write_json, write_tensors
 from dfrot.system.progress import track
 from dfrot.transform.transforms import Transforms
 
@@ -41,6 +50,7 @@ from dfrot.transform.transforms import Transforms
 ROTATIONS = variants()
 SENSITIVITY_TOKENS = 256  # the cost of the sensitivities grows with the square of the number of blocks
 SURFACE_TOKENS = 64  # as many as the papers' surfaces, token × channel, show
+LISTED_TOKENS = 5  # massive ones, on the terminal
 
 
 def inspect(
@@ -72,18 +82,28 @@ def inspect(
         SetupError: model or text cannot be had, or the files cannot be written.
     """
     device = usable_device(device)
-    recipes = _recipes(rotations, spec, preset, text, seq_len, seed)
+    if not rotations or not set(rotations) <= ROTATIONS.keys():
+        raise UserError(f"rotations are some of {', '.join(ROTATIONS)}; got {', '.join(rotations) or 'none at all'}.")
+    recipes = {
+        name: Recipe.parse(method, "rtn", spec, preset=preset, calib=text, calib_tokens=seq_len, seed=seed, **options)
+        for name, (method, options) in ROTATIONS.items()
+        if name in rotations
+    }
     recipe = next(iter(recipes.values()))  # they differ in their methods only
+    grids = recipe.spec
+    if not (grids.weights.enabled and grids.activations.enabled and grids.keys.enabled):
+        raise UserError(
+            f"inspect shows errors of weights, activations and cache, so the spec has a grid for each; got '{spec}'. "
+            "Give one such as w4a4kv4."
+        )
     source = open_source(model)
     tokenizer = source.tokenizer()
     token_ids = token_windows(tokenizer, read_text(text, "test"), text, seq_len, seq_len)  # (1, seq_len)
-    try:
+    with translate_io_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SetupError(f"cannot make the directory {out}: {error}") from error
 
     calibration = functools.cache(lambda: calibration_tokens(source, recipe))
-    on = FitContext(source, recipe.spec.activations, calibration, device, seed)
+    on = FitContext(source, grids.activations, calibration, device, seed)
     fitted = {name: recipe.method.fit(on).transforms for name, recipe in recipes.items()}
     stats: Stats = {
         "schema": SCHEMA,
@@ -95,10 +115,10 @@ def inspect(
             sensitivity_tokens=min(SENSITIVITY_TOKENS, seq_len),
             seq_len=seq_len,
             seed=seed,
-            spec=f"a{recipe.spec.activations.bits}",
-            clip=recipe.spec.activations.clip_ratio,
+            spec=f"a{grids.activations.bits}",
+            clip=grids.activations.clip_ratio,
             preset=preset,
-            grids=dataclasses.asdict(recipe.spec),
+            grids=dataclasses.asdict(grids),
         ),
         "tokens": [tokenizer.decode([token]) for token in token_ids[0].tolist()],
         "norms": [],
@@ -112,54 +132,25 @@ def inspect(
         "surface": "",
         "sensitivity": {},
     }
-    # DuQuant's rotations differ from layer to layer and run online: there is no R in whose basis one block could be
-    # quantized alone, and nothing that is folded into weights.
-    residual = {name: transforms for name, transforms in fitted.items() if not transforms.inputs}
-    tensors = _stream(stats, source, fitted, residual, recipe.spec, token_ids, device)
-    if residual:
-        bases = [transforms.residual or Identity(source.config.hidden_size) for transforms in residual.values()]
-        first = token_ids[:, :SENSITIVITY_TOKENS]
-        by_rotation = sensitivity_by_block(on, bases, recipe.spec.activations, first)
-        stats["sensitivity"] = dict(zip(residual, by_rotation, strict=True))
-    (out / STATS_FILE).unlink(missing_ok=True)
+    tensors = _stream(stats, on, fitted, grids, token_ids)
+    # DuQuant's rotations differ from layer to layer: there is no R in whose basis one block could be quantized alone.
+    unrotated = Identity(source.config.hidden_size)
+    bases = {name: transforms.residual or unrotated for name, transforms in fitted.items() if not transforms.inputs}
+    if bases:
+        by_basis = sensitivity_by_block(on, list(bases.values()), grids.activations, token_ids[:, :SENSITIVITY_TOKENS])
+        stats["sensitivity"] = dict(zip(bases, by_basis, strict=True))
+    (out / STATS_FILE).unlink(missing_ok=True)  # it is written last: where it is, both files are complete
     write_tensors(out / TENSORS_FILE, tensors, {"format": "pt"})
     write_json(out / STATS_FILE, {**stats})
     return out
 
 
-def _recipes(rotations: Sequence[str], spec: str, preset: str, text: str, seq_len: int, seed: int) -> dict[str, Recipe]:
-    """The recipe of every rotation that was asked for, in the order of `ROTATIONS`; they differ in nothing else.
-
-    Raises:
-        UserError: one is not known, none was given, or the spec leaves something alone.
-    """
-    if not rotations or not set(rotations) <= ROTATIONS.keys():
-        raise UserError(f"rotations are some of {', '.join(ROTATIONS)}; got {', '.join(rotations) or 'none at all'}.")
-    recipes = {
-        name: Recipe.parse(method, "rtn", spec, preset=preset, calib=text, calib_tokens=seq_len, seed=seed, **options)
-        for name, (method, options) in ROTATIONS.items()
-        if name in rotations
-    }
-    grids = next(iter(recipes.values())).spec
-    if not (grids.weights.enabled and grids.activations.enabled and grids.keys.enabled):
-        raise UserError(
-            f"inspect shows errors of weights, activations and cache, so the spec has a grid for each; got '{spec}'. "
-            "Give one such as w4a4kv4."
-        )
-    return recipes
-
-
 @torch.no_grad()
 def _stream(
-    stats: Stats,
-    source: Source,
-    fitted: Mapping[str, Transforms],
-    residual: Mapping[str, Transforms],
-    grids: Spec,
-    token_ids: Tensor,
-    device: torch.device,
+    stats: Stats, on: FitContext, fitted: Mapping[str, Transforms], grids: Spec, token_ids: Tensor
 ) -> dict[str, Tensor]:
     """One pass over the blocks of the original model. Fills `stats`, all but the sensitivity; returns the tensors."""
+    source, device = on.source, on.device
     masks: list[Tensor] = []  # (tokens,) for every norm, as are the errors
     errors: dict[str, list[Tensor]] = {name: [] for name in fitted}
     surfaces: dict[str, Tensor] = {}
@@ -184,12 +175,12 @@ def _stream(
             rotated = {key: as_quantized(x, fit, index, reader, norm.weight) for key, fit in fitted.items()}
             for key, y in rotated.items():
                 stats["kurtosis"][key].append(float(excess_kurtosis(y).mean()))
-                errors[key].append(relative_error(y, grids.activations))
+                errors[key].append(relative_error(y, grids.activations.fake_quantize(y)))
             if float(x.abs().max()) > peak:  # the surfaces are of the norm with the largest channel
                 peak = float(x.abs().max())
                 surfaces = {f"surface/{key}": y[:SURFACE_TOKENS].abs() for key, y in rotated.items()}
                 stats["surface"] = stats["norms"][-1]
-        stats["weights"] += weight_errors(block, index, source, residual, grids.weights)
+        stats["weights"] += weight_errors(block, index, source, fitted, grids.weights)
         kept = cache.layers[index]
         for kind, x, grid in (("keys", kept.keys, grids.keys), ("values", kept.values, grids.values)):
             for how, error in kv_errors(x, grid).items():
@@ -205,3 +196,18 @@ def _stream(
 def _mean(error: Tensor) -> float | None:
     """None where there are no such tokens."""
     return float(error.mean(dtype=torch.float64)) if error.numel() else None
+
+
+def summary(stats: Stats) -> Group:
+    """For the terminal: a row for every rotation, and the tokens that are massive in most norms."""
+    table = Table("rotation", "error: ordinary", "massive", "kurtosis", "sensitivity, nats")
+    for name in stats["rotations"]:
+        error, by_block = stats["error"][name], stats["sensitivity"].get(name)
+        numbers = (error["ordinary"], error["massive"], None if by_block is None else sum(by_block))
+        ordinary, massive, nats = ("—" if value is None else f"{value:.4f}" for value in numbers)
+        table.add_row(name, ordinary, massive, f"{statistics.mean(stats['kurtosis'][name]):.2f}", nats)
+    lines = [f"{len(stats['massive'])} norm outputs of {len(stats['norms'])} norms with massive activations"]
+    seen = Counter((token["position"], token["token"], token["channel"]) for token in stats["massive"])
+    for (position, token, channel), norms in seen.most_common(LISTED_TOKENS):
+        lines.append(f"position {position} {token!r}, channel {channel}: in {norms} norms")
+    return Group(table, *map(Text, lines))

@@ -20,70 +20,61 @@ from dfrot.report.words import (
 BITS = "decoder_bits_per_weight"
 
 
-def record_figures(records: Sequence[Record]) -> Iterator[Figure | None]:
-    """All of them, in the page's order."""
-    for metric in metrics_of(records):
+def record_figures(records: Sequence[Record]) -> Iterator[Figure]:
+    """All figures for which there is data, in the page's order."""
+    metrics = metrics_of(records)
+    for metric in metrics:
         if metric.startswith(("ppl/", "kl/", "top1/")):
-            yield by_recipe(records, metric)
-        if metric.startswith("ppl/"):
-            yield against_bits(records, metric)
-    yield zero_shot(records)
+            yield from metric_figures(records, metric)
+    tasks = [task for task in reported(metrics) if task.startswith(("acc/", "acc_norm/")) or task == AVERAGE]
+    if trials := [record for record in records if record.recipe and any(task in record.metrics for task in tasks)]:
+        yield zero_shot(trials, tasks, {task: _unquantized(records, task) for task in tasks})
 
 
-def by_recipe(records: Sequence[Record], metric: str) -> Figure | None:
-    """A metric of every trial: a line per spec and rounding, a mark per method and seed."""
+def metric_figures(records: Sequence[Record], metric: str) -> Iterator[Figure]:
+    """A metric of every trial: a line per spec and rounding, a mark per method and seed.
+
+    A perplexity also against the bits that a weight of the decoder takes on disk.
+    """
     trials = [record for record in records if record.recipe and is_finite(record.metrics.get(metric))]
     if not trials:
-        return None
+        return
     values, lines = [record.metrics[metric] for record in trials], list(map(_line, trials))
-    order = sorted(set(lines), reverse=True)
-    unquantized = _unquantized(records, metric)
-    lower = lower_is_better(metric)
+    unquantized, lower = _unquantized(records, metric), lower_is_better(metric)
+    ends = _best_and_worst(trials, metric, unquantized)
     axis = new_axis(plain(shown(metric)), values + unquantized, log=lower)
+    order = sorted(set(lines), reverse=True)
     recipes = {"type": "category", "categoryorder": "array", "categoryarray": order, "range": [-0.6, len(order) - 0.4]}
     shapes = _rules("x", unquantized, axis, "left" if lower else "right")
-    marks = _marks(trials, values, lines, "%{x}")
-    return Figure(
+    yield Figure(
         slug(metric, "by-recipe"),
         "results",
         f"{shown(metric)} by recipe",
-        _best_and_worst(trials, metric, unquantized),
-        new_plot(marks, 150 + 34 * len(order), xaxis=axis, yaxis=recipes, shapes=shapes),
+        ends,
+        new_plot(
+            _marks(trials, values, lines, "%{x}"), 150 + 34 * len(order), xaxis=axis, yaxis=recipes, shapes=shapes
+        ),
         [*_recipes(trials), (shown(metric), values)],
     )
-
-
-def against_bits(records: Sequence[Record], metric: str) -> Figure | None:
-    """Perplexity against the bits that a weight of the decoder takes on disk."""
-    measured = [record for record in records if record.recipe and is_finite(record.metrics.get(metric))]
-    trials = [record for record in measured if is_finite(record.size.get(BITS))]
-    values, bits = [record.metrics[metric] for record in trials], [record.size[BITS] for record in trials]
-    if len({round(each, 1) for each in bits}) < 2:  # a single column of marks: `by_recipe` shows the same
-        return None
-    unquantized = _unquantized(records, metric)
-    axis = new_axis(plain(shown(metric)), values + unquantized)
-    x_axis = new_axis("bits per weight of the decoder", rangemode="tozero")
-    shapes = _rules("y", unquantized, axis, "left")
-    marks = _marks(trials, bits, values, "%{x:.2f} bits, %{y}")
-    fewest, value, place = min(zip(bits, values, range(len(trials)), strict=True))
-    return Figure(
+    sized = [record for record in trials if is_finite(record.size.get(BITS))]
+    values, bits = [record.metrics[metric] for record in sized], [record.size[BITS] for record in sized]
+    if not metric.startswith("ppl/") or len({round(each, 1) for each in bits}) < 2:  # one column would show the same
+        return
+    fewest, value, place = min(zip(bits, values, range(len(sized)), strict=True))
+    axes = {"xaxis": new_axis("bits per weight of the decoder", rangemode="tozero"), "yaxis": axis}
+    marks = _marks(sized, bits, values, "%{x:.2f} bits, %{y}")
+    yield Figure(
         slug(metric, "against-bits"),
         "results",
         f"{shown(metric)} against bits per weight",
-        f"At the fewest bits, {fewest:.2f}, the best is {number(value)} ({recipe_label(trials[place])}). "
-        f"{_best_and_worst(trials, metric, unquantized)}",
-        new_plot(marks, 420, xaxis=x_axis, yaxis=axis, shapes=shapes),
-        [*_recipes(trials), ("bits per weight", bits), (shown(metric), values)],
+        f"At the fewest bits, {fewest:.2f}, the best is {number(value)} ({recipe_label(sized[place])}). {ends}",
+        new_plot(marks, 420, **axes, shapes=_rules("y", unquantized, axis, "left")),
+        [*_recipes(sized), ("bits per weight", bits), (shown(metric), values)],
     )
 
 
-def zero_shot(records: Sequence[Record]) -> Figure | None:
+def zero_shot(trials: Sequence[Record], tasks: Sequence[str], unquantized: Mapping[str, Sequence[float]]) -> Figure:
     """Accuracies that papers report: a bar per task and recipe, which is the mean of its seeds."""
-    metrics = reported(metrics_of(records))
-    tasks = [metric for metric in metrics if metric.startswith(("acc/", "acc_norm/")) or metric == AVERAGE]
-    trials = [record for record in records if record.recipe and any(task in record.metrics for task in tasks)]
-    if not trials:
-        return None
     names = [plain(shown(task) if task == AVERAGE else task.partition("/")[2]) for task in tasks]
     groups = {recipe_label(group[0]): group for group in by_seeds(trials)}
     means = {label: [mean(r.metrics.get(task) for r in group) for task in tasks] for label, group in groups.items()}
@@ -96,7 +87,7 @@ def zero_shot(records: Sequence[Record]) -> Figure | None:
             marker = {"color": style(method).colour, "opacity": 1 - 0.7 * shade / len(places)}
             bar = {"type": "bar", "name": plain(label), "marker": marker, "x": names, "y": digits(means[label])}
             data.append({**bar, "hovertemplate": f"{hover}<extra></extra>"})
-    whole = [(name, value) for name, task in zip(names, tasks, strict=True) for value in _unquantized(records, task)]
+    whole = [(name, value) for name, task in zip(names, tasks, strict=True) for value in unquantized[task]]
     if whole:
         line = {"symbol": "line-ew-open", "size": 28, "line": {"width": 2}}
         x, y = zip(*whole, strict=True)
