@@ -22,14 +22,7 @@ from transformers.cache_utils import DynamicCache
 from dfrot.checkpoint.load import usable_device
 from dfrot.evaluation.record import conditions
 from dfrot.inspect.inspection import SCHEMA, STATS_FILE, TENSORS_FILE, Stats
-from dfrot.inspect.statistics import (
-    as_quantized,
-    channel_stats,
-    excess_kurtosis,
-    kv_errors,
-    relative_error,
-    weight_errors,
-)
+from dfrot.inspect.statistics import as_quantized, excess_kurtosis, kv_errors, outliers, relative_error, weight_errors
 from dfrot.linalg.rotation import Identity
 from dfrot.methods import variants
 from dfrot.methods.massive import describe_massive, massive_tokens
@@ -65,7 +58,7 @@ def inspect(
     seed: int = 0,
     device: str | torch.device = "cpu",
 ) -> Path:
-    """Measure massive tokens, outlier channels and quantization errors of a model, by rotation.
+    """Measure massive tokens, outlier channels and quantization errors of a model, by rotation; returns `out`.
 
     Args:
         model: whatever `quantize` takes; not a checkpoint.
@@ -73,9 +66,6 @@ def inspect(
         rotations: some of none, RO, RH, dfrot, rangerot, duquant.
         text: wikitext2, c4, pydoc, or a path; its first tokens are inspected.
         seq_len: tokens that are inspected, and as many that rotations are fitted to.
-
-    Returns:
-        The directory.
 
     Raises:
         UserError: model, text, spec or rotations do not fit, or the model is quantized already.
@@ -171,7 +161,7 @@ def _stream(
             for entry in describe_massive(x[at], at, token_ids[0].to(device)[at], index, name):
                 stats["massive"].append({**entry, "token": stats["tokens"][entry["position"]]})  # type: ignore[typeddict-item]
             stats["norms"].append(f"{index}.{name}")
-            stats["channels"].append(channel_stats(x))
+            stats["channels"].append(outliers(x))
             rotated = {key: as_quantized(x, fit, index, reader, norm.weight) for key, fit in fitted.items()}
             for key, y in rotated.items():
                 stats["kurtosis"][key].append(float(excess_kurtosis(y).mean()))

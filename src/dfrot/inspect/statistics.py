@@ -38,7 +38,7 @@ def as_quantized(
     return x if transforms.residual is None else transforms.residual.apply(x)
 
 
-def channel_stats(x: Float[Tensor, "tokens hidden"]) -> NormChannels:
+def outliers(x: Float[Tensor, "tokens hidden"]) -> NormChannels:
     """The outlier channels of a norm's outputs x̂."""
     peaks = x.abs().amax(0)  # (hidden,)
     largest = zip(*(part.tolist() for part in peaks.topk(min(LARGEST, len(peaks)))), strict=True)

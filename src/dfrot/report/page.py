@@ -7,7 +7,6 @@ Jinja, which fills page.html.
 
 import base64
 import dataclasses
-import functools
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
@@ -21,8 +20,7 @@ from dfrot.evaluation.record import RESULTS_FILE, Record, is_number, read_record
 from dfrot.inspect.inspection import STATS_FILE, Inspection, read_inspection
 from dfrot.report.drawing import Figure
 from dfrot.report.inspection_figures import inspection_figures
-from dfrot.report.record_figures import record_figures
-from dfrot.report.results import definitions, results_table
+from dfrot.report.records import definitions, record_figures, results_table
 from dfrot.report.words import is_finite, number, shorten
 from dfrot.system.errors import SetupError, UserError
 from dfrot.system.files import translate_io_errors, write_text
@@ -41,14 +39,11 @@ HEADINGS = {
 
 
 def report(directory: Path, out: Path | None = None) -> Path:
-    """Write a directory's result records and inspection as one HTML page.
+    """Write a directory's result records and inspection as one HTML page; returns where it is.
 
     Args:
         directory: what `dfrot compare` or `dfrot inspect` wrote.
         out: the page; None for `report.html` in the directory.
-
-    Returns:
-        Where the page is.
 
     Raises:
         UserError: there is nothing to report, or it cannot be read.
@@ -111,7 +106,6 @@ def page(records: Sequence[Record], inspection: Inspection | None, drawn: Sequen
     )
 
 
-@functools.cache
 def _template() -> Template:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}

@@ -1,6 +1,5 @@
 """Records and numbers in words, for tables, figures and captions."""
 
-import dataclasses
 import json
 import statistics
 from collections.abc import Iterable, Mapping
@@ -32,12 +31,9 @@ def shown(metric: str) -> str:
 
 def metrics_of(records: Iterable[Record]) -> list[str]:
     """All metrics of the records, in the order in which they are shown."""
-
-    def rank(metric: str) -> tuple[int, str]:
-        kind = metric.partition("/")[0]
-        return [*METRICS, kind].index(kind), metric
-
-    return sorted({metric for record in records for metric in record.metrics}, key=rank)
+    place = {kind: place for place, kind in enumerate(METRICS)}
+    found = sorted({metric for record in records for metric in record.metrics})
+    return sorted(found, key=lambda metric: place.get(metric.partition("/")[0], len(place)))
 
 
 def lower_is_better(metric: str) -> bool:
@@ -54,19 +50,17 @@ def recipe_label(record: Record) -> str:
 
 def deviations(recipe: Mapping[str, Any]) -> str:
     """The options of method and rounding that are not their default: "gamma 1, steps 50"."""
-    found = []
     method, rounding = METHODS.get(str(recipe.get("method"))), ROUNDINGS.get(str(recipe.get("weights")))
-    usual: dict[str, dict[str, Any]] = {"options": {}, "weight_options": {}}
-    if method is not None:
-        usual["options"] = dataclasses.asdict(method().resolved(rounding is not None and rounding.learns_clipping))
-    if rounding is not None:
-        usual["weight_options"] = dataclasses.asdict(rounding())
-    for options, defaults in usual.items():
-        given = recipe.get(options)
+    usual = {
+        "options": method and method().resolved(rounding is not None and rounding.learns_clipping),
+        "weight_options": rounding and rounding(),
+    }
+    found = []
+    for part, defaults in usual.items():
+        given = recipe.get(part)
         for option, value in given.items() if isinstance(given, dict) else ():
-            if option not in defaults or defaults[option] != value:
-                name = option.replace("_", " ")
-                found.append(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}")
+            if getattr(defaults, option, ...) != value:
+                found.append(f"{option.replace('_', ' ')} {f'{value:g}' if isinstance(value, float) else value}")
     return shorten(", ".join(found))
 
 

@@ -1,6 +1,6 @@
-"""The figures of result records: by recipe, against bits, zero-shot tasks."""
+"""What the page shows of result records: the rows and columns of page.html's table of results, and their figures."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from dfrot.evaluation.record import AVERAGE, Record, reported
@@ -14,10 +14,111 @@ from dfrot.report.words import (
     metrics_of,
     number,
     recipe_label,
+    setting,
     shown,
 )
 
 BITS = "decoder_bits_per_weight"
+WORDS = ("model", "method", "options", "weights", "spec", "seed")  # the columns before those of numbers
+FILTERS = ("method", "weights", "spec")  # of the table's rows
+# Columns of the table after those of metrics.
+SIZES: dict[str, Callable[[Record], float | None]] = {
+    "MB": lambda record: record.size["weight_bytes"] / 1e6 if "weight_bytes" in record.size else None,
+    "bits per weight": lambda record: record.size.get(BITS),
+    "KV bytes per token": lambda record: record.size.get("kv_bytes_per_token"),
+    "seconds": lambda record: sum(record.timings_s.values()) or None,
+    "peak memory, GB": lambda record: record.peak_rss_bytes / 1e9,
+}
+
+
+def results_table(records: Sequence[Record]) -> dict[str, Any]:
+    """The table for page.html: its columns, its rows, and the words by which the reader may filter.
+
+    Every record is a row, and every group of records that differ only in the seed is a folded one, with their means.
+    The page's script shows either kind.
+    """
+    metrics = metrics_of(records)
+    rows = []
+    for kind, groups in (("record", [[record] for record in records]), ("fold", list(by_seeds(records)))):
+        best = {metric: _best(groups, metric) for metric in metrics}
+        for place, group in enumerate(groups):
+            cells = [_cell([record.metrics.get(metric) for record in group]) for metric in metrics]
+            for metric, cell in zip(metrics, cells, strict=True):
+                cell |= {"best": place in best[metric], "published": _published(group[0], metric)}
+            seeds = [_words(record)["seed"] for record in group]
+            row = {
+                "name": f"{kind}-{place}",
+                "folded": kind == "fold",
+                "words": _words(group[0]) | {"seed": ", ".join(seeds)},
+                "cells": cells + [_cell(list(map(size, group))) for size in SIZES.values()],
+                "details": _details(group[0]),
+                "of_seed": seeds[0] if len(group) > 1 else None,  # the record whose details are shown
+            }
+            rows.append(row)
+    choices = {key: sorted({_words(record)[key] for record in records}) for key in FILTERS}
+    columns = [(shown(metric), " ↓" if lower_is_better(metric) else " ↑") for metric in metrics]
+    return {"words": WORDS, "columns": columns + [(size, "") for size in SIZES], "rows": rows, "choices": choices}
+
+
+def definitions(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Terms and texts: nested objects name their parts, the innermost stand on one line."""
+    pairs = []
+    for key, value in record.items():
+        if isinstance(value, Mapping) and any(isinstance(part, Mapping) for part in value.values()):
+            pairs += [(f"{key} {name}", _on_a_line(part)) for name, part in value.items()]
+        else:
+            pairs.append((key, _on_a_line(value)))
+    return pairs
+
+
+def _on_a_line(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_on_a_line(part)}" for key, part in value.items()) or "–"
+    if isinstance(value, list):
+        return ", ".join(map(_on_a_line, value)) or "–"
+    return "–" if value is None else {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
+
+
+def _details(record: Record) -> list[tuple[str, list[tuple[str, str]]]]:
+    measured = {"metrics": record.metrics, "size": record.size, "seconds": record.timings_s}
+    parts = {
+        "Recipe": record.recipe,
+        "Conditions": {"model": record.model, **record.conditions},
+        "Measured": {**measured, "peak_rss_bytes": record.peak_rss_bytes},
+    }
+    return [(heading, definitions(part)) for heading, part in parts.items() if part is not None]
+
+
+def _words(record: Record) -> dict[str, str]:
+    """The cells before those of numbers."""
+    recipe = {"method": "unquantized"} if record.recipe is None else record.recipe
+    words = {key: str(recipe.get(key, "–")) for key in WORDS}
+    return words | {"model": record.model, "options": deviations(recipe)}
+
+
+def _cell(values: Sequence[int | float | None]) -> dict[str, Any]:
+    """The mean of the seeds, and the smallest and largest if they differ."""
+    known = [value for value in values if value is not None and is_finite(value)]
+    spread = (min(known), max(known)) if known and min(known) < max(known) else None
+    return {"value": mean(known) if known else values[0], "spread": spread, "best": False, "published": None}
+
+
+def _published(record: Record, metric: str) -> tuple[str, Any] | None:
+    """The number that a paper reports, and its source."""
+    published = record.conditions.get("published")
+    entry = published.get(metric) if isinstance(published, Mapping) else None
+    return (str(entry.get("value")), entry.get("source")) if isinstance(entry, Mapping) else None
+
+
+def _best(groups: Sequence[Sequence[Record]], metric: str) -> set[int]:
+    """The places of the best quantized model of every setting, by the mean of its seeds."""
+    sign = 1 if lower_is_better(metric) else -1  # so that the smallest is the best
+    ranks: dict[str, list[tuple[float, int]]] = {}
+    for place, group in enumerate(groups):
+        value = mean(record.metrics.get(metric) for record in group)
+        if group[0].recipe is not None and value is not None:
+            ranks.setdefault(setting(group[0]), []).append((sign * value, place))
+    return {min(of_setting)[1] for of_setting in ranks.values()}
 
 
 def record_figures(records: Sequence[Record]) -> Iterator[Figure]:
