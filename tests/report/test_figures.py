@@ -11,8 +11,8 @@ from dfrot.inspect.inspection import Inspection, read_inspection
 from dfrot.pipeline.recipe import Recipe
 from dfrot.report.inspection_figures import inspection_figures, max_pooled, sampled_ranks, surfaces, token_errors
 from dfrot.report.page import figures
-from dfrot.report.records import record_figures
-from dfrot.report.words import by_seeds, deviations, number
+from dfrot.report.records import by_seeds, deviations, record_figures
+from dfrot.report.words import number
 from dfrot.system.errors import UserError
 from tests.report.records import TEXT, record, records, write_inspection, write_results
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from jaxtyping import Float
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
@@ -21,19 +22,22 @@ from transformers.cache_utils import DynamicCache
 
 from dfrot.checkpoint.load import usable_device
 from dfrot.evaluation.record import conditions
-from dfrot.inspect.inspection import SCHEMA, STATS_FILE, TENSORS_FILE, Stats
-from dfrot.inspect.statistics import as_quantized, excess_kurtosis, kv_errors, outliers, relative_error, weight_errors
+from dfrot.inspect.inspection import SCHEMA, STATS_FILE, TENSORS_FILE, LayerErrors, NormChannels, Stats
 from dfrot.linalg.rotation import Identity
 from dfrot.methods import variants
 from dfrot.methods.massive import describe_massive, massive_tokens
 from dfrot.methods.method import FitContext
+from dfrot.methods.quarot import hadamard
 from dfrot.methods.sensitivity import sensitivity_by_block
-from dfrot.models.source import open_source
+from dfrot.models.source import Source, open_source
 from dfrot.models.stream import BlockRunner, captured_inputs
 from dfrot.models.texts import read_text, text_label, token_windows
 from dfrot.pipeline.recipe import Recipe
 from dfrot.pipeline.run import calibration_tokens
-from dfrot.quant.spec import Spec
+from dfrot.quant.affine import dequantize
+from dfrot.quant.spec import Spec, TensorSpec
+from dfrot.rounding.rtn import rtn
+from dfrot.runtime.kv import KVQuantizer
 from dfrot.system.errors import UserError
 from dfrot.system.files import translate_io_errors, write_json, write_tensors
 from dfrot.system.progress import track
@@ -44,6 +48,8 @@ ROTATIONS = variants()
 SENSITIVITY_TOKENS = 256  # the cost of the sensitivities grows with the square of the number of blocks
 SURFACE_TOKENS = 64  # as many as the papers' surfaces, token × channel, show
 LISTED_TOKENS = 5  # massive ones, on the terminal
+LARGEST = 8  # outlier channels that are listed of every norm
+_TINY = 1e-30  # keeps the statistics of a token of zeros finite
 
 
 def inspect(
@@ -186,6 +192,76 @@ def _stream(
 def _mean(error: Tensor) -> float | None:
     """None where there are no such tokens."""
     return float(error.mean(dtype=torch.float64)) if error.numel() else None
+
+
+# The pictures of the DFRot paper: ordinary tokens are equally easy under every random rotation, and the few massive
+# ones decide. Norm outputs x̂ are without gain, which is folded into the readers, and have RMS 1.
+
+
+def as_quantized(
+    x: Float[Tensor, "tokens hidden"], transforms: Transforms, index: int, reader: str, gain: Float[Tensor, " hidden"]
+) -> Float[Tensor, "tokens hidden"]:
+    """The output x̂ of a norm of block `index`, which the layer `reader` reads, in the form in which it is quantized.
+
+    That is x̂ R; for DuQuant, which leaves the gain where it is and smooths, (x̂ g / s) R. Without rotation it is x̂, the
+    same tokens as with one, as in the papers' figures, although the method `none` leaves the gain where it is, too.
+    """
+    if transforms.inputs:
+        transform = transforms.inputs[index][reader]
+        x = x * gain
+        return transform.rotation.apply(x if transform.smooth is None else x / transform.smooth)
+    return x if transforms.residual is None else transforms.residual.apply(x)
+
+
+def outliers(x: Float[Tensor, "tokens hidden"]) -> NormChannels:
+    """The outlier channels of a norm's outputs x̂."""
+    peaks = x.abs().amax(0)  # (hidden,)
+    largest = zip(*(part.tolist() for part in peaks.topk(min(LARGEST, len(peaks)))), strict=True)
+    return {
+        "median": float(peaks.median()),
+        "largest": [{"channel": channel, "value": value} for value, channel in largest],
+    }
+
+
+def excess_kurtosis(x: Float[Tensor, "*tokens channels"]) -> Float[Tensor, "*tokens"]:
+    """How heavy the tails of every token's entries are: 0 for Gaussian ones, large where few channels stick out."""
+    squared = (x - x.mean(-1, keepdim=True)).square()
+    return squared.square().mean(-1) / squared.mean(-1).square().clamp(min=_TINY) - 3
+
+
+def relative_error(
+    x: Float[Tensor, "*tokens channels"], q: Float[Tensor, "*tokens channels"]
+) -> Float[Tensor, "*tokens"]:
+    """‖x − Q(x)‖ / ‖x‖ of every token."""
+    return (x - q).norm(dim=-1) / x.norm(dim=-1).clamp(min=_TINY)
+
+
+def weight_errors(
+    block: nn.Module, index: int, source: Source, fitted: Mapping[str, Transforms], spec: TensorSpec
+) -> list[LayerErrors]:
+    """‖W − Q(W)‖ / ‖W‖ of every linear layer of a block, folded and rounded to nearest without clipping by search."""
+    spec = spec if spec.clip_ratio is not None else dataclasses.replace(spec, clip_ratio=1.0)
+    errors: dict[str, dict[str, float]] = {name: {} for name in source.graph.linears}
+    for method, transforms in fitted.items():
+        if transforms.inputs:  # DuQuant's rotations run online: nothing is folded into weights
+            continue
+        for name, fold in transforms.folds(index, source.graph, source.config, block).items():
+            weight = fold.weight(block.get_submodule(name).weight.data).float()  # type: ignore[arg-type]
+            codes, qparams = rtn(weight, spec)
+            left = weight - dequantize(codes, spec.weight_granularity, qparams)
+            errors[name][method] = float(left.norm() / weight.norm())
+    return [{"block": index, "layer": name, "error": by_method} for name, by_method in errors.items() if by_method]
+
+
+def kv_errors(x: Float[Tensor, "batch heads tokens head_dim"], spec: TensorSpec) -> dict[str, float]:
+    """‖x − Q(x)‖ / ‖x‖ of keys or values in the cache, plain and rotated; mean over heads and tokens."""
+    size, errors = x.shape[-1], {}
+    for how, rotation in {"plain": None, "rotated": hadamard("one head", size)}.items():
+        quantizer = KVQuantizer(spec, spec, rotation, size)
+        rotated = quantizer.rotate(x)
+        unpacked = quantizer.unpack(quantizer.pack_keys(x), x.dtype)
+        errors[how] = float(relative_error(rotated, unpacked).mean())
+    return errors
 
 
 def summary(stats: Stats) -> Group:

@@ -42,16 +42,12 @@ class Channel(TypedDict):
     value: float
 
 
-class NormChannels(TypedDict):
-    """The largest |x̂| that each channel has in any token: the median of the channels, and the largest of them."""
-
+class NormChannels(TypedDict):  # of the largest |x̂| that each channel has in any token
     median: float
     largest: list[Channel]
 
 
-class TokenErrors(TypedDict):
-    """Mean relative errors; null where there are no such tokens."""
-
+class TokenErrors(TypedDict):  # mean relative errors; null where there are no such tokens
     ordinary: float | None
     massive: float | None
 
@@ -114,7 +110,8 @@ def read_inspection(directory: Path) -> Inspection | None:
         errors = {name: tensors[f"error/{name}"] for name in stats["rotations"]}
         surfaces = {name: tensors[f"surface/{name}"] for name in stats["rotations"]}
         inspection = Inspection(stats, errors, tensors["massive"].astype(bool), surfaces)
-        _check_fit(inspection)
+        if wrong := _misfit(inspection):
+            raise ValueError(wrong)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} and {TENSORS_FILE} do not fit together: {error!r}. {again}") from error
     return inspection
@@ -130,30 +127,22 @@ def _bad_number(value: Any) -> str | None:
     return "" if is_bad else None
 
 
-def _check_fit(inspection: Inspection) -> None:
-    """Raises ValueError if the two files disagree; the figures assume that they agree."""
+def _misfit(inspection: Inspection) -> str | None:
+    """What the two files disagree in, if they do; the figures assume that they agree."""
     stats, errors, surfaces = inspection.stats, inspection.errors.values(), inspection.surfaces.values()
     shape = norms, tokens = len(stats["norms"]), len(stats["tokens"])
     sizes_by_norm = {len(stats["channels"]), *map(len, stats["kurtosis"].values())}
     of_cache = [values for by_how in stats["kv"].values() for values in by_how.values()]
-    misfits = {
-        "there are no rotations": not errors,
-        f"{norms} norms × {tokens} tokens, but a tensor of another shape": any(
-            each.shape != shape or not each.size for each in (inspection.is_massive, *errors)
-        ),
-        "a surface is tokens × channels, but a tensor has another shape": any(
-            each.ndim != 2 or not each.size for each in surfaces
-        ),
-        "a tensor has an entry that is not a finite number": any(
-            each.dtype.kind != "f" or not np.isfinite(each).all() for each in (*errors, *surfaces)
-        ),
-        f"{norms} norms, but another number of kurtoses or channels": (
-            sizes_by_norm != {norms} or not all(entry["largest"] for entry in stats["channels"])
-        ),
-        "sensitivities and errors of keys and values are of different numbers of blocks": (
-            len(set(map(len, (*stats["sensitivity"].values(), *of_cache)))) > 1
-        ),
-    }
-    for what, holds in misfits.items():
-        if holds:
-            raise ValueError(what)
+    if not errors:
+        return "there are no rotations"
+    if any(each.shape != shape or not each.size for each in (inspection.is_massive, *errors)):
+        return f"{norms} norms × {tokens} tokens, but a tensor of another shape"
+    if any(each.ndim != 2 or not each.size for each in surfaces):
+        return "a surface is tokens × channels, but a tensor has another shape"
+    if any(each.dtype.kind != "f" or not np.isfinite(each).all() for each in (*errors, *surfaces)):
+        return "a tensor has an entry that is not a finite number"
+    if sizes_by_norm != {norms} or not all(entry["largest"] for entry in stats["channels"]):
+        return f"{norms} norms, but another number of kurtoses or channels"
+    if len(set(map(len, (*stats["sensitivity"].values(), *of_cache)))) > 1:
+        return "sensitivities and errors of keys and values are of different numbers of blocks"
+    return None

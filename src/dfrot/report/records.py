@@ -1,23 +1,27 @@
-"""What the page shows of result records: the rows and columns of page.html's table of results, and their figures."""
+"""Result records in words, as the rows and columns of page.html's table of results, and as figures."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from dfrot.evaluation.record import AVERAGE, Record, reported
+from dfrot.evaluation.record import AVERAGE, MASSIVE_UNQUANTIZED, Record, reported
+from dfrot.methods import METHODS
 from dfrot.report.drawing import STYLES, Figure, digits, new_axis, new_plot, plain, rule, scatter, slug, style
-from dfrot.report.words import (
-    by_seeds,
-    deviations,
-    is_finite,
-    lower_is_better,
-    mean,
-    metrics_of,
-    number,
-    recipe_label,
-    setting,
-    shown,
-)
+from dfrot.report.words import is_finite, mean, number, shorten
+from dfrot.rounding import ROUNDINGS
 
+# Kinds of metrics in the order in which they are shown.
+METRICS = {
+    "ppl": "perplexity",
+    MASSIVE_UNQUANTIZED: "perplexity, massive tokens unquantized,",
+    "kl": "KL divergence",
+    "top1": "top-1 agreement",
+    AVERAGE: "zero-shot average",
+    "acc": "acc",
+    "acc_norm": "acc norm",
+}
+# Conditions that two records must share for their numbers to be comparable, beside model and recipe.
+SETTING = ("text", "tokens", "seq_len", "limit", "num_fewshot", "dtype", "device", "backend")
 BITS = "decoder_bits_per_weight"
 WORDS = ("model", "method", "options", "weights", "spec", "seed")  # the columns before those of numbers
 FILTERS = ("method", "weights", "spec")  # of the table's rows
@@ -29,6 +33,61 @@ SIZES: dict[str, Callable[[Record], float | None]] = {
     "seconds": lambda record: sum(record.timings_s.values()) or None,
     "peak memory, GB": lambda record: record.peak_rss_bytes / 1e9,
 }
+
+
+def shown(metric: str) -> str:
+    """A metric's name for readers: "ppl/wikitext2" → "perplexity wikitext2"."""
+    kind, _, what = metric.partition("/")
+    return shorten(f"{METRICS.get(kind, kind)} {what}".strip())
+
+
+def metrics_of(records: Iterable[Record]) -> list[str]:
+    """All metrics of the records, in the order in which they are shown."""
+    place = {kind: place for place, kind in enumerate(METRICS)}
+    found = sorted({metric for record in records for metric in record.metrics})
+    return sorted(found, key=lambda metric: place.get(metric.partition("/")[0], len(place)))
+
+
+def lower_is_better(metric: str) -> bool:
+    return metric.startswith(("ppl/", f"{MASSIVE_UNQUANTIZED}/", "kl/"))
+
+
+def recipe_label(record: Record) -> str:
+    """Method, rounding, spec and options that are not the default."""
+    if record.recipe is None:
+        return "unquantized"
+    names = (record.recipe.get(key) for key in ("method", "weights", "spec"))
+    return " ".join(shorten(str(word)) for word in (*names, deviations(record.recipe)) if word)
+
+
+def deviations(recipe: Mapping[str, Any]) -> str:
+    """The options of method and rounding that are not their default: "gamma 1, steps 50"."""
+    method, rounding = METHODS.get(str(recipe.get("method"))), ROUNDINGS.get(str(recipe.get("weights")))
+    usual = {
+        "options": method and method().resolved(rounding is not None and rounding.learns_clipping),
+        "weight_options": rounding and rounding(),
+    }
+    found = []
+    for part, defaults in usual.items():
+        given = recipe.get(part)
+        for option, value in given.items() if isinstance(given, dict) else ():
+            if getattr(defaults, option, ...) != value:
+                found.append(f"{option.replace('_', ' ')} {f'{value:g}' if isinstance(value, float) else value}")
+    return shorten(", ".join(found))
+
+
+def setting(record: Record) -> str:
+    """Equal for records whose metrics can be compared: one model, measured alike."""
+    return json.dumps([record.model, {key: record.conditions.get(key) for key in SETTING}], sort_keys=True)
+
+
+def by_seeds(records: Iterable[Record]) -> Iterable[list[Record]]:
+    """Records that differ only in the seed, together, in the order of their first."""
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        recipe = {key: value for key, value in (record.recipe or {}).items() if key != "seed"}
+        groups.setdefault(setting(record) + json.dumps(recipe, sort_keys=True), []).append(record)
+    return groups.values()
 
 
 def results_table(records: Sequence[Record]) -> dict[str, Any]:
@@ -64,11 +123,9 @@ def definitions(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Terms and texts: nested objects name their parts, the innermost stand on one line."""
     pairs = []
     for key, value in record.items():
-        if isinstance(value, Mapping) and any(isinstance(part, Mapping) for part in value.values()):
-            pairs += [(f"{key} {name}", _on_a_line(part)) for name, part in value.items()]
-        else:
-            pairs.append((key, _on_a_line(value)))
-    return pairs
+        nested = isinstance(value, Mapping) and any(isinstance(part, Mapping) for part in value.values())
+        pairs += [(f"{key} {name}", part) for name, part in value.items()] if nested else [(key, value)]
+    return [(term, _on_a_line(value)) for term, value in pairs]
 
 
 def _on_a_line(value: Any) -> str:
@@ -81,11 +138,9 @@ def _on_a_line(value: Any) -> str:
 
 def _details(record: Record) -> list[tuple[str, list[tuple[str, str]]]]:
     measured = {"metrics": record.metrics, "size": record.size, "seconds": record.timings_s}
-    parts = {
-        "Recipe": record.recipe,
-        "Conditions": {"model": record.model, **record.conditions},
-        "Measured": {**measured, "peak_rss_bytes": record.peak_rss_bytes},
-    }
+    measured |= {"peak_rss_bytes": record.peak_rss_bytes}
+    conditions = {"model": record.model, **record.conditions}
+    parts = {"Recipe": record.recipe, "Conditions": conditions, "Measured": measured}
     return [(heading, definitions(part)) for heading, part in parts.items() if part is not None]
 
 
