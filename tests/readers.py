@@ -36,7 +36,7 @@ from dfrot.models.gguf import check_structure
 from dfrot.models.source import load_tokenizer, open_safetensors, open_source, read_config, stored_tensors, weight_files
 from dfrot.models.texts import read_text
 from dfrot.pipeline.recipe import Recipe
-from dfrot.report.page import figures, page
+from dfrot.report.page import page
 from dfrot.runtime.config import RuntimeConfig
 from dfrot.system.errors import SetupError, UserError
 from dfrot.transform.transforms import Transforms
@@ -293,7 +293,7 @@ def _resumed(run: dict[str, Any], folder: Path) -> None:
 
 def _page(folder: Path) -> None:
     records, inspection = read_records(folder / "results.jsonl"), read_inspection(folder)
-    page(records, inspection, figures(records, inspection)).encode(errors="replace")
+    page(records, inspection).encode(errors="replace")
 
 
 def _texts(folder: Path) -> None:

@@ -143,8 +143,8 @@ def weight_errors(inspection: Inspection) -> Figure:
 def surfaces(inspection: Inspection) -> Iterator[Figure]:
     """|x R| over tokens and channels, on the same scale for all rotations."""
     top = max(float(surface.max()) for surface in inspection.surfaces.values())
-    scene = {axis: {"title": {"text": title}} for axis, title in (("xaxis", "channel"), ("yaxis", "token"))}
-    scene["zaxis"] = {"title": {"text": "|x R|"}, "range": [0, 1.02 * top]}
+    z_axis = new_axis("|x R|", range=[0, 1.02 * top])
+    scene = {"xaxis": new_axis("channel"), "yaxis": new_axis("token"), "zaxis": z_axis}
     look = {"type": "surface", "cmin": 0, "cmax": top}
     look |= {"hovertemplate": "token %{y}, channel %{x}: %{z}<extra></extra>"}
     for name, surface in inspection.surfaces.items():

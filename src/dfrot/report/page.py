@@ -56,7 +56,7 @@ def report(directory: Path, out: Path | None = None) -> Path:
             f"`dfrot inspect` writes; {directory} has no records in the one and lacks the other."
         )
     out = directory / PAGE_FILE if out is None else out
-    text = page(records, inspection, figures(records, inspection))
+    text = page(records, inspection)
     with translate_io_errors(out.parent):
         out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, text)
@@ -74,21 +74,22 @@ def figures(records: Sequence[Record], inspection: Inspection | None) -> list[Fi
     return drawn
 
 
-def page(records: Sequence[Record], inspection: Inspection | None, drawn: Sequence[Figure]) -> str:
+def page(records: Sequence[Record], inspection: Inspection | None) -> str:
     """The page as HTML."""
     try:
         from plotly.offline import get_plotlyjs
     except ImportError as error:
         raise SetupError("a report needs the package plotly. Install it: pip install 'dfrot[report]'") from error
-    stats = inspection and inspection.stats
+    drawn, stats = figures(records, inspection), inspection and inspection.stats
     filled = {figure.section for figure in drawn} | ({"massive", "conditions"} if stats else set())
     filled |= {"results"} if records else set()
     models = list(dict.fromkeys([*(record.model for record in records), *([stats["model"]] if stats else [])]))
     script, plotly = _data("page.js"), get_plotlyjs()
+    digests = [hashlib.sha256(text.encode()).digest() for text in (plotly, script)]
     # Markup is what Jinja does not escape: only our own files and plotly's.
     return _template().render(
         title=shorten(f"dfrot: {', '.join(models[:3])}{' …' if len(models) > 3 else ''}", 160),
-        hashes=Markup(" ".join(map(_hash, (plotly, script)))),
+        hashes=Markup(" ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)),
         style=Markup(_data("page.css")),
         sections={name: heading for name, heading in HEADINGS.items() if name in filled},
         records=records,
@@ -126,7 +127,3 @@ def _template() -> Template:
 
 def _data(name: str) -> str:
     return resources.files("dfrot.report").joinpath(name).read_text(encoding="utf-8")
-
-
-def _hash(script: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"

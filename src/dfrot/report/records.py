@@ -138,9 +138,11 @@ def _on_a_line(value: Any) -> str:
 
 def _details(record: Record) -> list[tuple[str, list[tuple[str, str]]]]:
     measured = {"metrics": record.metrics, "size": record.size, "seconds": record.timings_s}
-    measured |= {"peak_rss_bytes": record.peak_rss_bytes}
-    conditions = {"model": record.model, **record.conditions}
-    parts = {"Recipe": record.recipe, "Conditions": conditions, "Measured": measured}
+    parts = {
+        "Recipe": record.recipe,
+        "Conditions": {"model": record.model, **record.conditions},
+        "Measured": {**measured, "peak_rss_bytes": record.peak_rss_bytes},
+    }
     return [(heading, definitions(part)) for heading, part in parts.items() if part is not None]
 
 
@@ -201,20 +203,19 @@ def metric_figures(records: Sequence[Record], metric: str) -> Iterator[Figure]:
     axis = new_axis(plain(shown(metric)), values + unquantized, log=lower)
     order = sorted(set(lines), reverse=True)
     recipes = {"type": "category", "categoryorder": "array", "categoryarray": order, "range": [-0.6, len(order) - 0.4]}
+    marks = _marks(trials, values, lines, "%{x}")
     shapes = _rules("x", unquantized, axis, "left" if lower else "right")
     yield Figure(
         slug(metric, "by-recipe"),
         "results",
         f"{shown(metric)} by recipe",
         ends,
-        new_plot(
-            _marks(trials, values, lines, "%{x}"), 150 + 34 * len(order), xaxis=axis, yaxis=recipes, shapes=shapes
-        ),
+        new_plot(marks, 150 + 34 * len(order), xaxis=axis, yaxis=recipes, shapes=shapes),
         [*_recipes(trials), (shown(metric), values)],
     )
     sized = [record for record in trials if is_finite(record.size.get(BITS))]
     values, bits = [record.metrics[metric] for record in sized], [record.size[BITS] for record in sized]
-    if not metric.startswith("ppl/") or len({round(each, 1) for each in bits}) < 2:  # one column would show the same
+    if not metric.startswith("ppl/") or len({round(each, 1) for each in bits}) < 2:  # a single column of marks
         return
     fewest, value, place = min(zip(bits, values, range(len(sized)), strict=True))
     axes = {"xaxis": new_axis("bits per weight of the decoder", rangemode="tozero"), "yaxis": axis}
