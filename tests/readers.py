@@ -31,12 +31,12 @@ from dfrot.checkpoint.manifest import is_ours
 from dfrot.checkpoint.reuse import read_fit, write_fit
 from dfrot.checkpoint.writer import opened_writer
 from dfrot.evaluation.record import read_records
+from dfrot.inspect.inspection import read_inspection
 from dfrot.models.gguf import check_structure
 from dfrot.models.source import load_tokenizer, open_safetensors, open_source, read_config, stored_tensors, weight_files
 from dfrot.models.texts import read_text
 from dfrot.pipeline.recipe import Recipe
-from dfrot.report.inspection import read_inspection
-from dfrot.report.page import figures, page
+from dfrot.report.page import page
 from dfrot.runtime.config import RuntimeConfig
 from dfrot.system.errors import SetupError, UserError
 from dfrot.transform.transforms import Transforms
@@ -276,7 +276,7 @@ def _resumed(run: dict[str, Any], folder: Path) -> None:
 
 def _page(folder: Path) -> None:
     records, inspection = read_records(folder / "results.jsonl"), read_inspection(folder)
-    page(records, inspection, figures(records, inspection)).encode(errors="replace")
+    page(records, inspection).encode(errors="replace")
 
 
 def _texts(folder: Path) -> None:

@@ -19,6 +19,7 @@ import dfrot
 from dfrot.checkpoint.reuse import read_fit, write_fit
 from dfrot.checkpoint.writer import opened_writer
 from dfrot.cli import main
+from dfrot.inspect.inspection import read_inspection
 from dfrot.linalg.hadamard import is_hadamard_size, require_hadamard_size
 from dfrot.linalg.rotation import rotation_from
 from dfrot.models.gguf import check_structure
@@ -26,7 +27,6 @@ from dfrot.models.source import open_source, read_config, weight_files
 from dfrot.models.texts import read_text
 from dfrot.pipeline import run as pipeline
 from dfrot.pipeline.recipe import Recipe
-from dfrot.report.inspection import read_inspection
 from dfrot.system import files as save
 from dfrot.system.errors import SetupError, UserError
 from dfrot.system.files import parse_json

@@ -304,9 +304,8 @@ class Inspect:
     device: Device = "cpu"
 
     def run(self) -> None:
-        from dfrot.inspect.inspect import inspect
-        from dfrot.inspect.schema import STATS_FILE
-        from dfrot.inspect.summary import summary
+        from dfrot.inspect.inspect import inspect, summary
+        from dfrot.inspect.inspection import STATS_FILE
         from dfrot.system.files import read_json
 
         stats: Any = read_json(inspect(**vars(self)) / STATS_FILE)

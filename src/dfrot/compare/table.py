@@ -13,7 +13,7 @@ from dfrot.compare.trials import Trial
 from dfrot.evaluation.record import Record, reported
 from dfrot.methods import METHODS, variants
 from dfrot.pipeline.recipe import Recipe
-from dfrot.report.words import deviations
+from dfrot.report.records import deviations
 from dfrot.system.errors import UserError
 
 HEADS = ("method", "weights", "spec", "seed")

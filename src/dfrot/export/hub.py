@@ -12,7 +12,8 @@ from dfrot.evaluation.record import Record, model_size, read_records, reported
 from dfrot.export.checkpoint import Checkpoint
 from dfrot.methods import METHODS
 from dfrot.models.texts import text_label
-from dfrot.report.words import metrics_of, number, recipe_label, shown
+from dfrot.report.records import metrics_of, recipe_label, shown
+from dfrot.report.words import number
 from dfrot.rounding import ROUNDINGS
 from dfrot.system.errors import SetupError, UserError
 from dfrot.system.files import read_json

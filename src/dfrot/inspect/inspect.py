@@ -3,37 +3,43 @@
 The original model is streamed block by block over one sequence of the text. Every rotation is the one that `quantize`
 would use: the method fits it to the train part of the text, while the statistics are of its test part (a text from a
 file has only one part). Then each block's sensitivity is measured: its norm outputs alone are quantized.
-
-`dfrot.inspect.schema` defines the two files. inspect.json is written last: where it is, both are complete.
 """
 
 import dataclasses
 import functools
+import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from jaxtyping import Float
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from dfrot.checkpoint.load import usable_device
 from dfrot.evaluation.record import conditions
-from dfrot.inspect.norm_stats import as_quantized, channel_stats, excess_kurtosis, relative_error
-from dfrot.inspect.schema import SCHEMA, STATS_FILE, TENSORS_FILE, Stats
-from dfrot.inspect.storage_errors import kv_errors, weight_errors
+from dfrot.inspect.inspection import SCHEMA, STATS_FILE, TENSORS_FILE, LayerErrors, NormChannels, Stats
 from dfrot.linalg.rotation import Identity
 from dfrot.methods import variants
 from dfrot.methods.massive import describe_massive, massive_tokens
 from dfrot.methods.method import FitContext
+from dfrot.methods.quarot import hadamard
 from dfrot.methods.sensitivity import sensitivity_by_block
 from dfrot.models.source import Source, open_source
 from dfrot.models.stream import BlockRunner, captured_inputs
 from dfrot.models.texts import read_text, text_label, token_windows
 from dfrot.pipeline.recipe import Recipe
 from dfrot.pipeline.run import calibration_tokens
-from dfrot.quant.spec import Spec
-from dfrot.system.errors import SetupError, UserError
-from dfrot.system.files import write_json, write_tensors
+from dfrot.quant.affine import dequantize
+from dfrot.quant.spec import Spec, TensorSpec
+from dfrot.rounding.rtn import rtn
+from dfrot.runtime.kv import KVQuantizer
+from dfrot.system.errors import UserError
+from dfrot.system.files import translate_io_errors, write_json, write_tensors
 from dfrot.system.progress import track
 from dfrot.transform.transforms import Transforms
 
@@ -41,6 +47,9 @@ from dfrot.transform.transforms import Transforms
 ROTATIONS = variants()
 SENSITIVITY_TOKENS = 256  # the cost of the sensitivities grows with the square of the number of blocks
 SURFACE_TOKENS = 64  # as many as the papers' surfaces, token × channel, show
+LISTED_TOKENS = 5  # massive ones, on the terminal
+LARGEST = 8  # outlier channels that are listed of every norm
+_TINY = 1e-30  # keeps the statistics of a token of zeros finite
 
 
 def inspect(
@@ -55,7 +64,7 @@ def inspect(
     seed: int = 0,
     device: str | torch.device = "cpu",
 ) -> Path:
-    """Measure massive tokens, outlier channels and quantization errors of a model, by rotation.
+    """Measure massive tokens, outlier channels and quantization errors of a model, by rotation; returns `out`.
 
     Args:
         model: whatever `quantize` takes; not a checkpoint.
@@ -64,26 +73,33 @@ def inspect(
         text: wikitext2, c4, pydoc, or a path; its first tokens are inspected.
         seq_len: tokens that are inspected, and as many that rotations are fitted to.
 
-    Returns:
-        The directory.
-
     Raises:
         UserError: model, text, spec or rotations do not fit, or the model is quantized already.
         SetupError: model or text cannot be had, or the files cannot be written.
     """
     device = usable_device(device)
-    recipes = _recipes(rotations, spec, preset, text, seq_len, seed)
+    if not rotations or not set(rotations) <= ROTATIONS.keys():
+        raise UserError(f"rotations are some of {', '.join(ROTATIONS)}; got {', '.join(rotations) or 'none at all'}.")
+    recipes = {
+        name: Recipe.parse(method, "rtn", spec, preset=preset, calib=text, calib_tokens=seq_len, seed=seed, **options)
+        for name, (method, options) in ROTATIONS.items()
+        if name in rotations
+    }
     recipe = next(iter(recipes.values()))  # they differ in their methods only
+    grids = recipe.spec
+    if not (grids.weights.enabled and grids.activations.enabled and grids.keys.enabled):
+        raise UserError(
+            f"inspect shows errors of weights, activations and cache, so the spec has a grid for each; got '{spec}'. "
+            "Give one such as w4a4kv4."
+        )
     source = open_source(model)
     tokenizer = source.tokenizer()
     token_ids = token_windows(tokenizer, read_text(text, "test"), text, seq_len, seq_len)  # (1, seq_len)
-    try:
+    with translate_io_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SetupError(f"cannot make the directory {out}: {error}") from error
 
     calibration = functools.cache(lambda: calibration_tokens(source, recipe))
-    on = FitContext(source, recipe.spec.activations, calibration, device, seed)
+    on = FitContext(source, grids.activations, calibration, device, seed)
     fitted = {name: recipe.method.fit(on).transforms for name, recipe in recipes.items()}
     stats: Stats = {
         "schema": SCHEMA,
@@ -95,10 +111,10 @@ def inspect(
             sensitivity_tokens=min(SENSITIVITY_TOKENS, seq_len),
             seq_len=seq_len,
             seed=seed,
-            spec=f"a{recipe.spec.activations.bits}",
-            clip=recipe.spec.activations.clip_ratio,
+            spec=f"a{grids.activations.bits}",
+            clip=grids.activations.clip_ratio,
             preset=preset,
-            grids=dataclasses.asdict(recipe.spec),
+            grids=dataclasses.asdict(grids),
         ),
         "tokens": [tokenizer.decode([token]) for token in token_ids[0].tolist()],
         "norms": [],
@@ -112,54 +128,25 @@ def inspect(
         "surface": "",
         "sensitivity": {},
     }
-    # DuQuant's rotations differ from layer to layer and run online: there is no R in whose basis one block could be
-    # quantized alone, and nothing that is folded into weights.
-    residual = {name: transforms for name, transforms in fitted.items() if not transforms.inputs}
-    tensors = _stream(stats, source, fitted, residual, recipe.spec, token_ids, device)
-    if residual:
-        bases = [transforms.residual or Identity(source.config.hidden_size) for transforms in residual.values()]
-        first = token_ids[:, :SENSITIVITY_TOKENS]
-        by_rotation = sensitivity_by_block(on, bases, recipe.spec.activations, first)
-        stats["sensitivity"] = dict(zip(residual, by_rotation, strict=True))
-    (out / STATS_FILE).unlink(missing_ok=True)
+    tensors = _stream(stats, on, fitted, grids, token_ids)
+    # DuQuant's rotations differ from layer to layer: there is no R in whose basis one block could be quantized alone.
+    unrotated = Identity(source.config.hidden_size)
+    bases = {name: transforms.residual or unrotated for name, transforms in fitted.items() if not transforms.inputs}
+    if bases:
+        by_basis = sensitivity_by_block(on, list(bases.values()), grids.activations, token_ids[:, :SENSITIVITY_TOKENS])
+        stats["sensitivity"] = dict(zip(bases, by_basis, strict=True))
+    (out / STATS_FILE).unlink(missing_ok=True)  # it is written last: where it is, both files are complete
     write_tensors(out / TENSORS_FILE, tensors, {"format": "pt"})
     write_json(out / STATS_FILE, {**stats})
     return out
 
 
-def _recipes(rotations: Sequence[str], spec: str, preset: str, text: str, seq_len: int, seed: int) -> dict[str, Recipe]:
-    """The recipe of every rotation that was asked for, in the order of `ROTATIONS`; they differ in nothing else.
-
-    Raises:
-        UserError: one is not known, none was given, or the spec leaves something alone.
-    """
-    if not rotations or not set(rotations) <= ROTATIONS.keys():
-        raise UserError(f"rotations are some of {', '.join(ROTATIONS)}; got {', '.join(rotations) or 'none at all'}.")
-    recipes = {
-        name: Recipe.parse(method, "rtn", spec, preset=preset, calib=text, calib_tokens=seq_len, seed=seed, **options)
-        for name, (method, options) in ROTATIONS.items()
-        if name in rotations
-    }
-    grids = next(iter(recipes.values())).spec
-    if not (grids.weights.enabled and grids.activations.enabled and grids.keys.enabled):
-        raise UserError(
-            f"inspect shows errors of weights, activations and cache, so the spec has a grid for each; got '{spec}'. "
-            "Give one such as w4a4kv4."
-        )
-    return recipes
-
-
 @torch.no_grad()
 def _stream(
-    stats: Stats,
-    source: Source,
-    fitted: Mapping[str, Transforms],
-    residual: Mapping[str, Transforms],
-    grids: Spec,
-    token_ids: Tensor,
-    device: torch.device,
+    stats: Stats, on: FitContext, fitted: Mapping[str, Transforms], grids: Spec, token_ids: Tensor
 ) -> dict[str, Tensor]:
     """One pass over the blocks of the original model. Fills `stats`, all but the sensitivity; returns the tensors."""
+    source, device = on.source, on.device
     masks: list[Tensor] = []  # (tokens,) for every norm, as are the errors
     errors: dict[str, list[Tensor]] = {name: [] for name in fitted}
     surfaces: dict[str, Tensor] = {}
@@ -179,16 +166,16 @@ def _stream(
             for entry in describe_massive(x, masks[-1], token_ids, index, name):
                 stats["massive"].append({**entry, "token": stats["tokens"][entry["position"]]})  # type: ignore[typeddict-item]
             stats["norms"].append(f"{index}.{name}")
-            stats["channels"].append(channel_stats(x))
+            stats["channels"].append(outliers(x))
             rotated = {key: as_quantized(x, fit, index, reader, norm.weight) for key, fit in fitted.items()}
             for key, y in rotated.items():
                 stats["kurtosis"][key].append(float(excess_kurtosis(y).mean()))
-                errors[key].append(relative_error(y, grids.activations))
+                errors[key].append(relative_error(y, grids.activations.fake_quantize(y)))
             if float(x.abs().max()) > peak:  # the surfaces are of the norm with the largest channel
                 peak = float(x.abs().max())
                 surfaces = {f"surface/{key}": y[:SURFACE_TOKENS].abs() for key, y in rotated.items()}
                 stats["surface"] = stats["norms"][-1]
-        stats["weights"] += weight_errors(block, index, source, residual, grids.weights)
+        stats["weights"] += weight_errors(block, index, source, fitted, grids.weights)
         kept = cache.layers[index]
         for kind, x, grid in (("keys", kept.keys, grids.keys), ("values", kept.values, grids.values)):
             for how, error in kv_errors(x, grid).items():
@@ -204,3 +191,88 @@ def _stream(
 def _mean(error: Tensor) -> float | None:
     """None where there are no such tokens."""
     return float(error.mean(dtype=torch.float64)) if error.numel() else None
+
+
+# The pictures of the DFRot paper: ordinary tokens are equally easy under every random rotation, and the few massive
+# ones decide. Norm outputs x̂ are without gain, which is folded into the readers, and have RMS 1.
+
+
+def as_quantized(
+    x: Float[Tensor, "tokens hidden"], transforms: Transforms, index: int, reader: str, gain: Float[Tensor, " hidden"]
+) -> Float[Tensor, "tokens hidden"]:
+    """The output x̂ of a norm of block `index`, which the layer `reader` reads, in the form in which it is quantized.
+
+    That is x̂ R; for DuQuant, which leaves the gain where it is and smooths, (x̂ g / s) R. Without rotation it is x̂, the
+    same tokens as with one, as in the papers' figures, although the method `none` leaves the gain where it is, too.
+    """
+    if transforms.inputs:
+        transform = transforms.inputs[index][reader]
+        x = x * gain
+        return transform.rotation.apply(x if transform.smooth is None else x / transform.smooth)
+    return x if transforms.residual is None else transforms.residual.apply(x)
+
+
+def outliers(x: Float[Tensor, "tokens hidden"]) -> NormChannels:
+    """The outlier channels of a norm's outputs x̂."""
+    peaks = x.abs().amax(0)  # (hidden,)
+    largest = zip(*(part.tolist() for part in peaks.topk(min(LARGEST, len(peaks)))), strict=True)
+    return {
+        "median": float(peaks.median()),
+        "largest": [{"channel": channel, "value": value} for value, channel in largest],
+    }
+
+
+def excess_kurtosis(x: Float[Tensor, "*tokens channels"]) -> Float[Tensor, "*tokens"]:
+    """How heavy the tails of every token's entries are: 0 for Gaussian ones, large where few channels stick out."""
+    squared = (x - x.mean(-1, keepdim=True)).square()
+    return squared.square().mean(-1) / squared.mean(-1).square().clamp(min=_TINY) - 3
+
+
+def relative_error(
+    x: Float[Tensor, "*tokens channels"], q: Float[Tensor, "*tokens channels"]
+) -> Float[Tensor, "*tokens"]:
+    """‖x − Q(x)‖ / ‖x‖ of every token."""
+    return (x - q).norm(dim=-1) / x.norm(dim=-1).clamp(min=_TINY)
+
+
+def weight_errors(
+    block: nn.Module, index: int, source: Source, fitted: Mapping[str, Transforms], spec: TensorSpec
+) -> list[LayerErrors]:
+    """‖W − Q(W)‖ / ‖W‖ of every linear layer of a block, folded and rounded to nearest without clipping by search."""
+    spec = spec if spec.clip_ratio is not None else dataclasses.replace(spec, clip_ratio=1.0)
+    errors: dict[str, dict[str, float]] = {name: {} for name in source.graph.linears}
+    for method, transforms in fitted.items():
+        if transforms.inputs:  # DuQuant's rotations run online: nothing is folded into weights
+            continue
+        for name, fold in transforms.folds(index, source.graph, source.config, block).items():
+            weight = fold.weight(block.get_submodule(name).weight.data).float()  # type: ignore[arg-type]
+            codes, qparams = rtn(weight, spec)
+            left = weight - dequantize(codes, spec.weight_granularity, qparams)
+            errors[name][method] = float(left.norm() / weight.norm())
+    return [{"block": index, "layer": name, "error": by_method} for name, by_method in errors.items() if by_method]
+
+
+def kv_errors(x: Float[Tensor, "batch heads tokens head_dim"], spec: TensorSpec) -> dict[str, float]:
+    """‖x − Q(x)‖ / ‖x‖ of keys or values in the cache, plain and rotated; mean over heads and tokens."""
+    size, errors = x.shape[-1], {}
+    for how, rotation in {"plain": None, "rotated": hadamard("one head", size)}.items():
+        quantizer = KVQuantizer(spec, spec, rotation, size)
+        rotated = quantizer.rotate(x)
+        unpacked = quantizer.unpack(quantizer.pack_keys(x), x.dtype)
+        errors[how] = float(relative_error(rotated, unpacked).mean())
+    return errors
+
+
+def summary(stats: Stats) -> Group:
+    """For the terminal: a row for every rotation, and the tokens that are massive in most norms."""
+    table = Table("rotation", "error: ordinary", "massive", "kurtosis", "sensitivity, nats")
+    for name in stats["rotations"]:
+        error, by_block = stats["error"][name], stats["sensitivity"].get(name)
+        numbers = (error["ordinary"], error["massive"], None if by_block is None else sum(by_block))
+        ordinary, massive, nats = ("—" if value is None else f"{value:.4f}" for value in numbers)
+        table.add_row(name, ordinary, massive, f"{statistics.mean(stats['kurtosis'][name]):.2f}", nats)
+    lines = [f"{len(stats['massive'])} norm outputs of {len(stats['norms'])} norms with massive activations"]
+    seen = Counter((token["position"], token["token"], token["channel"]) for token in stats["massive"])
+    for (position, token, channel), norms in seen.most_common(LISTED_TOKENS):
+        lines.append(f"position {position} {token!r}, channel {channel}: in {norms} norms")
+    return Group(table, *map(Text, lines))

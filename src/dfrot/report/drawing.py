@@ -25,39 +25,25 @@ STYLES = {name: kind.look for name, kind in METHODS.items() if kind.look is not 
 STYLES |= dict.fromkeys(("RH", "rotated", "last of those listed"), STYLES["quarot"]) | {"plain": STYLES["none"]}
 STYLES |= {"unquantized": Look(GREY, "star", "dot"), "median channel": Look(GREY, "diamond", "dot")}
 STYLES |= {"RO": Look("#56B4E9", "triangle-up", "dot"), "largest channel": Look("#E69F00", "circle", "solid")}
-OTHER_STYLES = (
-    Look("#E69F00", "x", "longdash"),
-    Look("#999999", "star", "longdashdot"),
-    Look("#B8A800", "pentagon", "dot"),
-)
+OTHERS = (Look("#E69F00", "x", "longdash"), Look("#999999", "star", "longdashdot"), Look("#B8A800", "pentagon", "dot"))
 
 
 def style(name: str) -> Look:
     """The look of a rotation or method. An unknown name always gets the same one of the others."""
-    return STYLES.get(name) or OTHER_STYLES[sum(name.encode(errors="replace")) % len(OTHER_STYLES)]
+    return STYLES.get(name) or OTHERS[sum(name.encode(errors="replace")) % len(OTHERS)]
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure and its main content in words.
+    """A figure and its main content in words; title and caption are plain text."""
 
-    Attributes:
-        name: id of its HTML element.
-        section: of the page.
-        title: plain text.
-        caption: its main numbers in a sentence or two, plain text.
-        plot: plotly's JSON.
-        columns: of the data table: heading and entries.
-        log_x: whether the reader may switch the x axis to logarithmic.
-    """
-
-    name: str
+    name: str  # id of its HTML element
     section: Literal["results", "rotations", "blocks", "surfaces"]
     title: str
-    caption: str
-    plot: dict[str, Any]
-    columns: Sequence[tuple[str, Sequence[Any]]]
-    log_x: bool = False
+    caption: str  # its main numbers in a sentence or two
+    plot: dict[str, Any]  # plotly's JSON
+    columns: Sequence[tuple[str, Sequence[Any]]]  # of the data table: heading and entries
+    log_x: bool = False  # whether the reader may switch the x axis to logarithmic
 
 
 def digits(values: Iterable[Any], count: int = 4) -> list[float | None]:

@@ -7,7 +7,6 @@ Jinja, which fills page.html.
 
 import base64
 import dataclasses
-import functools
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
@@ -18,15 +17,13 @@ from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
 from dfrot.evaluation.record import RESULTS_FILE, Record, is_number, read_records
-from dfrot.inspect.schema import STATS_FILE
+from dfrot.inspect.inspection import STATS_FILE, Inspection, read_inspection
 from dfrot.report.drawing import Figure
-from dfrot.report.inspection import Inspection, read_inspection
 from dfrot.report.inspection_figures import inspection_figures
-from dfrot.report.record_figures import record_figures
-from dfrot.report.results import definitions, results_table
+from dfrot.report.records import definitions, record_figures, results_table
 from dfrot.report.words import is_finite, number, shorten
 from dfrot.system.errors import SetupError, UserError
-from dfrot.system.files import write_text
+from dfrot.system.files import translate_io_errors, write_text
 from dfrot.version import __version__
 
 PAGE_FILE = "report.html"
@@ -42,14 +39,11 @@ HEADINGS = {
 
 
 def report(directory: Path, out: Path | None = None) -> Path:
-    """Write a directory's result records and inspection as one HTML page.
+    """Write a directory's result records and inspection as one HTML page; returns where it is.
 
     Args:
         directory: what `dfrot compare` or `dfrot inspect` wrote.
         out: the page; None for `report.html` in the directory.
-
-    Returns:
-        Where the page is.
 
     Raises:
         UserError: there is nothing to report, or it cannot be read.
@@ -62,41 +56,42 @@ def report(directory: Path, out: Path | None = None) -> Path:
             f"`dfrot inspect` writes; {directory} has no records in the one and lacks the other."
         )
     out = directory / PAGE_FILE if out is None else out
-    text = page(records, inspection, figures(records, inspection))
-    try:
+    text = page(records, inspection)
+    with translate_io_errors(out.parent):
         out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SetupError(f"cannot make {out.parent}: {error}") from error
     write_text(out, text)
     return out
 
 
 def figures(records: Sequence[Record], inspection: Inspection | None) -> list[Figure]:
     """All figures for which there is data, in the page's order, with unique names."""
-    drawn = [*record_figures(records), *([] if inspection is None else inspection_figures(inspection))]
-    found: list[Figure] = []
+    drawn = [*record_figures(records), *(inspection_figures(inspection) if inspection else ())]
     seen: Counter[str] = Counter()
-    for figure in filter(None, drawn):
+    for place, figure in enumerate(drawn):
         seen[figure.name] += 1
-        again = f"--{seen[figure.name]}" if seen[figure.name] > 1 else ""  # metrics "a/b" and "a.b" have one slug
-        found.append(dataclasses.replace(figure, name=figure.name + again))
-    return found
+        if (times := seen[figure.name]) > 1:  # metrics "a/b" and "a.b" have one slug
+            drawn[place] = dataclasses.replace(figure, name=f"{figure.name}--{times}")
+    return drawn
 
 
-def page(records: Sequence[Record], inspection: Inspection | None, drawn: Sequence[Figure]) -> str:
+def page(records: Sequence[Record], inspection: Inspection | None) -> str:
     """The page as HTML."""
-    stats = None if inspection is None else inspection.stats
-    shown: set[str] = {figure.section for figure in drawn}
-    shown |= {"results"} if records else set()
-    shown |= {"massive", "conditions"} if stats else set()
+    try:
+        from plotly.offline import get_plotlyjs
+    except ImportError as error:
+        raise SetupError("a report needs the package plotly. Install it: pip install 'dfrot[report]'") from error
+    drawn, stats = figures(records, inspection), inspection and inspection.stats
+    filled = {figure.section for figure in drawn} | ({"massive", "conditions"} if stats else set())
+    filled |= {"results"} if records else set()
     models = list(dict.fromkeys([*(record.model for record in records), *([stats["model"]] if stats else [])]))
-    script, plotly = _data("page.js"), _plotly_js()
+    script, plotly = _data("page.js"), get_plotlyjs()
+    digests = [hashlib.sha256(text.encode()).digest() for text in (plotly, script)]
     # Markup is what Jinja does not escape: only our own files and plotly's.
     return _template().render(
         title=shorten(f"dfrot: {', '.join(models[:3])}{' …' if len(models) > 3 else ''}", 160),
-        hashes=Markup(" ".join(map(_hash, (plotly, script)))),
+        hashes=Markup(" ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)),
         style=Markup(_data("page.css")),
-        sections={name: heading for name, heading in HEADINGS.items() if name in shown},
+        sections={name: heading for name, heading in HEADINGS.items() if name in filled},
         records=records,
         quantized=sum(record.recipe is not None for record in records),
         texts=sorted({metric.partition("/")[2] for record in records for metric in record.metrics} - {""}),
@@ -112,7 +107,6 @@ def page(records: Sequence[Record], inspection: Inspection | None, drawn: Sequen
     )
 
 
-@functools.cache
 def _template() -> Template:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
@@ -133,16 +127,3 @@ def _template() -> Template:
 
 def _data(name: str) -> str:
     return resources.files("dfrot.report").joinpath(name).read_text(encoding="utf-8")
-
-
-def _plotly_js() -> str:
-    try:
-        from plotly.offline import get_plotlyjs
-    except ImportError as error:
-        raise SetupError("a report needs the package plotly. Install it: pip install 'dfrot[report]'") from error
-    source: str = get_plotlyjs()
-    return source
-
-
-def _hash(script: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"

@@ -1,87 +1,10 @@
-"""Records and numbers in words, for tables, figures and captions."""
+"""Numbers and texts in few characters, for tables, figures and captions."""
 
-import dataclasses
-import json
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
-from dfrot.evaluation.record import AVERAGE, MASSIVE_UNQUANTIZED, Record, is_number
-from dfrot.methods import METHODS
-from dfrot.rounding import ROUNDINGS
-
-# Kinds of metrics in the order in which they are shown.
-METRICS = {
-    "ppl": "perplexity",
-    MASSIVE_UNQUANTIZED: "perplexity, massive tokens unquantized,",
-    "kl": "KL divergence",
-    "top1": "top-1 agreement",
-    AVERAGE: "zero-shot average",
-    "acc": "acc",
-    "acc_norm": "acc norm",
-}
-# Conditions that two records must share for their numbers to be comparable, beside model and recipe.
-SETTING = ("text", "tokens", "seq_len", "limit", "num_fewshot", "dtype", "device", "backend")
-
-
-def shown(metric: str) -> str:
-    """A metric's name for readers: "ppl/wikitext2" → "perplexity wikitext2"."""
-    kind, _, what = metric.partition("/")
-    return shorten(f"{METRICS.get(kind, kind)} {what}".strip())
-
-
-def metrics_of(records: Iterable[Record]) -> list[str]:
-    """All metrics of the records, in the order in which they are shown."""
-
-    def rank(metric: str) -> tuple[int, str]:
-        kind = metric.partition("/")[0]
-        return [*METRICS, kind].index(kind), metric
-
-    return sorted({metric for record in records for metric in record.metrics}, key=rank)
-
-
-def lower_is_better(metric: str) -> bool:
-    return metric.startswith(("ppl/", f"{MASSIVE_UNQUANTIZED}/", "kl/"))
-
-
-def recipe_label(record: Record) -> str:
-    """Method, rounding, spec and options that are not the default."""
-    if record.recipe is None:
-        return "unquantized"
-    names = (record.recipe.get(key) for key in ("method", "weights", "spec"))
-    return " ".join(shorten(str(word)) for word in (*names, deviations(record.recipe)) if word)
-
-
-def deviations(recipe: Mapping[str, Any]) -> str:
-    """The options of method and rounding that are not their default: "gamma 1, steps 50"."""
-    found = []
-    method, rounding = METHODS.get(str(recipe.get("method"))), ROUNDINGS.get(str(recipe.get("weights")))
-    usual: dict[str, dict[str, Any]] = {"options": {}, "weight_options": {}}
-    if method is not None:
-        usual["options"] = dataclasses.asdict(method().resolved(rounding is not None and rounding.learns_clipping))
-    if rounding is not None:
-        usual["weight_options"] = dataclasses.asdict(rounding())
-    for options, defaults in usual.items():
-        given = recipe.get(options)
-        for option, value in given.items() if isinstance(given, dict) else ():
-            if option not in defaults or defaults[option] != value:
-                name = option.replace("_", " ")
-                found.append(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}")
-    return shorten(", ".join(found))
-
-
-def setting(record: Record) -> str:
-    """Equal for records whose metrics can be compared: one model, measured alike."""
-    return json.dumps([record.model, {key: record.conditions.get(key) for key in SETTING}], sort_keys=True)
-
-
-def by_seeds(records: Iterable[Record]) -> Iterable[list[Record]]:
-    """Records that differ only in the seed, together, in the order of their first."""
-    groups: dict[str, list[Record]] = {}
-    for record in records:
-        recipe = {key: value for key, value in (record.recipe or {}).items() if key != "seed"}
-        groups.setdefault(setting(record) + json.dumps(recipe, sort_keys=True), []).append(record)
-    return groups.values()
+from dfrot.evaluation.record import is_number
 
 
 def is_finite(value: Any) -> bool:

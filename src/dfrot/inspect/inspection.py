@@ -1,9 +1,17 @@
-"""An inspection as the report reads it, checked: some process wrote it, and its texts come from anyone's models."""
+"""The two files of an inspection: `inspect` writes them by these types, and `report` reads and checks them.
 
-from collections.abc import Mapping, Sized
+inspect.json holds `Stats`. inspect.safetensors holds what is too large for JSON:
+
+    error/<rotation>     float (norms, tokens)     relative error of every token
+    massive              uint8 (norms, tokens)     1 where a token has massive activations
+    surface/<rotation>   float (tokens, channels)  |x R| of the first tokens at one norm
+"""
+
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -11,22 +19,67 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
-from dfrot.inspect.schema import SCHEMA, STATS_FILE, TENSORS_FILE, Stats
-from dfrot.report.words import is_finite
+from dfrot.evaluation.record import is_number
 from dfrot.system.errors import UserError
 from dfrot.system.files import read_json
+
+SCHEMA = 2
+STATS_FILE, TENSORS_FILE = "inspect.json", "inspect.safetensors"
+
+
+class MassiveToken(TypedDict):
+    block: int
+    norm: str
+    position: int
+    token: str
+    token_id: int
+    channel: int
+    peak_over_rms: float
+
+
+class Channel(TypedDict):
+    channel: int
+    value: float
+
+
+class NormChannels(TypedDict):  # of the largest |x̂| that each channel has in any token
+    median: float
+    largest: list[Channel]
+
+
+class TokenErrors(TypedDict):  # mean relative errors; null where there are no such tokens
+    ordinary: float | None
+    massive: float | None
+
+
+class LayerErrors(TypedDict):
+    block: int
+    layer: str
+    error: dict[str, float]
+
+
+class Stats(TypedDict):
+    """What rotations do to the norm outputs of one model on one sequence. `norms` and `rotations` give the order."""
+
+    schema: int
+    model: str  # as the user called it
+    conditions: dict[str, Any]
+    tokens: list[str]
+    norms: list[str]  # "0.input_layernorm", …
+    massive: list[MassiveToken]
+    channels: list[NormChannels]  # by norm
+    rotations: list[str]
+    kurtosis: dict[str, list[float]]  # excess kurtosis, by rotation and norm
+    error: dict[str, TokenErrors]  # by rotation
+    weights: list[LayerErrors]
+    kv: dict[str, dict[str, list[float]]]  # relative errors: keys and values → plain and rotated → by block
+    surface: str  # the norm that the surfaces show
+    sensitivity: dict[str, list[float]]  # KL in nats with one block's norm outputs quantized, by rotation and block
 
 
 @dataclass(frozen=True, eq=False)
 class Inspection:
-    """What rotations do to the norm outputs of one model on one sequence.
-
-    Attributes:
-        stats: inspect.json.
-        errors: rotation → relative error of every token at every norm.
-        is_massive: which tokens are massive, at every norm.
-        surfaces: rotation → |x R| of the first tokens, at the norm `stats["surface"]`.
-    """
+    """Both files, with the tensors by rotation. Some process wrote them, and their texts come from anyone's models."""
 
     stats: Stats
     errors: Mapping[str, Float[np.ndarray, "norms tokens"]]
@@ -70,25 +123,26 @@ def _bad_number(value: Any) -> str | None:
         for key, part in value.items() if isinstance(value, dict) else enumerate(value):
             if (place := _bad_number(part)) is not None:
                 return f"[{key!r}]{place}"
-    return "" if isinstance(value, int | float) and not is_finite(value) else None
+    is_bad = isinstance(value, int | float) and not (is_number(value) and math.isfinite(value))
+    return "" if is_bad else None
 
 
 def _misfit(inspection: Inspection) -> str | None:
     """What the two files disagree in, if they do; the figures assume that they agree."""
-    stats, surfaces = inspection.stats, inspection.surfaces.values()
+    stats, errors, surfaces = inspection.stats, inspection.errors.values(), inspection.surfaces.values()
     shape = norms, tokens = len(stats["norms"]), len(stats["tokens"])
-    by_norm: tuple[Sized, ...] = (stats["channels"], *stats["kurtosis"].values())
-    by_block = (*stats["sensitivity"].values(), *(errors for kind in stats["kv"].values() for errors in kind.values()))
-    if not inspection.errors:
+    sizes_by_norm = {len(stats["channels"]), *map(len, stats["kurtosis"].values())}
+    of_cache = [values for by_how in stats["kv"].values() for values in by_how.values()]
+    if not errors:
         return "there are no rotations"
-    if any(each.shape != shape or not each.size for each in (inspection.is_massive, *inspection.errors.values())):
+    if any(each.shape != shape or not each.size for each in (inspection.is_massive, *errors)):
         return f"{norms} norms × {tokens} tokens, but a tensor of another shape"
-    if any(surface.ndim != 2 or not surface.size for surface in surfaces):
+    if any(each.ndim != 2 or not each.size for each in surfaces):
         return "a surface is tokens × channels, but a tensor has another shape"
-    if any(each.dtype.kind != "f" or not np.isfinite(each).all() for each in (*inspection.errors.values(), *surfaces)):
+    if any(each.dtype.kind != "f" or not np.isfinite(each).all() for each in (*errors, *surfaces)):
         return "a tensor has an entry that is not a finite number"
-    if any(len(values) != norms for values in by_norm) or not all(entry["largest"] for entry in stats["channels"]):
+    if sizes_by_norm != {norms} or not all(entry["largest"] for entry in stats["channels"]):
         return f"{norms} norms, but another number of kurtoses or channels"
-    if len(set(map(len, by_block))) > 1:
+    if len(set(map(len, (*stats["sensitivity"].values(), *of_cache)))) > 1:
         return "sensitivities and errors of keys and values are of different numbers of blocks"
     return None
