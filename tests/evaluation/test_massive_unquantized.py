@@ -72,5 +72,5 @@ def test_a_planted_token_is_found_where_it_is(models: tuple[Any, Any]) -> None:
     original.model.embed_tokens.weight[7, 5] = 1e6
     original.model.embed_tokens.weight[:, 3] /= 12  # the tiny model's outlier channel is in every token
     tokens = torch.tensor([1, 2, 7, 3, 7])
-    first = massive_positions(original, tokens)["model.layers.0.input_layernorm"]
+    first = massive_positions(original, tokens)["model.layers.0.self_attn.q_proj"]
     assert first.nonzero().flatten().tolist() == [2, 4]

@@ -16,61 +16,59 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from dfrot.evaluation.perplexity import perplexity
-from dfrot.methods.massive import Rule, massive_tokens
+from dfrot.methods.massive import massive_tokens
 from dfrot.models.families import graph_for
 from dfrot.models.stream import captured_inputs
 from dfrot.runtime.linear import QuantLinear
 
-# Norm of the decoder (its full name) → which positions of a sequence have massive activations there.
+# Reader of a norm (its full name) → which positions of a sequence have massive activations there.
 Masks = Mapping[str, Bool[Tensor, " tokens"]]
 
 
-def perplexity_with_massive_unquantized(
-    checkpoint: Any, original: Any, blocks: Int[Tensor, "blocks seq_len"], rule: Rule = "relative"
-) -> float:
+def perplexity_with_massive_unquantized(checkpoint: Any, original: Any, blocks: Int[Tensor, "blocks seq_len"]) -> float:
     """`perplexity` of a checkpoint that does not quantize the activations of massive tokens.
 
     Args:
         checkpoint: a model that `dfrot.load` has loaded from a checkpoint; any other quantizes nothing, and its
             perplexity stays the same.
         original: the model that it was made from, loaded by `dfrot.load`.
-        rule: which tokens are massive.
     """
     return perplexity(
         checkpoint,
         blocks,
         "massive tokens unquantized",
-        during=lambda block: massive_unquantized(checkpoint, massive_positions(original, block, rule)),
+        during=lambda block: massive_unquantized(checkpoint, massive_positions(original, block)),
     )
 
 
 @torch.no_grad()
-def massive_positions(original: Any, tokens: Int[Tensor, " seq_len"], rule: Rule = "relative") -> Masks:
+def massive_positions(original: Any, tokens: Int[Tensor, " seq_len"]) -> Masks:
     """Where a model has massive activations on one sequence."""
     graph, config = graph_for(original.config), original.config
-    names = [f"{graph.blocks}.{index}.{norm}" for index in range(config.num_hidden_layers) for norm in graph.norms]
-    with captured_inputs({name: original.get_submodule(name) for name in names}) as seen:
+    readers = {
+        f"{graph.blocks}.{index}.{norm}": [f"{graph.blocks}.{index}.{name}" for name in names]
+        for index in range(config.num_hidden_layers)
+        for norm, names in graph.norms.items()
+    }
+    with captured_inputs({norm: original.get_submodule(norm) for norm in readers}) as seen:
         original.base_model(tokens[None].to(original.device), use_cache=False)
-    masks = {}
-    for name, inputs in seen.items():
+    masks: dict[str, Tensor] = {}
+    for norm, inputs in seen.items():
         x = inputs[0][0].float()  # (tokens, hidden)
         # without the norm's gain, which is folded into its readers before anything is rotated
-        masks[name] = massive_tokens(nn.functional.rms_norm(x, x.shape[-1:], eps=config.rms_norm_eps), rule)
+        massive = massive_tokens(nn.functional.rms_norm(x, x.shape[-1:], eps=config.rms_norm_eps))
+        masks |= dict.fromkeys(readers[norm], massive)
     return masks
 
 
 @contextlib.contextmanager
 def massive_unquantized(checkpoint: Any, masks: Masks) -> Iterator[None]:
-    """While open, the readers of each norm take the masked tokens of a sequence unquantized."""
-    graph = graph_for(checkpoint.config)
+    """While open, layers take the masked tokens of a sequence unquantized."""
     with contextlib.ExitStack() as stack:
-        for index in range(checkpoint.config.num_hidden_layers):
-            for norm, readers in graph.norms.items():
-                mask = masks[f"{graph.blocks}.{index}.{norm}"]
-                for reader in readers:
-                    layer = checkpoint.get_submodule(f"{graph.blocks}.{index}.{reader}")
-                    if isinstance(layer, QuantLinear) and mask.any():
-                        stack.callback(layer.register_forward_hook(partial(_passing_by, mask)).remove)
+        for name, mask in masks.items():
+            layer = checkpoint.get_submodule(name)
+            if isinstance(layer, QuantLinear) and mask.any():
+                stack.callback(layer.register_forward_hook(partial(_passing_by, mask)).remove)
         yield
 
 

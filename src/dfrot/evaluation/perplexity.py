@@ -1,7 +1,8 @@
-"""Perplexity as the quantization papers compute it.
+"""What a model predicts on texts: perplexity as the papers compute it, and the distance to another model's predictions.
 
-The text is tokenized once and cut into non-overlapping blocks; the mean negative log-likelihood over the seq_len − 1
-predictions of every block is exponentiated.
+Perplexity: the text is tokenized once and cut into non-overlapping blocks; the mean negative log-likelihood over the
+seq_len − 1 predictions of every block is exponentiated. It can stay the same while predictions change, some tokens
+gaining what others lose; the KL divergence and the agreement of the likeliest tokens show that.
 """
 
 import contextlib
@@ -57,11 +58,33 @@ def negative_log_likelihood(model: Any, tokens: Int[Tensor, " seq_len"]) -> floa
     """Sum over the seq_len − 1 predictions of one sequence, in nats."""
     return sum(
         float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
-        for logits, targets in logits_by_piece(model, tokens)
+        for logits, targets in _logits_by_piece(model, tokens)
     )
 
 
-def logits_by_piece(
+@torch.no_grad()
+def divergence(
+    model: Any, original: Any, blocks: Int[Tensor, "blocks seq_len"], description: str = "divergence"
+) -> dict[str, Tensor]:
+    """Compare two causal language models of transformers that have one vocabulary, prediction by prediction.
+
+    Returns:
+        Tensors (blocks, seq_len − 1): `nll` and `original_nll`, the negative log-likelihood of the token that came by
+        either model, and `kl`, KL(original ‖ model), in nats; `agrees`, whether both have the same likeliest token.
+    """
+    found: dict[str, list[Tensor]] = {"nll": [], "original_nll": [], "kl": [], "agrees": []}
+    for block in track(blocks, description):
+        pieces = zip(_logits_by_piece(model, block), _logits_by_piece(original, block), strict=True)
+        for (logits, targets), (others, _) in pieces:
+            own, wanted = logits.log_softmax(-1), others.to(logits.device).log_softmax(-1)
+            found["nll"].append(-own.gather(-1, targets[:, None])[:, 0])
+            found["original_nll"].append(-wanted.gather(-1, targets[:, None])[:, 0])
+            found["kl"].append(torch.nn.functional.kl_div(own, wanted, reduction="none", log_target=True).sum(-1))
+            found["agrees"].append(own.argmax(-1) == wanted.argmax(-1))
+    return {name: torch.cat(pieces).view(len(blocks), -1).cpu() for name, pieces in found.items()}
+
+
+def _logits_by_piece(
     model: Any, tokens: Int[Tensor, " seq_len"]
 ) -> Iterator[tuple[Float[Tensor, "positions vocabulary"], Int[Tensor, " positions"]]]:
     """Logits of the seq_len − 1 predictions of one sequence, in float32 or float64, and the tokens that came."""
