@@ -263,10 +263,10 @@ class Compare:
         from dfrot.compare.table import LiveTable, recipes
         from dfrot.compare.trials import compare
 
-        calibration = {"calib": _absolute(self.calib), "calib_tokens": self.calib_tokens}
+        calibration: dict[str, Any] = {"calib": _absolute(self.calib), "calib_tokens": self.calib_tokens}
         words = self.methods, self.weights, self.specs, self.seeds
         trials: list[Recipe | None] = [None] if self.unquantized else []
-        trials += recipes(*words, preset=self.preset, **calibration)  # type: ignore[arg-type]
+        trials += recipes(*words, preset=self.preset, **calibration)
         model = _absolute(self.model)
         against = model if self.divergence or self.measured.massive_unquantized else None
         how: Any = {name: getattr(self, name) for name in ("device", "jobs", "threads", "ray")}

@@ -45,23 +45,14 @@ def peak_rss_bytes() -> int:
 
 @dataclass
 class Record:
-    """One evaluated model.
+    """One evaluated model."""
 
-    Attributes:
-        model: how the user called it.
-        recipe: the recipe as JSON; None for a model that is not quantized.
-        metrics: "ppl/<text>", "<metric>/<task>" and the like.
-        size: bytes; see `model_size`.
-        timings_s: seconds per stage.
-        conditions: text, tokens, seq_len, seed, device, dtype, threads and versions.
-    """
-
-    model: str
-    recipe: dict[str, Any] | None
-    metrics: dict[str, float]
-    size: dict[str, int | float]
-    timings_s: dict[str, float]
-    conditions: dict[str, Any]
+    model: str  # how the user called it
+    recipe: dict[str, Any] | None  # as JSON; None for a model that is not quantized
+    metrics: dict[str, float]  # "ppl/<text>", "<metric>/<task>" and the like
+    size: dict[str, int | float]  # bytes; see `model_size`
+    timings_s: dict[str, float]  # seconds per stage
+    conditions: dict[str, Any]  # text, tokens, seq_len, seed, device, dtype, threads and versions
     schema: int = SCHEMA
     peak_rss_bytes: int = field(default_factory=peak_rss_bytes)
 
@@ -144,10 +135,7 @@ def read_records(path: Path, *, repair: bool = False) -> list[Record]:
 
 
 def log_records(records: Iterable[Record], tracker: str) -> None:
-    """Log records to a tracker that accelerate knows, one step each.
-
-    Args:
-        tracker: wandb, trackio, mlflow, tensorboard, ….
+    """Log records to a tracker that accelerate knows (wandb, trackio, mlflow, tensorboard, …), one step each.
 
     Raises:
         UserError: accelerate knows no such tracker.

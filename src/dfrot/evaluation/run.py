@@ -1,5 +1,6 @@
 """Load, measure, record."""
 
+import functools
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +10,7 @@ from torch import Tensor
 
 from dfrot.checkpoint.hf_quantizer import read_checkpoint
 from dfrot.checkpoint.load import Device, load
-from dfrot.evaluation.massive_unquantized import perplexity_with_massive_unquantized
-from dfrot.evaluation.perplexity import divergence, perplexity, perplexity_of
+from dfrot.evaluation.perplexity import divergence, massive_unquantized, perplexity, perplexity_of
 from dfrot.evaluation.record import MASSIVE_UNQUANTIZED, Record, conditions, model_size
 from dfrot.evaluation.zero_shot import zero_shot
 from dfrot.models.source import locate
@@ -96,12 +96,13 @@ def evaluate(model: str, measurement: Measurement, *, device: Device = "cpu", pe
         nll, kl, top1 = (float(found[name].double().mean()) for name in ("nll", "kl", "agrees"))
         metrics |= {f"ppl/{label}": perplexity_of(nll), f"kl/{label}": kl, f"top1/{label}": top1}
         if measurement.massive_unquantized:
-            metrics[f"{MASSIVE_UNQUANTIZED}/{label}"] = perplexity_with_massive_unquantized(loaded, original, tokens)
+            during = functools.partial(massive_unquantized, loaded, original)
+            bound = perplexity(loaded, tokens, "massive tokens unquantized", during)
+            metrics[f"{MASSIVE_UNQUANTIZED}/{label}"] = bound
     if measurement.tasks:
         how = measurement.task_path, measurement.limit, measurement.batch_size
-        accuracies, errors, examples = zero_shot(loaded, tokenizer, measurement.tasks, *how)
+        accuracies, of_tasks = zero_shot(loaded, tokenizer, measurement.tasks, *how)
         metrics |= accuracies
-        of_tasks = {"standard_errors": errors, "examples": examples}
     if per_token is not None:
         write_tensors(per_token, tensors, {"format": "pt"})
     checkpoint = read_checkpoint(path)

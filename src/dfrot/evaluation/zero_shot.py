@@ -21,8 +21,6 @@ from dfrot.system.errors import SetupError, UserError
 
 _BATCH_TOKENS = 2048  # of a batch on a CPU; more are no faster there, and their logits take gigabytes
 
-Scores = tuple[dict[str, float], dict[str, float], dict[str, int]]
-
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
@@ -46,7 +44,7 @@ def zero_shot(
     task_path: str | None = None,
     limit: int | None = None,
     batch_size: int | None = None,
-) -> Scores:
+) -> tuple[dict[str, float], dict[str, Any]]:
     """Measure a model of transformers on tasks or groups of lm-eval.
 
     Args:
@@ -56,8 +54,8 @@ def zero_shot(
 
     Returns:
         Metrics, "<metric>/<task>" for every metric of every task or group that was asked for; with two or more, also
-        `zero_shot_average`, the mean of the metrics that `REPORTED` picks. Standard errors of those that have one. How
-        many examples each task was measured on.
+        `zero_shot_average`, the mean of the metrics that `REPORTED` picks. And their conditions: `standard_errors` of
+        those that have one, and `examples`, how many each task was measured on.
 
     Raises:
         UserError: there is no such task.
@@ -91,9 +89,8 @@ def zero_shot(
         raise UserError(f"lm-eval has no task '{unknown[0]}'. `lm-eval ls tasks` lists them; --task-path adds others.")
     wrapped = FittingCPU(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size or "auto")
     try:
-        found = evaluator.evaluate(
-            wrapped, _loaded(manager, tasks), limit=limit, log_samples=False, bootstrap_iters=100
-        )
+        loaded = _loaded(manager, tasks)
+        found = evaluator.evaluate(wrapped, loaded, limit=limit, log_samples=False, bootstrap_iters=100)
     except (OSError, ValueError) as error:  # datasets' own errors are some of these
         raise SetupError(f"lm-eval cannot run {', '.join(tasks)}: {error}") from error
     assert found is not None, "only other processes than the first get None"
@@ -116,7 +113,7 @@ def _loaded(manager: Any, tasks: Sequence[str]) -> Any:
     return loaded
 
 
-def scores(found: dict[str, Any], tasks: Sequence[str]) -> Scores:
+def scores(found: dict[str, Any], tasks: Sequence[str]) -> tuple[dict[str, float], dict[str, Any]]:
     """What `zero_shot` returns, from the results of lm-eval's `evaluate`."""
     metrics: dict[str, float] = {}
     errors: dict[str, float] = {}
@@ -132,4 +129,5 @@ def scores(found: dict[str, Any], tasks: Sequence[str]) -> Scores:
     names = [[f"{name}/{task}" for name in REPORTED if f"{name}/{task}" in metrics] for task in tasks]
     if len(tasks) > 1 and all(names):
         metrics[AVERAGE] = sum(metrics[first] for first, *_ in names) / len(names)
-    return metrics, errors, {task: int(counts["effective"]) for task, counts in found["n-samples"].items()}
+    examples = {task: int(counts["effective"]) for task, counts in found["n-samples"].items()}
+    return metrics, {"standard_errors": errors, "examples": examples}
