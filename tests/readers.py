@@ -101,7 +101,7 @@ def readers(scratch: Path) -> dict[str, Reader]:
     write_fit(scratch / "fit.safetensors", {"transforms": description, "notes": {}, "text": None}, tensors)
     write_inspection(scratch, blocks=2, tokens=8, width=16)
     lines = [
-        record(Recipe.parse(method), perplexity).to_json() for method, perplexity in (("none", 2976.0), ("dfrot", 34.0))
+        vars(record(Recipe.parse(method), perplexity)) for method, perplexity in (("none", 2976.0), ("dfrot", 34.0))
     ]
     results = "".join(json.dumps(line) + "\n" for line in lines).encode()
     run = {"model": "0123", "recipe": recipe.to_json(), "dfrot": "0.1.0"}

@@ -5,6 +5,7 @@ of methods, roundings and presets from their classes. What one command alone nee
 """
 
 import dataclasses
+import functools
 import json
 import os
 import shlex
@@ -20,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dfrot.evaluation.record import model_size
+from dfrot.evaluation.record import log_records, model_size
 from dfrot.evaluation.run import Measurement, evaluate
 from dfrot.methods import METHODS, variants
 from dfrot.models.source import open_source
@@ -208,8 +209,6 @@ class Eval:
     device: Devices = "cpu"
 
     def run(self) -> None:
-        from dfrot.evaluation.trackers import log_records
-
         if self.json is not None and not self.json.parent.is_dir():
             raise UserError(f"the directory of --json {self.json} does not exist.")
         measurement = self.measured.measurement(self.against)
@@ -219,7 +218,7 @@ class Eval:
             shown = f"{value:.4f}" if value < 1e5 else f"{value:.3e}"
             out.print(f"{metric} {shown}" + (f" ± {errors[metric]:.4f}" if metric in errors else ""))
         if self.json is not None:
-            self.json.write_text(json.dumps(record.to_json(), indent=2) + "\n")
+            self.json.write_text(json.dumps(vars(record), indent=2) + "\n")
         if self.log_to is not None:
             log_records([record], self.log_to)
 
@@ -263,12 +262,11 @@ class Compare:
     def run(self) -> None:
         from dfrot.compare.table import LiveTable, recipes
         from dfrot.compare.trials import compare
-        from dfrot.evaluation.trackers import log_records
 
-        calibration = {"calib": _absolute(self.calib), "calib_tokens": self.calib_tokens}
+        calibration: dict[str, Any] = {"calib": _absolute(self.calib), "calib_tokens": self.calib_tokens}
         words = self.methods, self.weights, self.specs, self.seeds
         trials: list[Recipe | None] = [None] if self.unquantized else []
-        trials += recipes(*words, preset=self.preset, **calibration)  # type: ignore[arg-type]
+        trials += recipes(*words, preset=self.preset, **calibration)
         model = _absolute(self.model)
         against = model if self.divergence or self.measured.massive_unquantized else None
         how: Any = {name: getattr(self, name) for name in ("device", "jobs", "threads", "ray")}
@@ -446,7 +444,8 @@ class Bench:
     def run(self) -> None:
         import torch
 
-        from dfrot.evaluation.bench import bench, bench_shape, described
+        from dfrot.checkpoint.load import load
+        from dfrot.evaluation.bench import bench, described, random_block
 
         if (self.checkpoint is None) == (self.shape is None):
             raise UserError("bench takes a checkpoint, or --shape.")
@@ -454,10 +453,14 @@ class Bench:
             torch.set_num_threads(self.threads)
         settings = {name: getattr(self, name) for name in ("dtype", "prompt", "new_tokens", "rounds")}
         settings["baselines"] = self.baseline
+        models: list[Any]
         if self.shape is not None:
-            result = bench_shape(self.shape, Recipe.parse("quarot", "rtn", self.spec), **settings)
+            recipe = Recipe.parse("quarot", "rtn", self.spec)
+            models = [functools.partial(random_block, self.shape, each) for each in (recipe, None)]
         else:
-            result = bench(str(self.checkpoint), self.source, **settings)
+            paths = str(self.checkpoint), self.source
+            models = [lambda dtype, path=path: load(path, dtype=dtype)[0] for path in paths]
+        result = bench(*models, **settings)
         out.print(*described(result), sep="\n")
         if self.json is not None:
             self.json.write_text(json.dumps(result, indent=2) + "\n")

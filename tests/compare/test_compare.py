@@ -52,7 +52,7 @@ def measured(out: Path) -> dict[str, dict[str, Any]]:
     records = read_records(out / "results.jsonl")
     found = {}
     for record in records:
-        kept = record.to_json()
+        kept = dataclasses.asdict(record)
         for name in ("timings_s", "peak_rss_bytes"):
             del kept[name]
         found[record.conditions["trial"]] = kept

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -6,10 +7,9 @@ import pytest
 import torch
 
 import dfrot
-from dfrot.evaluation.massive_unquantized import (
+from dfrot.evaluation.perplexity import (
     massive_positions,
     massive_unquantized,
-    perplexity_with_massive_unquantized,
 )
 from dfrot.evaluation.run import Measurement, evaluate
 from dfrot.quant.spec import UNQUANTIZED
@@ -27,10 +27,13 @@ def models(tiny: Tiny, tmp_path: Path) -> tuple[Any, Any]:
 
 
 @torch.no_grad()
-def test_with_every_token_passing_by_the_readers_are_not_quantized(models: tuple[Any, Any]) -> None:
+def test_with_every_token_passing_by_the_readers_are_not_quantized(
+    models: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     checkpoint, original = models
     everywhere = {name: torch.ones_like(mask) for name, mask in massive_positions(original, BLOCKS[0]).items()}
-    with massive_unquantized(checkpoint, everywhere):
+    monkeypatch.setattr("dfrot.evaluation.perplexity.massive_positions", lambda *_: everywhere)
+    with massive_unquantized(checkpoint, original, BLOCKS[0]):
         passing = checkpoint(BLOCKS[:1], use_cache=False).logits
     quantized = checkpoint(BLOCKS[:1], use_cache=False).logits
     for block in checkpoint.model.layers:
@@ -44,7 +47,7 @@ def test_with_every_token_passing_by_the_readers_are_not_quantized(models: tuple
 def test_without_massive_tokens_nothing_changes(models: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint, original = models
     monkeypatch.setattr("dfrot.methods.massive.DOMINANT_SHARE", 1.1)
-    found = perplexity_with_massive_unquantized(checkpoint, original, BLOCKS)
+    found = dfrot.perplexity(checkpoint, BLOCKS, during=partial(massive_unquantized, checkpoint, original))
     assert found == pytest.approx(dfrot.perplexity(checkpoint, BLOCKS), rel=1e-6)
 
 
@@ -72,5 +75,5 @@ def test_a_planted_token_is_found_where_it_is(models: tuple[Any, Any]) -> None:
     original.model.embed_tokens.weight[7, 5] = 1e6
     original.model.embed_tokens.weight[:, 3] /= 12  # the tiny model's outlier channel is in every token
     tokens = torch.tensor([1, 2, 7, 3, 7])
-    first = massive_positions(original, tokens)["model.layers.0.input_layernorm"]
+    first = massive_positions(original, tokens)["model.layers.0.self_attn.q_proj"]
     assert first.nonzero().flatten().tolist() == [2, 4]

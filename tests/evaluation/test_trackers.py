@@ -3,8 +3,7 @@ from typing import Any
 import pytest
 from accelerate import tracking
 
-from dfrot.evaluation.record import Record
-from dfrot.evaluation.trackers import log_records
+from dfrot.evaluation.record import Record, log_records
 from dfrot.pipeline.recipe import Recipe
 from dfrot.system.errors import SetupError, UserError
 

@@ -108,6 +108,5 @@ def test_the_average_takes_acc_norm_where_it_is_defined() -> None:
     }
     assert scores(found, ["a", "b"]) == (
         {"acc/a": 0.5, "acc_norm/a": 0.25, "acc/b": 0.75, "perplexity/b": 30.0, "zero_shot_average": 0.5},
-        {"acc_norm/a": 0.1},
-        {"a": 4, "b": 9},
+        {"standard_errors": {"acc_norm/a": 0.1}, "examples": {"a": 4, "b": 9}},
     )

@@ -32,7 +32,7 @@ def results(checkpoint: Path, tiny: Tiny, text_file: Path, tmp_path_factory: pyt
     folder = tmp_path_factory.mktemp("results")
     measurement = Measurement((str(text_file),), seq_len=32, max_tokens=96)
     for name, model in {"own": checkpoint, "whole": tiny("llama")}.items():
-        (folder / f"{name}.json").write_text(json.dumps(evaluate(str(model), measurement).to_json()))
+        (folder / f"{name}.json").write_text(json.dumps(vars(evaluate(str(model), measurement))))
     return sorted(folder.iterdir())
 
 

@@ -180,7 +180,7 @@ def test_a_broken_line_is_a_mistake_with_its_number(tmp_path: Path, line: str) -
 
 
 def test_a_metric_that_is_no_number_is_a_mistake(tmp_path: Path) -> None:
-    broken = records()[0].to_json() | {"metrics": {"ppl/a": "<b>3</b>"}}
+    broken = vars(records()[0]) | {"metrics": {"ppl/a": "<b>3</b>"}}
     (tmp_path / "results.jsonl").write_text(json.dumps(broken) + "\n")
     with pytest.raises(UserError, match="the metrics of a result record are an object of numbers"):
         read_records(tmp_path / "results.jsonl")

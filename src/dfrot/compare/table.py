@@ -3,6 +3,7 @@
 import itertools
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.live import Live
@@ -24,15 +25,15 @@ def recipes(
     weights: Sequence[str],
     specs: Sequence[str],
     seeds: Sequence[str],
-    *,
     preset: str = "auto",
-    calib: str = "wikitext2",
-    calib_tokens: int | None = None,
+    **calibration: Any,
 ) -> list[Recipe]:
     """Every combination, in the order of the words; specs that leave weights alone come once.
 
     Args:
         methods: names of methods, or the papers' RO and RH, which are quarot with that rotation.
+        preset: auto is each method's own.
+        calibration: what `Recipe.parse` takes for it.
 
     Raises:
         UserError: one of the words is not known, or there is nothing to combine.
@@ -46,9 +47,7 @@ def recipes(
     for spec, word, quantizer, seed in itertools.product(specs, methods, weights, seeds):
         method, options = named.get(word, (word, {}))
         of_method = getattr(METHODS.get(method), "preset", "paper") if preset == "auto" else preset
-        made = Recipe.parse(
-            method, quantizer, spec, preset=of_method, calib=calib, calib_tokens=calib_tokens, seed=int(seed), **options
-        )
+        made = Recipe.parse(method, quantizer, spec, preset=of_method, seed=int(seed), **calibration, **options)
         if made.spec.weights.enabled or quantizer == weights[0]:
             found.setdefault(made.digest, made)
     return list(found.values())
@@ -67,13 +66,10 @@ class LiveTable(Live):
     def on_trial(self, trial: Trial, outcome: Record | Exception | None) -> None:
         """For `compare`: show that a trial has begun, or how it ended."""
         before = self._state.get(trial.recipe)
-        if outcome is None:
-            self._state[trial.recipe] = time.monotonic()
-            return
+        self._state[trial.recipe] = time.monotonic() if outcome is None else outcome
         if isinstance(before, float):
             self._measured.append(time.monotonic() - before)
-        self._state[trial.recipe] = outcome
-        if not self.console.is_terminal:
+        if outcome is not None and not self.console.is_terminal:
             told = f"failed: {outcome}"
             if isinstance(outcome, Record):
                 told = ", ".join(f"{metric} {_number(value)}" for metric, value in outcome.metrics.items())
@@ -84,13 +80,14 @@ class LiveTable(Live):
         """A row for every trial; where there are more metrics than trials, a column."""
         records = [state for state in self._state.values() if isinstance(state, Record)]
         metrics = reported(dict.fromkeys(metric for record in records for metric in record.metrics))
-        heads = [*HEADS, *metrics, "MB", ""]
-        rows = [[*_name(recipe), *self._numbers(recipe, metrics)] for recipe in self._trials]
+        names = [_name(recipe) for recipe in self._trials]
+        numbers = [self._numbers(recipe, metrics) for recipe in self._trials]
         if len(metrics) > len(self._trials):
-            named = len(HEADS)
-            lines = zip(heads[named:], *(row[named:] for row in rows), strict=True)
-            heads = ["", *("\n".join(filter(None, row[:named])) for row in rows)]
-            rows = [list(line) for line in lines]
+            heads = ["", *("\n".join(filter(None, name)) for name in names)]
+            rows = list(zip([*metrics, "MB", ""], *numbers, strict=True))
+        else:
+            heads = [*HEADS, *metrics, "MB", ""]
+            rows = [(*name, *cells) for name, cells in zip(names, numbers, strict=True)]
         table = Table(caption=self._caption(len(records)))
         for head in heads:
             wrapped = head.replace("/", "/\n").replace("massive_unquantized", "massive unquantized")

@@ -37,23 +37,15 @@ from dfrot.version import __version__
 
 @dataclass(frozen=True)
 class Trial:
-    """One recipe, to be measured.
+    """One recipe, to be measured."""
 
-    Attributes:
-        model: how the user called it.
-        fingerprint: of its files.
-        recipe: None for the unquantized model.
-        threads: that torch computes with; they decide how sums are rounded.
-        memory: bytes that quantizing may take; no measured number depends on them.
-    """
-
-    model: str
-    fingerprint: str
-    recipe: Recipe | None
+    model: str  # how the user called it
+    fingerprint: str  # of its files
+    recipe: Recipe | None  # None for the unquantized model
     measurement: Measurement
     device: str
-    threads: int
-    memory: int | None = None
+    threads: int  # that torch computes with; they decide how sums are rounded
+    memory: int | None = None  # bytes that quantizing may take; no measured number depends on them
 
     @property
     def key(self) -> str:
@@ -72,7 +64,6 @@ class Trial:
         return json.dumps([alike, recipe.get("grids", {}).get("activations")], sort_keys=True)
 
 
-# Called when a trial begins (None) or is done: with its record, or with the error.
 OnTrial = Callable[[Trial, Record | Exception | None], None]
 
 
@@ -100,7 +91,7 @@ def compare(
             place of `jobs`, it takes as many trials at a time as it has room for.
         memory: bytes that may be taken; None takes what the machine has available. The jobs divide it; on a cluster
             each trial has it to itself.
-        on_trial: told of every trial, finished ones first.
+        on_trial: called when a trial begins (None) or is done: with its record, or with the error. Finished ones first.
 
     Returns:
         The records, in the order of the recipes; those of trials that failed are missing.
@@ -140,29 +131,19 @@ def measure(trial: Trial, out: Path) -> Record | Exception:
     """Quantize and evaluate in a process that exists for this. An error of this trial alone is returned."""
     silence()
     torch.set_num_threads(trial.threads)
-    try:
-        return _measured(trial, out)
-    except (UserError, SetupError) as error:
-        return error
-
-
-def _measured(trial: Trial, out: Path) -> Record:
     timings: dict[str, float] = {}
     checkpoint: Path | None = None  # relative to `out`, which may be moved
-    if trial.recipe is not None:
-        checkpoint = Path("checkpoints") / f"{Path(trial.model).name}-{trial.fingerprint[:6]}-{trial.recipe.digest}"
-        folder = out / checkpoint
-        if not (folder / "config.json").is_file():  # written last: without it the checkpoint is unfinished
-            timings = quantize(
-                trial.model,
-                trial.recipe,
-                folder,
-                device=trial.device,
-                resume=folder.is_dir(),
-                memory=trial.memory,
-                reuse_dir=out / "shared",
-            ).timings_s
-    record = evaluate(str(out / checkpoint) if checkpoint else trial.model, trial.measurement, device=trial.device)
+    try:
+        if trial.recipe is not None:
+            checkpoint = Path("checkpoints") / f"{Path(trial.model).name}-{trial.fingerprint[:6]}-{trial.recipe.digest}"
+            folder = out / checkpoint
+            if not (folder / "config.json").is_file():  # written last: without it the checkpoint is unfinished
+                how: Any = {"device": trial.device, "memory": trial.memory, "reuse_dir": out / "shared"}
+                timings = quantize(trial.model, trial.recipe, folder, resume=folder.is_dir(), **how).timings_s
+        measured = trial.model if checkpoint is None else str(out / checkpoint)
+        record = evaluate(measured, trial.measurement, device=trial.device)
+    except (UserError, SetupError) as error:
+        return error
     record.model = trial.model
     record.timings_s |= timings
     record.conditions |= {"trial": trial.key, "checkpoint": checkpoint and str(checkpoint)}

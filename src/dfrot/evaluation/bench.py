@@ -5,17 +5,16 @@ do. So every round measures each model once, and medians are compared.
 """
 
 import gc
-import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from statistics import median
+from typing import Any
 
 import torch
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from dfrot.checkpoint.load import load
 from dfrot.evaluation.record import conditions
 from dfrot.linalg.rotation import Hadamard
 from dfrot.models.families import graph_for
@@ -29,8 +28,7 @@ from dfrot.system.errors import UserError
 from dfrot.system.progress import track
 from dfrot.transform.transforms import Transforms
 
-Dtype = Literal["bfloat16", "float32"]
-DTYPES: dict[Dtype, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+Maker = Callable[[torch.dtype], Any]  # of a model that computes in that dtype
 # One block of a real model, by fields of its config.
 FIELDS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
 SHAPES = {
@@ -41,41 +39,17 @@ SHAPES = {
 }
 
 
-def bench(checkpoint: str, source: str, **settings: Any) -> dict[str, Any]:
-    """Time a checkpoint and the model that it was made from.
+def random_block(shape: str, recipe: Recipe | None, dtype: torch.dtype) -> Any:
+    """A model of one decoder block with random weights and the shape of a real model's, and a tiny vocabulary.
 
     Args:
-        source: the unquantized model.
-        settings: as `compare_speed` takes them.
-
-    Returns:
-        JSON. For each model, by round, the seconds of the prompt, which is the time to the first token (`prefill_s`),
-        and of one more token (`decode_s`); memory of the decoder's linear layers, and of the cache after the prompt and
-        the new tokens (`decoder_bytes`, `kv_bytes`). Medians as multiples of each baseline's (`ratios`); conditions.
+        recipe: its spec quantizes the block, rotated as QuaRot would; None for the unquantized model.
 
     Raises:
-        UserError: one of the two models cannot be loaded, or a setting does not fit.
-    """
-    return compare_speed(
-        lambda dtype: load(checkpoint, dtype=dtype)[0], lambda dtype: load(source, dtype=dtype)[0], **settings
-    )
-
-
-def bench_shape(shape: str, recipe: Recipe, **settings: Any) -> dict[str, Any]:
-    """The same for one decoder block with random weights and the shape of a real model.
-
-    Raises:
-        UserError: the shape is not known, or a setting does not fit.
+        UserError: the shape is not known.
     """
     if shape not in SHAPES:
         raise UserError(f"there is no shape '{shape}'. Shapes: {', '.join(SHAPES)}.")
-    return compare_speed(
-        lambda dtype: random_block(shape, recipe, dtype), lambda dtype: random_block(shape, None, dtype), **settings
-    )
-
-
-def random_block(shape: str, recipe: Recipe | None, dtype: torch.dtype) -> Any:
-    """A model of one block and a tiny vocabulary, quantized as QuaRot would if there is a recipe."""
     sizes = dict(zip(FIELDS, SHAPES[shape], strict=True))
     config = LlamaConfig(vocab_size=256, num_hidden_layers=1, max_position_embeddings=1 << 17, dtype=dtype, **sizes)
     if recipe is not None and recipe.spec.keys.enabled:
@@ -99,17 +73,17 @@ def random_block(shape: str, recipe: Recipe | None, dtype: torch.dtype) -> Any:
 
 
 @torch.inference_mode()
-def compare_speed(
-    checkpoint: Callable[[torch.dtype], Any],
-    source: Callable[[torch.dtype], Any],
+def bench(
+    checkpoint: Maker,
+    source: Maker,
     *,
-    baselines: Sequence[Dtype] = ("bfloat16",),
-    dtype: Dtype = "bfloat16",
+    baselines: Sequence[str] = ("bfloat16",),
+    dtype: str = "bfloat16",
     prompt: int = 1024,
     new_tokens: int = 32,
     rounds: int = 5,
 ) -> dict[str, Any]:
-    """Time two models, made by functions of their dtype; the rest as `bench` says.
+    """Time a checkpoint and the model that it was made from.
 
     Args:
         baselines: dtypes of the source; each is a separate model in memory.
@@ -117,30 +91,44 @@ def compare_speed(
         prompt: tokens of the prompt.
         new_tokens: tokens that are generated after it.
         rounds: how often each model is timed.
+
+    Returns:
+        JSON. For each model, by round, the seconds of the prompt, which is the time to the first token (`prefill_s`),
+        and of one more token (`decode_s`); memory of the decoder's linear layers, and of the cache after the prompt and
+        the new tokens (`decoder_bytes`, `kv_bytes`). Medians as multiples of each baseline's (`ratios`); conditions.
+
+    Raises:
+        UserError: a setting is below 1.
     """
     if min(prompt, new_tokens, rounds) < 1:
         raise UserError(f"prompt, new-tokens and rounds are at least 1, got {prompt}, {new_tokens} and {rounds}.")
-    loaded: dict[str, Any] = {"checkpoint": checkpoint(DTYPES[dtype])}
-    loaded |= {name: source(DTYPES[name]) for name in baselines}
+    loaded = {"checkpoint": checkpoint(getattr(torch, dtype))}
+    loaded |= {name: source(getattr(torch, name)) for name in baselines}
     timed: dict[str, dict[str, Any]] = {name: {"prefill_s": [], "decode_s": []} for name in loaded}
     vocabulary = loaded["checkpoint"].config.vocab_size
     token_ids = torch.randint(vocabulary, (1, prompt), generator=torch.Generator().manual_seed(0))
     for number in track(range(rounds + 1), "timing"):
         for name, model in loaded.items():
             gc.collect()
-            prefill, decode, cache = _once(model, token_ids, new_tokens)
+            began = time.perf_counter()
+            output = model(token_ids, use_cache=True, logits_to_keep=1)
+            prefilled = time.perf_counter()
+            for _ in range(new_tokens):
+                token = output.logits[:, -1:].argmax(-1)
+                output = model(token, past_key_values=output.past_key_values, use_cache=True)
+            ended = time.perf_counter()
             if number == 0:  # warms up: kernels are compiled, the reference unpacks its weights
-                timed[name] |= {"decoder_bytes": decoder_bytes(model), "kv_bytes": _kv_bytes(cache)}
+                timed[name] |= {"decoder_bytes": _decoder_bytes(model), "kv_bytes": _kv_bytes(output.past_key_values)}
             else:
-                timed[name]["prefill_s"].append(prefill)
-                timed[name]["decode_s"].append(decode)
+                timed[name]["prefill_s"].append(prefilled - began)
+                timed[name]["decode_s"].append((ended - prefilled) / new_tokens)
     ours = timed.pop("checkpoint")
-    return {
-        "checkpoint": ours,
-        "baselines": timed,
-        "ratios": {name: _ratios(ours, other) for name, other in timed.items()},
-        "conditions": conditions(loaded["checkpoint"], prompt=prompt, new_tokens=new_tokens, rounds=rounds),
-    }
+    ratios: dict[str, dict[str, float]] = {}  # how many times as fast, and which share of the memory
+    for name, other in timed.items():
+        ratios[name] = {key: median(other[f"{key}_s"]) / median(ours[f"{key}_s"]) for key in ("prefill", "decode")}
+        ratios[name] |= {key: ours[key] / other[key] for key in ("decoder_bytes", "kv_bytes")}
+    about = conditions(loaded["checkpoint"], prompt=prompt, new_tokens=new_tokens, rounds=rounds)
+    return {"checkpoint": ours, "baselines": timed, "ratios": ratios, "conditions": about}
 
 
 def described(result: dict[str, Any]) -> list[Table | str]:
@@ -148,7 +136,7 @@ def described(result: dict[str, Any]) -> list[Table | str]:
     table = Table("", "prefill tokens/s", "decode tokens/s", "first token s", "decoder MB", "cache MB")
     conditions = result["conditions"]
     for name, timed in {"checkpoint": result["checkpoint"], **result["baselines"]}.items():
-        prefill, decode = (statistics.median(timed[key]) for key in ("prefill_s", "decode_s"))
+        prefill, decode = (median(timed[key]) for key in ("prefill_s", "decode_s"))
         speeds = (f"{conditions['prompt'] / prefill:.0f}", f"{1 / decode:.1f}", f"{prefill:.3f}")
         table.add_row(name, *speeds, *(f"{timed[key] / 1e6:.1f}" for key in ("decoder_bytes", "kv_bytes")))
     ratios = [
@@ -159,27 +147,7 @@ def described(result: dict[str, Any]) -> list[Table | str]:
     return [table, *ratios, f"{conditions['backend']}, {conditions['threads']} threads, {conditions['machine']}"]
 
 
-def _ratios(ours: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
-    """How many times as fast, and which share of the memory."""
-    speeds = {
-        key: statistics.median(other[f"{key}_s"]) / statistics.median(ours[f"{key}_s"]) for key in ("prefill", "decode")
-    }
-    return speeds | {key: ours[key] / other[key] for key in ("decoder_bytes", "kv_bytes")}
-
-
-def _once(model: Any, token_ids: Tensor, new_tokens: int) -> tuple[float, float, Any]:
-    """Seconds of the prompt and of one more token, and the cache after all of them."""
-    began = time.perf_counter()
-    output = model(token_ids, use_cache=True, logits_to_keep=1)
-    prefill = time.perf_counter() - began
-    began = time.perf_counter()
-    for _ in range(new_tokens):
-        token = output.logits[:, -1:].argmax(-1)
-        output = model(token, past_key_values=output.past_key_values, use_cache=True)
-    return prefill, (time.perf_counter() - began) / new_tokens, output.past_key_values
-
-
-def decoder_bytes(model: Any) -> int:
+def _decoder_bytes(model: Any) -> int:
     """Memory of the linear layers of all blocks, with whatever they have unpacked or put aside."""
     graph = graph_for(model.config)
     found: dict[int, int] = {}  # address → bytes: layers may share tensors

@@ -1,18 +1,30 @@
-"""Perplexity as the quantization papers compute it.
+"""What a model predicts on texts: perplexity as the papers compute it, and the distance to another model's predictions.
 
-The text is tokenized once and cut into non-overlapping blocks; the mean negative log-likelihood over the seq_len − 1
-predictions of every block is exponentiated.
+Perplexity: the text is tokenized once and cut into non-overlapping blocks; the mean negative log-likelihood over the
+seq_len − 1 predictions of every block is exponentiated. It can stay the same while predictions change, some tokens
+gaining what others lose; the KL divergence and the agreement of the likeliest tokens show that.
+
+What the massive tokens cost, the papers' QuaRot.FP16(): a checkpoint is measured with the tokens that have massive
+activations left unquantized where the residual stream is read (inputs of q, k, v, gate and up). Everything else, the
+cache included, stays quantized, as in DFRot's released code. The difference to the checkpoint's perplexity bounds the
+gain from treating massive tokens better. The tokens are found in the original model, run beside the checkpoint on the
+same text, so the checkpoint's rotation may be unknown.
 """
 
 import contextlib
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
 
+from dfrot.methods.massive import massive_tokens
+from dfrot.models.families import graph_for
+from dfrot.models.stream import captured_inputs
+from dfrot.runtime.linear import QuantLinear
 from dfrot.system.errors import UserError
 from dfrot.system.progress import track
 
@@ -56,12 +68,34 @@ def perplexity_of(mean: float) -> float:
 def negative_log_likelihood(model: Any, tokens: Int[Tensor, " seq_len"]) -> float:
     """Sum over the seq_len − 1 predictions of one sequence, in nats."""
     return sum(
-        float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
-        for logits, targets in logits_by_piece(model, tokens)
+        float(nn.functional.cross_entropy(logits, targets, reduction="sum"))
+        for logits, targets in _logits_by_piece(model, tokens)
     )
 
 
-def logits_by_piece(
+@torch.no_grad()
+def divergence(
+    model: Any, original: Any, blocks: Int[Tensor, "blocks seq_len"], description: str = "divergence"
+) -> dict[str, Tensor]:
+    """Compare two causal language models of transformers that have one vocabulary, prediction by prediction.
+
+    Returns:
+        Tensors (blocks, seq_len − 1): `nll` and `original_nll`, the negative log-likelihood of the token that came by
+        either model, and `kl`, KL(original ‖ model), in nats; `agrees`, whether both have the same likeliest token.
+    """
+    found: dict[str, list[Tensor]] = {"nll": [], "original_nll": [], "kl": [], "agrees": []}
+    for block in track(blocks, description):
+        pieces = zip(_logits_by_piece(model, block), _logits_by_piece(original, block), strict=True)
+        for (logits, targets), (others, _) in pieces:
+            own, wanted = logits.log_softmax(-1), others.to(logits.device).log_softmax(-1)
+            found["nll"].append(-own.gather(-1, targets[:, None])[:, 0])
+            found["original_nll"].append(-wanted.gather(-1, targets[:, None])[:, 0])
+            found["kl"].append(nn.functional.kl_div(own, wanted, reduction="none", log_target=True).sum(-1))
+            found["agrees"].append(own.argmax(-1) == wanted.argmax(-1))
+    return {name: torch.cat(pieces).view(len(blocks), -1).cpu() for name, pieces in found.items()}
+
+
+def _logits_by_piece(
     model: Any, tokens: Int[Tensor, " seq_len"]
 ) -> Iterator[tuple[Float[Tensor, "positions vocabulary"], Int[Tensor, " positions"]]]:
     """Logits of the seq_len − 1 predictions of one sequence, in float32 or float64, and the tokens that came."""
@@ -71,3 +105,47 @@ def logits_by_piece(
     for states, targets in zip(hidden.split(_LOGIT_POSITIONS), tokens[1:].split(_LOGIT_POSITIONS), strict=True):
         logits = head(states)
         yield logits if logits.dtype == torch.float64 else logits.float(), targets
+
+
+@torch.no_grad()
+def massive_positions(original: Any, tokens: Int[Tensor, " seq_len"]) -> dict[str, Bool[Tensor, " seq_len"]]:
+    """Reader of a norm (its full name) → which positions of a sequence have massive activations there."""
+    graph, config = graph_for(original.config), original.config
+    readers = {
+        f"{graph.blocks}.{index}.{norm}": [f"{graph.blocks}.{index}.{name}" for name in names]
+        for index in range(config.num_hidden_layers)
+        for norm, names in graph.norms.items()
+    }
+    with captured_inputs({norm: original.get_submodule(norm) for norm in readers}) as seen:
+        original.base_model(tokens[None].to(original.device), use_cache=False)
+    masks: dict[str, Tensor] = {}
+    for norm, inputs in seen.items():
+        x = inputs[0][0].float()  # (tokens, hidden)
+        # without the norm's gain, which is folded into its readers before anything is rotated
+        massive = massive_tokens(nn.functional.rms_norm(x, x.shape[-1:], eps=config.rms_norm_eps))
+        masks |= dict.fromkeys(readers[norm], massive)
+    return masks
+
+
+@contextlib.contextmanager
+def massive_unquantized(checkpoint: Any, original: Any, tokens: Int[Tensor, " seq_len"]) -> Iterator[None]:
+    """While open, a checkpoint does not quantize the activations of the massive tokens of a sequence.
+
+    Args:
+        checkpoint: a model that `dfrot.load` has loaded from a checkpoint; in any other nothing changes.
+        original: the model that it was made from, loaded by `dfrot.load`.
+    """
+    with contextlib.ExitStack() as stack:
+        for name, mask in massive_positions(original, tokens).items():
+            layer = checkpoint.get_submodule(name)
+            if isinstance(layer, QuantLinear) and mask.any():
+                stack.callback(layer.register_forward_hook(partial(_passing_by, mask)).remove)
+        yield
+
+
+def _passing_by(mask: Bool[Tensor, " tokens"], layer: QuantLinear, args: tuple[Tensor], output: Tensor) -> Tensor:
+    """A forward hook: the layer's outputs (1, tokens, out), of masked tokens from inputs that are not quantized."""
+    massive = mask.to(output.device)
+    x = layer.rotated(args[0][:, massive])
+    output[:, massive] = nn.functional.linear(x, layer.dense_weight(x.dtype), layer.bias)
+    return output

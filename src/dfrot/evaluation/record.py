@@ -1,4 +1,7 @@
-"""The result record: numbers and everything they depend on, as one line of JSON (docs/index.md, "Results")."""
+"""The result record: numbers and everything they depend on, as one line of JSON (docs/index.md, "Results").
+
+Records are kept in files, and logged to experiment trackers through accelerate.
+"""
 
 import importlib.metadata
 import json
@@ -9,11 +12,12 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils.generic import flatten_dict
 
 from dfrot.checkpoint.hf_quantizer import read_checkpoint
 from dfrot.kernels.library import backend
@@ -22,7 +26,7 @@ from dfrot.models.source import read_config, stored_tensors, weight_files
 from dfrot.quant.packing import packed_width
 from dfrot.quant.spec import UNQUANTIZED, TensorSpec
 from dfrot.system.errors import SetupError, UserError
-from dfrot.system.files import parse_json
+from dfrot.system.files import parse_json, translate_io_errors
 from dfrot.version import __version__
 
 SCHEMA = 1
@@ -33,30 +37,24 @@ REPORTED = ("acc_norm", "acc")  # the first that a task has is what papers repor
 _QPARAM_BYTES = 3  # of one head of one token in a quantized cache: a bfloat16 scale and a byte of zero point
 
 
+def peak_rss_bytes() -> int:
+    """The most memory that this process has had resident."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
 @dataclass
 class Record:
-    """One evaluated model.
+    """One evaluated model."""
 
-    Attributes:
-        model: how the user called it.
-        recipe: the recipe as JSON; None for a model that is not quantized.
-        metrics: "ppl/<text>", "<metric>/<task>" and the like.
-        size: bytes; see `model_size`.
-        timings_s: seconds per stage.
-        conditions: text, tokens, seq_len, seed, device, dtype, threads and versions.
-    """
-
-    model: str
-    recipe: dict[str, Any] | None
-    metrics: dict[str, float]
-    size: dict[str, int | float]
-    timings_s: dict[str, float]
-    conditions: dict[str, Any]
+    model: str  # how the user called it
+    recipe: dict[str, Any] | None  # as JSON; None for a model that is not quantized
+    metrics: dict[str, float]  # "ppl/<text>", "<metric>/<task>" and the like
+    size: dict[str, int | float]  # bytes; see `model_size`
+    timings_s: dict[str, float]  # seconds per stage
+    conditions: dict[str, Any]  # text, tokens, seq_len, seed, device, dtype, threads and versions
     schema: int = SCHEMA
-    peak_rss_bytes: int = field(default_factory=lambda: peak_rss_bytes())
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+    peak_rss_bytes: int = field(default_factory=peak_rss_bytes)
 
     @staticmethod
     def from_json(record: Any) -> "Record":
@@ -79,15 +77,14 @@ def is_number(value: Any) -> bool:
     return isinstance(value, float) or (type(value) is int and abs(value) < 2**1023)
 
 
-def _are_numbers(value: Any) -> bool:
-    return isinstance(value, dict) and all(map(is_number, value.values()))
-
-
 # By field, a check of what readers rely on and its wording: anyone may have written the file.
 _FORM: dict[str, tuple[Callable[[Any], bool], str]] = {
     "model": (lambda value: isinstance(value, str), "is a text"),
     "recipe": (lambda value: isinstance(value, dict | None), "is an object or null"),
-    **dict.fromkeys(("metrics", "size", "timings_s"), (_are_numbers, "are an object of numbers")),
+    **dict.fromkeys(
+        ("metrics", "size", "timings_s"),
+        (lambda value: isinstance(value, dict) and all(map(is_number, value.values())), "are an object of numbers"),
+    ),
     "conditions": (lambda value: isinstance(value, dict), "are an object"),
     "peak_rss_bytes": (is_number, "is a number"),
 }
@@ -102,19 +99,11 @@ def reported(metrics: Iterable[str]) -> list[str]:
 
 
 def append_records(path: Path, records: list[Record]) -> None:
-    """Append records to a `.jsonl` file, one line each, durably.
-
-    Raises:
-        SetupError: it cannot be written.
-    """
-    try:
-        with path.open("a", encoding="utf-8") as file:
-            for record in records:
-                file.write(json.dumps(record.to_json()) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise SetupError(f"cannot write {path}: {error}") from error
+    """Append records to a `.jsonl` file, one line each, durably. Raises SetupError if it cannot be written."""
+    with translate_io_errors(path.parent), path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(vars(record)) + "\n" for record in records)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read_records(path: Path, *, repair: bool = False) -> list[Record]:
@@ -145,6 +134,41 @@ def read_records(path: Path, *, repair: bool = False) -> list[Record]:
     return records
 
 
+def log_records(records: Iterable[Record], tracker: str) -> None:
+    """Log records to a tracker that accelerate knows (wandb, trackio, mlflow, tensorboard, …), one step each.
+
+    Raises:
+        UserError: accelerate knows no such tracker.
+        SetupError: accelerate or the tracker's package is not installed, or the tracker refuses.
+    """
+    try:
+        from accelerate import PartialState
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+    except ImportError as error:
+        raise SetupError("logging to a tracker needs the package accelerate: pip install accelerate.") from error
+    if tracker not in LOGGER_TYPE_TO_CLASS:
+        raise UserError(f"there is no tracker '{tracker}'. Trackers: {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}.")
+    if tracker not in map(str, get_available_trackers()):
+        raise SetupError(f"the package of the tracker '{tracker}' is not installed: pip install {tracker}.")
+    PartialState()  # accelerate's trackers ask it which process they are in
+    kind = LOGGER_TYPE_TO_CLASS[tracker]
+    try:
+        logger = kind("dfrot", logging_dir=".") if kind.requires_logging_directory else kind("dfrot")
+        logger.start()
+        for step, record in enumerate(records):
+            if step == 0:
+                logger.store_init_configuration(_flat({"model": record.model, **record.conditions}))
+            logger.log(record.metrics | _flat({"recipe": record.recipe}), step=step)
+        logger.finish()
+    except Exception as error:  # every tracker raises its own kinds
+        raise SetupError(f"{tracker} refused the results: {error}") from error
+
+
+def _flat(record: dict[str, Any]) -> dict[str, Any]:
+    """One level without blanks, the only form that some trackers take."""
+    return {name: value for name, value in flatten_dict(record, delimiter="/").items() if value not in (None, {})}
+
+
 def conditions(model: Any, **measured: Any) -> dict[str, Any]:
     """The conditions of a measurement, beside those that were `measured`.
 
@@ -173,12 +197,6 @@ def _commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):  # no git, no repository
         return None
-
-
-def peak_rss_bytes() -> int:
-    """The most memory that this process has had resident."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def model_size(path: Path) -> dict[str, int | float]:

@@ -1,5 +1,6 @@
 """Load, measure, record."""
 
+import functools
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +10,7 @@ from torch import Tensor
 
 from dfrot.checkpoint.hf_quantizer import read_checkpoint
 from dfrot.checkpoint.load import Device, load
-from dfrot.evaluation.divergence import divergence
-from dfrot.evaluation.massive_unquantized import perplexity_with_massive_unquantized
-from dfrot.evaluation.perplexity import perplexity, perplexity_of
+from dfrot.evaluation.perplexity import divergence, massive_unquantized, perplexity, perplexity_of
 from dfrot.evaluation.record import MASSIVE_UNQUANTIZED, Record, conditions, model_size
 from dfrot.evaluation.zero_shot import zero_shot
 from dfrot.models.source import locate
@@ -74,32 +73,36 @@ def evaluate(model: str, measurement: Measurement, *, device: Device = "cpu", pe
     path = locate(model)
     contents = {text: read_text(text, "test") for text in measurement.texts}  # before the models, which take minutes
     loaded, tokenizer = load(model, device=device)
-    original = None if measurement.against is None else _comparable(measurement.against, loaded, device)
+    original = None if measurement.against is None else load(measurement.against, device=device)[0]
+    if original is not None and original.config.vocab_size != loaded.config.vocab_size:
+        raise UserError(
+            f"predictions can be compared over one vocabulary; the model has {loaded.config.vocab_size} tokens, "
+            f"{measurement.against} has {original.config.vocab_size}."
+        )
     blocks = {
         text_label(text): token_windows(tokenizer, content, text, measurement.seq_len, measurement.max_tokens)
         for text, content in contents.items()
     }
     started = time.perf_counter()
     metrics: dict[str, float] = {}
-    measured: dict[str, Any] = {}
+    of_tasks: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
     for label, tokens in blocks.items():
         if original is None:
             metrics[f"ppl/{label}"] = perplexity(loaded, tokens, label)
             continue
         found = divergence(loaded, original, tokens, label)
-        metrics[f"ppl/{label}"] = perplexity_of(float(found.nll.double().mean()))
-        metrics[f"kl/{label}"] = float(found.kl.double().mean())
-        metrics[f"top1/{label}"] = float(found.agrees.double().mean())
-        tensors |= {f"{label}/{name}": tensor for name, tensor in vars(found).items()} | {f"{label}/token_ids": tokens}
+        tensors |= {f"{label}/{name}": tensor for name, tensor in found.items()} | {f"{label}/token_ids": tokens}
+        nll, kl, top1 = (float(found[name].double().mean()) for name in ("nll", "kl", "agrees"))
+        metrics |= {f"ppl/{label}": perplexity_of(nll), f"kl/{label}": kl, f"top1/{label}": top1}
         if measurement.massive_unquantized:
-            metrics[f"{MASSIVE_UNQUANTIZED}/{label}"] = perplexity_with_massive_unquantized(loaded, original, tokens)
+            during = functools.partial(massive_unquantized, loaded, original)
+            bound = perplexity(loaded, tokens, "massive tokens unquantized", during)
+            metrics[f"{MASSIVE_UNQUANTIZED}/{label}"] = bound
     if measurement.tasks:
-        found_metrics, errors, examples = zero_shot(
-            loaded, tokenizer, measurement.tasks, measurement.task_path, measurement.limit, measurement.batch_size
-        )
-        metrics |= found_metrics
-        measured |= {"standard_errors": errors, "examples": examples}
+        how = measurement.task_path, measurement.limit, measurement.batch_size
+        accuracies, of_tasks = zero_shot(loaded, tokenizer, measurement.tasks, *how)
+        metrics |= accuracies
     if per_token is not None:
         write_tensors(per_token, tensors, {"format": "pt"})
     checkpoint = read_checkpoint(path)
@@ -117,16 +120,6 @@ def evaluate(model: str, measurement: Measurement, *, device: Device = "cpu", pe
             tokens={label: tokens.numel() for label, tokens in blocks.items()},
             against=measurement.against,
             seed=recipe and recipe.get("seed"),
-            **measured,
+            **of_tasks,
         ),
     )
-
-
-def _comparable(against: str, model: Any, device: Device) -> Any:
-    original, _ = load(against, device=device)
-    if original.config.vocab_size != model.config.vocab_size:
-        raise UserError(
-            f"predictions can be compared over one vocabulary; the model has {model.config.vocab_size} tokens, "
-            f"{against} has {original.config.vocab_size}."
-        )
-    return original

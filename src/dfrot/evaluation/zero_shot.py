@@ -14,124 +14,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
+import transformers
 
 from dfrot.evaluation.record import AVERAGE, REPORTED
 from dfrot.system.errors import SetupError, UserError
 
 _BATCH_TOKENS = 2048  # of a batch on a CPU; more are no faster there, and their logits take gigabytes
-
-
-Scores = tuple[dict[str, float], dict[str, float], dict[str, int]]
-
-
-def zero_shot(
-    model: Any,
-    tokenizer: Any,
-    tasks: Sequence[str],
-    task_path: str | None = None,
-    limit: int | None = None,
-    batch_size: int | None = None,
-) -> Scores:
-    """Measure a model of transformers on tasks or groups of lm-eval.
-
-    Args:
-        task_path: a folder with further tasks.
-        limit: take the first so many examples of each task.
-        batch_size: sequences at a time; None chooses.
-
-    Returns:
-        Metrics, "<metric>/<task>" for every metric of every task or group that was asked for; with two or more, also
-        `zero_shot_average`, the mean of the metrics that `REPORTED` picks. Standard errors of those that have one. How
-        many examples each task was measured on.
-
-    Raises:
-        UserError: there is no such task.
-        SetupError: lm-eval is not installed, or a task's data cannot be had.
-    """
-    try:
-        with _quiet():
-            from lm_eval import evaluator
-            from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise SetupError("zero-shot tasks need the package lm-eval: pip install 'dfrot[eval]'.") from error
-    if limit is not None and limit < 1:
-        raise UserError(f"limit is at least 1 example, got {limit}.")
-    if task_path is not None and not Path(task_path).is_dir():
-        raise UserError(f"there is no folder of tasks '{task_path}'.")
-    with _quiet():
-        manager = TaskManager(include_path=task_path)
-        if unknown := [task for task in tasks if task not in manager.all_tasks]:
-            raise UserError(
-                f"lm-eval has no task '{unknown[0]}'. `lm-eval ls tasks` lists them; --task-path adds others."
-            )
-        wrapped = _wrapped(model, tokenizer, batch_size)
-        try:
-            found = evaluator.evaluate(
-                wrapped, _loaded(manager, tasks), limit=limit, log_samples=False, bootstrap_iters=100
-            )
-        except (OSError, ConnectionError, ValueError) as error:  # datasets' own errors are some of these
-            raise SetupError(f"lm-eval cannot run {', '.join(tasks)}: {error}") from error
-    assert found is not None, "only other processes than the first get None"
-    return scores(found, tasks)
-
-
-def _loaded(manager: Any, tasks: Sequence[str]) -> Any:
-    """The tasks for `evaluate`, prepared as `simple_evaluate` prepares them: its seeds, no examples in the prompt
-    unless a task says so. `simple_evaluate` itself also lists all that is installed, which takes seconds, and asks git
-    for a commit, which complains outside of a repository."""
-    from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
-
-    random.seed(DEFAULT_RANDOM_SEED)  # some tasks shuffle their choices while they load
-    np.random.seed(DEFAULT_OTHER_SEED)
-    torch.manual_seed(DEFAULT_OTHER_SEED)
-    loaded = manager.load(list(tasks))
-    for task in loaded["tasks"].values():
-        if task.get_config("num_fewshot") is None:
-            task.set_config(key="num_fewshot", value=0)
-        task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
-    return loaded
-
-
-def scores(found: dict[str, Any], tasks: Sequence[str]) -> Scores:
-    """What `zero_shot` returns, from the results of lm-eval's `evaluate`."""
-    metrics: dict[str, float] = {}
-    errors: dict[str, float] = {}
-    for task in tasks:
-        for key, value in found["results"][task].items():
-            name, _, kept = key.partition(",")
-            if kept != "none" or not isinstance(value, float):  # "none" is lm-eval's filter that changes no answer
-                continue
-            if name.endswith("_stderr"):
-                errors[f"{name.removesuffix('_stderr')}/{task}"] = value
-            else:
-                metrics[f"{name}/{task}"] = value
-    reported = [
-        next((metrics[f"{name}/{task}"] for name in REPORTED if f"{name}/{task}" in metrics), None) for task in tasks
-    ]
-    if len(tasks) > 1 and None not in reported:
-        metrics[AVERAGE] = sum(reported) / len(reported)  # type: ignore[arg-type]
-    examples = {task: int(counts["effective"]) for task, counts in found["n-samples"].items()}
-    return metrics, errors, examples
-
-
-def _wrapped(model: Any, tokenizer: Any, batch_size: int | None) -> Any:
-    from lm_eval.models.huggingface import HFLM
-
-    class Wrapped(HFLM):
-        """lm-eval's own model, with batches that fit a CPU."""
-
-        def _detect_batch_size(self, requests: Sequence[Any] | None = None, pos: int = 0) -> int:
-            if model.device.type != "cpu":
-                return super()._detect_batch_size(requests, pos)
-            length = self.max_length
-            if requests:
-                _, context, continuation = requests[pos]  # the longest that is left
-                length = min(length, len(context) + len(continuation))
-            return max(1, _BATCH_TOKENS // length)
-
-    return Wrapped(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size or "auto")
 
 
 @contextlib.contextmanager
@@ -146,3 +34,100 @@ def _quiet() -> Iterator[None]:
             stack.callback(logger.setLevel, logger.level)
             logger.setLevel(logging.ERROR)
         yield
+
+
+@_quiet()
+def zero_shot(
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[str],
+    task_path: str | None = None,
+    limit: int | None = None,
+    batch_size: int | None = None,
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Measure a model of transformers on tasks or groups of lm-eval.
+
+    Args:
+        task_path: a folder with further tasks.
+        limit: take the first so many examples of each task.
+        batch_size: sequences at a time; None chooses.
+
+    Returns:
+        Metrics, "<metric>/<task>" for every metric of every task or group that was asked for; with two or more, also
+        `zero_shot_average`, the mean of the metrics that `REPORTED` picks. And their conditions: `standard_errors` of
+        those that have one, and `examples`, how many each task was measured on.
+
+    Raises:
+        UserError: there is no such task.
+        SetupError: lm-eval is not installed, or a task's data cannot be had.
+    """
+    try:
+        from lm_eval import evaluator
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise SetupError("zero-shot tasks need the package lm-eval: pip install 'dfrot[eval]'.") from error
+
+    class FittingCPU(HFLM):
+        """lm-eval's own model, with batches that fit a CPU."""
+
+        def _detect_batch_size(self, requests: Sequence[Any] | None = None, pos: int = 0) -> int:
+            if model.device.type != "cpu":
+                return super()._detect_batch_size(requests, pos)
+            length = self.max_length
+            if requests:
+                _, context, continuation = requests[pos]  # the longest that is left
+                length = min(length, len(context) + len(continuation))
+            return max(1, _BATCH_TOKENS // length)
+
+    if limit is not None and limit < 1:
+        raise UserError(f"limit is at least 1 example, got {limit}.")
+    if task_path is not None and not Path(task_path).is_dir():
+        raise UserError(f"there is no folder of tasks '{task_path}'.")
+    manager = TaskManager(include_path=task_path)
+    if unknown := [task for task in tasks if task not in manager.all_tasks]:
+        raise UserError(f"lm-eval has no task '{unknown[0]}'. `lm-eval ls tasks` lists them; --task-path adds others.")
+    wrapped = FittingCPU(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size or "auto")
+    try:
+        loaded = _loaded(manager, tasks)
+        found = evaluator.evaluate(wrapped, loaded, limit=limit, log_samples=False, bootstrap_iters=100)
+    except (OSError, ValueError) as error:  # datasets' own errors are some of these
+        raise SetupError(f"lm-eval cannot run {', '.join(tasks)}: {error}") from error
+    assert found is not None, "only other processes than the first get None"
+    return scores(found, tasks)
+
+
+def _loaded(manager: Any, tasks: Sequence[str]) -> Any:
+    """The tasks for `evaluate`, prepared as `simple_evaluate` prepares them: its seeds, no examples in the prompt
+    unless a task says so. `simple_evaluate` itself also lists all that is installed, which takes seconds, and asks git
+    for a commit, which complains outside of a repository."""
+    from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+
+    transformers.set_seed(DEFAULT_OTHER_SEED)
+    random.seed(DEFAULT_RANDOM_SEED)  # some tasks shuffle their choices while they load
+    loaded = manager.load(list(tasks))
+    for task in loaded["tasks"].values():
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+    return loaded
+
+
+def scores(found: dict[str, Any], tasks: Sequence[str]) -> tuple[dict[str, float], dict[str, Any]]:
+    """What `zero_shot` returns, from the results of lm-eval's `evaluate`."""
+    metrics: dict[str, float] = {}
+    errors: dict[str, float] = {}
+    for task in tasks:
+        for key, value in found["results"][task].items():
+            name, _, kept = key.partition(",")
+            if kept != "none" or not isinstance(value, float):  # "none" is lm-eval's filter that changes no answer
+                continue
+            if name.endswith("_stderr"):
+                errors[f"{name.removesuffix('_stderr')}/{task}"] = value
+            else:
+                metrics[f"{name}/{task}"] = value
+    names = [[f"{name}/{task}" for name in REPORTED if f"{name}/{task}" in metrics] for task in tasks]
+    if len(tasks) > 1 and all(names):
+        metrics[AVERAGE] = sum(metrics[first] for first, *_ in names) / len(names)
+    examples = {task: int(counts["effective"]) for task, counts in found["n-samples"].items()}
+    return metrics, {"standard_errors": errors, "examples": examples}
