@@ -79,7 +79,10 @@ class Transforms:
         """The inverse of `describe`."""
         sites = {site: description[site] for site in SITES}
         inputs = tuple(
-            {stage: InputTransform(*(tensors.get(f"{index}.{stage}.{part}") for part in _PARTS)) for stage in stages}
+            {
+                stage: InputTransform(**{part: tensors.get(f"{index}.{stage}.{part}") for part in _PARTS})  # type: ignore[arg-type]
+                for stage in stages
+            }
             for index, stages in enumerate(description["inputs"])
         )
         return Transforms(**{site: at and rotation_from(at, tensors) for site, at in sites.items()}, inputs=inputs)
