@@ -142,8 +142,8 @@ def test_a_model_that_vanishes_between_two_blocks_is_one_message(
             broken.rename(kept)
         return quantize_block(*given)
 
-    quantize_block = pipeline.quantize_block
-    monkeypatch.setattr(pipeline, "quantize_block", vanish)
+    quantize_block = pipeline._Loop.quantize_block
+    monkeypatch.setattr(pipeline._Loop, "quantize_block", vanish)
     words = ["quantize", str(broken), "-o", str(tmp_path / "out"), "--method", "quarot", "--weights", "rtn"]
     assert main(words) == 1
     assert "model.safetensors is not there, or not any more" in " ".join(capsys.readouterr().err.split())
@@ -379,7 +379,7 @@ def test_a_resumed_run_does_not_go_on_with_the_rotations_of_another_model(
     def die(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "quantize_block", die)
+    monkeypatch.setattr(pipeline._Loop, "quantize_block", die)
     with pytest.raises(KeyboardInterrupt):
         dfrot.quantize(model, recipe, out)
     monkeypatch.undo()

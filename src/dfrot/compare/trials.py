@@ -29,7 +29,7 @@ from dfrot.models.source import open_source
 from dfrot.pipeline.recipe import Recipe
 from dfrot.pipeline.run import quantize
 from dfrot.system.errors import SetupError, UserError
-from dfrot.system.lock import exclusive_lock
+from dfrot.system.files import exclusive_lock
 from dfrot.system.memory import available_memory, keep_freed_memory
 from dfrot.system.progress import silence
 from dfrot.version import __version__

@@ -15,8 +15,7 @@ from torch import Tensor
 from dfrot.export.checkpoint import Checkpoint, Layer
 from dfrot.models.source import INDEX_FILE, load_tokenizer
 from dfrot.system.errors import UserError
-from dfrot.system.files import translate_io_errors, write_json, write_tensors
-from dfrot.system.lock import LOCK_FILE, exclusive_lock
+from dfrot.system.files import LOCK_FILE, exclusive_lock, translate_io_errors, write_json, write_tensors
 from dfrot.system.progress import track
 
 Weight = Callable[[str, Layer], dict[str, Tensor]]
