@@ -35,7 +35,7 @@ from dfrot.system.distributed import ProcessGroup
 from dfrot.system.errors import SetupError, UserError
 from dfrot.system.memory import keep_freed_memory, parse_size
 from dfrot.system.options import Options
-from dfrot.system.progress import silence
+from dfrot.system.progress import console
 from dfrot.transform.invariance import InvarianceError
 from dfrot.version import __version__
 
@@ -133,8 +133,7 @@ class Quantize:
         processes = ProcessGroup.of()
         device = processes.device(self.device)
         if not processes.is_main:
-            out.quiet = True
-            silence()
+            out.quiet = console.quiet = True
         with processes.joined(device):
             recipe, memory = self.recipe(), None if self.memory is None else parse_size(self.memory)
             expected = Estimate.of(open_source(self.model), recipe, memory, processes)

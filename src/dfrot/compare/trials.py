@@ -31,7 +31,7 @@ from dfrot.pipeline.run import quantize
 from dfrot.system.errors import SetupError, UserError
 from dfrot.system.files import exclusive_lock
 from dfrot.system.memory import available_memory, keep_freed_memory
-from dfrot.system.progress import silence
+from dfrot.system.progress import console
 from dfrot.version import __version__
 
 
@@ -138,7 +138,7 @@ def compare(
 
 def measure(trial: Trial, out: Path) -> Record | Exception:
     """Quantize and evaluate in a process that exists for this. An error of this trial alone is returned."""
-    silence()
+    console.quiet = True  # the parent reports progress
     torch.set_num_threads(trial.threads)
     try:
         return _measured(trial, out)

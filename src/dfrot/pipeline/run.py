@@ -42,21 +42,13 @@ from dfrot.version import __version__
 
 @dataclass(frozen=True)
 class QuantizeResult:
-    """What a run did.
+    """What a run did."""
 
-    Attributes:
-        path: the checkpoint.
-        recipe: how it was made.
-        timings_s: seconds per stage.
-        invariance: the largest float64 error that folding made, relative; rounding if all is well.
-        notes: what method and rounding found out; also in the checkpoint's fit.json.
-    """
-
-    path: Path
+    path: Path  # of the checkpoint
     recipe: Recipe
-    timings_s: dict[str, float]
-    invariance: float
-    notes: dict[str, Any]
+    timings_s: dict[str, float]  # by stage
+    invariance: float  # the largest float64 error that folding made, relative; rounding if all is well
+    notes: dict[str, Any]  # what method and rounding found out; also in the checkpoint's fit.json
 
     def summary(self) -> list[str]:
         """What is worth saying of it, in sentences."""

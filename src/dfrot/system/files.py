@@ -56,12 +56,9 @@ def write_json(path: Path, record: dict[str, Any]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text atomically. Raises SetupError if it cannot be written.
-
-    Lone surrogates, which UTF-8 cannot encode, become question marks.
-    """
+    """Write a text atomically. Raises SetupError if it cannot be written."""
     with atomically(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", errors="replace")
+        temporary.write_text(text, encoding="utf-8", errors="replace")  # lone surrogates are no UTF-8
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
@@ -78,8 +75,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
 def atomically(path: Path) -> Iterator[Path]:
     """Yield a temporary name beside `path`; the file written there is synced and renamed, or removed on an error.
 
-    Raises:
-        SetupError: it cannot be written.
+    Raises SetupError if it cannot be written.
     """
     temporary = path.with_name(path.name + ".tmp")
     with translate_io_errors(path.parent, temporary):
@@ -119,7 +115,7 @@ def translate_io_errors(folder: Path, temporary: Path | None = None) -> Iterator
 def exclusive_lock(folder: Path) -> Iterator[None]:
     """Make the folder and keep other processes out. Afterwards the lock file is removed, and so is an empty folder.
 
-    The kernel holds the lock, on a file in the folder. It ends with the process, however the process dies.
+    The kernel holds the lock, on that file. It ends with the process, however the process dies.
 
     Raises:
         UserError: another process holds the lock.
