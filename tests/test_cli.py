@@ -157,7 +157,7 @@ def test_interrupting_says_how_to_resume_and_resuming_finishes(tiny: Tiny, tmp_p
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # background jobs inherit that it is ignored
         "from dfrot import cli\n"
         "from dfrot.pipeline import run as pipeline\n"
-        "pipeline.quantize_block = lambda *_: time.sleep(60)\n"
+        "pipeline._Loop.quantize_block = lambda *_: time.sleep(60)\n"
         "sys.exit(cli.main(sys.argv[1:]))\n"
     )
     words = ["quantize", str(tiny("llama")), "-o", str(tmp_path / "out"), "--method", "quarot", "--weights", "rtn"]

@@ -140,8 +140,8 @@ def test_a_model_that_vanishes_between_two_blocks_is_one_message(
             broken.rename(kept)
         return quantize_block(*given)
 
-    quantize_block = pipeline.quantize_block
-    monkeypatch.setattr(pipeline, "quantize_block", vanish)
+    quantize_block = pipeline._Loop.quantize_block
+    monkeypatch.setattr(pipeline._Loop, "quantize_block", vanish)
     words = ["quantize", str(broken), "-o", str(tmp_path / "out"), "--method", "quarot", "--weights", "rtn"]
     assert main(words) == 1
     assert "model.safetensors is not there, or not any more" in " ".join(capsys.readouterr().err.split())

@@ -1,7 +1,8 @@
 """The command line: parse, call one library function, print.
 
-A command is a dataclass: its fields are the flags, the text below a field is its help. `quantize` collects the options
-of methods, roundings and presets from their classes. What one command alone needs is imported when it runs.
+A command is a dataclass: its fields are the flags, and what stands behind a field, or below it, is its help. `quantize`
+collects the options of methods, roundings and presets from their classes. What one command alone needs is imported when
+it runs.
 """
 
 import dataclasses
@@ -20,6 +21,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from tyro.conf import Positional, Suppress, arg
 
 from dfrot.evaluation.record import log_records, model_size
 from dfrot.evaluation.run import Measurement, evaluate
@@ -34,112 +36,38 @@ from dfrot.system.distributed import ProcessGroup
 from dfrot.system.errors import SetupError, UserError
 from dfrot.system.memory import keep_freed_memory, parse_size
 from dfrot.system.options import Options
-from dfrot.system.progress import silence
+from dfrot.system.progress import console
 from dfrot.transform.invariance import InvarianceError
 from dfrot.version import __version__
 
 out = Console()
 err = Console(stderr=True)
 
-
-def _comma_separated(given: str) -> tuple[str, ...]:
-    return tuple(word.strip() for word in given.split(",") if word.strip())
-
-
 # Flags of several commands. tyro takes the first of a flag's metavars, helps and so on that it meets.
-Model = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-Source = Annotated[
-    Model, tyro.conf.arg(help="Hub id, directory with safetensors weights, .gguf file, or smollm2-135m.")
-]
-Checkpoint = Annotated[
-    Path, tyro.conf.Positional, tyro.conf.arg(metavar="CKPT", help="Directory written by `dfrot quantize`.")
-]
-Out = Annotated[Path, tyro.conf.arg(aliases=["-o"])]
-Device = Annotated[str, tyro.conf.arg(help="Where to compute: cpu, cuda.")]
-Devices = Annotated[str, tyro.conf.arg(help="Where to compute: cpu, cuda, or auto to spread the model over all GPUs.")]
-Seed = Annotated[int, tyro.conf.arg(help="Of everything random.")]
-Calib = Annotated[str, tyro.conf.arg(help="Calibration text: wikitext2, c4, pydoc, or a path.")]
+Model = Annotated[str, Positional, arg(metavar="MODEL")]
+Source = Annotated[Model, arg(help="Hub id, directory with safetensors weights, .gguf file, or smollm2-135m.")]
+Checkpoint = Annotated[Path, Positional, arg(metavar="CKPT", help="Directory written by `dfrot quantize`.")]
+Out = Annotated[Path, arg(aliases=["-o"])]
+Device = Annotated[str, arg(help="Where to compute: cpu, cuda.")]
+Devices = Annotated[str, arg(help="Where to compute: cpu, cuda, or auto to spread the model over all GPUs.")]
+Seed = Annotated[int, arg(help="Of everything random.")]
+Calib = Annotated[str, arg(help="Calibration text: wikitext2, c4, pydoc, or a path.")]
 CalibTokens = Annotated[
     int | None,
-    tyro.conf.arg(help="Calibration tokens in total (default 65536 where weights are fitted to them, else 2048)."),
+    arg(help="Calibration tokens in total (default 65536 where weights are fitted to them, else 2048)."),
 ]
-Words = Annotated[
-    tuple[str, ...],
-    tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="A,B,…",
-        instance_from_str=lambda given: _comma_separated(given[0]),
-        is_instance=lambda value: isinstance(value, tuple),
-        str_from_instance=lambda words: [",".join(words)],
-    ),
+LogTo = Annotated[
+    str | None,
+    arg(help="Also log it to a tracker: wandb, trackio, mlflow, tensorboard or another that accelerate knows."),
 ]
+Words = Annotated[str, arg(metavar="A,B,…")]
+MethodName: Any = Literal[tuple(METHODS)]
+RoundingName: Any = Literal[tuple(ROUNDINGS)]
+PresetName: Any = Literal[tuple(PRESETS)]
 
 
-@dataclass(frozen=True)
-class _Quantize:
-    """Rotate and quantize a model into a checkpoint."""
-
-    model: Source
-    out: Out
-    """Checkpoint directory to make."""
-    method: Literal[tuple(METHODS)] = "rangerot"  # type: ignore[valid-type]
-    """Which rotations."""
-    weights: Literal[tuple(ROUNDINGS)] | None = None  # type: ignore[valid-type]
-    """How weights are rounded (default gptq below 8 bits, else rtn)."""
-    spec: str = "w4a4kv4"
-    """w<bits>[g<group>]a<bits>kv<bits>; 16 leaves alone."""
-    preset: Literal[tuple(PRESETS)] = "paper"  # type: ignore[valid-type]
-    """Symmetry and clip ratios: the papers', what stock servers compute, or DuQuant's command."""
-    calib: Calib = "wikitext2"
-    calib_tokens: CalibTokens = None
-    calib_seq_len: int | None = None
-    """Tokens of one calibration sequence (default 2048, or calib-tokens if fewer)."""
-    seed: Seed = 0
-    dtype: Literal["auto", "float16", "bfloat16", "float32", "float64"] = "auto"
-    """Of unquantized tensors (auto: the model's own; float16 beside quantized weights if that is wider)."""
-    device: Device = "cpu"
-    resume: bool = False
-    """Continue an interrupted run."""
-    overwrite: bool = False
-    """Replace a checkpoint that is there."""
-    memory: str | None = None
-    """Memory that may be taken, such as 8GB (default: what is available); hidden states beyond it go to disk."""
-    dry_run: Annotated[bool, tyro.conf.arg(aliases=["--plan"])] = False
-    """Only print what is expected: memory and disk."""
-
-    def recipe(self) -> Recipe:
-        """From everything given except where to write and how to run."""
-        about_the_run = ("model", "out", "device", "resume", "overwrite", "memory", "dry_run")
-        fields = [field for field in dataclasses.fields(self) if field.name not in about_the_run]
-        given = {field.name: getattr(self, field.name) for field in fields}
-        return Recipe.parse(**{field.name: given[field.name] for field in fields if given[field.name] != field.default})
-
-    def run(self) -> None:
-        processes = ProcessGroup.of()
-        device = processes.device(self.device)
-        if not processes.is_main:
-            out.quiet = True
-            silence()
-        with processes.joined(device):
-            self._run(processes, device)
-
-    def _run(self, processes: ProcessGroup, device: str) -> None:
-        recipe, memory = self.recipe(), _bytes(self.memory)
-        expected = Estimate.of(open_source(self.model), recipe, memory, processes)
-        if expected.tight:
-            keep_freed_memory(largest=1 << 27)  # half the peak for twice the time, as measured
-        if self.dry_run:
-            out.print(str(expected), highlight=False, soft_wrap=True)
-            return expected.require_room(self.out)
-        how = {"device": device, "resume": self.resume, "overwrite": self.overwrite, "memory": memory}
-        result = quantize(self.model, recipe, self.out, **how, processes=processes)  # type: ignore[arg-type]
-        size = model_size(result.path)
-        out.print(
-            f"[bold]{result.path}[/bold]: {recipe.method.name} {recipe.rounding.name} {recipe.spec}, "
-            f"{size['weight_bytes'] / 1e6:.1f} MB ({size['unquantized_bytes'] / 1e6:.1f} MB at 16 bits), "
-            f"{size['decoder_bits_per_weight']:.2f} bits per decoder weight, {sum(result.timings_s.values()):.0f} s"
-        )
-        out.print(*result.summary(), sep="\n")
+def _separated(words: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in words.split(",") if word.strip())
 
 
 def _options() -> list[tuple[str, Any, Any]]:
@@ -163,24 +91,78 @@ def _options() -> list[tuple[str, Any, Any]]:
         texts = " ".join(f"{', '.join(whose)}: {text}." for text, whose in owners[name].items())
         # None means not given; a switch that is off says as much
         hint, default = (bool, False) if flags[name] else (hint | None, None)
-        found.append((name, Annotated[hint, tyro.conf.arg(help=texts)], default))
+        found.append((name, Annotated[hint, arg(help=texts)], default))
     return found
 
 
-Quantize: Any = dataclasses.make_dataclass("Quantize", _options(), bases=(_Quantize,), frozen=True)
-Quantize.__doc__ = _Quantize.__doc__
+MethodOptions: Any = dataclasses.make_dataclass("MethodOptions", _options(), frozen=True)
+NONE_GIVEN: Any = MethodOptions()
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """Rotate and quantize a model into a checkpoint."""
+
+    model: Source
+    out: Out  # Checkpoint directory to make.
+    method: MethodName = "rangerot"  # Which rotations.
+    weights: RoundingName | None = None  # How weights are rounded (default gptq below 8 bits, else rtn).
+    spec: str = "w4a4kv4"  # w<bits>[g<group>]a<bits>kv<bits>; 16 leaves alone.
+    preset: PresetName = "paper"
+    """Symmetry and clip ratios: the papers', what stock servers compute, or DuQuant's command."""
+    calib: Calib = "wikitext2"
+    calib_tokens: CalibTokens = None
+    calib_seq_len: int | None = None  # Tokens of one calibration sequence (default 2048, or calib-tokens if fewer).
+    seed: Seed = 0
+    dtype: Literal["auto", "float16", "bfloat16", "float32", "float64"] = "auto"
+    """Of unquantized tensors (auto: the model's own; float16 beside quantized weights if that is wider)."""
+    device: Device = "cpu"
+    resume: bool = False  # Continue an interrupted run.
+    overwrite: bool = False  # Replace a checkpoint that is there.
+    memory: str | None = None
+    """Memory that may be taken, such as 8GB (default: what is available); hidden states beyond it go to disk."""
+    dry_run: Annotated[bool, arg(aliases=["--plan"])] = False  # Only print what is expected: memory and disk.
+    options: Annotated[MethodOptions, arg(name="")] = NONE_GIVEN
+
+    def recipe(self) -> Recipe:
+        """From everything given except where to write and how to run."""
+        names = ("method", "weights", "spec", "preset", "calib", "calib_tokens", "calib_seq_len", "dtype", "seed")
+        given = vars(self.options).items() - vars(NONE_GIVEN).items()
+        return Recipe.parse(**{name: getattr(self, name) for name in names}, **dict(given))
+
+    def run(self) -> None:
+        processes = ProcessGroup.of()
+        device = processes.device(self.device)
+        if not processes.is_main:
+            out.quiet = console.quiet = True
+        with processes.joined(device):
+            recipe, memory = self.recipe(), None if self.memory is None else parse_size(self.memory)
+            expected = Estimate.of(open_source(self.model), recipe, memory, processes)
+            if expected.tight:
+                keep_freed_memory(largest=1 << 27)  # half the peak for twice the time, as measured
+            if self.dry_run:
+                out.print(str(expected), highlight=False, soft_wrap=True)
+                return expected.require_room(self.out)
+            how: Any = {"resume": self.resume, "overwrite": self.overwrite, "memory": memory, "processes": processes}
+            result = quantize(self.model, recipe, self.out, device=device, **how)
+        size = model_size(result.path)
+        out.print(
+            f"[bold]{result.path}[/bold]: {recipe.method.name} {recipe.rounding.name} {recipe.spec}, "
+            f"{size['weight_bytes'] / 1e6:.1f} MB ({size['unquantized_bytes'] / 1e6:.1f} MB at 16 bits), "
+            f"{size['decoder_bits_per_weight']:.2f} bits per decoder weight, {sum(result.timings_s.values()):.0f} s"
+        )
+        out.print(*result.summary(), sep="\n")
 
 
 @dataclass(frozen=True)
 class Measured(Measurement):
     """The flags of `eval` and `compare`: a measurement that is complete, and checked, once `against` is known."""
 
-    texts: Annotated[tuple[str, ...] | None, tyro.conf.arg(name="ppl")] = None  # type: ignore[assignment]
+    texts: Annotated[tuple[str, ...] | None, arg(name="ppl")] = None  # type: ignore[assignment]
     """Texts for perplexity: wikitext2, c4, pydoc, or paths (default wikitext2, unless there are tasks)."""
-    tasks: Words = ()
+    tasks: Words = ""  # type: ignore[assignment]
     """Tasks or groups of lm-eval, joined by commas: piqa,arc_easy,mmlu."""
-    against: tyro.conf.Suppress[str | None] = None
-    """Each command has its own flag for it."""
+    against: Suppress[str | None] = None  # Each command has its own flag for it.
 
     def __post_init__(self) -> None:
         """Leave the checks to `measurement`."""
@@ -188,24 +170,21 @@ class Measured(Measurement):
     def measurement(self, against: str | None) -> Measurement:
         texts = (() if self.tasks else ("wikitext2",)) if self.texts is None else tuple(map(_absolute, self.texts))
         folder = None if self.task_path is None else str(Path(self.task_path).resolve())
-        return Measurement(**vars(self) | {"texts": texts, "against": against, "task_path": folder})
+        tasks = _separated(self.tasks)
+        return Measurement(**vars(self) | {"texts": texts, "against": against, "tasks": tasks, "task_path": folder})
 
 
 @dataclass(frozen=True)
 class Eval:
     """Measure a model or checkpoint."""
 
-    model: Model
-    """Checkpoint, or a model as `quantize` takes it."""
-    measured: Annotated[Measured, tyro.conf.arg(name="")] = Measured()
+    model: Model  # Checkpoint, or a model as `quantize` takes it.
+    measured: Annotated[Measured, arg(name="")] = Measured()
     against: str | None = None
     """The unquantized model: also KL divergence from its predictions, and top-1 agreement with them."""
-    per_token: Path | None = None
-    """Also write what --against measures on every token to this safetensors file."""
-    json: Path | None = None
-    """Also write the result record to this file."""
-    log_to: str | None = None
-    """Also log it to a tracker: wandb, trackio, mlflow, tensorboard or another that accelerate knows."""
+    per_token: Path | None = None  # Also write what --against measures on every token to this safetensors file.
+    json: Path | None = None  # Also write the result record to this file.
+    log_to: LogTo = None
     device: Devices = "cpu"
 
     def run(self) -> None:
@@ -228,49 +207,40 @@ class Compare:
     """Quantize and measure a model by many recipes. Finished trials are kept: the same command goes on."""
 
     model: Source
-    out: Out
-    """Folder for results.jsonl and the checkpoints."""
-    methods: Words = ("none", "quarot", "dfrot")
+    out: Out  # Folder for results.jsonl and the checkpoints.
+    methods: Words = "none,quarot,dfrot,rangerot"
     """Methods, joined by commas; RO and RH are quarot with a random orthogonal or a randomized Hadamard matrix."""
-    weights: Words = ("rtn", "gptq")
-    """Roundings, joined by commas."""
-    specs: Words = ("w4a4kv4",)
-    """Specs, joined by commas."""
-    seeds: Words = ("0",)
-    """Seeds, joined by commas."""
-    preset: Literal["auto", *PRESETS] = "auto"  # type: ignore[valid-type]
-    """Symmetry and clip ratios (auto: each method's own)."""
+    weights: Words = "rtn,gptq"  # Roundings, joined by commas.
+    specs: Words = "w4a4kv4"  # Specs, joined by commas.
+    seeds: Words = "0"  # Seeds, joined by commas.
+    preset: Literal["auto"] | PresetName = "auto"  # Symmetry and clip ratios (auto: each method's own).
     calib: Calib = "wikitext2"
     calib_tokens: CalibTokens = None
-    unquantized: bool = True
-    """Also measure the unquantized model."""
-    measured: Annotated[Measured, tyro.conf.arg(name="")] = Measured()
+    unquantized: bool = True  # Also measure the unquantized model.
+    measured: Annotated[Measured, arg(name="")] = Measured()
     divergence: bool = False
     """Also KL divergence from the unquantized model's predictions, and top-1 agreement with them."""
-    jobs: int = 1
-    """Trials at a time, each in a separate process."""
-    threads: int | None = None
-    """Threads of each (default: the cores divided among the jobs)."""
+    jobs: int = 1  # Trials at a time, each in a separate process.
+    threads: int | None = None  # Threads of each (default: the cores divided among the jobs).
     ray: str | None = None
     """Address of a Ray cluster that takes the trials in place of jobs; auto for the one that runs here."""
     memory: str | None = None
     """Memory that quantizing may take, such as 8GB, divided among the jobs (default: what is available)."""
     device: Device = "cpu"
-    log_to: str | None = None
-    """Also log the records to a tracker: wandb, trackio, mlflow, tensorboard or another that accelerate knows."""
+    log_to: LogTo = None
 
     def run(self) -> None:
         from dfrot.compare.table import LiveTable, recipes
         from dfrot.compare.trials import compare
 
-        calibration: dict[str, Any] = {"calib": _absolute(self.calib), "calib_tokens": self.calib_tokens}
-        words = self.methods, self.weights, self.specs, self.seeds
+        methods, weights, specs, seeds = map(_separated, (self.methods, self.weights, self.specs, self.seeds))
+        calibration = {"calib": _absolute(self.calib), "calib_tokens": self.calib_tokens}
         trials: list[Recipe | None] = [None] if self.unquantized else []
-        trials += recipes(*words, preset=self.preset, **calibration)
+        trials += recipes(methods, weights, specs, seeds, self.preset, **calibration)
         model = _absolute(self.model)
         against = model if self.divergence or self.measured.massive_unquantized else None
         how: Any = {name: getattr(self, name) for name in ("device", "jobs", "threads", "ray")}
-        how["memory"] = _bytes(self.memory)
+        how["memory"] = None if self.memory is None else parse_size(self.memory)
         with LiveTable(trials, out) as table:
             measurement = self.measured.measurement(against)
             records = compare(model, trials, measurement, self.out, on_trial=table.on_trial, **how)
@@ -284,20 +254,15 @@ class Compare:
 class Inspect:
     """Look into a model: massive tokens, outlier channels, quantization errors by rotation."""
 
-    model: Model
-    """Hub id, directory with safetensors weights, .gguf file, or smollm2-135m; not a checkpoint."""
-    out: Out
-    """Directory for inspect.json and inspect.safetensors."""
-    rotations: tuple[Literal[tuple(variants())], ...] = ("none", "RO", "RH", "dfrot", "duquant")  # type: ignore[valid-type]
-    """What is compared: no rotation, random orthogonal, randomized Hadamard, refined, DuQuant."""
+    model: Model  # Hub id, directory with safetensors weights, .gguf file, or smollm2-135m; not a checkpoint.
+    out: Out  # Directory for inspect.json and inspect.safetensors.
+    rotations: tuple[Literal[tuple(variants())], ...] = tuple(variants())  # type: ignore[valid-type]
+    """What is compared: no rotation, random orthogonal, randomized Hadamard, refined (two ways), DuQuant."""
     text: str = "wikitext2"
     """wikitext2, c4, pydoc, or a path; rotations are fitted to its train part, statistics are of its test part."""
-    seq_len: int = 2048
-    """Tokens that are inspected, the first of the text."""
-    spec: str = "w4a4kv4"
-    """w<bits>[g<group>]a<bits>kv<bits>."""
-    preset: Literal[tuple(PRESETS)] = "paper"  # type: ignore[valid-type]
-    """Symmetry and clip ratios."""
+    seq_len: int = 2048  # Tokens that are inspected, the first of the text.
+    spec: str = "w4a4kv4"  # w<bits>[g<group>]a<bits>kv<bits>.
+    preset: PresetName = "paper"  # Symmetry and clip ratios.
     seed: Seed = 0
     device: Device = "cpu"
 
@@ -314,10 +279,8 @@ class Inspect:
 class Report:
     """Write result records and inspections as one HTML page that needs no network."""
 
-    directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
-    """What `dfrot compare` or `dfrot inspect` wrote."""
-    out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
-    """The page (default: report.html in the directory)."""
+    directory: Annotated[Path, Positional, arg(metavar="DIR")]  # What `dfrot compare` or `dfrot inspect` wrote.
+    out: Annotated[Path | None, arg(aliases=["-o"])] = None  # The page (default: report.html in the directory).
 
     def run(self) -> None:
         from dfrot.report import report
@@ -333,14 +296,11 @@ class Export:
     checkpoint: Checkpoint
     to: Literal["huggingface", "vllm", "gguf"]
     """huggingface: plain weights, without dfrot; vllm: compressed-tensors; gguf: a file for llama.cpp."""
-    out: Out
-    """Directory to make; for gguf a file."""
-    device: Literal["cpu", "cuda"] | None = None
-    """vllm: where it is to run (default cpu); the two do not run the same."""
+    out: Out  # Directory to make; for gguf a file.
+    device: Literal["cpu", "cuda"] | None = None  # vllm: where it is to run (default cpu); the two do not run the same.
     plugin: bool = False
     """vllm: dfrot is installed beside it; a CPU then computes online rotations and 4-bit activations."""
-    tensor_parallel: int | None = None
-    """vllm: number of GPUs that every layer is split among (default 1)."""
+    tensor_parallel: int | None = None  # vllm: number of GPUs that every layer is split among (default 1).
     type: Literal["f16", "bf16", "f32", "q8_0", "q4_0"] | None = None
     """gguf: of the weights (default q4_0 or q8_0 if that keeps the checkpoint's integers, else f16)."""
 
@@ -359,16 +319,11 @@ class Push:
     """Upload a checkpoint to the Hub, with a model card."""
 
     checkpoint: Checkpoint
-    repository: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OWNER/NAME")]
-    """Where to: made if it is not there."""
-    results: tuple[Path, ...] = ()
-    """What `dfrot eval --json` or `dfrot compare` wrote, for the card."""
-    base_model: str | None = None
-    """Hub id of the model that it was made from, for the card."""
-    private: bool = False
-    """Make a private repository."""
-    card: bool = False
-    """Only print the card."""
+    repository: Annotated[str, Positional, arg(metavar="OWNER/NAME")]  # Where to: made if it is not there.
+    results: tuple[Path, ...] = ()  # What `dfrot eval --json` or `dfrot compare` wrote, for the card.
+    base_model: str | None = None  # Hub id of the model that it was made from, for the card.
+    private: bool = False  # Make a private repository.
+    card: bool = False  # Only print the card.
 
     def run(self) -> None:
         from dfrot.export.hub import model_card, push, read_results
@@ -385,16 +340,11 @@ class Push:
 class Generate:
     """Continue a prompt with a quantized model."""
 
-    model: Model
-    """Checkpoint, or a model as `quantize` takes it."""
-    prompt: tyro.conf.Positional[str]
-    """Text to continue."""
-    max_new_tokens: int = 50
-    """Tokens to add at most."""
-    sample: bool = False
-    """Sample instead of taking the likeliest token."""
-    seed: int = 0
-    """Of sampling."""
+    model: Model  # Checkpoint, or a model as `quantize` takes it.
+    prompt: Positional[str]  # Text to continue.
+    max_new_tokens: int = 50  # Tokens to add at most.
+    sample: bool = False  # Sample instead of taking the likeliest token.
+    seed: int = 0  # Of sampling.
     device: Devices = "cpu"
 
     def run(self) -> None:
@@ -418,28 +368,17 @@ class Generate:
 class Bench:
     """Time a checkpoint against the model that it was made from, and compare their memory."""
 
-    checkpoint: tyro.conf.Positional[str | None] = None
-    """Checkpoint; none with --shape."""
-    source: str = "smollm2-135m"
-    """The unquantized model."""
-    shape: str | None = None
-    """Instead time one block of a real model's shape with random weights, such as llama-3-8b."""
-    spec: str = "w4a4kv4"
-    """Of that block."""
-    baseline: tuple[Literal["bfloat16", "float32"], ...] = ("bfloat16",)
-    """Dtypes of the unquantized model."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """In which the checkpoint computes."""
-    prompt: int = 1024
-    """Tokens of the prompt."""
-    new_tokens: int = 32
-    """Tokens that are generated after it."""
-    rounds: int = 5
-    """How often each model is timed."""
-    threads: int | None = None
-    """Threads (default: torch's)."""
-    json: Path | None = None
-    """Also write everything to this file."""
+    checkpoint: Positional[str | None] = None  # Checkpoint; none with --shape.
+    source: str = "smollm2-135m"  # The unquantized model.
+    shape: str | None = None  # Instead time one block of a real model's shape with random weights, such as llama-3-8b.
+    spec: str = "w4a4kv4"  # Of that block.
+    baseline: tuple[Literal["bfloat16", "float32"], ...] = ("bfloat16",)  # Dtypes of the unquantized model.
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # In which the checkpoint computes.
+    prompt: int = 1024  # Tokens of the prompt.
+    new_tokens: int = 32  # Tokens that are generated after it.
+    rounds: int = 5  # How often each model is timed.
+    threads: int | None = None  # Threads (default: torch's).
+    json: Path | None = None  # Also write everything to this file.
 
     def run(self) -> None:
         import torch
@@ -495,7 +434,7 @@ class Models:
         out.print(table)
 
 
-COMMANDS = {
+COMMANDS: dict[str, Any] = {
     kind.__name__.lower(): kind
     for kind in (Quantize, Eval, Compare, Inspect, Report, Export, Push, Generate, Bench, Info, Models)
 }
@@ -539,10 +478,6 @@ def main(arguments: list[str] | None = None) -> int:
         _complain(str(error))
         return 2 if isinstance(error, UserError) else 1
     return 0
-
-
-def _bytes(memory: str | None) -> int | None:
-    return None if memory is None else parse_size(memory)
 
 
 def _absolute(name: str) -> str:

@@ -46,8 +46,8 @@ def interrupted(
             raise Killed
         return quantize_block(*args)
 
-    quantize_block = pipeline.quantize_block
-    monkeypatch.setattr(pipeline, "quantize_block", die)
+    quantize_block = pipeline._Loop.quantize_block
+    monkeypatch.setattr(pipeline._Loop, "quantize_block", die)
     with pytest.raises(Killed):
         dfrot.quantize(tiny("llama"), recipe, out)
     monkeypatch.undo()
@@ -121,8 +121,8 @@ def test_a_second_run_in_one_directory_is_refused(
         refusals.append(refusal)
         return quantize_block(*args)
 
-    quantize_block = pipeline.quantize_block
-    monkeypatch.setattr(pipeline, "quantize_block", second)
+    quantize_block = pipeline._Loop.quantize_block
+    monkeypatch.setattr(pipeline._Loop, "quantize_block", second)
     dfrot.quantize(tiny("llama"), RECIPE, tmp_path / "out")
     assert len(refusals) == 2
     assert not (tmp_path / "out" / ".lock").exists()

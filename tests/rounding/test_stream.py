@@ -156,7 +156,7 @@ def test_resuming_with_another_calibration_text_is_refused(
     text = tmp_path / "text.txt"
     text.write_text(text_file.read_text())
     recipe = dfrot.Recipe.parse("none", "gptq", calib=str(text), calib_tokens=96)
-    monkeypatch.setattr(pipeline, "quantize_block", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(pipeline._Loop, "quantize_block", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         dfrot.quantize(tiny("llama"), recipe, tmp_path / "out")
     monkeypatch.undo()

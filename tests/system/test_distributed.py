@@ -84,13 +84,13 @@ def test_torchrun_goes_on_with_what_one_process_began(
     words = ["quantize", str(tiny("llama")), "--method", "dfrot", "--weights", "gptq", "--steps", "3"]
     words += ["--calib", str(text_file), "--calib-tokens", "96", "--calib-seq-len", "24", "-o", str(tmp_path / "out")]
 
-    def dies(index: int, *rest: Any) -> Any:
+    def dies(loop: Any, index: int, *rest: Any) -> Any:
         if index == 1:
             raise KeyboardInterrupt
-        return original(index, *rest)
+        return original(loop, index, *rest)
 
-    original = pipeline.quantize_block
-    monkeypatch.setattr(pipeline, "quantize_block", dies)
+    original = pipeline._Loop.quantize_block
+    monkeypatch.setattr(pipeline._Loop, "quantize_block", dies)
     assert main(words) == 130
     done = torchrun("-m", "dfrot", *words, "--resume")
     assert done.returncode == 0, done.stderr

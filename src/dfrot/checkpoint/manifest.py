@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dfrot.system.errors import UserError
-from dfrot.system.files import RUN_FILE, read_json
-from dfrot.system.lock import LOCK_FILE
+from dfrot.system.files import LOCK_FILE, RUN_FILE, read_json
 
 FIT_FILE = "dfrot-run.safetensors"
 

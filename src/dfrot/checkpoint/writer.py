@@ -21,8 +21,17 @@ from dfrot.checkpoint.reuse import read_fit, write_fit
 from dfrot.models.source import INDEX_FILE, all_tensors, open_safetensors, stored_tensors
 from dfrot.system.distributed import SINGLE_PROCESS, ProcessGroup
 from dfrot.system.errors import UserError
-from dfrot.system.files import RUN_FILE, SCRATCH, publish, read_json, translate_io_errors, write_json, write_tensors
-from dfrot.system.lock import LOCK_FILE, exclusive_lock
+from dfrot.system.files import (
+    LOCK_FILE,
+    RUN_FILE,
+    SCRATCH,
+    exclusive_lock,
+    publish,
+    read_json,
+    translate_io_errors,
+    write_json,
+    write_tensors,
+)
 
 NOTES_FILE = "fit.json"
 

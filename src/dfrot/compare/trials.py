@@ -29,9 +29,9 @@ from dfrot.models.source import open_source
 from dfrot.pipeline.recipe import Recipe
 from dfrot.pipeline.run import quantize
 from dfrot.system.errors import SetupError, UserError
-from dfrot.system.lock import exclusive_lock
+from dfrot.system.files import exclusive_lock
 from dfrot.system.memory import available_memory, keep_freed_memory
-from dfrot.system.progress import silence
+from dfrot.system.progress import console
 from dfrot.version import __version__
 
 
@@ -129,7 +129,7 @@ def compare(
 
 def measure(trial: Trial, out: Path) -> Record | Exception:
     """Quantize and evaluate in a process that exists for this. An error of this trial alone is returned."""
-    silence()
+    console.quiet = True  # the parent reports progress
     torch.set_num_threads(trial.threads)
     timings: dict[str, float] = {}
     checkpoint: Path | None = None  # relative to `out`, which may be moved

@@ -21,8 +21,7 @@ from dfrot.quant.affine import QParams, dequantize
 from dfrot.quant.packing import unpack
 from dfrot.runtime.config import RuntimeConfig
 from dfrot.system.errors import UserError
-from dfrot.system.files import translate_io_errors, write_json, write_tensors
-from dfrot.system.lock import LOCK_FILE, exclusive_lock
+from dfrot.system.files import LOCK_FILE, exclusive_lock, translate_io_errors, write_json, write_tensors
 from dfrot.system.progress import track
 from dfrot.transform.transforms import input_widths
 

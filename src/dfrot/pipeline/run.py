@@ -4,14 +4,12 @@ Fit the transforms; then for each block: load, fold and prove, quantize, write, 
 the size of the model, and a small model goes through the same loop.
 """
 
-import contextlib
 import functools
 import hashlib
 import shutil
 import time
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,29 +40,15 @@ from dfrot.transform.transforms import Transforms, input_widths
 from dfrot.version import __version__
 
 
-@dataclass
+@dataclass(frozen=True)
 class QuantizeResult:
-    """What a run did.
+    """What a run did."""
 
-    Attributes:
-        path: the checkpoint.
-        recipe: how it was made.
-        timings_s: seconds per stage.
-        invariance: the largest float64 error that folding made, relative; rounding if all is well.
-        notes: what method and rounding found out; also in the checkpoint's fit.json.
-    """
-
-    path: Path
+    path: Path  # of the checkpoint
     recipe: Recipe
-    timings_s: dict[str, float] = field(default_factory=dict)
-    invariance: float = 0.0
-    notes: dict[str, Any] = field(default_factory=dict)
-
-    @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self.timings_s[name] = self.timings_s.get(name, 0.0) + time.perf_counter() - started
+    timings_s: dict[str, float]  # by stage
+    invariance: float  # the largest float64 error that folding made, relative; rounding if all is well
+    notes: dict[str, Any]  # what method and rounding found out; also in the checkpoint's fit.json
 
     def summary(self) -> list[str]:
         """What is worth saying of it, in sentences."""
@@ -108,37 +92,36 @@ def quantize(
         SetupError: network, disk or an optional package failed, or the disk is too small.
         InvarianceError: folding changed the model, which is a bug; nothing is left that looks finished.
     """
-    there = usable_device(device)
+    there, path = usable_device(device), Path(out)
     source = open_source(str(model))
-    _check_sizes(source, recipe)
-    _check_shares(recipe, processes)
+    _check(source, recipe, processes)
     estimate = Estimate.of(source, recipe, memory, processes)
-    estimate.require_room(Path(out))
+    estimate.require_room(path)
     if estimate.warning:
         warnings.warn(estimate.warning, stacklevel=2)
     source.tokenizer()  # a model without one is refused before the work, not after it
 
-    result, reuse = QuantizeResult(Path(out), recipe), ReuseDir(None if reuse_dir is None else Path(reuse_dir))
+    reuse = ReuseDir(None if reuse_dir is None else Path(reuse_dir))
     calibration = functools.cache(lambda: calibration_tokens(source, recipe))
     on = FitContext(source, recipe.spec.activations, calibration, there, recipe.seed, processes)
     run, num_shards = _identity(source, recipe), source.num_blocks + 2
-    with opened_writer(result.path, run, num_shards, resume=resume, overwrite=overwrite, processes=processes) as writer:
-        with result.stage("fit"):
-            transforms, notes = _fitted(on, recipe, writer, reuse)
-            result.notes.update(notes)
-        with result.stage("quantize"):
-            blocks = _depended_on_by_blocks(on, recipe)
-            if (other := reuse.checkpoint(blocks)) is not None:
-                writer.reuse(other)
-            loop = _Loop(on, recipe, transforms, writer, estimate)
-            result.invariance = loop.run()
-            if by_block := writer.shard_notes():
-                result.notes["weights_by_block"] = by_block
-            if processes.is_main:
-                loop.finish(result.notes)
-            writer.sync()
-            reuse.keep_checkpoint(blocks, writer.path)
-    return result
+    with opened_writer(path, run, num_shards, resume=resume, overwrite=overwrite, processes=processes) as writer:
+        began = time.perf_counter()
+        transforms, notes = _fitted(on, recipe, writer, reuse)
+        fitted = time.perf_counter()
+        blocks = _depended_on_by_blocks(on, recipe)
+        if (other := reuse.checkpoint(blocks)) is not None:
+            writer.reuse(other)
+        loop = _Loop(on, recipe, transforms, writer, estimate)
+        invariance = loop.run()
+        if by_block := writer.shard_notes():
+            notes["weights_by_block"] = by_block
+        if processes.is_main:
+            loop.finish(notes)
+        writer.sync()
+        reuse.keep_checkpoint(blocks, writer.path)
+        timings = {"fit": fitted - began, "quantize": time.perf_counter() - fitted}
+    return QuantizeResult(path, recipe, timings, invariance, notes)
 
 
 def _identity(source: Source, recipe: Recipe) -> dict[str, Any]:
@@ -175,22 +158,21 @@ def _fitted(on: FitContext, recipe: Recipe, writer: CheckpointWriter, reuse: Reu
     text = None
     if recipe.fits_weights:  # a resumed run reads the text again: it has to be the same
         text = hashlib.sha256(on.calibration().numpy().tobytes()).hexdigest()
-    if (kept := writer.load_fit()) is not None:
+    if (kept := writer.load_fit()) is None:
+        depends_on = _depended_on_by_fit(on, recipe)
+        if (kept := reuse.fit(depends_on)) is None:
+            fit, fitted = recipe.method.fit(on), dict[str, Tensor]()
+            kept = {"transforms": fit.transforms.describe(fitted), "notes": fit.notes}, fitted
+            reuse.keep_fit(depends_on, *kept)
         record, tensors = kept
-        if record.get("text") != text:
-            raise UserError(
-                f"{writer.path} holds an interrupted run whose calibration text was another, though it had the same "
-                "name. Resume with that text, choose another -o directory, or --overwrite it."
-            )
-        return Fit(Transforms.from_description(record["transforms"], tensors), record["notes"])
-    depends_on = _depended_on_by_fit(on, recipe)
-    if (kept := reuse.fit(depends_on)) is None:
-        fit, tensors = recipe.method.fit(on), {}
-        kept = {"transforms": fit.transforms.describe(tensors), "notes": fit.notes}, tensors
-        reuse.keep_fit(depends_on, *kept)
+        writer.save_fit({**record, "text": text}, tensors)
+        kept = writer.load_fit() or kept  # another process's, if that is the main one
+    elif kept[0].get("text") != text:
+        raise UserError(
+            f"{writer.path} holds an interrupted run whose calibration text was another, though it had the same "
+            "name. Resume with that text, choose another -o directory, or --overwrite it."
+        )
     record, tensors = kept
-    writer.save_fit({**record, "text": text}, tensors)
-    record, tensors = writer.load_fit() or kept  # another process's, if that is the main one
     return Fit(Transforms.from_description(record["transforms"], tensors), record["notes"])
 
 
@@ -257,8 +239,7 @@ class _Loop:
             if stream is not None:
                 stream.advance_teacher(index, state | rotations)
         if not done:
-            stored = self.dtypes.stored
-            tensors, notes = quantize_block(index, state, rotations, source, self.recipe, self.runtime, stream, stored)
+            tensors, notes = self.quantize_block(index, state, rotations, stream)
             self.writer.write(index + 1, {prefix + name: tensor for name, tensor in tensors.items()}, notes)
         if stream is not None:
             # From the disk, though a rounding has the block in memory: what the next block meets is then what lies
@@ -266,6 +247,28 @@ class _Loop:
             kept = self.writer.read(index + 1)
             stream.advance(index, {name.removeprefix(prefix): tensor for name, tensor in kept.items()})
         return error
+
+    def quantize_block(
+        self, index: int, folded: dict[str, Tensor], rotations: dict[str, Tensor], stream: CalibrationStream | None
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The tensors that a checkpoint keeps of a folded block, under the names of the runtime's modules, and notes.
+
+        The weights of quantized layers are taken out of `folded`.
+        """
+        graph, spec, stored = self.source.graph, self.recipe.spec.weights, self.dtypes.stored
+        linears = {f"{name}.weight": folded.pop(f"{name}.weight") for name in graph.linears if spec.enabled}
+        # what is not quantized is already as it will be stored
+        tensors = {name: _narrowed(tensor, stored, name) for name, tensor in folded.items()} | rotations
+        if not spec.enabled:
+            return tensors, {}
+        wide = linears[f"{graph.down}.weight"]
+        unquantized = self.runtime.without("weights", "activations")
+        module = runtime_block(self.source, index, tensors | linears, unquantized).to(wide.dtype).to(wide.device)
+        del linears, wide
+        layers, notes = self.recipe.rounding.round(BlockTask(index, module, graph, spec, stream, self.recipe.seed))
+        for name, (codes, qparams) in layers.items():
+            tensors |= {f"{name}.{key}": tensor for key, tensor in packed_tensors(codes, qparams, spec).items()}
+        return tensors, notes
 
     def _head(self, check: InvarianceCheck) -> float:
         """Prove and write the last norm and, unless it stays the embedding, the head; returns the float64 error."""
@@ -316,37 +319,6 @@ class _Loop:
         writer.finish(config, notes)
 
 
-def quantize_block(
-    index: int,
-    folded: dict[str, Tensor],
-    rotations: dict[str, Tensor],
-    source: Source,
-    recipe: Recipe,
-    runtime: RuntimeConfig,
-    stream: CalibrationStream | None,
-    stored: torch.dtype,
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors that a checkpoint keeps of a folded block, under the names of the runtime's modules, and notes.
-
-    The weights of quantized layers are taken out of `folded`.
-    """
-    spec = recipe.spec.weights
-    linears = {f"{name}.weight": folded.pop(f"{name}.weight") for name in source.graph.linears if spec.enabled}
-    # what is not quantized is already as it will be stored
-    tensors = {name: _narrowed(tensor, stored, name) for name, tensor in folded.items() if name not in linears}
-    tensors |= rotations
-    if not spec.enabled:
-        return tensors, {}
-    wide = linears[f"{source.graph.down}.weight"]
-    unquantized = runtime.without("weights", "activations")
-    module = runtime_block(source, index, tensors | linears, unquantized).to(wide.dtype).to(wide.device)
-    del linears, wide
-    layers, notes = recipe.rounding.round(BlockTask(index, module, source.graph, spec, stream, recipe.seed))
-    for name, (codes, qparams) in layers.items():
-        tensors |= {f"{name}.{key}": tensor for key, tensor in packed_tensors(codes, qparams, spec).items()}
-    return tensors, notes
-
-
 def _narrowed(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     narrow = tensor.to(dtype)
     if not torch.isfinite(narrow).all():
@@ -366,31 +338,23 @@ def calibration_tokens(source: Source, recipe: Recipe) -> Int[Tensor, "sequences
     return calibration_windows(source.tokenizer(), text, wanted.text, wanted.seq_len, wanted.tokens, generator)
 
 
-def _check_shares(recipe: Recipe, processes: ProcessGroup) -> None:
-    """Refuse several processes if some would have no work."""
-    if processes.count == 1 or not recipe.fits_weights:
-        return
-    if not recipe.rounding.shares_sequences:
-        raise UserError(
-            f"{recipe.rounding.name} learns from one sequence after the other; several processes share gptq, or rtn."
-        )
-    wanted = recipe.calibration
-    if (sequences := wanted.tokens // wanted.seq_len) < processes.count:
-        raise UserError(
-            f"{processes.count} processes share the calibration text by sequences, and there are {sequences}. "
-            f"Give --calib-tokens {processes.count * wanted.seq_len} or more, or a smaller --calib-seq-len."
-        )
-
-
-def _check_sizes(source: Source, recipe: Recipe) -> None:
-    """Refuse a group size that does not fit before any work is done."""
-    group = recipe.spec.weights.group
-    if group is None or not recipe.spec.weights.enabled:
-        return
-    for name, width in input_widths(source.graph, source.config).items():
-        if width % group:
-            fitting = [g for g in (16, 32, 64, 128, 256) if width % g == 0]
+def _check(source: Source, recipe: Recipe, processes: ProcessGroup) -> None:
+    """Refuse a group size that does not fit the model, and processes that would have no work."""
+    weights, wanted = recipe.spec.weights, recipe.calibration
+    if weights.enabled and (group := weights.group) is not None:
+        for name, width in input_widths(source.graph, source.config).items():
+            if width % group:
+                fitting = " or ".join(f"g{size}" for size in (16, 32, 64, 128, 256) if width % size == 0)
+                raise UserError(
+                    f"group_size must divide in_features: {name} has in_features={width}, group_size={group}. "
+                    f"Try {fitting or 'no group (one scale per channel)'}."
+                )
+    if processes.count > 1 and recipe.fits_weights:
+        if not recipe.rounding.shares_sequences:
+            alone = f"{recipe.rounding.name} learns from one sequence after the other"
+            raise UserError(f"{alone}; several processes share gptq, or rtn.")
+        if (sequences := wanted.tokens // wanted.seq_len) < processes.count:
             raise UserError(
-                f"group_size must divide in_features: {name} has in_features={width}, group_size={group}. "
-                f"Try {' or '.join(f'g{g}' for g in fitting) or 'no group (one scale per channel)'}."
+                f"{processes.count} processes share the calibration text by sequences, and there are {sequences}. "
+                f"Give --calib-tokens {processes.count * wanted.seq_len} or more, or a smaller --calib-seq-len."
             )

@@ -23,19 +23,12 @@ from dfrot.system.errors import SetupError
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """This process among those that work together; the defaults are those of a single process.
-
-    Attributes:
-        rank: of this process.
-        count: of all processes.
-        local: how many of them are on this machine.
-        local_rank: of this process among those on this machine.
-    """
+    """This process among those that work together; the defaults are those of a single process."""
 
     rank: int = 0
     count: int = 1
-    local: int = 1
-    local_rank: int = 0
+    local: int = 1  # how many are on this machine
+    local_rank: int = 0  # among those on this machine
 
     @staticmethod
     def of(environment: Mapping[str, str] = os.environ) -> "ProcessGroup":
@@ -61,11 +54,7 @@ class ProcessGroup:
 
     @contextlib.contextmanager
     def joined(self, device: str) -> Iterator[None]:
-        """Connect the processes while the context is open, by nccl on GPUs, else by gloo.
-
-        Raises:
-            SetupError: they cannot be reached.
-        """
+        """Connect the processes while the context is open, by nccl on GPUs, else by gloo; SetupError if they cannot."""
         if self.count == 1:
             yield
             return

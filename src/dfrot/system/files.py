@@ -1,6 +1,7 @@
-"""Files: reading JSON from others, and atomic writes, so that no half-written file has a final name."""
+"""Files: JSON from others, atomic writes, so that no half-written file has a final name, and locks on folders."""
 
 import contextlib
+import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from dfrot.system.errors import SetupError, UserError
 
+LOCK_FILE = ".lock"
 RUN_FILE = "dfrot-run.json"  # marks a directory as an unfinished run that can be resumed
 SCRATCH = "dfrot-run-"  # of temporary files, so that a resumed run knows what a killed one left
 
@@ -54,12 +56,9 @@ def write_json(path: Path, record: dict[str, Any]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text atomically. Raises SetupError if it cannot be written.
-
-    Lone surrogates, which UTF-8 cannot encode, become question marks.
-    """
+    """Write a text atomically. Raises SetupError if it cannot be written."""
     with atomically(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", errors="replace")
+        temporary.write_text(text, encoding="utf-8", errors="replace")  # lone surrogates are no UTF-8
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
@@ -76,8 +75,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
 def atomically(path: Path) -> Iterator[Path]:
     """Yield a temporary name beside `path`; the file written there is synced and renamed, or removed on an error.
 
-    Raises:
-        SetupError: it cannot be written.
+    Raises SetupError if it cannot be written.
     """
     temporary = path.with_name(path.name + ".tmp")
     with translate_io_errors(path.parent, temporary):
@@ -111,3 +109,38 @@ def translate_io_errors(folder: Path, temporary: Path | None = None) -> Iterator
         resumable = (folder / RUN_FILE).is_file()
         hint = " The same command with --resume instead of --overwrite continues." if resumable else ""
         raise SetupError(f"cannot write to {folder}: {error}. Make room or allow writing.{hint}") from error
+
+
+@contextlib.contextmanager
+def exclusive_lock(folder: Path) -> Iterator[None]:
+    """Make the folder and keep other processes out. Afterwards the lock file is removed, and so is an empty folder.
+
+    The kernel holds the lock, on that file. It ends with the process, however the process dies.
+
+    Raises:
+        UserError: another process holds the lock.
+        SetupError: the folder cannot be made or written to.
+    """
+    path = folder / LOCK_FILE
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = path.open("a")
+    except OSError as error:
+        raise SetupError(f"cannot write to {folder}: {error}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # between our open and our lock the previous holder may have removed the file, and another made a new one
+            ours = os.path.samestat(os.fstat(lock.fileno()), path.stat())
+        except (BlockingIOError, FileNotFoundError):
+            ours = False
+        except OSError as error:
+            raise SetupError(f"{folder} cannot be locked: {error}") from error
+        if not ours:
+            raise UserError(f"another process works in {folder}. Wait for it, or choose another -o directory.")
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                path.unlink()
+                folder.rmdir()  # fails, as it should, unless the folder is empty

@@ -48,10 +48,7 @@ def give_freed_memory_back() -> None:
 def available_memory(root: Path = Path("/")) -> int:
     """Bytes that this process can take without swapping and within the limits of its control groups.
 
-    Where the system does not tell, all of its memory.
-
-    Args:
-        root: the root of the file system to read from.
+    Where the system does not tell, all of its memory. `root` is that of the file system to read from.
     """
     meminfo = root / "proc/meminfo"
     if meminfo.is_file() and (found := re.search(r"MemAvailable:\s*(\d+) kB", meminfo.read_text())):

@@ -4,17 +4,11 @@ from typing import NamedTuple
 
 
 class Paper(NamedTuple):
-    """One paper on arXiv.
+    """One paper on arXiv."""
 
-    Attributes:
-        key: of the BibTeX entry.
-        arxiv: the arXiv identifier, such as 2404.00456.
-        authors: in BibTeX's form.
-    """
-
-    key: str
-    arxiv: str
-    authors: str
+    key: str  # of the BibTeX entry
+    arxiv: str  # the identifier, such as 2404.00456
+    authors: str  # in BibTeX's form
     title: str
 
     def bibtex(self) -> str:

@@ -10,20 +10,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 T = TypeVar("T")
 
-console = Console(stderr=True)
-_silent = False
-
-
-def silence() -> None:
-    """Show no bars in this process, because another one reports its progress."""
-    global _silent
-    _silent = True
+console = Console(stderr=True)  # a process whose progress another one reports makes it quiet
 
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
     """Yield from `items` behind a bar that vanishes when done; silent unless standard error is a terminal."""
     eta = (TextColumn("eta"), TimeRemainingColumn())
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), *eta)
-    disable = _silent or not sys.stderr.isatty() or "PYTEST_CURRENT_TEST" in os.environ
+    disable = console.quiet or not sys.stderr.isatty() or "PYTEST_CURRENT_TEST" in os.environ
     with Progress(*columns, console=console, transient=True, disable=disable) as progress:
         yield from progress.track(items, total=total, description=description)
