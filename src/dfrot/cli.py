@@ -485,7 +485,7 @@ class Models:
     """List the known architectures."""
 
     def run(self) -> None:
-        from dfrot.models.families import GRAPHS
+        from dfrot.models.graph import GRAPHS
 
         table = Table("model_type", "models", "linear layers of a block")
         for model_type, graph in GRAPHS.items():

@@ -8,31 +8,26 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from dfrot.models.source import config_json
 from dfrot.runtime.config import FORMAT, RuntimeConfig
 from dfrot.runtime.install import install_
 from dfrot.runtime.kv import ATTENTION
 from dfrot.system.errors import UserError
-from dfrot.system.files import RUN_FILE, read_json
 
 
 @register_quantization_config("dfrot")
 class DfrotConfig(QuantizationConfigMixin):
-    """The `quantization_config` of a checkpoint. Raises UserError if its runtime record cannot be read.
-
-    Attributes:
-        runtime: everything that loading and computing need.
-        recipe: how the checkpoint was made, as JSON; loading does not interpret it.
-        unquantized_bytes: size of the source model at 16 bits.
-    """
+    """The `quantization_config` of a checkpoint. Raises UserError if its runtime record cannot be read."""
 
     def __init__(self, **record: Any) -> None:
         record.pop("quant_method", None)
         self.quant_method = "dfrot"
         self.record = {"quant_method": "dfrot", **record}
-        self.runtime = RuntimeConfig.of_checkpoint(record)
+        self.runtime = RuntimeConfig.of_checkpoint(record)  # everything that loading and computing need
         recipe, size = record.get("recipe"), record.get("unquantized_bytes")
+        # how the checkpoint was made, as JSON; loading does not interpret it
         self.recipe: dict[str, Any] = recipe if isinstance(recipe, dict) else {}
-        self.unquantized_bytes = size if type(size) is int else 0
+        self.unquantized_bytes = size if type(size) is int else 0  # of the source model at 16 bits
 
     @staticmethod
     def describe(runtime: RuntimeConfig, recipe: dict[str, Any], unquantized_bytes: int) -> dict[str, Any]:
@@ -47,11 +42,6 @@ class DfrotConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         return dict(self.record)
 
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        config = cls(**config_dict)
-        return (config, kwargs) if return_unused_kwargs else config
-
 
 def read_checkpoint(path: Path) -> DfrotConfig | None:
     """The `quantization_config` of a dfrot checkpoint; None for a model that is not quantized.
@@ -59,11 +49,7 @@ def read_checkpoint(path: Path) -> DfrotConfig | None:
     Raises:
         UserError: the directory holds an interrupted run, or a checkpoint of another tool or version.
     """
-    if not (path / "config.json").is_file():
-        if (path / RUN_FILE).is_file():
-            raise UserError(f"{path} holds an interrupted run of `dfrot quantize`. Repeat the command with --resume.")
-        raise UserError(f"{path} holds no complete model: config.json is missing.")
-    record = read_json(path / "config.json").get("quantization_config")
+    record = config_json(path).get("quantization_config")
     if record is None:
         return None
     made_by = record.get("quant_method") if isinstance(record, dict) else record

@@ -12,19 +12,16 @@ from transformers.utils import logging as transformers_logging
 
 from dfrot.checkpoint.hf_quantizer import read_checkpoint
 from dfrot.linalg.rotation import is_permutation
-from dfrot.models.families import graph_for
-from dfrot.models.graph import Config
+from dfrot.models.graph import graph_for
 from dfrot.models.source import (
+    StoredTensor,
     building,
     check_shapes,
     load_tokenizer,
     locate,
-    open_safetensors,
     read_config,
     stored_tensors,
-    weight_files,
 )
-from dfrot.runtime.config import RuntimeConfig
 from dfrot.runtime.install import install_
 from dfrot.runtime.norms import BlockRotation
 from dfrot.system.errors import SetupError, UserError
@@ -41,25 +38,11 @@ def usable_device(device: str | torch.device) -> torch.device:
     return torch.device(device)
 
 
-def _check_shapes(path: Path, config: Config, runtime: RuntimeConfig | None, files: Mapping[str, Path]) -> None:
-    """Raise UserError if a tensor does not have the shape of its config.
-
-    transformers allocates in the shape of the config before it compares: a small file must not ask for gigabytes.
-    """
-    with building(path):
-        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-        if runtime is not None:
-            install_(skeleton, runtime)
-    check_shapes(path, skeleton.state_dict(), stored_tensors(set(files.values())))
-
-
-def _check_values(path: Path, model: nn.Module, files: Mapping[str, Path]) -> None:
+def _check_values(path: Path, model: nn.Module, stored: Mapping[str, StoredTensor]) -> None:
     """Raise UserError for NaN, infinities, and orders that are no permutations: kernels would read stray memory."""
     for name, tensor in model.state_dict().items():
-        if tensor.is_meta:  # accelerate leaves it on disk until it is needed
-            with open_safetensors(files[name]) as file:
-                tensor = file.get_tensor(name)
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        values = stored[name].read() if tensor.is_meta else tensor  # accelerate leaves it on disk until it is needed
+        if values.is_floating_point() and not torch.isfinite(values).all():
             raise UserError(f"'{name}' in {path} holds NaN or infinite values.")
     for name, module in model.named_modules():
         if isinstance(module, BlockRotation) and not is_permutation(module.orders):
@@ -82,31 +65,37 @@ def load(model: str | Path, *, device: Device = "cpu", dtype: torch.dtype | None
         UserError: there is no such checkpoint or model, or it is incomplete or broken.
         SetupError: the hub cannot be reached, or accelerate, which spreads a model, is not installed.
     """
-    single, spread = None, {}
+    device_map = None
     if isinstance(device, Mapping) or device == "auto":
-        spread = {"device_map": device}
+        device_map = device
         if importlib.util.find_spec("accelerate") is None:
             raise SetupError("spreading a model needs accelerate. Install it: pip install 'dfrot[eval]'")
     else:
-        single = usable_device(device)
-    # before `locate`, which would only miss the config.json of an interrupted run
-    checkpoint = read_checkpoint(folder) if (folder := Path(model).expanduser()).is_dir() else None
+        usable_device(device)
     path = locate(str(model))
-    if path != folder:  # from the hub, or converted
-        checkpoint = read_checkpoint(path)
-    config = read_config(path)
+    checkpoint, config = read_checkpoint(path), read_config(path)
     graph_for(config)
     if checkpoint is not None:
         config.quantization_config = checkpoint  # read once, for the check below and for transformers
-    files = weight_files(path)
-    _check_shapes(path, config, checkpoint and checkpoint.runtime, files)
+    stored = stored_tensors(path)
+    # transformers allocates in the shapes of the config before it compares: a small file must not ask for gigabytes
+    with building(path):
+        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        if checkpoint is not None:
+            install_(skeleton, checkpoint.runtime)
+    check_shapes(path, skeleton.state_dict(), stored)
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        options: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
         loaded, report = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=dtype or "auto", **options, **spread
+            path,
+            config=config,
+            dtype=dtype or "auto",
+            device_map=device_map,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
     except SetupError:
         raise
@@ -117,6 +106,6 @@ def load(model: str | Path, *, device: Device = "cpu", dtype: torch.dtype | None
         transformers_logging.enable_progress_bar()
     if wrong := {kind: sorted(names) for kind, names in report.items() if names}:
         raise UserError(f"the weights in {path} do not fit its config: {wrong}")
-    _check_values(path, loaded, files)
+    _check_values(path, loaded, stored)
     loaded = loaded.eval().requires_grad_(False)
-    return loaded if single is None else loaded.to(single), load_tokenizer(path)
+    return loaded if device_map is not None else loaded.to(device), load_tokenizer(path)

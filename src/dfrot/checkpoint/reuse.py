@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dfrot.models.source import all_tensors, open_safetensors
+from dfrot.models.source import open_safetensors, tensors_in
 from dfrot.system.errors import SetupError, UserError
 from dfrot.system.files import parse_json, read_json, write_json, write_tensors
 
@@ -29,10 +29,10 @@ def read_fit(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
             record = parse_json((file.metadata() or {})["record"])
         except (KeyError, ValueError) as error:
             raise UserError(f"{path} holds no fitted rotations ({error}). Delete it to fit again.") from error
-        parts = [record.get(name) for name in ("transforms", "notes")] if isinstance(record, dict) else [None]
-        if not all(isinstance(part, dict) for part in parts):
-            raise UserError(f"{path} holds no fitted rotations. Delete it to fit again.")
-        return record, all_tensors(file)
+    parts = [record.get(name) for name in ("transforms", "notes")] if isinstance(record, dict) else [None]
+    if not all(isinstance(part, dict) for part in parts):
+        raise UserError(f"{path} holds no fitted rotations. Delete it to fit again.")
+    return record, {name: tensor.read() for name, tensor in tensors_in(path).items()}
 
 
 class ReuseDir:

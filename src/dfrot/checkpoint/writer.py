@@ -7,7 +7,9 @@ of each finished one), and the fitted rotations, `dfrot-run.safetensors`, so tha
 """
 
 import contextlib
+import hashlib
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -16,14 +18,14 @@ from typing import Any
 
 from torch import Tensor
 
-from dfrot.checkpoint.manifest import FIT_FILE, differences, digest, is_blank, is_ours, read_manifest
 from dfrot.checkpoint.reuse import read_fit, write_fit
-from dfrot.models.source import INDEX_FILE, all_tensors, open_safetensors, stored_tensors
+from dfrot.models.source import INDEX_FILE, tensors_in
 from dfrot.system.distributed import SINGLE_PROCESS, ProcessGroup
 from dfrot.system.errors import UserError
-from dfrot.system.files import RUN_FILE, SCRATCH, publish, read_json, translate_io_errors, write_json, write_tensors
+from dfrot.system.files import RUN_FILE, SCRATCH, atomically, read_json, translate_io_errors, write_json, write_tensors
 from dfrot.system.lock import LOCK_FILE, exclusive_lock
 
+FIT_FILE = "dfrot-run.safetensors"
 NOTES_FILE = "fit.json"
 
 
@@ -132,8 +134,7 @@ class CheckpointWriter:
 
     def read(self, number: int) -> dict[str, Tensor]:
         """The tensors of a written shard."""
-        with open_safetensors(self._shard(number)) as file:
-            return all_tensors(file)
+        return {name: tensor.read() for name, tensor in tensors_in(self._shard(number)).items()}
 
     def write(self, number: int, tensors: dict[str, Tensor], notes: dict[str, Any] | None = None) -> None:
         """Write one shard, durably, under its final name.
@@ -191,23 +192,74 @@ class CheckpointWriter:
         self._begin()
         notes = read_json(other / NOTES_FILE).get("weights_by_block", []) if (other / NOTES_FILE).is_file() else []
         for number, shard in enumerate(self._shards()):
-            temporary = shard.with_suffix(".tmp")
-            with translate_io_errors(self.path, temporary):
+            with atomically(shard) as temporary:
                 temporary.unlink(missing_ok=True)
                 try:
                     os.link(other / shard.name, temporary)
                 except OSError:  # another file system
                     shutil.copyfile(other / shard.name, temporary)
-                publish(temporary, shard)
             # the first and the last shard are no blocks and have no notes
             self._list(shard, notes[number - 1] if 1 <= number <= len(notes) else None)
 
     def finish(self, config: dict[str, Any], notes: dict[str, Any]) -> None:
         """Write notes (if any), index and config, which makes the directory a checkpoint. For the first process."""
-        stored = [(name, shard.name, size) for shard in self._shards() for name, _, size in stored_tensors([shard])]
-        weight_map, total = {name: shard for name, shard, _ in stored}, sum(size for *_, size in stored)
+        stored = [tensor for shard in self._shards() for tensor in tensors_in(shard).values()]
+        weight_map = {tensor.name: tensor.file.name for tensor in stored}
+        metadata = {"total_size": sum(tensor.nbytes for tensor in stored)}
         if notes:
             write_json(self.path / NOTES_FILE, notes)
-        write_json(self.path / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(self.path / INDEX_FILE, {"metadata": metadata, "weight_map": weight_map})
         write_json(self.path / "config.json", config)
         self._remove_manifest()
+
+
+def read_manifest(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """The run's identity, and digest and notes of its files by name. Raises UserError if the file is no manifest."""
+    manifest = read_json(path)
+    run, files = manifest.get("run"), manifest.get("files")
+    if not isinstance(run, dict) or not isinstance(files, dict):
+        raise UserError(f"{path} is not the manifest of an interrupted run. --overwrite it.")
+    names = re.compile(rf"model-\d+-of-\d+\.safetensors|{re.escape(FIT_FILE)}", re.ASCII)  # no path leads elsewhere
+    for name, entry in files.items():
+        known = isinstance(entry, dict) and isinstance(entry.get("sha256"), str)
+        if not known or not names.fullmatch(name) or not isinstance(entry.get("notes", {}), dict):
+            raise UserError(f"{path} lists a file that no run writes, {name!r}. --overwrite it.")
+    return run, files
+
+
+def is_blank(path: Path) -> bool:
+    """Whether a directory is absent, empty, or left by a run that died before its first write."""
+    if not path.is_dir():
+        return not path.exists()
+    return all(file.name in (LOCK_FILE, RUN_FILE + ".tmp") for file in path.iterdir())
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a directory is a dfrot checkpoint or an interrupted run."""
+    if (path / RUN_FILE).is_file():
+        return True
+    try:
+        record = read_json(path / "config.json").get("quantization_config")
+    except UserError:
+        return False
+    return isinstance(record, dict) and record.get("quant_method") == "dfrot"
+
+
+def digest(path: Path) -> str | None:
+    """The sha256 of a file; None if there is no such file."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError:
+        return None
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    """Where two records of the same form differ."""
+    for name, was in before.items():
+        is_now = now.get(name, was)  # names that only one of them has are not reported
+        if isinstance(was, dict) and isinstance(is_now, dict):
+            inner = "" if name == "recipe" else f"{name}."
+            yield from (inner + difference for difference in differences(was, is_now))
+        elif was != is_now:
+            yield f"{name}: {was}, not {is_now}"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dfrot.evaluation.perplexity import perplexity
 from dfrot.methods.massive import Rule, massive_tokens
-from dfrot.models.families import graph_for
+from dfrot.models.graph import graph_for
 from dfrot.models.stream import captured_inputs
 from dfrot.runtime.linear import QuantLinear
 

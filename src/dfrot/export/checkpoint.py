@@ -13,9 +13,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dfrot.checkpoint.hf_quantizer import read_checkpoint
-from dfrot.models.families import graph_for
-from dfrot.models.graph import Config, ModelGraph
-from dfrot.models.source import open_safetensors, read_config, weight_files
+from dfrot.models.graph import Config, ModelGraph, graph_for
+from dfrot.models.source import StoredTensor, read_config, stored_tensors
 from dfrot.quant.affine import QParams, dequantize
 from dfrot.quant.packing import unpack
 from dfrot.runtime.config import RuntimeConfig
@@ -47,7 +46,7 @@ class Checkpoint:
     recipe: dict[str, Any]
     runtime: RuntimeConfig
     graph: ModelGraph
-    files: dict[str, Path]  # tensor → the safetensors file that holds it
+    stored: dict[str, StoredTensor]
 
     @staticmethod
     def open(path: Path) -> "Checkpoint":
@@ -56,7 +55,7 @@ class Checkpoint:
         if (found := read_checkpoint(path)) is None:
             raise UserError(f"{path} is a model, but not a dfrot checkpoint. Make one: dfrot quantize {path} -o CKPT.")
         config = read_config(path)
-        return Checkpoint(path, config, found.recipe, found.runtime, graph_for(config), weight_files(path))
+        return Checkpoint(path, config, found.recipe, found.runtime, graph_for(config), stored_tensors(path))
 
     def require_folded(self, engine: str) -> None:
         """Raise UserError if anything is rotated online, which `engine` cannot do."""
@@ -82,13 +81,12 @@ class Checkpoint:
                 yield f"{kind} are in {grid.bits} bits here, and not quantized by {engine}, so its quality differs."
 
     def tensor(self, name: str) -> Tensor:
-        with open_safetensors(self.files[name]) as file:
-            return file.get_tensor(name)
+        return self.stored[name].read()
 
     def layer(self, index: int, linear: str) -> Layer:
         """Linear layer `linear` of block `index`."""
         name, spec = f"{self.graph.blocks}.{index}.{linear}", self.runtime.spec.weights
-        bias = self.tensor(f"{name}.bias") if f"{name}.bias" in self.files else None
+        bias = self.tensor(f"{name}.bias") if f"{name}.bias" in self.stored else None
         if not spec.enabled:
             return Layer(self.tensor(f"{name}.weight"), bias, None)
         width = input_widths(self.graph, self.config)[linear]
@@ -102,10 +100,10 @@ class Checkpoint:
         """The tensors of block `index` outside its linear layers (norms), by their names in the block."""
         prefix = f"{self.graph.blocks}.{index}."
         linears = tuple(f"{prefix}{linear}." for linear in self.graph.linears)
-        names = (name for name in sorted(self.files) if name.startswith(prefix) and not name.startswith(linears))
+        names = (name for name in sorted(self.stored) if name.startswith(prefix) and not name.startswith(linears))
         return {name.removeprefix(prefix): self.tensor(name) for name in names}
 
     def ends(self) -> dict[str, Tensor]:
         """The embedding, the last norm and, unless it is tied to the embedding, the head."""
         names = [f"{self.graph.embedding}.weight", f"{self.graph.final_norm}.weight", f"{self.graph.head}.weight"]
-        return {name: self.tensor(name) for name in names if name in self.files}
+        return {name: self.tensor(name) for name in names if name in self.stored}

@@ -11,34 +11,21 @@ from dfrot.models.source import Source
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """Sizes in entries, and bytes per entry.
-
-    Attributes:
-        num_blocks: decoder blocks.
-        hidden, vocabulary: width of the residual stream, rows of the embedding.
-        heads: channels of all heads' outputs.
-        block: all tensors of a block.
-        linears: (out, in) of each linear layer of a block.
-        stages: for each input that layers share, the rows of these layers and the input's width.
-        source, working, stored: bytes of an entry in the source, while a block is folded, and in the checkpoint.
-        seq_len: tokens of a calibration sequence.
-        sequence: one sequence inside a block: the stream, and the widest layer's input with gate and up.
-        tokens: calibration tokens of one process.
-    """
+    """Sizes in entries, and bytes per entry."""
 
     num_blocks: int
-    hidden: int
-    vocabulary: int
-    heads: int
-    block: int
-    linears: Mapping[str, torch.Size]
-    stages: tuple[tuple[int, int], ...]
-    source: int
-    working: int
-    stored: int
-    seq_len: int
-    sequence: int
-    tokens: int
+    hidden: int  # width of the residual stream
+    vocabulary: int  # rows of the embedding
+    heads: int  # channels of all heads' outputs
+    block: int  # all tensors of a block
+    linears: Mapping[str, torch.Size]  # (out, in) of each linear layer of a block
+    stages: tuple[tuple[int, int], ...]  # for each input that layers share, the rows of these layers and its width
+    source: int  # bytes of an entry in the source …
+    working: int  # … while a block is folded …
+    stored: int  # … and in the checkpoint
+    seq_len: int  # tokens of a calibration sequence
+    sequence: int  # one sequence inside a block: the stream, and the widest layer's input with gate and up
+    tokens: int  # calibration tokens of one process
 
     @staticmethod
     def of(source: Source, working: torch.dtype, stored: torch.dtype, seq_len: int, tokens: int) -> "ModelSizes":

@@ -21,7 +21,7 @@ class BlockRunner:
     def __init__(self, source: Source, like: Float[Tensor, "batch tokens hidden"]) -> None:
         self._config = source.config
         positions = torch.arange(like.shape[1], device=like.device)[None]
-        rotary = source.rotary().to(like.device)
+        rotary = type(source.skeleton.get_submodule(source.graph.rotary))(config=source.config).to(like.device)
         self._arguments = {"position_ids": positions, "position_embeddings": rotary(like, position_ids=positions)}
         window = getattr(source.config, "sliding_window", None)
         self._sliding_mask = None
@@ -48,13 +48,11 @@ class BlockRunner:
         def stop(_: nn.Module, args: tuple[Tensor]) -> None:
             raise _Reached(args[0])
 
-        handle = layer.register_forward_pre_hook(stop)
-        try:
-            self(block, index, hidden)
-        except _Reached as reached:
-            return reached.args[0]
-        finally:
-            handle.remove()
+        with layer.register_forward_pre_hook(stop):
+            try:
+                self(block, index, hidden)
+            except _Reached as reached:
+                return reached.args[0]
         raise AssertionError(f"block {index} does not run {layer}")
 
 
@@ -66,12 +64,8 @@ class _Reached(Exception):
 def captured_inputs(modules: dict[str, nn.Module]) -> Iterator[dict[str, list[Tensor]]]:
     """Collect the inputs of the named modules while the context is open."""
     seen: dict[str, list[Tensor]] = {name: [] for name in modules}
-    handles = []
-    for name, module in modules.items():
-        keep = seen[name].append
-        handles.append(module.register_forward_pre_hook(lambda _, args, keep=keep: keep(args[0].detach())))
-    try:
+    with contextlib.ExitStack() as hooks:
+        for name, module in modules.items():
+            keep = seen[name].append
+            hooks.enter_context(module.register_forward_pre_hook(lambda _, args, keep=keep: keep(args[0].detach())))
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()

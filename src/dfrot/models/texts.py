@@ -75,10 +75,10 @@ def _jsonl_rows(path: Path) -> Iterable[str]:
         for number, line in enumerate(file, start=1):
             try:
                 row = parse_json(line)["text"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f"{path}, line {number}: expected a JSON object with the field 'text'.") from error
+            except (ValueError, KeyError, TypeError):
+                row = None
             if not isinstance(row, str):
-                raise UserError(f"{path}, line {number}: the field 'text' is a string, got {type(row).__name__}.")
+                raise UserError(f"{path}, line {number}: expected a JSON object with the field 'text', a string.")
             yield row
 
 
@@ -94,13 +94,13 @@ def _pydoc(split: Split) -> str:
 def _hub_rows(repository: str, config: str | None, split: str, **options: Any) -> list[str]:
     try:
         from datasets import load_dataset
+
+        return list(load_dataset(repository, config, split=split, **options)["text"])
     except ImportError as error:
         raise SetupError(
             f"reading {repository} needs the package datasets: pip install 'dfrot[eval]'. "
             "Without it give 'pydoc' or the path of a text file."
         ) from error
-    try:
-        return list(load_dataset(repository, config, split=split, **options)["text"])
     except Exception as error:  # datasets has many backends with errors of their own
         raise SetupError(
             f"{repository} cannot be downloaded from the hub ({type(error).__name__}). Give 'pydoc', which needs no "
@@ -124,13 +124,11 @@ def token_windows(
         raise UserError(f"a block has at least two tokens, so that one can be predicted; got seq_len {seq_len}.")
     if max_tokens is not None and max_tokens < seq_len:
         raise UserError(f"one block is {seq_len} tokens long, but only {max_tokens} tokens are asked for.")
-    ids = tokenizer(text, verbose=False).input_ids
-    blocks = len(ids) // seq_len
-    if blocks == 0:
+    ids = torch.tensor(tokenizer(text, verbose=False).input_ids)
+    if len(ids) < seq_len:
         raise UserError(f"the text '{name}' has {len(ids)} tokens, fewer than one block of {seq_len}.")
-    if max_tokens is not None:
-        blocks = min(blocks, max_tokens // seq_len)
-    return torch.tensor(ids[: blocks * seq_len]).view(blocks, seq_len)
+    ids = ids[:max_tokens]
+    return ids[: len(ids) // seq_len * seq_len].view(-1, seq_len)
 
 
 def calibration_windows(

@@ -24,7 +24,7 @@ from dfrot.checkpoint.load import usable_device
 from dfrot.checkpoint.reuse import ReuseDir
 from dfrot.checkpoint.writer import CheckpointWriter, opened_writer
 from dfrot.methods.method import Fit, FitContext
-from dfrot.models.source import Source, open_source, stored_tensors
+from dfrot.models.source import Source, open_source
 from dfrot.models.texts import calibration_windows, read_text
 from dfrot.pipeline.estimate import VOCABULARY_ROWS, Estimate
 from dfrot.pipeline.recipe import Recipe
@@ -298,7 +298,7 @@ class _Loop:
     def finish(self, notes: dict[str, Any]) -> None:
         """Write the tokenizer, the notes and, last of all, the config, which makes the directory a checkpoint."""
         source, writer = self.source, self.writer
-        unquantized = 2 * sum(shape.numel() for _, shape, _ in stored_tensors(set(source.files.values())))
+        unquantized = 2 * sum(tensor.shape.numel() for tensor in source.stored.values())
         config = source.config.to_dict() | {
             "architectures": [type(source.skeleton).__name__],
             "tie_word_embeddings": self.tied,
