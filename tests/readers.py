@@ -26,9 +26,8 @@ import torch
 from safetensors.torch import load, save
 
 import dfrot
-from dfrot.checkpoint.hf_quantizer import read_checkpoint
-from dfrot.checkpoint.reuse import read_fit, write_fit
-from dfrot.checkpoint.writer import is_ours, opened_writer
+from dfrot.checkpoint.load import read_checkpoint
+from dfrot.checkpoint.writer import is_ours, opened_writer, read_fit, write_fit
 from dfrot.evaluation.record import read_records
 from dfrot.models.gguf import check_structure
 from dfrot.models.source import load_tokenizer, open_safetensors, open_source, read_config, stored_tensors

@@ -17,8 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import dfrot
-from dfrot.checkpoint.reuse import read_fit, write_fit
-from dfrot.checkpoint.writer import FIT_FILE, opened_writer
+from dfrot.checkpoint.writer import FIT_FILE, opened_writer, read_fit, write_fit
 from dfrot.cli import main
 from dfrot.linalg.hadamard import is_hadamard_size, require_hadamard_size
 from dfrot.linalg.rotation import rotation_from

@@ -471,7 +471,7 @@ class Info:
     checkpoint: Checkpoint
 
     def run(self) -> None:
-        from dfrot.checkpoint.hf_quantizer import read_checkpoint
+        from dfrot.checkpoint.load import read_checkpoint
         from dfrot.kernels.library import backend
 
         if (checkpoint := read_checkpoint(self.checkpoint)) is None:

@@ -8,6 +8,7 @@ of each finished one), and the fitted rotations, `dfrot-run.safetensors`, so tha
 
 import contextlib
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -18,11 +19,19 @@ from typing import Any
 
 from torch import Tensor
 
-from dfrot.checkpoint.reuse import read_fit, write_fit
-from dfrot.models.source import INDEX_FILE, tensors_in
+from dfrot.models.source import INDEX_FILE, open_safetensors, tensors_in
 from dfrot.system.distributed import SINGLE_PROCESS, ProcessGroup
 from dfrot.system.errors import UserError
-from dfrot.system.files import RUN_FILE, SCRATCH, atomically, read_json, translate_io_errors, write_json, write_tensors
+from dfrot.system.files import (
+    RUN_FILE,
+    SCRATCH,
+    atomically,
+    parse_json,
+    read_json,
+    translate_io_errors,
+    write_json,
+    write_tensors,
+)
 from dfrot.system.lock import LOCK_FILE, exclusive_lock
 
 FIT_FILE = "dfrot-run.safetensors"
@@ -57,16 +66,13 @@ def opened_writer(
     if resume and overwrite:
         raise UserError("--resume keeps the files in the directory and --overwrite deletes them: give one of them.")
     writer = CheckpointWriter(path, run, num_shards, processes)
-    if not processes.is_main:
-        writer.sync()
-        yield writer
-        return
-    if not is_blank(path) and not is_ours(path):
+    if processes.is_main and not is_blank(path) and not is_ours(path):
         raise UserError(
             f"{path} exists and is not a dfrot checkpoint; nothing there is touched. Choose another -o directory."
         )
-    with exclusive_lock(path):
-        writer.begin_or_resume(resume, overwrite)
+    with exclusive_lock(path) if processes.is_main else contextlib.nullcontext():
+        if processes.is_main:
+            writer.begin_or_resume(resume, overwrite)
         writer.sync()
         yield writer
 
@@ -75,7 +81,9 @@ class CheckpointWriter:
     """Writes the shards of one run into one directory; made by `opened_writer`. Failed writes raise SetupError."""
 
     def __init__(self, path: Path, run: dict[str, Any], num_shards: int, processes: ProcessGroup) -> None:
-        self.path, self._run, self._num_shards, self._processes = path, run, num_shards, processes
+        self.path, self._run, self._processes = path, run, processes
+        numbers = range(1, num_shards + 1)
+        self._shards = [path / f"model-{number:05}-of-{num_shards:05}.safetensors" for number in numbers]
         self._files: dict[str, dict[str, Any]] = {}  # of the manifest: digest and notes by name
         self._begun = False  # whether the directory is this run's
 
@@ -106,7 +114,8 @@ class CheckpointWriter:
     def _take_over(self, listed: dict[str, dict[str, Any]]) -> None:
         """Keep the files whose digest is the manifest's, and delete the others."""
         with translate_io_errors(self.path):
-            intact = {name: entry for name, entry in listed.items() if digest(self.path / name) == entry["sha256"]}
+            there = {name: entry for name, entry in listed.items() if (self.path / name).is_file()}
+            intact = {name: entry for name, entry in there.items() if digest(self.path / name) == entry["sha256"]}
             if FIT_FILE in intact:  # without its rotations no shard is of use
                 self._files = intact
             patterns = ("model-*", FIT_FILE, f"{SCRATCH}*", "*.tmp", NOTES_FILE)
@@ -117,35 +126,25 @@ class CheckpointWriter:
             warnings.warn(f"not as the interrupted run finished them, and made again: {', '.join(lost)}.", stacklevel=4)
         self._begun = True
 
-    def _shard(self, number: int) -> Path:
-        return self.path / f"model-{number + 1:05}-of-{self._num_shards:05}.safetensors"
-
-    def _shards(self) -> list[Path]:
-        return [self._shard(number) for number in range(self._num_shards)]
-
     def shard_notes(self) -> list[dict[str, Any]]:
         """The notes of all shards that have some, in order."""
-        entries = (self._files.get(shard.name, {}) for shard in self._shards())
+        entries = (self._files.get(shard.name, {}) for shard in self._shards)
         return [entry["notes"] for entry in entries if "notes" in entry]
 
     def has(self, number: int) -> bool:
         """Whether shard `number` is written, by this run or the one that it resumes."""
-        return self._shard(number).name in self._files
+        return self._shards[number].name in self._files
 
     def read(self, number: int) -> dict[str, Tensor]:
         """The tensors of a written shard."""
-        return {name: tensor.read() for name, tensor in tensors_in(self._shard(number)).items()}
+        return {name: tensor.read() for name, tensor in tensors_in(self._shards[number]).items()}
 
     def write(self, number: int, tensors: dict[str, Tensor], notes: dict[str, Any] | None = None) -> None:
-        """Write one shard, durably, under its final name.
-
-        Args:
-            notes: JSON that `shard_notes` returns, also in a run that resumes this one.
-        """
+        """Write one shard durably; `shard_notes` returns its notes, JSON, also in a run that resumes this one."""
         if self._processes.is_main:
             self._begin()
-            write_tensors(self._shard(number), tensors, {"format": "pt"})
-            self._list(self._shard(number), notes)
+            write_tensors(self._shards[number], tensors, {"format": "pt"})
+            self._list(self._shards[number], notes)
         self.sync()
 
     def _begin(self) -> None:
@@ -163,8 +162,7 @@ class CheckpointWriter:
         self._begun = True
 
     def _list(self, file: Path, notes: dict[str, Any] | None = None) -> None:
-        with translate_io_errors(self.path):
-            self._files[file.name] = {"sha256": digest(file)} | ({"notes": notes} if notes else {})
+        self._files[file.name] = {"sha256": digest(file)} | ({"notes": notes} if notes else {})
         self._write_manifest()
 
     def _write_manifest(self) -> None:
@@ -191,7 +189,7 @@ class CheckpointWriter:
         assert self._processes.count == 1, "the runs of a comparison share, and each is one process"
         self._begin()
         notes = read_json(other / NOTES_FILE).get("weights_by_block", []) if (other / NOTES_FILE).is_file() else []
-        for number, shard in enumerate(self._shards()):
+        for number, shard in enumerate(self._shards):
             with atomically(shard) as temporary:
                 temporary.unlink(missing_ok=True)
                 try:
@@ -203,7 +201,7 @@ class CheckpointWriter:
 
     def finish(self, config: dict[str, Any], notes: dict[str, Any]) -> None:
         """Write notes (if any), index and config, which makes the directory a checkpoint. For the first process."""
-        stored = [tensor for shard in self._shards() for tensor in tensors_in(shard).values()]
+        stored = [tensor for shard in self._shards for tensor in tensors_in(shard).values()]
         weight_map = {tensor.name: tensor.file.name for tensor in stored}
         metadata = {"total_size": sum(tensor.nbytes for tensor in stored)}
         if notes:
@@ -245,13 +243,9 @@ def is_ours(path: Path) -> bool:
     return isinstance(record, dict) and record.get("quant_method") == "dfrot"
 
 
-def digest(path: Path) -> str | None:
-    """The sha256 of a file; None if there is no such file."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except FileNotFoundError:
-        return None
+def digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
@@ -263,3 +257,61 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
             yield from (inner + difference for difference in differences(was, is_now))
         elif was != is_now:
             yield f"{name}: {was}, not {is_now}"
+
+
+def write_fit(path: Path, record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Write JSON and tensors into one file, atomically. Raises SetupError if it cannot be written."""
+    write_tensors(path, tensors, {"record": json.dumps(record)})
+
+
+def read_fit(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    """The record and tensors of `write_fit`; None without a file. Raises UserError if the file is something else."""
+    if not path.is_file():
+        return None
+    with open_safetensors(path) as file:
+        try:
+            record = parse_json((file.metadata() or {})["record"])
+            complete = isinstance(record["transforms"], dict) and isinstance(record["notes"], dict)
+        except (KeyError, TypeError, ValueError):
+            complete = False
+    if not complete:
+        raise UserError(f"{path} holds no fitted rotations. Delete it to fit again.")
+    return record, {name: tensor.read() for name, tensor in tensors_in(path).items()}
+
+
+class ReuseDir:
+    """A folder of fits, and of the places of finished checkpoints whose blocks can be taken over.
+
+    Both are named by a digest of everything that they depend on. Without a folder (None) nothing is kept or found.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+        if folder is not None:
+            with translate_io_errors(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+
+    def _path(self, name: str, depends_on: dict[str, Any]) -> Path | None:
+        key = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:16]
+        return self._folder and self._folder / name.format(key)
+
+    def fit(self, depends_on: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """The fit of `keep_fit`."""
+        return read_fit(path) if (path := self._path("fit-{}.safetensors", depends_on)) else None
+
+    def keep_fit(self, depends_on: dict[str, Any], record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Raises SetupError if it cannot be written."""
+        if path := self._path("fit-{}.safetensors", depends_on):
+            write_fit(path, record, tensors)
+
+    def checkpoint(self, depends_on: dict[str, Any]) -> Path | None:
+        """The checkpoint of `keep_checkpoint`, if it still exists."""
+        if (note := self._path("blocks-{}.json", depends_on)) is None or not note.is_file():
+            return None
+        path = Path(read_json(note)["checkpoint"])
+        return path if (path / "config.json").is_file() else None
+
+    def keep_checkpoint(self, depends_on: dict[str, Any], path: Path) -> None:
+        """Raises SetupError if it cannot be written."""
+        if note := self._path("blocks-{}.json", depends_on):
+            write_json(note, {"checkpoint": str(path.resolve())})

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from dfrot.checkpoint.hf_quantizer import read_checkpoint
+from dfrot.checkpoint.load import read_checkpoint
 from dfrot.kernels.library import backend
 from dfrot.models.graph import head_dim
 from dfrot.models.source import read_config, stored_tensors

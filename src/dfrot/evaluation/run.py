@@ -7,8 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dfrot.checkpoint.hf_quantizer import read_checkpoint
-from dfrot.checkpoint.load import Device, load
+from dfrot.checkpoint.load import Device, load, read_checkpoint
 from dfrot.evaluation.divergence import divergence
 from dfrot.evaluation.massive_unquantized import perplexity_with_massive_unquantized
 from dfrot.evaluation.perplexity import perplexity, perplexity_of

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dfrot.checkpoint.hf_quantizer import read_checkpoint
+from dfrot.checkpoint.load import read_checkpoint
 from dfrot.models.graph import Config, ModelGraph, graph_for
 from dfrot.models.source import StoredTensor, read_config, stored_tensors
 from dfrot.quant.affine import QParams, dequantize

@@ -80,8 +80,3 @@ def graph_for(config: Config) -> ModelGraph:
 def head_dim(config: Config) -> int:
     """Channels of one head; in Qwen3 not hidden_size / num_attention_heads."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def value_width(config: Config) -> int:
-    """Output rows of the value projection."""
-    return config.num_key_value_heads * head_dim(config)

@@ -112,8 +112,7 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
         return found
     if (path / _SINGLE).is_file():
         return tensors_in(path / _SINGLE)
-    pickles = [p.name for p in path.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")]
-    if pickles:
+    if pickles := [p.name for p in path.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")]:
         raise UserError(
             f"{path} has its weights in pickle files ({pickles[0]}), which can run code when they are read and are "
             "refused. Convert them to safetensors on a machine you can lose, or take a revision that has safetensors."
@@ -152,7 +151,6 @@ def open_safetensors(path: Path) -> Any:
 class Source:
     """A causal language model on disk."""
 
-    name: str  # as given by the user
     path: Path  # of the directory
     config: Config
     graph: ModelGraph
@@ -238,11 +236,7 @@ def config_json(path: Path) -> dict[str, Any]:
 
 
 def read_config(path: Path) -> Config:
-    """The config of a model directory, never running code that comes with it.
-
-    Raises:
-        UserError: it cannot be read, or needs remote code.
-    """
+    """The config of a model directory. Raises UserError if it cannot be read, or needs code, which is never run."""
     record, most = config_json(path), 10_000
     # transformers makes a list or modules of so many items: a small file must not ask for gigabytes
     for name in {"num_hidden_layers", "num_labels"} & record.keys():
@@ -286,7 +280,7 @@ def open_source(model: str) -> Source:
         skeleton = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", trust_remote_code=False)
     use_torch_norms_(skeleton, graph)
     _check_tensors(path, skeleton, graph, stored)
-    return Source(model, path, config, graph, stored, skeleton.eval())
+    return Source(path, config, graph, stored, skeleton.eval())
 
 
 @contextlib.contextmanager

@@ -19,10 +19,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from dfrot.checkpoint.hf_quantizer import DfrotConfig
-from dfrot.checkpoint.load import usable_device
-from dfrot.checkpoint.reuse import ReuseDir
-from dfrot.checkpoint.writer import CheckpointWriter, opened_writer
+from dfrot.checkpoint.load import DfrotConfig, usable_device
+from dfrot.checkpoint.writer import CheckpointWriter, ReuseDir, opened_writer
 from dfrot.methods.method import Fit, FitContext
 from dfrot.models.source import Source, open_source
 from dfrot.models.texts import calibration_windows, read_text

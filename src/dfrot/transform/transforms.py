@@ -30,7 +30,7 @@ from dfrot.linalg.rotation import (
     is_permutation,
     rotation_from,
 )
-from dfrot.models.graph import Config, ModelGraph, head_dim, value_width
+from dfrot.models.graph import Config, ModelGraph, head_dim
 from dfrot.system.errors import UserError
 from dfrot.transform.fold import Fold
 
@@ -187,7 +187,7 @@ class Transforms:
                 smooth=smooth.get(name),
                 online=online.get(name),
                 output_rotation=writes,
-                first_output_row=-value_width(config) if name == graph.value else 0,
+                first_output_row=-config.num_key_value_heads * head_dim(config) if name == graph.value else 0,
                 output_divisor=output_divisor.get(name),
             )
         return folds
