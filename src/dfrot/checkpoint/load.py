@@ -42,9 +42,7 @@ class DfrotConfig(QuantizationConfigMixin):
     """The `quantization_config` of a checkpoint. Raises UserError if its runtime record cannot be read."""
 
     def __init__(self, **record: Any) -> None:
-        record.pop("quant_method", None)
-        self.quant_method = "dfrot"
-        self.record = {"quant_method": "dfrot", **record}
+        self.quant_method, self.record = "dfrot", record
         self.runtime = RuntimeConfig.of_checkpoint(record)  # everything that loading and computing need
         recipe, size = record.get("recipe"), record.get("unquantized_bytes")
         # how the checkpoint was made, as JSON; loading does not interpret it
@@ -168,8 +166,6 @@ def load(model: str | Path, *, device: Device = "cpu", dtype: torch.dtype | None
     try:
         options = {"config": config, "dtype": dtype or "auto", "device_map": device_map, "output_loading_info": True}
         loaded, report = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, **options)
-    except SetupError:
-        raise
     except Exception as error:  # transformers raises errors of many kinds for files that do not fit together
         raise UserError(f"{path} cannot be loaded: {error}") from error
     finally:

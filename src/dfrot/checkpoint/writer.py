@@ -51,9 +51,7 @@ def opened_writer(
     """A `CheckpointWriter` whose run has its directory to itself.
 
     Args:
-        path: the checkpoint directory.
         run: JSON that identifies the run; resuming compares it.
-        num_shards: of the whole checkpoint.
         resume: keep the intact shards of an interrupted run with the same identity.
         overwrite: replace an existing checkpoint or interrupted run.
         processes: of this run. The first one writes; the others know what it has written.
@@ -227,20 +225,18 @@ def read_manifest(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]
 
 def is_blank(path: Path) -> bool:
     """Whether a directory is absent, empty, or left by a run that died before its first write."""
-    if not path.is_dir():
-        return not path.exists()
-    return all(file.name in (LOCK_FILE, RUN_FILE + ".tmp") for file in path.iterdir())
+    own = (LOCK_FILE, RUN_FILE + ".tmp")
+    return not path.exists() or (path.is_dir() and all(file.name in own for file in path.iterdir()))
 
 
 def is_ours(path: Path) -> bool:
     """Whether a directory is a dfrot checkpoint or an interrupted run."""
     if (path / RUN_FILE).is_file():
         return True
-    try:
+    with contextlib.suppress(UserError):
         record = read_json(path / "config.json").get("quantization_config")
-    except UserError:
-        return False
-    return isinstance(record, dict) and record.get("quant_method") == "dfrot"
+        return isinstance(record, dict) and record.get("quant_method") == "dfrot"
+    return False
 
 
 def digest(path: Path) -> str:

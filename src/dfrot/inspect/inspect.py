@@ -26,7 +26,7 @@ from dfrot.methods import variants
 from dfrot.methods.massive import describe_massive, massive_tokens
 from dfrot.methods.method import FitContext
 from dfrot.methods.sensitivity import sensitivity_by_block
-from dfrot.models.source import Source, open_source
+from dfrot.models.source import Source, load_tokenizer, open_source
 from dfrot.models.stream import BlockRunner, captured_inputs
 from dfrot.models.texts import read_text, text_label, token_windows
 from dfrot.pipeline.recipe import Recipe
@@ -75,7 +75,7 @@ def inspect(
     recipes = _recipes(rotations, spec, preset, text, seq_len, seed)
     recipe = next(iter(recipes.values()))  # they differ in their methods only
     source = open_source(model)
-    tokenizer = source.tokenizer()
+    tokenizer = load_tokenizer(source.path)
     token_ids = token_windows(tokenizer, read_text(text, "test"), text, seq_len, seq_len)  # (1, seq_len)
     try:
         out.mkdir(parents=True, exist_ok=True)

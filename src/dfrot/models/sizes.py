@@ -17,16 +17,13 @@ class ModelSizes:
         self.vocabulary = config.vocab_size  # rows of the embedding
         self.heads = config.num_attention_heads * head_dim(config)  # channels of all heads' outputs
         self.block = sum(shape.numel() for shape in shapes.values())  # all tensors of a block
-        # linear layer of a block → (out, in)
-        self.linears = {name: shapes[f"{name}.weight"] for name in graph.linears}
-        self.largest = max(shape.numel() for shape in self.linears.values())  # weight of a block
+        self.linears = linears = {name: shapes[f"{name}.weight"] for name in graph.linears}  # (out, in)
+        self.largest = max(shape.numel() for shape in linears.values())  # weight of a block
         # for each input that layers share, the rows of these layers and the input's width
-        self.stages = [
-            (sum(self.linears[name][0] for name in stage), self.linears[stage[0]][1]) for stage in graph.stages
-        ]
+        self.stages = [(sum(linears[name][0] for name in stage), linears[stage[0]][1]) for stage in graph.stages]
         # bytes of an entry in the source, while a block is folded, and in the checkpoint
         self.source, self.working, self.stored = source.dtype.itemsize, working.itemsize, stored.itemsize
         self.seq_len = seq_len  # tokens of a calibration sequence
         # one sequence inside a block: the stream, and the widest layer's input with gate and up
-        self.sequence = seq_len * (4 * config.hidden_size + 3 * self.linears[graph.down][1])
+        self.sequence = seq_len * (4 * self.hidden + 3 * linears[graph.down][1])
         self.tokens = tokens  # of the calibration text, of all processes together

@@ -39,7 +39,7 @@ def locate(model: str) -> Path:
     """The directory with the safetensors weights behind MODEL: a directory, a .gguf file, an alias or a hub id.
 
     Raises:
-        UserError: there is no such model, or its weights are pickles.
+        UserError: there is no such model.
         SetupError: the hub cannot be reached.
     """
     if model in EMBEDDED:
@@ -207,9 +207,6 @@ class Source:
         files = sorted({self.path / "config.json", *(each.file for each in self.stored.values())})
         parts = [f"{file.resolve()} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-
-    def tokenizer(self) -> Any:
-        return load_tokenizer(self.path)
 
 
 def loaded(module: M, tensors: dict[str, Tensor]) -> M:

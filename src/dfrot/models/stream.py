@@ -37,8 +37,7 @@ class BlockRunner:
         types = getattr(self._config, "layer_types", None)
         slides = types is None or types[index] == "sliding_attention"
         mask = self._sliding_mask if slides else None  # None: SDPA's own causal mask
-        out = block(hidden, attention_mask=mask, past_key_values=cache, **self._arguments)
-        return out[0] if isinstance(out, tuple) else out
+        return block(hidden, attention_mask=mask, past_key_values=cache, **self._arguments)
 
     def until(
         self, layer: nn.Module, block: nn.Module, index: int, hidden: Float[Tensor, "batch tokens hidden"]

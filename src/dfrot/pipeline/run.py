@@ -22,7 +22,7 @@ from torch import Tensor
 from dfrot.checkpoint.load import DfrotConfig, usable_device
 from dfrot.checkpoint.writer import CheckpointWriter, ReuseDir, opened_writer
 from dfrot.methods.method import Fit, FitContext
-from dfrot.models.source import Source, open_source
+from dfrot.models.source import Source, load_tokenizer, open_source
 from dfrot.models.texts import calibration_windows, read_text
 from dfrot.pipeline.estimate import VOCABULARY_ROWS, Estimate
 from dfrot.pipeline.recipe import Recipe
@@ -114,7 +114,7 @@ def quantize(
     estimate.require_room(Path(out))
     if estimate.warning:
         warnings.warn(estimate.warning, stacklevel=2)
-    source.tokenizer()  # a model without one is refused before the work, not after it
+    load_tokenizer(source.path)  # a model without one is refused before the work, not after it
 
     result, reuse = QuantizeResult(Path(out), recipe), ReuseDir(None if reuse_dir is None else Path(reuse_dir))
     calibration = functools.cache(lambda: calibration_tokens(source, recipe))
@@ -304,7 +304,7 @@ class _Loop:
             "quantization_config": DfrotConfig.describe(self.runtime, self.recipe.to_json(), unquantized),
         }
         try:
-            source.tokenizer().save_pretrained(writer.path)
+            load_tokenizer(source.path).save_pretrained(writer.path)
             if (settings := source.path / "generation_config.json").is_file():
                 shutil.copyfile(settings, writer.path / settings.name)
         except ValueError as error:  # of transformers: names in its files that lead out of the directory
@@ -364,7 +364,7 @@ def calibration_tokens(source: Source, recipe: Recipe) -> Int[Tensor, "sequences
     """
     wanted = recipe.calibration
     text, generator = read_text(wanted.text, "train"), torch.Generator().manual_seed(recipe.seed)
-    return calibration_windows(source.tokenizer(), text, wanted.text, wanted.seq_len, wanted.tokens, generator)
+    return calibration_windows(load_tokenizer(source.path), text, wanted.text, wanted.seq_len, wanted.tokens, generator)
 
 
 def _check_shares(recipe: Recipe, processes: ProcessGroup) -> None:
