@@ -21,7 +21,7 @@ from dfrot.methods.massive import Sample, drawn, massive_tokens, sample_norm_out
 from dfrot.methods.method import FitContext
 from dfrot.methods.rangerot import RangeRot
 from dfrot.methods.refinement import ORDINARY_TOKENS, squared_errors
-from dfrot.models.source import open_source
+from dfrot.models.source import load_tokenizer, open_source
 from dfrot.models.texts import calibration_windows, read_text
 from dfrot.quant.spec import TensorSpec
 from dfrot.system.distributed import SINGLE_PROCESS
@@ -33,7 +33,7 @@ TOKENS, PIECE = 131_072, 2048
 def compare(text: str, model: str, gamma: float) -> None:
     source = open_source(model)
     generator = torch.Generator().manual_seed(0)
-    ids = calibration_windows(source.tokenizer(), read_text(text, "train"), text, 2048, 2048, generator)
+    ids = calibration_windows(load_tokenizer(source.path), read_text(text, "train"), text, 2048, 2048, generator)
     context = FitContext(source, QUANTIZER, lambda: ids, torch.device("cpu"))
     everything, _ = sample_norm_outputs(context, ids, "relative", kept=None)
     start = random_hadamard(source.config.hidden_size, context.generator())

@@ -26,14 +26,12 @@ import torch
 from safetensors.torch import save
 
 import dfrot
-from dfrot.checkpoint.hf_quantizer import read_checkpoint
-from dfrot.checkpoint.manifest import is_ours
-from dfrot.checkpoint.reuse import read_fit, write_fit
-from dfrot.checkpoint.writer import opened_writer
+from dfrot.checkpoint.load import read_checkpoint
+from dfrot.checkpoint.writer import is_ours, opened_writer, read_fit, write_fit
 from dfrot.evaluation.record import read_records
 from dfrot.inspect.inspection import read_inspection
 from dfrot.models.gguf import check_structure
-from dfrot.models.source import load_tokenizer, open_safetensors, open_source, read_config, stored_tensors, weight_files
+from dfrot.models.source import load_tokenizer, open_safetensors, open_source, read_config, stored_tensors
 from dfrot.models.texts import read_text
 from dfrot.pipeline.recipe import Recipe
 from dfrot.report.page import page
@@ -114,7 +112,7 @@ def readers(scratch: Path) -> dict[str, Reader]:
             _object(RuntimeConfig.of_checkpoint), {"o.json": json.dumps(record_of_plan).encode()}, _json("o.json")
         ),
         "config": Reader(read_config, {"config.json": model["config.json"]}, _json("config.json")),
-        "index": Reader(weight_files, contents(sharded), _json("model.safetensors.index.json")),
+        "index": Reader(stored_tensors, contents(sharded), _json("model.safetensors.index.json")),
         "safetensors": Reader(
             _tensors, {"model.safetensors": save({"a": torch.ones(3, 4), "b": torch.ones(2).half()})}, _weights()
         ),
@@ -235,7 +233,7 @@ def _packed_line(data: bytes, rng: random.Random) -> bytes:
 
 def _tensors(folder: Path) -> None:
     path = folder / "model.safetensors"
-    list(stored_tensors(set(weight_files(folder).values())))
+    stored_tensors(folder)
     with open_safetensors(path) as file:
         file.metadata()
 

@@ -12,7 +12,7 @@ import pytest
 
 from dfrot.cli import main
 from dfrot.evaluation.bench import SHAPES
-from dfrot.models.families import GRAPHS
+from dfrot.models.graph import GRAPHS
 from dfrot.system.files import RUN_FILE
 
 Tiny = Callable[[str], Path]

@@ -16,14 +16,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import dfrot
-from dfrot.checkpoint.reuse import read_fit, write_fit
-from dfrot.checkpoint.writer import opened_writer
+from dfrot.checkpoint.writer import opened_writer, read_fit, write_fit
 from dfrot.cli import main
 from dfrot.inspect.inspection import read_inspection
 from dfrot.linalg.hadamard import is_hadamard_size, require_hadamard_size
 from dfrot.linalg.rotation import rotation_from
 from dfrot.models.gguf import check_structure
-from dfrot.models.source import open_source, read_config, weight_files
+from dfrot.models.source import open_source, read_config, stored_tensors
 from dfrot.models.texts import read_text
 from dfrot.pipeline import run as pipeline
 from dfrot.pipeline.recipe import Recipe
@@ -201,7 +200,7 @@ def test_weights_may_be_links_as_they_are_in_the_hubs_cache(broken: Path, tmp_pa
 def test_a_shard_is_called_by_its_plain_name(broken: Path, shard: str) -> None:
     (broken / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": shard}}))
     with pytest.raises(UserError, match="which is not a file in"):
-        weight_files(broken)
+        stored_tensors(broken)
 
 
 def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
@@ -210,7 +209,7 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
     index = {"weight_map": {"b": "1.safetensors", "a": "2.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match=r"two tensors 'a', in 1\.safetensors and in 2\.safetensors"):
-        weight_files(tmp_path)
+        stored_tensors(tmp_path)
 
 
 def test_names_of_templates_do_not_lead_out_of_the_checkpoint(broken: Path, tmp_path: Path) -> None:
@@ -227,7 +226,7 @@ def test_names_of_templates_do_not_lead_out_of_the_checkpoint(broken: Path, tmp_
 def test_integers_are_no_weights(broken: Path) -> None:
     tensors = load_file(broken / "model.safetensors")
     save_file({**tensors, "model.norm.weight": torch.ones(48, dtype=torch.int32)}, broken / "model.safetensors")
-    with pytest.raises(UserError, match="has the dtype I32; weights are F16"):
+    with pytest.raises(UserError, match=r"has the dtype torch\.int32; weights are floating-point"):
         open_source(str(broken))
 
 

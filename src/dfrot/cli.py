@@ -412,7 +412,7 @@ class Info:
     checkpoint: Checkpoint
 
     def run(self) -> None:
-        from dfrot.checkpoint.hf_quantizer import read_checkpoint
+        from dfrot.checkpoint.load import read_checkpoint
         from dfrot.kernels.library import backend
 
         if (checkpoint := read_checkpoint(self.checkpoint)) is None:
@@ -426,7 +426,7 @@ class Models:
     """List the known architectures."""
 
     def run(self) -> None:
-        from dfrot.models.families import GRAPHS
+        from dfrot.models.graph import GRAPHS
 
         table = Table("model_type", "models", "linear layers of a block")
         for model_type, graph in GRAPHS.items():

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import dfrot
-from dfrot.checkpoint.hf_quantizer import read_checkpoint
+from dfrot.checkpoint.load import read_checkpoint
 from dfrot.runtime.config import RuntimeConfig
 from dfrot.system.errors import UserError
 

@@ -20,7 +20,7 @@ import pytest
 from rich.console import Console
 
 import dfrot
-from dfrot.checkpoint.hf_quantizer import read_checkpoint
+from dfrot.checkpoint.load import read_checkpoint
 from dfrot.compare import trials
 from dfrot.compare.published import is_recipe, published
 from dfrot.compare.table import LiveTable, recipes

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import dfrot
-from dfrot.models.families import GRAPHS
+from dfrot.models.graph import GRAPHS
 from dfrot.models.source import use_torch_norms_
 from tests.tiny_models import CONFIGS
 

@@ -11,7 +11,7 @@ import dfrot
 from dfrot.linalg.rotation import random_orthogonal
 from dfrot.methods import METHODS
 from dfrot.methods.method import Fit, FitContext, Method
-from dfrot.models.families import GRAPHS
+from dfrot.models.graph import GRAPHS
 from dfrot.models.sizes import ModelSizes
 from dfrot.models.source import use_torch_norms_
 from dfrot.quant.affine import QParams, choose_qparams

@@ -20,7 +20,7 @@ from dfrot.cli import main
 from dfrot.export import export
 from dfrot.export.checkpoint import Checkpoint
 from dfrot.export.gguf_file import ARCHITECTURES, choose_type, packed
-from dfrot.models.families import GRAPHS
+from dfrot.models.graph import GRAPHS
 from dfrot.system.errors import SetupError, UserError
 from tests.tiny_models import CONFIGS, write_tiny_model
 

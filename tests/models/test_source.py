@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config
 
 import dfrot
-from dfrot.models.families import GRAPHS
+from dfrot.models.graph import GRAPHS
 from dfrot.models.source import open_source, use_torch_norms_
 from dfrot.models.stream import BlockRunner, captured_inputs
 from dfrot.system.errors import SetupError, UserError
@@ -232,9 +232,9 @@ def test_many_shards_are_read_like_one(tiny: Tiny, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny("qwen3"))
     model.save_pretrained(tmp_path, max_shard_size="20kB")
     shards = open_source(str(tmp_path))
-    assert len(set(shards.files.values())) > 2
+    assert len({tensor.file for tensor in shards.stored.values()}) > 2
     whole = open_source(str(tiny("qwen3")))
-    for name in whole.files:
+    for name in whole.stored:
         assert torch.equal(shards.tensor(name), whole.tensor(name))
 
 

@@ -1,4 +1,7 @@
-"""Loading a checkpoint: a transformers model and its tokenizer."""
+"""Loading a checkpoint: a transformers model and its tokenizer.
+
+A quantizer that is registered with transformers swaps modules before the weights are read.
+"""
 
 import importlib.util
 from collections.abc import Mapping
@@ -8,27 +11,97 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging as transformers_logging
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from dfrot.checkpoint.hf_quantizer import read_checkpoint
-from dfrot.models.families import graph_for
-from dfrot.models.graph import Config
+from dfrot.models.graph import graph_for
 from dfrot.models.source import (
+    StoredTensor,
     building,
     check_shapes,
+    config_json,
     load_tokenizer,
     locate,
-    open_safetensors,
     read_config,
     stored_tensors,
-    weight_files,
 )
-from dfrot.runtime.config import RuntimeConfig
+from dfrot.runtime.config import FORMAT, RuntimeConfig
 from dfrot.runtime.install import install_
+from dfrot.runtime.kv import ATTENTION
 from dfrot.runtime.norms import BlockRotation
 from dfrot.system.errors import SetupError, UserError
 
 Device = str | torch.device | Mapping[str, int | str]
+
+
+@register_quantization_config("dfrot")
+class DfrotConfig(QuantizationConfigMixin):
+    """The `quantization_config` of a checkpoint. Raises UserError if its runtime record cannot be read."""
+
+    def __init__(self, **record: Any) -> None:
+        self.quant_method, self.record = "dfrot", record
+        self.runtime = RuntimeConfig.of_checkpoint(record)  # everything that loading and computing need
+        recipe, size = record.get("recipe"), record.get("unquantized_bytes")
+        # how the checkpoint was made, as JSON; loading does not interpret it
+        self.recipe: dict[str, Any] = recipe if isinstance(recipe, dict) else {}
+        self.unquantized_bytes = size if type(size) is int else 0  # of the source model at 16 bits
+
+    @staticmethod
+    def describe(runtime: RuntimeConfig, recipe: dict[str, Any], unquantized_bytes: int) -> dict[str, Any]:
+        """The record for config.json."""
+        record = {"quant_method": "dfrot", "format": FORMAT, "runtime": runtime.to_json(), "recipe": recipe}
+        return record | {"unquantized_bytes": unquantized_bytes}
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """transformers treats a given config as if it were the JSON."""
+        return self.record.get(name, default)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(self.record)
+
+
+def read_checkpoint(path: Path) -> DfrotConfig | None:
+    """The `quantization_config` of a dfrot checkpoint; None for a model that is not quantized.
+
+    Raises:
+        UserError: the directory holds an interrupted run, or a checkpoint of another tool or version.
+    """
+    record = config_json(path).get("quantization_config")
+    if record is None:
+        return None
+    made_by = record.get("quant_method") if isinstance(record, dict) else record
+    if made_by != "dfrot":
+        raise UserError(f"{path} was quantized by '{made_by}', which dfrot does not read.")
+    return DfrotConfig(**record)
+
+
+@register_quantizer("dfrot")
+class DfrotQuantizer(HfQuantizer):
+    """Builds the runtime modules on the meta device; transformers then fills them from the shards."""
+
+    quantization_config: DfrotConfig
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        if not self.pre_quantized:
+            raise ValueError("dfrot quantizes with dfrot.quantize(model, recipe, out); from_pretrained only loads.")
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        if self.quantization_config.runtime.spec.keys.enabled:
+            config._attn_implementation = ATTENTION
+        return config
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        install_(model, self.quantization_config.runtime)
+        return model
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
 
 
 def usable_device(device: str | torch.device) -> torch.device:
@@ -40,25 +113,11 @@ def usable_device(device: str | torch.device) -> torch.device:
     return torch.device(device)
 
 
-def _check_shapes(path: Path, config: Config, runtime: RuntimeConfig | None, files: Mapping[str, Path]) -> None:
-    """Raise UserError if a tensor does not have the shape of its config.
-
-    transformers allocates in the shape of the config before it compares: a small file must not ask for gigabytes.
-    """
-    with building(path):
-        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-        if runtime is not None:
-            install_(skeleton, runtime)
-    check_shapes(path, skeleton.state_dict(), stored_tensors(set(files.values())))
-
-
-def _check_values(path: Path, model: nn.Module, files: Mapping[str, Path]) -> None:
+def _check_values(path: Path, model: nn.Module, stored: Mapping[str, StoredTensor]) -> None:
     """Raise UserError for NaN, infinities, and orders that are no permutations: kernels would read stray memory."""
     for name, tensor in model.state_dict().items():
-        if tensor.is_meta:  # accelerate leaves it on disk until it is needed
-            with open_safetensors(files[name]) as file:
-                tensor = file.get_tensor(name)
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        values = stored[name].read() if tensor.is_meta else tensor  # accelerate leaves it on disk until it is needed
+        if values.is_floating_point() and not torch.isfinite(values).all():
             raise UserError(f"'{name}' in {path} holds NaN or infinite values.")
     for name, module in model.named_modules():
         if not isinstance(module, BlockRotation):
@@ -84,34 +143,31 @@ def load(model: str | Path, *, device: Device = "cpu", dtype: torch.dtype | None
         UserError: there is no such checkpoint or model, or it is incomplete or broken.
         SetupError: the hub cannot be reached, or accelerate, which spreads a model, is not installed.
     """
-    single, spread = None, {}
+    device_map = None
     if isinstance(device, Mapping) or device == "auto":
-        spread = {"device_map": device}
+        device_map = device
         if importlib.util.find_spec("accelerate") is None:
             raise SetupError("spreading a model needs accelerate. Install it: pip install 'dfrot[eval]'")
     else:
-        single = usable_device(device)
-    # before `locate`, which would only miss the config.json of an interrupted run
-    checkpoint = read_checkpoint(folder) if (folder := Path(model).expanduser()).is_dir() else None
+        usable_device(device)
     path = locate(str(model))
-    if path != folder:  # from the hub, or converted
-        checkpoint = read_checkpoint(path)
-    config = read_config(path)
+    checkpoint, config = read_checkpoint(path), read_config(path)
     graph_for(config)
     if checkpoint is not None:
         config.quantization_config = checkpoint  # read once, for the check below and for transformers
-    files = weight_files(path)
-    _check_shapes(path, config, checkpoint and checkpoint.runtime, files)
+    stored = stored_tensors(path)
+    # transformers allocates in the shapes of the config before it compares: a small file must not ask for gigabytes
+    with building(path):
+        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        if checkpoint is not None:
+            install_(skeleton, checkpoint.runtime)
+    check_shapes(path, skeleton.state_dict(), stored)
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        options: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
-        loaded, report = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=dtype or "auto", **options, **spread
-        )
-    except SetupError:
-        raise
+        options = {"config": config, "dtype": dtype or "auto", "device_map": device_map, "output_loading_info": True}
+        loaded, report = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, **options)
     except Exception as error:  # transformers raises errors of many kinds for files that do not fit together
         raise UserError(f"{path} cannot be loaded: {error}") from error
     finally:
@@ -119,6 +175,6 @@ def load(model: str | Path, *, device: Device = "cpu", dtype: torch.dtype | None
         transformers_logging.enable_progress_bar()
     if wrong := {kind: sorted(names) for kind, names in report.items() if names}:
         raise UserError(f"the weights in {path} do not fit its config: {wrong}")
-    _check_values(path, loaded, files)
+    _check_values(path, loaded, stored)
     loaded = loaded.eval().requires_grad_(False)
-    return loaded if single is None else loaded.to(single), load_tokenizer(path)
+    return loaded if device_map is not None else loaded.to(device), load_tokenizer(path)

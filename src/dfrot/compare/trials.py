@@ -3,7 +3,7 @@
 A trial is a recipe (or none: the unquantized model) and a measurement. Finished trials are lines of results.jsonl,
 which this process alone writes, as they finish; a comparison that was killed continues, even in the middle of a trial.
 Trials that share their rotations form a group and follow one another, so that they can reuse each other's work
-(checkpoint/reuse.py); groups run side by side in separate processes, here or on a Ray cluster.
+(checkpoint/writer.py); groups run side by side in separate processes, here or on a Ray cluster.
 """
 
 import contextlib

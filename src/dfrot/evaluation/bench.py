@@ -17,8 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from dfrot.evaluation.record import conditions
 from dfrot.linalg.rotation import Hadamard
-from dfrot.models.families import graph_for
-from dfrot.models.graph import head_dim
+from dfrot.models.graph import graph_for, head_dim
 from dfrot.pipeline.recipe import Recipe
 from dfrot.runtime.config import RuntimeConfig
 from dfrot.runtime.install import install_

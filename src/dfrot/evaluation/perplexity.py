@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from dfrot.methods.massive import massive_tokens
-from dfrot.models.families import graph_for
+from dfrot.models.graph import graph_for
 from dfrot.models.stream import captured_inputs
 from dfrot.runtime.linear import QuantLinear
 from dfrot.system.errors import UserError

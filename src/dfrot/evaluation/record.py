@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from transformers.utils.generic import flatten_dict
 
-from dfrot.checkpoint.hf_quantizer import read_checkpoint
+from dfrot.checkpoint.load import read_checkpoint
 from dfrot.kernels.library import backend
 from dfrot.models.graph import head_dim
-from dfrot.models.source import read_config, stored_tensors, weight_files
+from dfrot.models.source import read_config, stored_tensors
 from dfrot.quant.packing import packed_width
 from dfrot.quant.spec import UNQUANTIZED, TensorSpec
 from dfrot.system.errors import SetupError, UserError
@@ -213,16 +213,16 @@ def model_size(path: Path) -> dict[str, int | float]:
     checkpoint = read_checkpoint(path)
     spec = checkpoint.runtime.spec if checkpoint else None
     total = entries = decoder_bytes = decoder_weights = 0
-    for name, shape, nbytes in stored_tensors(set(weight_files(path).values())):
-        total += nbytes
-        entries += shape.numel()
-        if ".layers." in name and len(shape) == 2:  # a weight, or the codes, scales and zero points of one
-            decoder_bytes += nbytes
+    for name, tensor in stored_tensors(path).items():
+        total += tensor.nbytes
+        entries += tensor.shape.numel()
+        if ".layers." in name and len(tensor.shape) == 2:  # a weight, or the codes, scales and zero points of one
+            decoder_bytes += tensor.nbytes
             if name.endswith(".qweight"):
                 assert spec is not None, "only quantized checkpoints have packed weights"
-                decoder_weights += shape.numel() * 8 // spec.weights.bits
+                decoder_weights += tensor.shape.numel() * 8 // spec.weights.bits
             elif name.endswith(".weight"):
-                decoder_weights += shape.numel()
+                decoder_weights += tensor.shape.numel()
     return {
         "weight_bytes": total,
         "decoder_bits_per_weight": 8 * decoder_bytes / decoder_weights,

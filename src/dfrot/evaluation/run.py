@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dfrot.checkpoint.hf_quantizer import read_checkpoint
-from dfrot.checkpoint.load import Device, load
+from dfrot.checkpoint.load import Device, load, read_checkpoint
 from dfrot.evaluation.perplexity import divergence, massive_unquantized, perplexity, perplexity_of
 from dfrot.evaluation.record import MASSIVE_UNQUANTIZED, Record, conditions, model_size
 from dfrot.evaluation.zero_shot import zero_shot

@@ -13,10 +13,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dfrot.checkpoint.hf_quantizer import read_checkpoint
-from dfrot.models.families import graph_for
-from dfrot.models.graph import Config, ModelGraph
-from dfrot.models.source import INDEX_FILE, load_tokenizer, open_safetensors, read_config, weight_files
+from dfrot.checkpoint.load import read_checkpoint
+from dfrot.models.graph import Config, ModelGraph, graph_for
+from dfrot.models.source import INDEX_FILE, StoredTensor, load_tokenizer, read_config, stored_tensors
 from dfrot.quant.affine import QParams, dequantize
 from dfrot.quant.packing import unpack
 from dfrot.runtime.config import RuntimeConfig
@@ -47,7 +46,7 @@ class Checkpoint:
     recipe: dict[str, Any]
     runtime: RuntimeConfig
     graph: ModelGraph
-    files: dict[str, Path]  # tensor → the safetensors file that holds it
+    stored: dict[str, StoredTensor]
 
     @staticmethod
     def open(path: Path) -> "Checkpoint":
@@ -56,7 +55,7 @@ class Checkpoint:
         if (found := read_checkpoint(path)) is None:
             raise UserError(f"{path} is a model, but not a dfrot checkpoint. Make one: dfrot quantize {path} -o CKPT.")
         config = read_config(path)
-        return Checkpoint(path, config, found.recipe, found.runtime, graph_for(config), weight_files(path))
+        return Checkpoint(path, config, found.recipe, found.runtime, graph_for(config), stored_tensors(path))
 
     def refuse_rotations(self, engine: str, *, alike: bool = True) -> None:
         """Raise UserError if an input is rotated while the model runs, as no engine can from block to block (DuQuant),
@@ -79,13 +78,12 @@ class Checkpoint:
                 yield f"{kind} are in {grid.bits} bits here, and not quantized by {engine}, so its quality differs."
 
     def tensor(self, name: str) -> Tensor:
-        with open_safetensors(self.files[name]) as file:
-            return file.get_tensor(name)
+        return self.stored[name].read()
 
     def layer(self, index: int, linear: str) -> Layer:
         """Linear layer `linear` of block `index`."""
         name, spec = f"{self.graph.blocks}.{index}.{linear}", self.runtime.spec.weights
-        bias = self.tensor(f"{name}.bias") if f"{name}.bias" in self.files else None
+        bias = self.tensor(f"{name}.bias") if f"{name}.bias" in self.stored else None
         if not spec.enabled:
             return Layer(self.tensor(f"{name}.weight"), bias, None)
         width = input_widths(self.graph, self.config)[linear]
@@ -108,11 +106,11 @@ class Checkpoint:
         """
         if index is None:
             ends = (f"{name}.weight" for name in (self.graph.embedding, self.graph.final_norm, self.graph.head))
-            yield from ((name, self.tensor(name)) for name in ends if name in self.files)
+            yield from ((name, self.tensor(name)) for name in ends if name in self.stored)
             return
         prefix = f"{self.graph.blocks}.{index}."
         linears = tuple(f"{prefix}{linear}." for linear in self.graph.linears)
-        others = (name for name in sorted(self.files) if name.startswith(prefix) and not name.startswith(linears))
+        others = (name for name in sorted(self.stored) if name.startswith(prefix) and not name.startswith(linears))
         yield from ((name, self.tensor(name)) for name in others)
         for linear in self.graph.linears:
             layer = self.layer(index, linear)

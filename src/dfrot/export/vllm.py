@@ -119,7 +119,7 @@ def _problems(checkpoint: Checkpoint, device: str, plugin: bool, gpus: int) -> I
         yield f"{rotated}, which vLLM on a CPU cannot. Give --plugin, or --device cuda, or quantize with --fold-only."
     if online and gpus > 1:
         yield f"{rotated}, which vLLM supports on one GPU only. Quantize with --fold-only to split layers."
-    if biased := [name for name in online if f"{checkpoint.graph.blocks}.0.{name}.bias" in checkpoint.files]:
+    if biased := [name for name in online if f"{checkpoint.graph.blocks}.0.{name}.bias" in checkpoint.stored]:
         yield f"{rotated}, and {biased[0]} has a bias, which vLLM cannot add then. Quantize with --fold-only."
     if not weights.enabled:
         return

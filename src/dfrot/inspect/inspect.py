@@ -29,7 +29,7 @@ from dfrot.methods.massive import describe_massive, massive_tokens
 from dfrot.methods.method import FitContext
 from dfrot.methods.quarot import hadamard
 from dfrot.methods.sensitivity import sensitivity_by_block
-from dfrot.models.source import Source, open_source
+from dfrot.models.source import Source, load_tokenizer, open_source
 from dfrot.models.stream import BlockRunner, captured_inputs
 from dfrot.models.texts import read_text, text_label, token_windows
 from dfrot.pipeline.recipe import Recipe
@@ -93,7 +93,7 @@ def inspect(
             "Give one such as w4a4kv4."
         )
     source = open_source(model)
-    tokenizer = source.tokenizer()
+    tokenizer = load_tokenizer(source.path)
     token_ids = token_windows(tokenizer, read_text(text, "test"), text, seq_len, seq_len)  # (1, seq_len)
     with translate_io_errors(out):
         out.mkdir(parents=True, exist_ok=True)

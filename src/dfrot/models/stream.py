@@ -21,7 +21,7 @@ class BlockRunner:
     def __init__(self, source: Source, like: Float[Tensor, "batch tokens hidden"]) -> None:
         self._config = source.config
         positions = torch.arange(like.shape[1], device=like.device)[None]
-        rotary = source.rotary().to(like.device)
+        rotary = type(source.skeleton.get_submodule(source.graph.rotary))(config=source.config).to(like.device)
         self._arguments = {"position_ids": positions, "position_embeddings": rotary(like, position_ids=positions)}
         window = getattr(source.config, "sliding_window", None)
         self._sliding_mask = None
@@ -37,8 +37,7 @@ class BlockRunner:
         types = getattr(self._config, "layer_types", None)
         slides = types is None or types[index] == "sliding_attention"
         mask = self._sliding_mask if slides else None  # None: SDPA's own causal mask
-        out = block(hidden, attention_mask=mask, past_key_values=cache, **self._arguments)
-        return out[0] if isinstance(out, tuple) else out
+        return block(hidden, attention_mask=mask, past_key_values=cache, **self._arguments)
 
     def until(
         self, layer: nn.Module, block: nn.Module, index: int, hidden: Float[Tensor, "batch tokens hidden"]
@@ -48,13 +47,11 @@ class BlockRunner:
         def stop(_: nn.Module, args: tuple[Tensor]) -> None:
             raise _Reached(args[0])
 
-        handle = layer.register_forward_pre_hook(stop)
-        try:
-            self(block, index, hidden)
-        except _Reached as reached:
-            return reached.args[0]
-        finally:
-            handle.remove()
+        with layer.register_forward_pre_hook(stop):
+            try:
+                self(block, index, hidden)
+            except _Reached as reached:
+                return reached.args[0]
         raise AssertionError(f"block {index} does not run {layer}")
 
 
@@ -66,12 +63,8 @@ class _Reached(Exception):
 def captured_inputs(modules: dict[str, nn.Module]) -> Iterator[dict[str, list[Tensor]]]:
     """Collect the inputs of the named modules while the context is open."""
     seen: dict[str, list[Tensor]] = {name: [] for name in modules}
-    handles = []
-    for name, module in modules.items():
-        keep = seen[name].append
-        handles.append(module.register_forward_pre_hook(lambda _, args, keep=keep: keep(args[0].detach())))
-    try:
+    with contextlib.ExitStack() as hooks:
+        for name, module in modules.items():
+            keep = seen[name].append
+            hooks.enter_context(module.register_forward_pre_hook(lambda _, args, keep=keep: keep(args[0].detach())))
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -35,10 +35,6 @@ def read_text(name: str, split: Split = "test") -> str:
     text = _read(name, split)
     if not text.strip():
         raise UserError(f"the text '{name}' is empty.")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half a character
-        raise UserError(f"the text '{name}' cannot be written in UTF-8: {error}") from error
     return text
 
 
@@ -49,7 +45,11 @@ def text_label(name: str) -> str:
 
 def _read(name: str, split: Split) -> str:
     if name == "pydoc":
-        return _pydoc(split)
+        from pydoc_data.topics import topics  # the help that comes with CPython: English prose about Python
+
+        text = "\n\n".join(topics[key] for key in sorted(topics))
+        cut = text.rindex("\n\n", 0, len(text) * 3 // 4)
+        return text[:cut] if split == "train" else text[cut:]
     if name == "wikitext2":
         return "\n\n".join(_hub_rows("Salesforce/wikitext", "wikitext-2-raw-v1", split))
     if name == "c4":
@@ -75,32 +75,22 @@ def _jsonl_rows(path: Path) -> Iterable[str]:
         for number, line in enumerate(file, start=1):
             try:
                 row = parse_json(line)["text"]
-            except (ValueError, KeyError, TypeError) as error:
+                row.encode()  # only a string has it, and it refuses half a character, which JSON can spell
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise UserError(f"{path}, line {number}: expected a JSON object with the field 'text'.") from error
-            if not isinstance(row, str):
-                raise UserError(f"{path}, line {number}: the field 'text' is a string, got {type(row).__name__}.")
             yield row
-
-
-def _pydoc(split: Split) -> str:
-    """The help topics that come with CPython: English prose about Python."""
-    from pydoc_data.topics import topics
-
-    text = "\n\n".join(topics[key] for key in sorted(topics))
-    cut = text.rindex("\n\n", 0, len(text) * 3 // 4)
-    return text[:cut] if split == "train" else text[cut:]
 
 
 def _hub_rows(repository: str, config: str | None, split: str, **options: Any) -> list[str]:
     try:
         from datasets import load_dataset
+
+        return list(load_dataset(repository, config, split=split, **options)["text"])
     except ImportError as error:
         raise SetupError(
             f"reading {repository} needs the package datasets: pip install 'dfrot[eval]'. "
             "Without it give 'pydoc' or the path of a text file."
         ) from error
-    try:
-        return list(load_dataset(repository, config, split=split, **options)["text"])
     except Exception as error:  # datasets has many backends with errors of their own
         raise SetupError(
             f"{repository} cannot be downloaded from the hub ({type(error).__name__}). Give 'pydoc', which needs no "
@@ -124,13 +114,11 @@ def token_windows(
         raise UserError(f"a block has at least two tokens, so that one can be predicted; got seq_len {seq_len}.")
     if max_tokens is not None and max_tokens < seq_len:
         raise UserError(f"one block is {seq_len} tokens long, but only {max_tokens} tokens are asked for.")
-    ids = tokenizer(text, verbose=False).input_ids
-    blocks = len(ids) // seq_len
-    if blocks == 0:
+    ids = torch.tensor(tokenizer(text, verbose=False).input_ids)
+    if len(ids) < seq_len:
         raise UserError(f"the text '{name}' has {len(ids)} tokens, fewer than one block of {seq_len}.")
-    if max_tokens is not None:
-        blocks = min(blocks, max_tokens // seq_len)
-    return torch.tensor(ids[: blocks * seq_len]).view(blocks, seq_len)
+    ids = ids[:max_tokens]
+    return ids[: len(ids) // seq_len * seq_len].view(-1, seq_len)
 
 
 def calibration_windows(

@@ -7,7 +7,7 @@ states of the calibration text come on top, unless they do not fit: then they ar
 """
 
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -60,8 +60,8 @@ class Estimate:
             UserError: the model has no place for the method's rotations.
         """
         dtypes, wanted = recipe.dtypes(source.dtype), recipe.calibration
+        sizes = ModelSizes(source, dtypes.working, dtypes.stored, wanted.seq_len, wanted.tokens)
         sequences = -(-(wanted.tokens // wanted.seq_len) // processes.count)  # of one process
-        sizes = ModelSizes.of(source, dtypes.working, dtypes.stored, wanted.seq_len, sequences * wanted.seq_len)
         on = FitContext(source, recipe.spec.activations, _no_text, torch.device("cpu"), recipe.seed)
         outline = recipe.method.outline(on)
         stages = recipe.method.peak_bytes(sizes), _vocabulary_bytes(sizes), _block_bytes(sizes, recipe)
@@ -71,11 +71,11 @@ class Estimate:
             block_weights=sum(rows * columns for rows, columns in sizes.linears.values()),
             block_bytes=sizes.block * sizes.source,
             resident=int(_SLACK * (_PROCESS + max(stages))),
-            states=sizes.tokens * state if recipe.fits_weights else 0,
+            states=sequences * wanted.seq_len * state if recipe.fits_weights else 0,
             checkpoint=_checkpoint_bytes(sizes, source, recipe, outline),
             budget=(available_memory() if memory is None else memory) // processes.local,
             processes=processes.local,
-            warning=recipe.rounding.warning(replace(sizes, tokens=wanted.tokens)) if recipe.fits_weights else None,
+            warning=recipe.rounding.warning(sizes) if recipe.fits_weights else None,
         )
 
     @property

@@ -17,12 +17,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from dfrot.checkpoint.hf_quantizer import DfrotConfig
-from dfrot.checkpoint.load import usable_device
-from dfrot.checkpoint.reuse import ReuseDir
-from dfrot.checkpoint.writer import CheckpointWriter, opened_writer
+from dfrot.checkpoint.load import DfrotConfig, usable_device
+from dfrot.checkpoint.writer import CheckpointWriter, ReuseDir, opened_writer
 from dfrot.methods.method import Fit, FitContext
-from dfrot.models.source import Source, open_source, stored_tensors
+from dfrot.models.source import Source, load_tokenizer, open_source
 from dfrot.models.texts import calibration_windows, read_text
 from dfrot.pipeline.estimate import VOCABULARY_ROWS, Estimate
 from dfrot.pipeline.recipe import Recipe
@@ -99,7 +97,7 @@ def quantize(
     estimate.require_room(path)
     if estimate.warning:
         warnings.warn(estimate.warning, stacklevel=2)
-    source.tokenizer()  # a model without one is refused before the work, not after it
+    load_tokenizer(source.path)  # a model without one is refused before the work, not after it
 
     reuse = ReuseDir(None if reuse_dir is None else Path(reuse_dir))
     calibration = functools.cache(lambda: calibration_tokens(source, recipe))
@@ -298,7 +296,7 @@ class _Loop:
     def finish(self, notes: dict[str, Any]) -> None:
         """Write the tokenizer, the notes and, last of all, the config, which makes the directory a checkpoint."""
         source, writer = self.source, self.writer
-        unquantized = 2 * sum(shape.numel() for _, shape, _ in stored_tensors(set(source.files.values())))
+        unquantized = 2 * sum(tensor.shape.numel() for tensor in source.stored.values())
         config = source.config.to_dict() | {
             "architectures": [type(source.skeleton).__name__],
             "tie_word_embeddings": self.tied,
@@ -306,7 +304,7 @@ class _Loop:
             "quantization_config": DfrotConfig.describe(self.runtime, self.recipe.to_json(), unquantized),
         }
         try:
-            source.tokenizer().save_pretrained(writer.path)
+            load_tokenizer(source.path).save_pretrained(writer.path)
             if (settings := source.path / "generation_config.json").is_file():
                 shutil.copyfile(settings, writer.path / settings.name)
         except ValueError as error:  # of transformers: names in its files that lead out of the directory
@@ -335,7 +333,7 @@ def calibration_tokens(source: Source, recipe: Recipe) -> Int[Tensor, "sequences
     """
     wanted = recipe.calibration
     text, generator = read_text(wanted.text, "train"), torch.Generator().manual_seed(recipe.seed)
-    return calibration_windows(source.tokenizer(), text, wanted.text, wanted.seq_len, wanted.tokens, generator)
+    return calibration_windows(load_tokenizer(source.path), text, wanted.text, wanted.seq_len, wanted.tokens, generator)
 
 
 def _check(source: Source, recipe: Recipe, processes: ProcessGroup) -> None:

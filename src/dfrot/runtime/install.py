@@ -8,8 +8,7 @@ from torch import nn
 from transformers.activations import SiLUActivation
 
 from dfrot.linalg.rotation import Rotation
-from dfrot.models.families import graph_for
-from dfrot.models.graph import Config, ModelGraph, head_dim
+from dfrot.models.graph import Config, ModelGraph, graph_for, head_dim
 from dfrot.models.source import use_torch_norms_
 from dfrot.runtime.config import RuntimeConfig
 from dfrot.runtime.kv import install_kv_

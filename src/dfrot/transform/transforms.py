@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dfrot.linalg.rotation import Identity, Kronecker, Rotation, block_diagonal, block_rotation, rotation_from
-from dfrot.models.graph import Config, ModelGraph, head_dim, value_width
+from dfrot.models.graph import Config, ModelGraph, head_dim
 from dfrot.transform.fold import Fold
 
 SITES = ("residual", "values", "keys", "ffn", "heads")
@@ -148,7 +148,7 @@ class Transforms:
                 smooth=smooth.get(name),
                 online=online.get(name),
                 output_rotation=writes,
-                first_output_row=-value_width(config) if name == graph.value else 0,
+                first_output_row=-config.num_key_value_heads * head_dim(config) if name == graph.value else 0,
                 output_divisor=output_divisor.get(name),
             )
         return folds
