@@ -32,8 +32,8 @@ FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 CORE = ("linalg", "quant", "models", "transform", "methods", "rounding", "checkpoint", "runtime", "pipeline", "system")
 # Where the core and the whole stand. Both are to fall to 6,500 and 11,000; then the whole grows by whole capabilities
 # only, each of which names its lines in the CHANGELOG.
-CORE_BUDGET = 6_873
-BUDGET = 12_194
+CORE_BUDGET = 6_500
+BUDGET = 11_050
 
 
 def modules() -> Iterator[tuple[str, Path, ast.Module]]:
