@@ -20,7 +20,7 @@ from dfrot.compare.table import LiveTable
 from dfrot.compare.trials import compare
 from dfrot.evaluation.record import Record
 from dfrot.evaluation.run import Measurement
-from dfrot.report import report
+from dfrot.report.page import report
 from dfrot.system.memory import keep_freed_memory
 
 MODEL, TEXT = "smollm2-135m", "pydoc"

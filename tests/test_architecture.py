@@ -30,10 +30,9 @@ FLOORS = [
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 # Paper → checkpoint → model in torch. The other folders are rings around it: they import it, never the reverse.
 CORE = ("linalg", "quant", "models", "transform", "methods", "rounding", "checkpoint", "runtime", "pipeline", "system")
-# Where the core and the whole stand. Both are to fall to 6,500 and 11,000; then the whole grows by whole capabilities
-# only, each of which names its lines in the CHANGELOG.
+# From here on the whole grows by whole capabilities only, each of which names its lines in the CHANGELOG.
 CORE_BUDGET = 6_500
-BUDGET = 11_050
+BUDGET = 11_000
 
 
 def modules() -> Iterator[tuple[str, Path, ast.Module]]:

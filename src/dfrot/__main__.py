@@ -1,6 +1,8 @@
 """`python -m dfrot`."""
 
-from dfrot.cli import run
+import sys
+
+from dfrot.cli import main
 
 if __name__ == "__main__":
-    run()
+    sys.exit(main())

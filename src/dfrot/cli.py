@@ -53,8 +53,7 @@ Devices = Annotated[str, arg(help="Where to compute: cpu, cuda, or auto to sprea
 Seed = Annotated[int, arg(help="Of everything random.")]
 Calib = Annotated[str, arg(help="Calibration text: wikitext2, c4, pydoc, or a path.")]
 CalibTokens = Annotated[
-    int | None,
-    arg(help="Calibration tokens in total (default 65536 where weights are fitted to them, else 2048)."),
+    int | None, arg(help="Calibration tokens in total (default 65536 where weights are fitted to them, else 2048).")
 ]
 LogTo = Annotated[
     str | None,
@@ -283,7 +282,7 @@ class Report:
     out: Annotated[Path | None, arg(aliases=["-o"])] = None  # The page (default: report.html in the directory).
 
     def run(self) -> None:
-        from dfrot.report import report
+        from dfrot.report.page import report
 
         path = report(self.directory, self.out)
         out.print(f"[bold]{path}[/bold]: {path.stat().st_size / 1e6:.1f} MB", soft_wrap=True)
@@ -493,8 +492,3 @@ def _complain(message: str, kind: str = "", colour: str = "red") -> None:
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
     _complain(str(message), "warning: ", "yellow")
-
-
-def run() -> None:
-    """The console script."""
-    sys.exit(main())

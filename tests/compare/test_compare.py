@@ -32,7 +32,7 @@ from dfrot.methods.dfrot import DFRot
 from dfrot.methods.method import Fit, FitContext
 from dfrot.pipeline import run as pipeline
 from dfrot.pipeline.recipe import Recipe
-from dfrot.report import report
+from dfrot.report.page import report
 from dfrot.system.errors import SetupError, UserError
 from dfrot.version import __version__
 from tests.browser import Visit, in_browser

@@ -10,7 +10,7 @@ import pytest
 from dfrot.cli import main
 from dfrot.evaluation.record import append_records
 from dfrot.pipeline.recipe import Recipe
-from dfrot.report import report
+from dfrot.report.page import report
 from dfrot.system.errors import SetupError, UserError
 from tests.browser import Visit, in_browser
 from tests.report.records import TEXT, record, records, write_inspection, write_results

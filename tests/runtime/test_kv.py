@@ -76,7 +76,7 @@ def test_unpacking_gives_what_quantizing_leaves(bits: int) -> None:
 def test_the_bytes_of_a_cached_token_are_those_of_the_record(model: Any) -> None:
     cache = model(TOKENS, use_cache=True).past_key_values
     assert all(isinstance(layer, QuantizedCacheLayer) for layer in cache.layers)
-    stored = sum(layer.nbytes for layer in cache.layers)
+    stored = sum(packed.nbytes for layer in cache.layers for packed in layer._packed)
     assert stored == TOKENS.numel() * kv_bytes_per_token(read_config(Path(model.name_or_path)), SPEC)
 
 
@@ -125,7 +125,9 @@ def test_cropping_forgets_the_last_tokens(model: Any) -> None:
 def test_rows_of_the_batch_can_be_repeated_selected_and_forgotten(model: Any) -> None:
     layer = model(TOKENS, use_cache=True).past_key_values.layers[0]
     layer.batch_repeat_interleave(3)
-    assert layer.nbytes == 3 * layer.get_seq_length() * 2 * 2 * 2 * (6 + 3)  # rows, K and V, batch, heads, bytes
+    assert sum(packed.nbytes for packed in layer._packed) == 3 * layer.get_seq_length() * 2 * 2 * 2 * (
+        6 + 3
+    )  # rows, K and V, batch, heads, bytes
     layer.batch_select_indices(torch.tensor([0, 5]))
     assert layer._packed[0].codes.shape[0] == 2
     layer.reset()

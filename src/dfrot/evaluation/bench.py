@@ -160,6 +160,6 @@ def _decoder_bytes(model: Any) -> int:
 
 def _kv_bytes(cache: Any) -> int:
     return sum(
-        layer.resident_bytes if isinstance(layer, QuantizedCacheLayer) else layer.keys.nbytes + layer.values.nbytes
+        layer.nbytes if isinstance(layer, QuantizedCacheLayer) else layer.keys.nbytes + layer.values.nbytes
         for layer in cache.layers
     )

@@ -3,7 +3,6 @@
 Grids and rotations come from the runtime's record, as in inference; the recipe is good for names and descriptions only.
 """
 
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +14,12 @@ from torch import Tensor
 
 from dfrot.checkpoint.load import read_checkpoint
 from dfrot.models.graph import Config, ModelGraph, graph_for
-from dfrot.models.source import INDEX_FILE, StoredTensor, load_tokenizer, read_config, stored_tensors
+from dfrot.models.source import INDEX_FILE, StoredTensor, copy_tokenizer, read_config, stored_tensors
 from dfrot.quant.affine import QParams, dequantize
 from dfrot.quant.packing import unpack
 from dfrot.runtime.config import RuntimeConfig
 from dfrot.system.errors import UserError
-from dfrot.system.files import LOCK_FILE, exclusive_lock, translate_io_errors, write_json, write_tensors
+from dfrot.system.files import LOCK_FILE, exclusive_lock, write_json, write_tensors
 from dfrot.system.progress import track
 from dfrot.transform.transforms import input_widths
 
@@ -141,10 +140,7 @@ def write_directory(checkpoint: Checkpoint, out: Path, weight: Weight, config: d
                 weight_map |= dict.fromkeys(tensors, file.name)
                 total += sum(tensor.nbytes for tensor in tensors.values())
             write_json(out / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
-            with translate_io_errors(out):
-                load_tokenizer(checkpoint.path).save_pretrained(out)
-                if (settings := checkpoint.path / "generation_config.json").is_file():
-                    shutil.copyfile(settings, out / settings.name)
+            copy_tokenizer(checkpoint.path, out)
             write_json(out / "config.json", config)
         except BaseException:  # Ctrl-C too
             for file in out.iterdir():

@@ -14,8 +14,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from dfrot.models.sizes import ModelSizes
-from dfrot.models.source import Source
+from dfrot.models.source import ModelSizes, Source
 from dfrot.quant.spec import TensorSpec
 from dfrot.system.distributed import SINGLE_PROCESS, ProcessGroup
 from dfrot.system.options import Options

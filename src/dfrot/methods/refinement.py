@@ -25,7 +25,7 @@ from dfrot.methods.massive import Rule, Sample, sample_norm_outputs
 from dfrot.methods.method import Fit, FitContext, Method
 from dfrot.methods.quarot import around, random_rotation
 from dfrot.methods.sensitivity import kl_divergences
-from dfrot.models.sizes import ModelSizes
+from dfrot.models.source import ModelSizes
 from dfrot.quant.spec import TensorSpec
 from dfrot.system.distributed import ProcessGroup
 from dfrot.system.errors import UserError
@@ -39,7 +39,6 @@ HELD_BACK = 4  # one token in so many, the last of every sequence, is kept from 
 # Refinement has converged when the best objective has not fallen by this much in so many steps.
 CONVERGED, PATIENCE = 1e-4, 25
 _PIECE_ENTRIES = 1 << 20  # of the products that exist at a time; these stay in the cache
-
 
 Walk = Iterator[tuple[Tensor, Tensor]]  # the rotations met, each with the ‖xR − Q(xR)‖² of every token
 

@@ -7,6 +7,7 @@ that memory is bounded by one decoder block, whatever the size of the model.
 import contextlib
 import copy
 import hashlib
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +21,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from dfrot.models.gguf import EMBEDDED, converted, embedded_file
-from dfrot.models.graph import Config, ModelGraph, graph_for
+from dfrot.models.graph import Config, ModelGraph, graph_for, head_dim
 from dfrot.system.errors import SetupError, UserError
-from dfrot.system.files import RUN_FILE, read_json
+from dfrot.system.files import RUN_FILE, read_json, translate_io_errors
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -209,6 +210,29 @@ class Source:
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
+class ModelSizes:
+    """Sizes of a model's tensors in entries, and bytes per entry: from these, methods and roundings estimate memory."""
+
+    def __init__(self, source: Source, working: torch.dtype, stored: torch.dtype, seq_len: int, tokens: int) -> None:
+        graph, config = source.graph, source.config
+        shapes = {name: tensor.shape for name, tensor in source.empty_block(0).state_dict().items()}
+        self.num_blocks = source.num_blocks
+        self.hidden = config.hidden_size  # width of the residual stream
+        self.vocabulary = config.vocab_size  # rows of the embedding
+        self.heads = config.num_attention_heads * head_dim(config)  # channels of all heads' outputs
+        self.block = sum(shape.numel() for shape in shapes.values())  # all tensors of a block
+        self.linears = linears = {name: shapes[f"{name}.weight"] for name in graph.linears}  # (out, in)
+        self.largest = max(shape.numel() for shape in linears.values())  # weight of a block
+        # for each input that layers share, the rows of these layers and the input's width
+        self.stages = [(sum(linears[name][0] for name in stage), linears[stage[0]][1]) for stage in graph.stages]
+        # bytes of an entry in the source, while a block is folded, and in the checkpoint
+        self.source, self.working, self.stored = source.dtype.itemsize, working.itemsize, stored.itemsize
+        self.seq_len = seq_len  # tokens of a calibration sequence
+        # one sequence inside a block: the stream, and the widest layer's input with gate and up
+        self.sequence = seq_len * (4 * self.hidden + 3 * linears[graph.down][1])
+        self.tokens = tokens  # of the calibration text, of all processes together
+
+
 def loaded(module: M, tensors: dict[str, Tensor]) -> M:
     """The module with these tensors as its state, for inference."""
     module.load_state_dict(tensors, assign=True)
@@ -221,6 +245,18 @@ def load_tokenizer(path: Path) -> Any:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # transformers and tokenizers raise errors of many kinds for broken files
         raise UserError(f"{path} has no tokenizer that transformers can load: {error}") from error
+
+
+def copy_tokenizer(path: Path, to: Path) -> None:
+    """Copy tokenizer and generation settings; UserError if names in them lead elsewhere, SetupError if `to` is full."""
+    tokenizer = load_tokenizer(path)
+    with translate_io_errors(to):
+        try:
+            tokenizer.save_pretrained(to)
+        except ValueError as error:
+            raise UserError(f"the tokenizer of {path} cannot be kept: {error}") from error
+        if (settings := path / "generation_config.json").is_file():
+            shutil.copyfile(settings, to / settings.name)
 
 
 def config_json(path: Path) -> dict[str, Any]:

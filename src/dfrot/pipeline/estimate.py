@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from dfrot.methods.method import FitContext
-from dfrot.models.sizes import ModelSizes
-from dfrot.models.source import Source
+from dfrot.models.source import ModelSizes, Source
 from dfrot.pipeline.recipe import Recipe
 from dfrot.quant.packing import packed_width
 from dfrot.system.distributed import SINGLE_PROCESS, ProcessGroup
@@ -64,7 +63,10 @@ class Estimate:
         sequences = -(-(wanted.tokens // wanted.seq_len) // processes.count)  # of one process
         on = FitContext(source, recipe.spec.activations, _no_text, torch.device("cpu"), recipe.seed)
         outline = recipe.method.outline(on)
-        stages = recipe.method.peak_bytes(sizes), _vocabulary_bytes(sizes), _block_bytes(sizes, recipe)
+        # the embedding or the head, while it is folded
+        vocabulary = sizes.vocabulary * sizes.hidden * (sizes.source + sizes.stored)
+        vocabulary += _FOLD64 * min(sizes.vocabulary, VOCABULARY_ROWS) * sizes.hidden
+        stages = recipe.method.peak_bytes(sizes), vocabulary, _block_bytes(sizes, recipe)
         state = sizes.working * sizes.hidden + recipe.rounding.state_bytes(sizes)
         return Estimate(
             blocks=source.num_blocks,
@@ -140,12 +142,6 @@ def free_disk(out: Path) -> int:
     there = [file.stat().st_size for file in out.iterdir() if file.is_file()] if out.is_dir() else []
     existing = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.is_dir())
     return shutil.disk_usage(existing).free + sum(there)
-
-
-def _vocabulary_bytes(sizes: ModelSizes) -> int:
-    """Folding the embedding or the head."""
-    held = sizes.vocabulary * sizes.hidden * (sizes.source + sizes.stored)
-    return held + _FOLD64 * min(sizes.vocabulary, VOCABULARY_ROWS) * sizes.hidden
 
 
 def _block_bytes(sizes: ModelSizes, recipe: Recipe) -> int:

@@ -6,7 +6,6 @@ the size of the model, and a small model goes through the same loop.
 
 import functools
 import hashlib
-import shutil
 import time
 import warnings
 from dataclasses import dataclass
@@ -20,16 +19,17 @@ from torch import Tensor
 from dfrot.checkpoint.load import DfrotConfig, usable_device
 from dfrot.checkpoint.writer import CheckpointWriter, ReuseDir, opened_writer
 from dfrot.methods.method import Fit, FitContext
-from dfrot.models.source import Source, load_tokenizer, open_source
+from dfrot.models.source import Source, copy_tokenizer, load_tokenizer, open_source
 from dfrot.models.texts import calibration_windows, read_text
 from dfrot.pipeline.estimate import VOCABULARY_ROWS, Estimate
 from dfrot.pipeline.recipe import Recipe
+from dfrot.quant.affine import grouped
 from dfrot.rounding.rounding import BlockTask
 from dfrot.rounding.stream import CalibrationStream, runtime_block
 from dfrot.runtime.config import RuntimeConfig
 from dfrot.runtime.linear import packed_tensors
 from dfrot.system.distributed import SINGLE_PROCESS, ProcessGroup
-from dfrot.system.errors import SetupError, UserError
+from dfrot.system.errors import UserError
 from dfrot.system.memory import give_freed_memory_back
 from dfrot.system.progress import track
 from dfrot.transform.fold import Fold
@@ -303,17 +303,7 @@ class _Loop:
             "dtype": str(self.dtypes.computing).removeprefix("torch."),
             "quantization_config": DfrotConfig.describe(self.runtime, self.recipe.to_json(), unquantized),
         }
-        try:
-            load_tokenizer(source.path).save_pretrained(writer.path)
-            if (settings := source.path / "generation_config.json").is_file():
-                shutil.copyfile(settings, writer.path / settings.name)
-        except ValueError as error:  # of transformers: names in its files that lead out of the directory
-            raise UserError(f"the tokenizer of {source.path} cannot be kept: {error}") from error
-        except Exception as error:  # tokenizers reports a full disk as a plain Exception
-            raise SetupError(
-                f"cannot write the tokenizer to {writer.path}: {error}. Make room or allow writing. "
-                "The same command with --resume instead of --overwrite continues."
-            ) from error
+        copy_tokenizer(source.path, writer.path)
         writer.finish(config, notes)
 
 
@@ -339,14 +329,11 @@ def calibration_tokens(source: Source, recipe: Recipe) -> Int[Tensor, "sequences
 def _check(source: Source, recipe: Recipe, processes: ProcessGroup) -> None:
     """Refuse a group size that does not fit the model, and processes that would have no work."""
     weights, wanted = recipe.spec.weights, recipe.calibration
-    if weights.enabled and (group := weights.group) is not None:
-        for name, width in input_widths(source.graph, source.config).items():
-            if width % group:
-                fitting = " or ".join(f"g{size}" for size in (16, 32, 64, 128, 256) if width % size == 0)
-                raise UserError(
-                    f"group_size must divide in_features: {name} has in_features={width}, group_size={group}. "
-                    f"Try {fitting or 'no group (one scale per channel)'}."
-                )
+    for name, width in input_widths(source.graph, source.config).items() if weights.enabled else ():
+        try:
+            grouped(torch.empty(width), weights.weight_granularity)
+        except ValueError as error:
+            raise UserError(f"{name} cannot be quantized: {error}") from error
     if processes.count > 1 and recipe.fits_weights:
         if not recipe.rounding.shares_sequences:
             alone = f"{recipe.rounding.name} learns from one sequence after the other"

@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
-from dfrot.models.sizes import ModelSizes
+from dfrot.models.source import ModelSizes
 from dfrot.quant.affine import QParams, dequantize, quantize
 from dfrot.quant.grids import PerGroup
 from dfrot.quant.spec import TensorSpec
@@ -42,7 +42,6 @@ FLOAT64_UP_TO = 2048
 _RAISE, _RAISES = 10.0, 6  # damping, when the Hessian is singular
 # Of a weight whose rows are rounded together; five times as much is needed beside it.
 PIECE_ENTRIES = 1 << 25
-
 
 GPTQ_PAPER = Paper(
     "gptq",

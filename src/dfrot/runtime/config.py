@@ -50,10 +50,8 @@ class RuntimeConfig:
         """Raises UserError if the record is not complete, or says something that this version does not know."""
         wrong = "this is not the runtime record of a dfrot checkpoint"
         names = {"grids", "online", "keys", "rotation_blocks"}
-        if not isinstance(record, dict) or (differing := record.keys() ^ names):
-            raise UserError(
-                f"{wrong}: {min(differing)!r} is unknown or missing." if isinstance(record, dict) else wrong
-            )
+        if differing := names ^ (record.keys() if isinstance(record, dict) else set()):
+            raise UserError(f"{wrong}: {min(differing)!r} is unknown or missing.")
         try:
             spec = Spec(**{kind: TensorSpec.checked(**grid) for kind, grid in record["grids"].items()})
             online = {name: rotation_from(rotation, {}) for name, rotation in record["online"].items()}

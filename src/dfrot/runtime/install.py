@@ -26,19 +26,18 @@ def install_(model: nn.Module, runtime: RuntimeConfig) -> None:
     config = model.config
     graph = graph_for(config)
     use_torch_norms_(model, graph)
-    attentions = []
-    for index in range(config.num_hidden_layers):  # type: ignore[union-attr,arg-type]
-        block = model.get_submodule(f"{graph.blocks}.{index}")
+    blocks = list(model.get_submodule(graph.blocks).children())
+    for block in blocks:
         install_block_(block, graph, runtime)
-        attentions.append(block.get_submodule(graph.attention))
     if runtime.spec.keys.enabled:
         if runtime.keys is not None and runtime.keys.size != head_dim(config):
             raise UserError(
                 f"this checkpoint's config rotates keys of {runtime.keys.size}, not {head_dim(config)} channels."
             )
+        attentions = [block.get_submodule(graph.attention) for block in blocks]
         install_kv_(model.get_submodule(graph.decoder), attentions, runtime.spec, runtime.keys)
-    for index, hook in itertools.product(range(config.num_hidden_layers), BLOCK_HOOKS):  # type: ignore[union-attr,arg-type]
-        hook(model.get_submodule(f"{graph.blocks}.{index}"), graph, config)
+    for block, hook in itertools.product(blocks, BLOCK_HOOKS):
+        hook(block, graph, config)
 
 
 def _check_sizes(block: nn.Module, graph: ModelGraph, runtime: RuntimeConfig) -> None:

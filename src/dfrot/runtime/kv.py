@@ -199,10 +199,6 @@ class QuantizedCacheLayer(DynamicLayer):
 
     @property
     def nbytes(self) -> int:
-        return 0 if self._packed is None else sum(packed.nbytes for packed in self._packed)
-
-    @property
-    def resident_bytes(self) -> int:
         """With the room for tokens to come."""
         return 0 if self._room is None else sum(packed.nbytes for packed in self._room)
 

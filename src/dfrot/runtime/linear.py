@@ -130,10 +130,7 @@ class QuantLinear(nn.Module):
 
     def quantize_input(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch in"]:
         """What the weight is multiplied by: the input rotated and quantized."""
-        return self.quantized(self.rotated(x))
-
-    def quantized(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch in"]:
-        """What is left of a rotated input after quantizing it."""
+        x = self.rotated(x)
         if self.activations.enabled:
             q = self.activations.fake_quantize(x.detach())
             x = x + (q - x).detach() if x.requires_grad else q  # rounding passes gradients straight through

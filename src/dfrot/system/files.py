@@ -103,8 +103,8 @@ def translate_io_errors(folder: Path, temporary: Path | None = None) -> Iterator
     except BaseException as error:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
-        # safetensors reports a full disk as its own error type, with the system's text
-        if not (isinstance(error, OSError) or "I/O error" in str(error) or "No space" in str(error)):
+        # safetensors and tokenizers report a full disk as errors of their own, with the system's number in the text
+        if not (isinstance(error, OSError) or "(os error " in str(error)):
             raise
         resumable = (folder / RUN_FILE).is_file()
         hint = " The same command with --resume instead of --overwrite continues." if resumable else ""
