@@ -15,9 +15,10 @@ import torch
 from safetensors import safe_open
 
 import dfrot
+from dfrot.models.source import loaded, open_source
 from dfrot.pipeline.run import _Loop
 from dfrot.transform.fold import Fold
-from dfrot.transform.invariance import InvarianceError, require_fall
+from dfrot.transform.invariance import InvarianceCheck, InvarianceError, require_fall
 from dfrot.transform.transforms import Transforms
 
 Tiny = Callable[[str], Path]
@@ -175,3 +176,13 @@ def test_an_embedding_that_was_not_rotated_ends_the_run(
     with pytest.raises(InvarianceError, match="the embedding in the checkpoint is not the one that was checked"):
         dfrot.quantize(tiny("llama"), dfrot.Recipe.parse("quarot", "rtn"), tmp_path / "out")
     assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_a_tensor_whose_name_begins_like_that_of_a_layer_is_handed_on(tiny: Tiny) -> None:
+    source = open_source(str(tiny("llama")))
+    tensors = source.block(0).state_dict()
+    source.skeleton.get_submodule("model.layers.0.mlp").register_buffer("up_proj_scale", torch.ones(1, device="meta"))
+    block = loaded(source.empty_block(0), tensors | {"mlp.up_proj_scale": torch.ones(1)})
+    check = InvarianceCheck(source, source.embedding(), 0, torch.device("cpu"))
+    _, state = check.block(0, block, Transforms(), torch.float32)
+    assert state.keys() == block.state_dict().keys()
