@@ -96,7 +96,7 @@ def assert_the_short_way_is_the_long_way(model: Any, monkeypatch: pytest.MonkeyP
     mask = torch.ones_like(TOKENS)
     mask[0, :4] = 0
     with monkeypatch.context() as patched:
-        count = layers_by_themselves(patched)
+        count = blocks_by_layers(patched)
         short = stepwise(model, mask)[:, UNPADDED]
         assert not count
     monkeypatch.setattr(FusedBlock, "__call__", lambda *_, **__: None)
@@ -105,15 +105,17 @@ def assert_the_short_way_is_the_long_way(model: Any, monkeypatch: pytest.MonkeyP
     torch.testing.assert_close(short, long, rtol=0, atol=DIFFERENCE * float(long.abs().max()))
 
 
-def layers_by_themselves(patched: pytest.MonkeyPatch) -> list[int]:
-    """A list that has an entry for every linear layer that is computed on its own from now on."""
-    count, forward = [], QuantLinear.forward
+def blocks_by_layers(patched: pytest.MonkeyPatch) -> list[int]:
+    """A list that has an entry for every block that is computed layer by layer from now on."""
+    count, call = [], FusedBlock.__call__
 
-    def counted(layer: QuantLinear, x: torch.Tensor) -> torch.Tensor:
-        count.append(1)
-        return forward(layer, x)
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        output = call(*args, **kwargs)
+        if output is None:
+            count.append(1)
+        return output
 
-    patched.setattr(QuantLinear, "forward", counted)
+    patched.setattr(FusedBlock, "__call__", counted)
     return count
 
 
@@ -122,7 +124,7 @@ def test_the_families_of_the_suite_that_take_the_short_way(
 ) -> None:
     """Those whose heads have a multiple of 32 channels, so that what else is tested on them is tested of both ways."""
     models = {name: checkpoint(tiny(name), tmp_path / name, text_file, spec="w4a4kv4") for name in CONFIGS}
-    count = layers_by_themselves(monkeypatch)
+    count = blocks_by_layers(monkeypatch)
     short = set()
     for name, model in models.items():
         count.clear()

@@ -38,7 +38,7 @@ def random_weight(
     scales = (torch.rand(out, groups, generator=generator) + 0.1).bfloat16()
     zeros = torch.randint(0, 2**spec.bits, (out, groups), generator=generator, dtype=torch.uint8)
     b = torch.randn(out, generator=generator) if bias else None
-    packed = PackedWeight.of(pack(codes, spec.bits), scales, None if spec.symmetric else zeros, b, spec)
+    packed = PackedWeight(pack(codes, spec.bits), scales, None if spec.symmetric else zeros, b)
     zero = 2.0 ** (spec.bits - 1) if spec.symmetric else zeros.double()[..., None]
     wide = (codes.double().unflatten(-1, (groups, -1)) - zero) * scales.double()[..., None]
     return packed, wide.flatten(1)
@@ -82,7 +82,7 @@ def test_the_product_is_that_of_the_integers(
     packed, w = random_weight(out, width, weights, generator, bias=bias)
     q = quantized(x, activations)
     expected, b = q @ w.T, torch.zeros(out) if packed.bias is None else packed.bias
-    (y,) = linear([packed], NO_PASSES, weights, activations)(x)
+    (y,) = linear(x, [packed], NO_PASSES, weights, activations)
     # integers are exact; the two scales, their product, the bias and the result are rounded
     bound = EPS[dtype] / 2 * (expected + b).abs() + 4 * EPS[torch.float32] * (expected.abs() + b.abs())
     assert ((y.double() - expected - b).abs() <= bound + 1e-37).all()
@@ -99,7 +99,7 @@ def test_groups_have_their_own_scales(isa: int, bits: int, group: int, rows: int
             continue
         packed, w = random_weight(50, 768, weights, generator)
         expected = quantized(x, activations) @ w.T
-        (y,) = linear([packed], NO_PASSES, weights, activations)(x)
+        (y,) = linear(x, [packed], NO_PASSES, weights, activations)
         # as many roundings as there are groups, of terms as large as all of them together
         terms = quantized(x, activations).abs() @ w.abs().T
         assert ((y - expected).abs() <= 768 / group * EPS[torch.float32] * terms).all()
@@ -113,9 +113,9 @@ def test_what_is_not_finite_is_not_hidden_and_stays_in_its_row(
     weights, activations = TensorSpec(4, True), TensorSpec(4, False, 0.9)
     packed, _ = random_weight(20, 64, weights, generator)
     x = torch.randn(rows, 64, generator=generator)
-    (clean,) = linear([packed], NO_PASSES, weights, activations)(x)
+    (clean,) = linear(x, [packed], NO_PASSES, weights, activations)
     x[1, 5] = bad
-    (y,) = linear([packed], NO_PASSES, weights, activations)(x)
+    (y,) = linear(x, [packed], NO_PASSES, weights, activations)
     assert y[1].isnan().all()
     others = torch.arange(rows) != 1
     assert torch.equal(y[others], clean[others])
@@ -124,7 +124,7 @@ def test_what_is_not_finite_is_not_hidden_and_stays_in_its_row(
 def test_zeros_give_the_bias(isa: int, generator: torch.Generator) -> None:
     weights, activations = TensorSpec(4, False), TensorSpec(4, False, 0.9)
     packed, _ = random_weight(20, 64, weights, generator, bias=True)
-    (y,) = linear([packed], NO_PASSES, weights, activations)(torch.zeros(9, 64))
+    (y,) = linear(torch.zeros(9, 64), [packed], NO_PASSES, weights, activations)
     assert packed.bias is not None
     assert torch.equal(y, packed.bias.expand(9, -1))
 
@@ -136,9 +136,9 @@ def test_a_token_is_computed_alike_alone_and_among_many(
     weights, activations = TensorSpec(bits, True), TensorSpec(4, False, 0.9)
     packed, _ = random_weight(300, width, weights, generator)
     x = torch.randn(600, width, generator=generator)
-    (together,) = linear([packed], NO_PASSES, weights, activations)(x)
+    (together,) = linear(x, [packed], NO_PASSES, weights, activations)
     for row in (0, 191, 192, 599):
-        (alone,) = linear([packed], NO_PASSES, weights, activations)(x[row : row + 1])
+        (alone,) = linear(x[row : row + 1], [packed], NO_PASSES, weights, activations)
         assert torch.equal(alone[0], together[row])
 
 
@@ -181,7 +181,7 @@ def test_weights_that_read_one_input_share_its_rotation_and_quantization(isa: in
     for rows in (1, 40, 300):
         x = torch.randn(rows, 64, generator=generator)
         q = quantized((x.double() @ Hadamard(64).as_matrix()).float(), activations)
-        for y, w in zip(linear([one, two], passes, weights, activations)(x), (w_one, w_two), strict=True):
+        for y, w in zip(linear(x, [one, two], passes, weights, activations), (w_one, w_two), strict=True):
             torch.testing.assert_close(y.double(), q @ w.T, rtol=0, atol=1e-3 * float((q @ w.T).std()))
 
 

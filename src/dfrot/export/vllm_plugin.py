@@ -100,8 +100,8 @@ class FourBitActivations(Wrapped):
             )
         reference.qweight, reference.scales = words.view(torch.uint8), scales
         if reference.native(scales.new_empty(1, inputs)):
-            products = linear([reference.packed()[0]], NO_PASSES, weights, activations)
-            self.multiply = lambda x: products(x)[0]
+            packed = reference.packed
+            self.multiply = lambda x: linear(x, [packed], NO_PASSES, weights, activations)[0]
         else:
             reference.dense_weight(dtype)  # unpacked now, not while vLLM compiles
             self.multiply = reference.float_product

@@ -2,26 +2,32 @@
 
 `fuse_block_` gives a transformers block a subclass of its class, whose forward takes the short way where it can
 and is the block's own otherwise: with gradients, hooks, torch.compile, other caches and attentions, another device.
+
+The short way reads the block's tensors by their addresses. So it is taken only while every module, attribute and tensor
+of the block is the one that the addresses were taken from, and no tensor has been written to since.
 """
 
 import ctypes
+import functools
+import operator
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from dfrot.kernels import attention, structures
-from dfrot.kernels.linear import PackedWeight
-from dfrot.kernels.lowering import NO_PASSES, Lowered, lower
+from dfrot.kernels.lowering import NO_PASSES, Lowered
 from dfrot.kernels.structures import Block, Grid, Norm, Tokens, Transform, Weights, machine, native, pointer
 from dfrot.models.graph import Config, ModelGraph, head_dim
 from dfrot.quant.spec import UNQUANTIZED
 from dfrot.runtime.kv import ATTENTION, KVQuantizer, QuantizedCacheLayer
-from dfrot.runtime.linear import QuantLinear, version
-from dfrot.runtime.norms import RotatedNorm
+from dfrot.runtime.linear import QuantLinear
+from dfrot.runtime.norms import RotatedNorm, differentiated
+from dfrot.system.kept import lasting
 
 
 class _Fused:
@@ -29,9 +35,23 @@ class _Fused:
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         fused: FusedBlock = self.fused  # type: ignore[attr-defined]
-        if not args and (output := fused(hidden_states, **kwargs)) is not None:
+        if not args and (output := fused(self, hidden_states, **kwargs)) is not None:  # type: ignore[arg-type]
             return output
         return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+
+    def __reduce__(self) -> Any:  # by the class of the block: the mixed one has no address
+        return _unfilled, (type(self).__mro__[2],), self.__dict__
+
+
+@functools.cache
+def _mixed(kind: type[nn.Module]) -> type[nn.Module]:
+    """The class of blocks that take the short way, by the block's name, which device maps know."""
+    return type(kind.__name__, (_Fused, kind), {"__module__": __name__})
+
+
+def _unfilled(kind: type[nn.Module]) -> nn.Module:
+    mixed = _mixed(kind)
+    return mixed.__new__(mixed)
 
 
 def fuse_block_(block: nn.Module, graph: ModelGraph, config: Config) -> None:
@@ -39,28 +59,30 @@ def fuse_block_(block: nn.Module, graph: ModelGraph, config: Config) -> None:
     if config.hidden_act == "silu" and all(
         isinstance(block.get_submodule(name), QuantLinear) for name in graph.linears
     ):
-        kind = type(block)
-        block.fused = FusedBlock(block, graph, config)  # type: ignore[assignment]
-        block.__class__ = type(f"Fused{kind.__name__}", (_Fused, kind), {})
+        block.fused = FusedBlock(graph, {name: type(module) for name, module in block.named_modules() if name})
+        block.__class__ = _mixed(type(block))
 
 
 class FusedBlock:
-    """The short way through one block."""
+    """The short way through one block. Copies of it, by `copy` or pickle, hold no address.
 
-    def __init__(self, block: nn.Module, graph: ModelGraph, config: Config) -> None:
-        self.graph, self.config = graph, config
-        self.modules: dict[str, Any] = dict(block.named_modules())
-        self.attention = self.modules[graph.attention]
-        self.linears: list[QuantLinear] = [self.modules[name] for name in graph.linears]
-        self._made: tuple[tuple[Any, ...], Block | None, list[Any]] | None = None
+    Args:
+        kinds: the classes of the block's modules; with any others it is computed the long way.
+    """
 
-    @property
-    def quantizer(self) -> KVQuantizer | None:
-        """Of keys and values."""
-        return getattr(self.attention, "kv_quantizer", None)
+    def __init__(self, graph: ModelGraph, kinds: dict[str, type[nn.Module]]) -> None:
+        self.graph, self.kinds = graph, kinds
+        self._native: _NativeBlock | None = None
+        self._made_from: tuple[list[Any], list[Any]] | None = None
+        self._modules: list[nn.Module] = []
+        self._memory: list[Tensor] = []  # of the block's tensors: while it is kept no other tensor gets their addresses
+
+    def __reduce__(self) -> Any:
+        return FusedBlock, (self.graph, self.kinds)
 
     def __call__(
         self,
+        block: nn.Module,
         x: Tensor,
         *,
         attention_mask: Tensor | None = None,
@@ -74,26 +96,104 @@ class FusedBlock:
             return None
         if attention_mask is not None and attention_mask.dtype != torch.bool:
             return None
-        if (layer := self._cache(past_key_values)) is None or (block := self._structure(x)) is None:
+        if (made := self._current(block, x)) is None or (layer := made.cache(past_key_values)) is None:
             return None
+        return made(x, layer, attention_mask, position_embeddings)
+
+    def _current(self, block: nn.Module, x: Tensor) -> "_NativeBlock | None":
+        """The block as the kernels take it; None if they cannot compute what it is now, or not for such an input."""
+        if type(x) is not Tensor or torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+            return None
+        if differentiated(x):
+            return None
+        known = self._parts(self._modules, x)
+        if known is None or self._made_from is None or not _same(known, self._made_from):
+            self._native, self._made_from, self._memory = None, None, []
+            self._modules = list(block.modules())
+            if (known := self._parts(self._modules, x)) is None:
+                return None
+            tensors = [tensor for module in self._modules for tensor in _tensors(module)]
+            if all(map(lasting, tensors)) and self._unchanged(block):
+                self._native = _NativeBlock.of(block, self.graph, x)
+            self._made_from, self._memory = known, [tensor.detach() for tensor in tensors]
+        return self._native
+
+    def _parts(self, modules: Sequence[nn.Module], x: Tensor) -> tuple[list[Any], list[Any]] | None:
+        """All that modules consist of: objects, and numbers that tell the state of tensors; None with hooks."""
+        objects: list[Any] = []
+        numbers: list[Any] = [x.dtype, x.device]
+        graded = torch.is_grad_enabled()
+        for module in modules:
+            own = module.__dict__
+            if own["_forward_hooks"] or own["_forward_pre_hooks"]:
+                return None
+            kind = type(module)
+            objects += (kind, kind.forward, *own.values(), *own["_modules"].values())
+            for tensor in (*own["_parameters"].values(), *own["_buffers"].values()):
+                objects.append(tensor)
+                if tensor is not None:
+                    if tensor.is_inference() or (graded and tensor.requires_grad):
+                        return None
+                    numbers += (tensor.data_ptr(), tensor._version, tensor.dtype, tensor.shape)
+        return objects, numbers
+
+    def _unchanged(self, block: nn.Module) -> bool:
+        """Whether a block has modules of the classes that it was given, and they compute as these say."""
+        inner = {name: module for name, module in block.named_modules() if name}
+        if {name: type(module) for name, module in inner.items()} != self.kinds:
+            return False
+        kinds = {type(block).__mro__[2], *self.kinds.values()}
+        return not any("forward" in vars(module) for module in inner.values()) and not any(map(_patched, kinds))
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+
+
+def _same(one: tuple[list[Any], list[Any]], other: tuple[list[Any], list[Any]]) -> bool:
+    (objects, numbers), (before, numbers_before) = one, other
+    return numbers == numbers_before and len(objects) == len(before) and all(map(operator.is_, objects, before))
+
+
+def _patched(kind: type[nn.Module]) -> bool:
+    """Whether somebody has given a class another forward than the one in its source."""
+    own = {(each.__module__, f"{each.__qualname__}.forward") for each in kind.__mro__}
+    return kind.forward is not nn.Module.forward and (kind.forward.__module__, kind.forward.__qualname__) not in own
+
+
+class _NativeBlock:
+    """A block for C. It points to the block's tensors and is of use as long as they are what they were."""
+
+    def __init__(self, block: nn.Module, graph: ModelGraph, structure: Block, kept: list[Any]) -> None:
+        self.attention: Any = block.get_submodule(graph.attention)
+        self.structure, self._kept = structure, kept
+
+    @property
+    def quantizer(self) -> KVQuantizer | None:
+        """Of keys and values."""
+        return getattr(self.attention, "kv_quantizer", None)
+
+    def __call__(
+        self, x: Tensor, layer: Any, mask: Tensor | None, position_embeddings: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """The block's output; `layer` is what `cache` has found."""
         batch, count = x.shape[:2]
         x = x.contiguous()
         cos, sin = (each.expand(batch, -1, -1).to(x.dtype).contiguous() for each in position_embeddings)
         tokens = Tokens(x.data_ptr(), structures.DTYPES[x.dtype], batch, count, cos.data_ptr(), sin.data_ptr())
-        few = count == 1 or (attention_mask is not None and count <= attention.FEW)
+        few = count == 1 or (mask is not None and count <= attention.FEW)
         if few and isinstance(layer, QuantizedCacheLayer):
-            return self._whole(block, tokens, x, layer, attention_mask)
-        query, keys, values = self._read(block, tokens, x, layer)
+            return self._whole(tokens, x, layer, mask)
+        query, keys, values = self._read(tokens, x, layer)
         if isinstance(layer, Cache):
             keys, values = layer.update(keys, values, self.attention.layer_idx)
-        attended, _nothing = sdpa_attention_forward(
-            self.attention, query, keys, values, attention_mask, scaling=self.attention.scaling
-        )
-        return self._write(block, x, attended)
+        scaling = self.attention.scaling
+        attended, _nothing = sdpa_attention_forward(self.attention, query, keys, values, mask, scaling=scaling)
+        return self._write(x, attended)
 
-    def _cache(self, past_key_values: Any) -> Any:
+    def cache(self, past_key_values: Any) -> Any:
         """The packed cache of this block; a cache of transformers; False for none; None if the long way knows."""
-        chosen = self.config._attn_implementation
+        chosen = self.attention.config._attn_implementation
         if self.quantizer is None:
             return None if chosen != "sdpa" else False if past_key_values is None else past_key_values
         if chosen != ATTENTION:
@@ -103,20 +203,18 @@ class FusedBlock:
         layer = past_key_values.layers[self.attention.layer_idx] if isinstance(past_key_values, DynamicCache) else None
         return layer if isinstance(layer, QuantizedCacheLayer) else None
 
-    def _whole(
-        self, block: Block, tokens: Tokens, x: Tensor, layer: QuantizedCacheLayer, mask: Tensor | None
-    ) -> Tensor:
+    def _whole(self, tokens: Tokens, x: Tensor, layer: QuantizedCacheLayer, mask: Tensor | None) -> Tensor:
         y = torch.empty_like(x)
         mask = None if mask is None else mask.contiguous()
         keys, values, length = self._room(layer, x)
         looks = structures.looks(mask)
-        native().dfrot_block(*machine(), block, tokens, keys, values, length, *looks, pointer(y))
+        native().dfrot_block(*machine(), self.structure, tokens, keys, values, length, *looks, pointer(y))
         layer.advance(x.shape[1])
         return y
 
-    def _read(self, block: Block, tokens: Tokens, x: Tensor, layer: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def _read(self, tokens: Tokens, x: Tensor, layer: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, and keys and values of the new tokens, or of all if the cache is packed."""
-        batch, count = x.shape[:2]
+        (batch, count), block = x.shape[:2], self.structure
         query = x.new_empty(batch, block.heads, count, block.dim)
         keys, values = (x.new_empty(batch, block.kv_heads, count, block.dim) for _ in range(2))
         packed: list[Any] = [None, None]
@@ -127,61 +225,49 @@ class FusedBlock:
         if isinstance(layer, QuantizedCacheLayer):
             whole = layer.advance(count)
             if length:
-                spec = self.attention.kv_quantizer.keys
-                keys, values = (attention.unpack([*part], spec.bits, x.dtype) for part in whole)
+                bits = self.structure.kv_bits
+                keys, values = (attention.unpack([*part], bits, x.dtype) for part in whole)
         return query, keys, values
 
-    def _write(self, block: Block, x: Tensor, attended: Tensor) -> Tensor:
+    def _write(self, x: Tensor, attended: Tensor) -> Tensor:
         attended, y = attended.contiguous(), torch.empty_like(x)
         rows = structures.DTYPES[x.dtype], x.shape[0] * x.shape[1]
-        native().dfrot_block_write(*machine(), block, pointer(x), pointer(attended), *rows, pointer(y))
+        native().dfrot_block_write(*machine(), self.structure, pointer(x), pointer(attended), *rows, pointer(y))
         return y
 
     def _room(self, layer: QuantizedCacheLayer, x: Tensor) -> tuple[Any, Any, int]:
         """Room for the new tokens in a packed cache, and how many it has."""
         if not layer.is_initialized:
             layer.lazy_initialization(x, x)
-        bits = self.attention.kv_quantizer.keys.bits
-        keys, values = layer.reserve(x.shape[0], self.config.num_key_value_heads, x.shape[1])
+        bits = self.structure.kv_bits
+        keys, values = layer.reserve(x.shape[0], self.structure.kv_heads, x.shape[1])
         return structures.cache(keys, bits), structures.cache(values, bits), layer.get_seq_length()
 
-    def _structure(self, x: Tensor) -> Block | None:
-        """The block as the kernels take it; None if they cannot compute it for such an input."""
-        if (x.requires_grad and torch.is_grad_enabled()) or any(
-            module._forward_hooks or module._forward_pre_hooks for module in self.modules.values()
-        ):
-            return None
-        weights = [layer._buffers.get("qweight") for layer in self.linears]
-        grids = (layer.activations for layer in self.linears)
-        versions = ((id(weight), version(weight)) for weight in weights)
-        state = (x.dtype, x.device, *versions, *grids)
-        if self._made is None or self._made[0] != state:
-            kept: list[Any] = []
-            self._made = state, self._build(x, kept), kept
-        return self._made[1]
-
-    def _build(self, x: Tensor, kept: list[Any]) -> Block | None:
-        """As `_structure`; what it points to is put into `kept`."""
-        graph, quantizer = self.graph, self.quantizer
-        activations = self.linears[0].activations
+    @staticmethod
+    def of(block: nn.Module, graph: ModelGraph, x: Tensor) -> "_NativeBlock | None":
+        """For inputs like x; None if the kernels cannot compute the block for those."""
+        modules: dict[str, Any] = dict(block.named_modules())
+        linears: list[QuantLinear] = [modules[name] for name in graph.linears]
+        attention_module = modules[graph.attention]
+        config: Config = attention_module.config
+        quantizer: KVQuantizer | None = getattr(attention_module, "kv_quantizer", None)
+        activations = linears[0].activations
         if any(
-            layer.activations != activations or not layer.native(x.new_empty(1, layer.in_features))
-            for layer in self.linears
+            layer.activations != activations or not layer.native(x.new_empty(1, layer.in_features)) for layer in linears
         ):
             return None
         if quantizer is not None and not quantizer.native(x.new_empty(1, quantizer.head_dim)):
             return None
-        if head_dim(self.config) > attention.MOST_CHANNELS:
+        if head_dim(config) > attention.MOST_CHANNELS:
             return None
-        packed = {name: self.modules[name].packed() for name in graph.linears}
-        before = {name: passes for name, (_, passes) in packed.items()}
+        before = {name: modules[name].passes for name in graph.linears}
         for name in graph.norms:
-            module = self.modules[name]
-            rotation = module.rotation if isinstance(module, RotatedNorm) else None
-            before[name] = NO_PASSES if rotation is None else lower(rotation.as_rotation)
+            rotation = modules[name].rotation if isinstance(modules[name], RotatedNorm) else None
+            before[name] = NO_PASSES if rotation is None else rotation.passes
         before["keys"] = NO_PASSES if quantizer is None else quantizer.passes
         if any(passes is None for passes in before.values()):
             return None
+        kept: list[Any] = []  # what the structure points to
 
         def transform(name: str) -> Transform:
             passes: Lowered = before[name]
@@ -189,18 +275,18 @@ class FusedBlock:
             return structures.transform(*passes)
 
         def weights(stage: Sequence[str]) -> Any:
-            columns: list[PackedWeight] = [packed[name][0] for name in stage]
-            bits = self.modules[stage[0]].weights.bits
-            array = (Weights * len(columns))(*(each.structure(bits) for each in columns))
-            kept.append((columns, array))
+            bits = modules[stage[0]].weights.bits
+            made = [modules[name].packed.structure(bits) for name in stage]
+            array = (Weights * len(made))(*(each for each, _ in made))
+            kept.append((made, array))
             return ctypes.cast(array, ctypes.POINTER(Weights))
 
         def norm(name: str | None) -> Norm:
             if name is None:
                 return Norm(None, 0)
-            weight = self.modules[name].weight.detach().to(x.dtype).contiguous()
+            weight = modules[name].weight.detach().to(x.dtype).contiguous()
             kept.append(weight)
-            return Norm(weight.data_ptr(), self.modules[name].eps)
+            return Norm(weight.data_ptr(), modules[name].eps)
 
         attention_norm, mlp_norm = graph.norms
         query_norm, key_norm = graph.head_norms or (None, None)
@@ -208,17 +294,19 @@ class FusedBlock:
         queries = keys = values = UNQUANTIZED
         if quantizer is not None:
             queries, keys, values = quantizer.queries, quantizer.keys, quantizer.values
-        return Block(
-            *(self.config.num_attention_heads, self.config.num_key_value_heads, head_dim(self.config), self._rotary()),
+        structure = Block(
+            *(config.num_attention_heads, config.num_key_value_heads, head_dim(config), _rotary(config)),
             *(norm(attention_norm), norm(mlp_norm), norm(query_norm), norm(key_norm)),
             *(weights(readers), len(readers), weights([output]), weights(gates), weights([down]), len(gates)),
             *map(transform, (attention_norm, "keys", output, mlp_norm, down)),
             Grid(activations.bits, activations.symmetric, activations.fixed_clip),
             Grid(queries.bits, queries.symmetric, queries.fixed_clip),
-            *(keys.bits, keys.fixed_clip, values.fixed_clip, self.attention.scaling),
+            *(keys.bits, keys.fixed_clip, values.fixed_clip, attention_module.scaling),
         )
+        return _NativeBlock(block, graph, structure, kept)
 
-    def _rotary(self) -> int:
-        """Channels of a head that are turned by position."""
-        factor = (getattr(self.config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0)
-        return int(head_dim(self.config) * factor)
+
+def _rotary(config: Config) -> int:
+    """Channels of a head that are turned by position."""
+    factor = (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0)
+    return int(head_dim(config) * factor)

@@ -5,48 +5,66 @@ Weights stay packed as in the checkpoint; a few rows at a time are unpacked, in 
 """
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from dfrot.kernels import library
 from dfrot.kernels.lowering import Lowered
-from dfrot.kernels.structures import DTYPES, Grid, Weights, computable, machine, native, pointer, transform
+from dfrot.kernels.structures import (
+    DTYPES,
+    Grid,
+    Weights,
+    computable,
+    instruction_set,
+    machine,
+    native,
+    pointer,
+    transform,
+)
 from dfrot.quant.spec import TensorSpec
+from dfrot.system.kept import Kept
+
+_SUMS = WeakTensorKeyDictionary()  # qweight → the kept sums of its codes
 
 
 class PackedWeight(NamedTuple):
-    """The tensors of a `QuantLinear`, and the sums of its codes."""
+    """The tensors of a `QuantLinear`."""
 
     qweight: UInt8[Tensor, "out bytes"]
     scales: Float[Tensor, "out groups"]
     zeros: UInt8[Tensor, "out groups"] | None
-    sums: Int[Tensor, "out groups"]
     bias: Float[Tensor, " out"] | None
 
-    @staticmethod
-    def of(
-        qweight: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, spec: TensorSpec
-    ) -> "PackedWeight":
-        """From the tensors of a checkpoint; none is copied unless the kernels do not know its dtype."""
-        out, groups = scales.shape
-        sums = torch.empty(out, groups, dtype=torch.int32)
-        width = qweight.shape[1] * 8 // spec.bits
-        native().dfrot_code_sums(pointer(qweight), out, width, spec.bits, width // groups, pointer(sums))
-        scales = (scales if scales.dtype in DTYPES else scales.float()).contiguous()
-        return PackedWeight(qweight.contiguous(), scales, zeros, sums, None if bias is None else bias.float())
-
-    def structure(self, bits: int) -> Weights:
-        """The same for C, as long as this lives."""
+    def structure(self, bits: int) -> tuple[Weights, list[Tensor | None]]:
+        """The same for C, as long as the tensors beside it live: copies where the kernels do not know a dtype."""
         (out, groups), num_bytes = self.scales.shape, self.qweight.shape[1]
         width = num_bytes * 8 // bits
-        return Weights(
-            *(out, width, width // groups, groups, bits, pointer(self.qweight), num_bytes, pointer(self.scales)),
-            *(DTYPES[self.scales.dtype], pointer(self.zeros), pointer(self.sums), pointer(self.bias)),
+        codes, zeros = self.qweight.contiguous(), None if self.zeros is None else self.zeros.contiguous()
+        scales = (self.scales if self.scales.dtype in DTYPES else self.scales.float()).contiguous()
+        bias, sums = None if self.bias is None else self.bias.float().contiguous(), self.code_sums(bits)
+        made = Weights(
+            *(out, width, width // groups, groups, bits, pointer(codes), num_bytes, pointer(scales)),
+            *(DTYPES[scales.dtype], pointer(zeros), pointer(sums), pointer(bias)),
         )
+        return made, [codes, scales, zeros, sums, bias]
+
+    def code_sums(self, bits: int) -> Int[Tensor, "out groups"]:
+        """Sums of the codes of every group, kept while the codes stay the same."""
+        out, groups = self.scales.shape
+
+        def summed() -> Tensor:
+            codes, sums = self.qweight.contiguous(), torch.empty(out, groups, dtype=torch.int32)
+            width = codes.shape[1] * 8 // bits
+            native().dfrot_code_sums(pointer(codes), out, width, bits, width // groups, pointer(sums))
+            return sums
+
+        kept: Kept[Tensor] = _SUMS.setdefault(self.qweight, Kept())
+        return kept.get(summed, [self.qweight], bits, groups)
 
 
 def supported(x: Tensor, weights: TensorSpec, activations: TensorSpec) -> bool:
@@ -59,17 +77,21 @@ def supported(x: Tensor, weights: TensorSpec, activations: TensorSpec) -> bool:
         return True
     group_bytes, rest = divmod(weights.group * weights.bits, 8)
     fits = not rest and group_bytes % 4 == 0 and (64 % group_bytes == 0 or group_bytes % 64 == 0)
-    return fits and (library.instruction_set() > library.AVX2 or group_bytes % 32 == 0)
+    return fits and (instruction_set() > library.AVX2 or group_bytes % 32 == 0)
 
 
 def linear(
-    weights: Sequence[PackedWeight], rotation: Lowered, weight_spec: TensorSpec, activation_spec: TensorSpec
-) -> Callable[[Float[Tensor, "*batch in"]], list[Tensor]]:
-    """x → Q(x R) Ŵᵀ + b, (…, out) in the dtype of x, for each of the weights that read x. To torch.compile, it is one
+    x: Float[Tensor, "*batch in"],
+    weights: Sequence[PackedWeight],
+    rotation: Lowered,
+    weight_spec: TensorSpec,
+    activation_spec: TensorSpec,
+) -> list[Tensor]:
+    """Q(x R) Ŵᵀ + b, (…, out) in the dtype of x, for each of the weights that read x. To torch.compile, it is one
     operator."""
     parts = [part for weight in weights for part in weight]
     grid = activation_spec.bits, activation_spec.symmetric, activation_spec.fixed_clip
-    return lambda x: _linear(x, parts, *rotation, weight_spec.bits, *grid)
+    return _linear(x, parts, *rotation, weight_spec.bits, *grid)
 
 
 @torch.library.custom_op("dfrot::linear", mutates_args=())
@@ -87,11 +109,12 @@ def _linear(
     x, made = x.contiguous(), _products(x, parts)
     each = len(PackedWeight._fields)
     weights = [PackedWeight(*parts[at : at + each]) for at in range(0, len(parts), each)]  # type: ignore[arg-type]
-    count = len(weights)
+    structures, kept = zip(*(weight.structure(weight_bits) for weight in weights), strict=True)
+    count = len(kept)
     native().dfrot_linear(
         *(*machine(), pointer(x), DTYPES[x.dtype], x.numel() // x.shape[-1]),
         *(transform(passes, data, square), Grid(bits, symmetric, clip), count),
-        (Weights * count)(*(weight.structure(weight_bits) for weight in weights)),
+        (Weights * count)(*structures),
         (ctypes.c_void_p * count)(*map(pointer, made)),
     )
     return made

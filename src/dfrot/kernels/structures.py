@@ -98,6 +98,12 @@ def _check(failed: int | None, *_: Any) -> None:
         raise MemoryError("there is no memory for the scratch space of a kernel")
 
 
+@torch.compiler.assume_constant_result
+def instruction_set() -> int:
+    """`library.instruction_set()`, which torch.compile need not look into."""
+    return library.instruction_set()
+
+
 def machine() -> tuple[int, int]:
     """What functions take first: the instruction set and the number of threads."""
     return library.instruction_set(), torch.get_num_threads()
@@ -105,7 +111,7 @@ def machine() -> tuple[int, int]:
 
 def computable(x: Tensor) -> bool:
     """Whether there are kernels for such a tensor: on the CPU, float32 or bfloat16, with nothing to differentiate."""
-    known = x.device.type == "cpu" and x.dtype in DTYPES and library.instruction_set() >= library.AVX2
+    known = x.device.type == "cpu" and x.dtype in DTYPES and instruction_set() >= library.AVX2
     return known and not (x.requires_grad and torch.is_grad_enabled())
 
 

@@ -17,8 +17,11 @@ import itertools
 import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 # First rows of Williamson's four circulants, entries 1 … (m − 1)/2. Entry 0 is +1, the rest follows by symmetry.
 # m = 23: Baumert, Golomb, Hall 1962; m = 29: Baumert 1966; m = 43: Williamson 1944; m = 39: London 2013.
@@ -41,12 +44,12 @@ def prime_power(q: int) -> tuple[int, int] | None:
     return (p, k) if p**k == q else None
 
 
-def _quadratic_character(p: int, k: int) -> Tensor:
+def _quadratic_character(p: int, k: int) -> NDArray[np.int8]:
     """χ on GF(pᵏ): 0 at 0, +1 at squares, −1 elsewhere; an element is indexed by its base-p digits."""
     q = p**k
     # Some monic polynomial of degree k makes x a generator: its powers reach all non-zero elements, even ones squares.
     for tail in itertools.product(range(p), repeat=k):  # xᵏ = Σ tail[i] xⁱ
-        chi = torch.zeros(q, dtype=torch.int8)
+        chi = np.zeros(q, np.int8)
         element = [1] + [0] * (k - 1)
         for exponent in range(q - 1):
             index = sum(digit * p**i for i, digit in enumerate(element))
@@ -60,50 +63,49 @@ def _quadratic_character(p: int, k: int) -> Tensor:
     raise AssertionError(f"every finite field has a generator, none found for {p}^{k}")
 
 
-def _jacobsthal(p: int, k: int) -> Tensor:
+def _jacobsthal(p: int, k: int) -> NDArray[np.int8]:
     """Q[a, b] = χ(a − b) over GF(pᵏ), with Q Qᵀ = q I − J."""
-    place = p ** torch.arange(k)
-    digits = torch.arange(p**k)[:, None] // place % p
+    place = p ** np.arange(k)
+    digits = np.arange(p**k)[:, None] // place % p
     difference = ((digits[:, None] - digits[None]) % p * place).sum(-1)
     return _quadratic_character(p, k)[difference]
 
 
-def _bordered(core: Tensor, column: int) -> Tensor:
+def _bordered(core: NDArray[np.int8], column: int) -> NDArray[np.int8]:
     """[[0, 1ᵀ], [column·1, core]]: the conference matrix on which both Paley constructions rest."""
-    q = core.shape[0]
-    conference = torch.ones(q + 1, q + 1, dtype=torch.int8)
+    q = len(core)
+    conference = np.ones((q + 1, q + 1), np.int8)
     conference[0, 0], conference[1:, 0], conference[1:, 1:] = 0, column, core
     return conference
 
 
-def _paley_one(p: int, k: int) -> Tensor:
-    return _bordered(_jacobsthal(p, k), column=-1) + torch.eye(p**k + 1, dtype=torch.int8)
+def _paley_one(p: int, k: int) -> NDArray[np.int8]:
+    return _bordered(_jacobsthal(p, k), column=-1) + np.eye(p**k + 1, dtype=np.int8)
 
 
-def _paley_two(p: int, k: int) -> Tensor:
+def _paley_two(p: int, k: int) -> NDArray[np.int8]:
     n = 2 * (p**k + 1)
     conference = _bordered(_jacobsthal(p, k), column=1)
-    identity = torch.eye(n // 2, dtype=torch.int8)
-    off_diagonal = torch.tensor([[1, 1], [1, -1]], dtype=torch.int8)
-    diagonal = torch.tensor([[1, -1], [-1, -1]], dtype=torch.int8)
-    return torch.kron(conference, off_diagonal) + torch.kron(identity, diagonal)
+    identity = np.eye(n // 2, dtype=np.int8)
+    off_diagonal, diagonal = np.array([[[1, 1], [1, -1]], [[1, -1], [-1, -1]]], np.int8)
+    return np.kron(conference, off_diagonal) + np.kron(identity, diagonal)
 
 
-def _williamson(m: int) -> Tensor:
-    index = torch.arange(m)
+def _williamson(m: int) -> NDArray[np.int8]:
+    index = np.arange(m)
     circulants = []
     for half in _WILLIAMSON[m]:
-        row = torch.tensor([1 if sign == "+" else -1 for sign in "+" + half + half[::-1]])
-        circulants.append(row[(index[None] - index[:, None]) % m].to(torch.int8))
+        row = np.array([1 if sign == "+" else -1 for sign in "+" + half + half[::-1]], np.int8)
+        circulants.append(row[(index[None] - index[:, None]) % m])
     a, b, c, d = circulants
     blocks = [[a, b, c, d], [-b, a, -d, c], [-c, d, a, -b], [-d, -c, b, a]]
-    return torch.cat([torch.cat(row, dim=1) for row in blocks])
+    return np.block(blocks)
 
 
-def _construction(n: int) -> Callable[[], Tensor] | None:
+def _construction(n: int) -> Callable[[], NDArray[np.int8]] | None:
     """A constructor for order n that needs no product. It builds nothing yet: a file may ask for any size."""
     if n <= 2:
-        return lambda: torch.tensor([[1, 1], [1, -1]], dtype=torch.int8)[:n, :n]
+        return lambda: np.array([[1, 1], [1, -1]], np.int8)[:n, :n].copy()
     if n & (n - 1) == 0 or n % 4:  # powers of two stay Sylvester's: exported models rely on that order
         return None
     if (field := prime_power(n - 1)) is not None:
@@ -139,7 +141,6 @@ def require_hadamard_size(n: int) -> None:
     raise ValueError(f"no Hadamard matrix of size {n}: {rule}. The nearest sizes are {near}.")
 
 
-@functools.cache
 def hadamard_matrix(n: int) -> Tensor:
     """A Hadamard matrix of order n: int8 (n, n), entries ±1, H Hᵀ = n I. Treat it as read-only.
 
@@ -148,12 +149,18 @@ def hadamard_matrix(n: int) -> Tensor:
     Raises:
         ValueError: no construction gives order n; the message names the nearest sizes that work.
     """
+    return torch.from_numpy(_entries(n))
+
+
+@functools.cache
+def _entries(n: int) -> NDArray[np.int8]:
+    """As numpy has them: a kept tensor might have been made while torch traces, or in inference mode."""
     require_hadamard_size(n)
     if (construct := _construction(n)) is not None:
         return construct()
     for a in itertools.chain([2], range(4, n, 4)):
         if n % a == 0 and is_hadamard_size(a) and is_hadamard_size(n // a):
-            return torch.kron(hadamard_matrix(n // a), hadamard_matrix(a))
+            return np.kron(_entries(n // a), _entries(a))
     raise AssertionError(f"{n} is a Hadamard size but has no factors")
 
 
@@ -179,10 +186,17 @@ def kronecker_factors(n: int) -> tuple[int, ...]:
     return cheapest(n)[1]
 
 
-@functools.lru_cache(maxsize=64)
+@torch.compiler.assume_constant_result
 def scaled_factor(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """H / √n as a dense (n, n) tensor, kept for repeated use."""
-    return (hadamard_matrix(n).to(torch.float64) / math.sqrt(n)).to(device=device, dtype=dtype)
+    return _scaled_factor(n, dtype, device)
+
+
+@functools.lru_cache(maxsize=64)
+def _scaled_factor(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    # a tensor that is kept is a plain one, whatever goes on around its first use
+    with torch.inference_mode(False), _disable_current_modes():
+        return (hadamard_matrix(n).to(torch.float64) / math.sqrt(n)).to(device=device, dtype=dtype)
 
 
 def apply_hadamard(x: Tensor, factors: tuple[int, ...], *, transposed: bool = False) -> Tensor:

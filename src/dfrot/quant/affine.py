@@ -86,12 +86,21 @@ def qparams_of_range(
     """The scales (and zero points) whose grid spans [low, high], for symmetric grids [−high, high]."""
     scale = (high if low is None else high - low) / grid.highest
     if scale_dtype is not None:
-        narrow = scale.to(scale_dtype)
-        above = torch.nextafter(narrow, torch.full_like(narrow, torch.inf))
-        scale = torch.where(narrow.to(high.dtype) < scale, above, narrow).to(high.dtype)
+        scale = _rounded_up(scale, scale_dtype)
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     zero = None if low is None else torch.round(-low / scale).clamp(grid.lowest, grid.highest)
     return QParams(scale, zero)
+
+
+def _rounded_up(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Numbers above 0, rounded up to those of a narrower dtype."""
+    if x.dtype == torch.float32 and dtype == torch.bfloat16:
+        # by their bits: torch.compile leaves out a cast there and back
+        up = ((x.view(torch.int32) + 0xFFFF) & ~0xFFFF).view(torch.float32)
+        return torch.where(x.isnan(), x, up)
+    narrow = x.to(dtype)
+    above = torch.nextafter(narrow, torch.full_like(narrow, torch.inf))
+    return torch.where(narrow.to(x.dtype) < x, above, narrow).to(x.dtype)
 
 
 def _rounded(groups: Tensor, grid: IntGrid, qparams: QParams) -> Tensor:

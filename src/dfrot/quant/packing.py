@@ -20,7 +20,7 @@ def pack(codes: UInt8[Tensor, "*batch width"], bits: int) -> UInt8[Tensor, "*bat
     Raises:
         ValueError: a code does not fit into `bits` bits.
     """
-    if codes.numel() and int(codes.max()) >= 2**bits:
+    if not torch.compiler.is_compiling() and codes.numel() and int(codes.max()) >= 2**bits:
         raise ValueError(f"codes of {bits} bits are below {2**bits}, got {int(codes.max())}")
     if bits == 8:
         return codes.contiguous()

@@ -14,6 +14,7 @@ carry this, and nothing is patched:
 A full-precision cache gives the same numbers: quantization is per token, so it does not matter when it happens.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +31,7 @@ from dfrot.linalg.rotation import Rotation
 from dfrot.quant.affine import SCALE_DTYPE, QParams, choose_qparams, dequantize, quantize
 from dfrot.quant.packing import pack, packed_width, unpack
 from dfrot.quant.spec import UNQUANTIZED, Spec, TensorSpec
-from dfrot.runtime.norms import in_float64
+from dfrot.runtime.norms import differentiated, in_float64, straight_through
 
 Heads = Float[Tensor, "batch heads tokens head_dim"]
 ATTENTION = "dfrot"
@@ -58,6 +59,19 @@ class PackedKV(NamedTuple):
             part[:, :, at : at + of_new.shape[2]] = of_new
 
 
+class GradedKV(NamedTuple):
+    """Quantized keys or values, of which the last tokens may have to get a gradient."""
+
+    packed: PackedKV
+    new: Tensor | None = None  # these tokens before they were quantized
+
+    @staticmethod
+    def of(states: "Tensor | PackedKV | GradedKV", pack: Callable[[Tensor], PackedKV]) -> "GradedKV":
+        if isinstance(states, Tensor):
+            return GradedKV(pack(states.detach()), states if differentiated(states) else None)
+        return GradedKV(states) if isinstance(states, PackedKV) else states
+
+
 class KVQuantizer(nn.Module):
     """Quantizes the keys and values of one attention module; has no weights.
 
@@ -78,7 +92,8 @@ class KVQuantizer(nn.Module):
         super().__init__()
         self.keys, self.values, self.queries = keys, values, queries
         self.rotation, self.head_dim = rotation, head_dim
-        self._passes: tuple[Rotation | None, Lowered | None] | None = None
+        # now: what torch.compile traces finds it made
+        self._lowered: tuple[Rotation | None, Lowered | None] = rotation, rotation and lower(rotation)
 
     def rotate(self, x: Heads) -> Heads:
         """Queries or keys, rotated by R3."""
@@ -86,7 +101,8 @@ class KVQuantizer(nn.Module):
 
     def quantize_queries(self, x: Heads) -> Heads:
         """Queries as keys meet them: rotated, and quantized if that is asked for."""
-        return self.queries.fake_quantize(self.rotate(x))
+        rotated = self.rotate(x)
+        return straight_through(self.queries.fake_quantize(rotated.detach()), rotated)
 
     def native(self, x: Tensor) -> bool:
         """Whether the kernels can do their part for such heads."""
@@ -95,9 +111,9 @@ class KVQuantizer(nn.Module):
     @property
     def passes(self) -> Lowered | None:
         """R3 as the kernels take it, if they can."""
-        if self._passes is None or self._passes[0] is not self.rotation:
-            self._passes = self.rotation, NO_PASSES if self.rotation is None else lower(self.rotation)
-        return self._passes[1]
+        if self._lowered[0] is not self.rotation:
+            self._lowered = self.rotation, self.rotation and lower(self.rotation)
+        return NO_PASSES if self.rotation is None else self._lowered[1]
 
     def write(self, keys: Heads, values: Heads, room: tuple[PackedKV, PackedKV], at: int) -> None:
         """Quantize new keys, rotated, and values into `room`, from position `at` on."""
@@ -158,13 +174,17 @@ class QuantizedCacheLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         batch, heads, tokens, _ = key_states.shape
         room = self.reserve(batch, heads, tokens)
-        self._quantizer.write(key_states, value_states, room, self.get_seq_length())
-        return self.advance(tokens)
+        with torch.no_grad():
+            self._quantizer.write(key_states, value_states, room, self.get_seq_length())
+        packed = self.advance(tokens)
+        if not differentiated(key_states, value_states):
+            return packed
+        return tuple(GradedKV(*each) for each in zip(packed, (key_states, value_states), strict=True))
 
     def reserve(self, batch: int, heads: int, tokens: int) -> tuple[PackedKV, PackedKV]:
         """The cache with room for so many more tokens, and a sixteenth beyond, so that appending seldom copies it."""
         needed = self.get_seq_length() + tokens
-        if self._room is not None and self._room[0].codes.shape[-2] >= needed:
+        if self._room is not None and self._room[0].codes.shape[-2] >= needed and _writable(self._room[0].codes):
             return self._room
         capacity = -(-(needed + needed // 16) // _ROOM) * _ROOM
         width = packed_width(self._quantizer.head_dim, self._quantizer.keys.bits)
@@ -228,11 +248,16 @@ class QuantizedCacheLayer(DynamicLayer):
             self._map(lambda part: part.to(self.device, non_blocking=True))
 
 
+def _writable(tensor: Tensor) -> bool:
+    """What was made under inference_mode cannot be written to outside of it."""
+    return torch.is_inference_mode_enabled() or not tensor.is_inference()
+
+
 def quantized_attention(
     module: nn.Module,
     query: Tensor,
-    key: Tensor | PackedKV,
-    value: Tensor | PackedKV,
+    key: Tensor | PackedKV | GradedKV,
+    value: Tensor | PackedKV | GradedKV,
     attention_mask: Tensor | None,
     **arguments: Any,
 ) -> tuple[Tensor, None]:
@@ -240,18 +265,21 @@ def quantized_attention(
     quantizer = getattr(module, "kv_quantizer", None)
     if not isinstance(quantizer, KVQuantizer):
         raise ValueError(f"the attention '{ATTENTION}' belongs to checkpoints of dfrot that quantize keys and values")
-    keys = key if isinstance(key, PackedKV) else quantizer.pack_keys(key)
-    values = value if isinstance(value, PackedKV) else quantizer.pack_values(value)
+    keys, values = GradedKV.of(key, quantizer.pack_keys), GradedKV.of(value, quantizer.pack_values)
     tokens = query.shape[-2]
     seen = tokens == 1 if attention_mask is None else attention_mask.dtype == torch.bool
-    if tokens <= attention.FEW and seen and quantizer.native(query):
+    if tokens <= attention.FEW and seen and quantizer.native(query) and keys.new is values.new is None:
         rotated = quantizer.queries.enabled
         passes = NO_PASSES if rotated else quantizer.passes
         assert passes is not None, "native() has seen to it"
         scaling = arguments.get("scaling") or quantizer.head_dim**-0.5
         query = quantizer.quantize_queries(query) if rotated else query
-        return attention.attend(query, [*keys], [*values], attention_mask, *passes, scaling, quantizer.keys.bits), None
-    parts = quantizer.quantize_queries(query), *(quantizer.unpack(each, query.dtype) for each in (keys, values))
+        both = [*keys.packed], [*values.packed]
+        return attention.attend(query, *both, attention_mask, *passes, scaling, quantizer.keys.bits), None
+    new_keys = None if keys.new is None else quantizer.rotate(keys.new)
+    read_keys = _graded(quantizer.unpack(keys.packed, query.dtype), new_keys)
+    read_values = _graded(quantizer.unpack(values.packed, query.dtype), values.new)
+    parts = quantizer.quantize_queries(query), read_keys, read_values
     if tokens <= attention.FEW and query.dtype == torch.float32:  # as a block computes between its products
         adds = attention_mask is not None and attention_mask.dtype == torch.float32
         mask = attention_mask.double() if adds else attention_mask  # type: ignore[union-attr]
@@ -260,32 +288,37 @@ def quantized_attention(
     return sdpa_attention_forward(module, *parts, attention_mask, **arguments)
 
 
-def _quantize_empty_cache(quantizers: list[KVQuantizer]) -> Any:
-    def hook(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if (chosen := decoder.config._attn_implementation) != ATTENTION:  # type: ignore[union-attr]
-            raise ValueError(
-                f"this checkpoint quantizes keys and values, which the attention '{chosen}' cannot do: "
-                f"set_attn_implementation('{ATTENTION}')"
-            )
-        cache = kwargs.get("past_key_values")
-        wanted = kwargs.get("use_cache")
-        if cache is None and (decoder.config.use_cache if wanted is None else wanted):  # type: ignore[union-attr]
-            cache = kwargs["past_key_values"] = DynamicCache()
-        if isinstance(cache, DynamicCache) and cache.get_seq_length() == 0:
-            cache.layers = [QuantizedCacheLayer(quantizer) for quantizer in quantizers]
-        return args, kwargs
+def _graded(unpacked: Heads, new: Heads | None) -> Heads:
+    """Unpacked keys or values; gradients of the last, new tokens pass straight through the quantizer."""
+    if new is None:
+        return unpacked
+    before, last = unpacked.split([unpacked.shape[2] - new.shape[2], new.shape[2]], dim=2)
+    return torch.cat([before, straight_through(last, new)], dim=2)
 
-    return hook
+
+def _quantize_empty_cache(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A forward pre-hook of the decoder; a function of the module, so that a model can be copied and pickled."""
+    if (chosen := decoder.config._attn_implementation) != ATTENTION:  # type: ignore[union-attr]
+        raise ValueError(
+            f"this checkpoint quantizes keys and values, which the attention '{chosen}' cannot do: "
+            f"set_attn_implementation('{ATTENTION}')"
+        )
+    cache = kwargs.get("past_key_values")
+    wanted = kwargs.get("use_cache")
+    if cache is None and (decoder.config.use_cache if wanted is None else wanted):  # type: ignore[union-attr]
+        cache = kwargs["past_key_values"] = DynamicCache()
+    if isinstance(cache, DynamicCache) and cache.get_seq_length() == 0:
+        quantizers = [module for module in decoder.modules() if isinstance(module, KVQuantizer)]
+        cache.layers = [QuantizedCacheLayer(quantizer) for quantizer in quantizers]
+    return args, kwargs
 
 
 def install_kv_(decoder: nn.Module, attentions: list[nn.Module], spec: Spec, rotation: Rotation | None) -> None:
     """Give every attention module its quantizer, with `rotation` for R3, and `generate` its cache."""
-    quantizers = []
     for module in attentions:
         head_dim: int = module.head_dim  # type: ignore[assignment]
         module.kv_quantizer = KVQuantizer(spec.keys, spec.values, rotation, head_dim, spec.queries)
-        quantizers.append(module.kv_quantizer)
-    decoder.register_forward_pre_hook(_quantize_empty_cache(quantizers), with_kwargs=True)
+    decoder.register_forward_pre_hook(_quantize_empty_cache, with_kwargs=True)
 
 
 AttentionInterface.register(ATTENTION, quantized_attention)

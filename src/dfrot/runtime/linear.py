@@ -11,7 +11,7 @@ sums floats:
 | float product in torch | 16 bits, weight groups, unquantized tensors; the gradient of the integer product |
 """
 
-from typing import TypeGuard
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -23,16 +23,8 @@ from dfrot.linalg.rotation import Rotation
 from dfrot.quant.affine import SCALE_DTYPE, QParams, choose_qparams, dequantize, quantize
 from dfrot.quant.packing import pack, packed_width, unpack
 from dfrot.quant.spec import TensorSpec
-from dfrot.runtime.norms import BlockRotation, in_float64
-
-
-def version(tensor: Tensor | None) -> int:
-    """A number that changes when torch sees a write to the tensor."""
-    return 0 if tensor is None or tensor.is_inference() else tensor._version
-
-
-def _fits(tensor: Tensor | None, dtype: torch.dtype, device: torch.device) -> TypeGuard[Tensor]:
-    return tensor is not None and tensor.dtype == dtype and tensor.device == device
+from dfrot.runtime.norms import BlockRotation, differentiated, in_float64, straight_through
+from dfrot.system.kept import Kept
 
 
 class QuantLinear(nn.Module):
@@ -75,23 +67,21 @@ class QuantLinear(nn.Module):
         else:
             self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=dtype), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype), requires_grad=False) if bias else None
-        self._dense: Tensor | None = None
-        self._integers: Tensor | None = None
-        self._packed: tuple[int, PackedWeight, Lowered | None] | None = None
+        self._dense: Kept[Tensor] = Kept()
+        self._integers: Kept[Tensor] = Kept()
+        self._lowered: tuple[Any, Lowered | None] = None, NO_PASSES
+        if isinstance(rotation, Rotation):  # now: what torch.compile traces finds it made
+            self._lowered = rotation, lower(rotation)
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         if self.native(x):
-            weight, rotation = self.packed()
-            if rotation is None:
-                x, rotation = self.rotated(x), NO_PASSES
-            return linear([weight], rotation, self.weights, self.activations)(x)[0]
+            if (passes := self.passes) is None:
+                x, passes = self.rotated(x), NO_PASSES
+            return linear(x, [self.packed], passes, self.weights, self.activations)[0]
         if not self.exact(x):
             return self.float_product(x)
         y = self.integer_product(x.detach())
-        if x.requires_grad and torch.is_grad_enabled():
-            graded = self.float_product(x)
-            y = y + (graded - graded.detach())  # adds zero, with a gradient
-        return y
+        return straight_through(y, self.float_product(x)) if differentiated(x, self.scales, self.bias) else y
 
     def float_product(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         """Q(x R) Ŵᵀ + b, a product of what the integers stand for; gradients pass straight through Q."""
@@ -116,25 +106,27 @@ class QuantLinear(nn.Module):
 
     def native(self, x: Tensor) -> bool:
         """Whether the kernels can compute the layer for such an input."""
-        return self.weight is None and supported(x, self.weights, self.activations)
+        fits = self.weight is None and supported(x, self.weights, self.activations)
+        return fits and not self.qweight.is_meta and not differentiated(self.scales, self.bias)
 
-    def packed(self) -> tuple[PackedWeight, Lowered | None]:
-        """The weight as the kernels take it, and the rotation if they can do it."""
-        now = version(self.qweight)
-        if self._packed is None or self._packed[1].qweight is not self.qweight or self._packed[0] != now:
-            zeros = None if self.weights.symmetric else self.zeros
-            weight = PackedWeight.of(self.qweight, self.scales, zeros, self.bias, self.weights)
-            rotation = self.rotation.as_rotation if isinstance(self.rotation, BlockRotation) else self.rotation
-            self._packed = now, weight, NO_PASSES if rotation is None else lower(rotation)
-        return self._packed[1:]
+    @property
+    def packed(self) -> PackedWeight:
+        """The weight as the kernels take it."""
+        return PackedWeight(self.qweight, self.scales, None if self.weights.symmetric else self.zeros, self.bias)
+
+    @property
+    def passes(self) -> Lowered | None:
+        """The rotation as the kernels take it, if they can."""
+        if isinstance(self.rotation, BlockRotation):
+            return self.rotation.passes
+        if self._lowered[0] is not self.rotation:
+            self._lowered = self.rotation, NO_PASSES if self.rotation is None else lower(self.rotation)
+        return self._lowered[1]
 
     def quantize_input(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch in"]:
         """What the weight is multiplied by: the input rotated and quantized."""
         x = self.rotated(x)
-        if self.activations.enabled:
-            q = self.activations.fake_quantize(x.detach())
-            x = x + (q - x).detach() if x.requires_grad else q  # rounding passes gradients straight through
-        return x
+        return straight_through(self.activations.fake_quantize(x.detach()), x) if self.activations.enabled else x
 
     def rotated(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch in"]:
         """The input in the basis of the weight."""
@@ -146,19 +138,22 @@ class QuantLinear(nn.Module):
         """The weight that the integers stand for."""
         if self.weight is not None:
             return self.weight
-        if not _fits(self._dense, dtype, self.qweight.device):
-            wide = torch.float64 if dtype == torch.float64 else torch.float32
-            zero = None if self.weights.symmetric else self.zeros.to(wide)
-            qparams = QParams(self.scales.to(wide), zero)
-            self._dense = dequantize(self._codes(), self.weights.weight_granularity, qparams).to(dtype)
-        return self._dense
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+
+        def dense() -> Tensor:
+            qparams = QParams(self.scales.to(wide), None if self.weights.symmetric else self.zeros.to(wide))
+            return dequantize(self._codes(), self.weights.weight_granularity, qparams).to(dtype)
+
+        return self._dense.get(dense, self.packed[:3], dtype)
 
     def integer_weight(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
         """The integers w − v themselves, as floats."""
-        if not _fits(self._integers, dtype, self.qweight.device):
+
+        def integers() -> Tensor:
             codes = self._codes()
-            self._integers = (codes if self.weights.symmetric else codes - self.zeros).to(dtype)
-        return self._integers
+            return (codes if self.weights.symmetric else codes - self.zeros).to(dtype)
+
+        return self._integers.get(integers, self.packed[:3], dtype)
 
     def _codes(self) -> Int[Tensor, "out in"]:
         codes = unpack(self.qweight, self.weights.bits, self.in_features).to(torch.int16)
@@ -166,9 +161,8 @@ class QuantLinear(nn.Module):
 
     def kept_tensors(self) -> list[Tensor]:
         """All tensors that the layer keeps in memory: the checkpoint's, and those derived from them."""
-        made = [] if self._packed is None else [tensor for tensor in self._packed[1] if tensor is not None]
-        unpacked = [tensor for tensor in (self._dense, self._integers) if tensor is not None]
-        return [*self.parameters(), *self.buffers(), *made, *unpacked]
+        unpacked = [kept.value for kept in (self._dense, self._integers) if kept.value is not None]
+        return [*self.parameters(), *self.buffers(), *unpacked]
 
     def extra_repr(self) -> str:
         return (

@@ -12,13 +12,23 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dfrot.kernels import linear, structures
-from dfrot.kernels.lowering import lower
+from dfrot.kernels.lowering import DENSE, PERMUTE, Lowered
 from dfrot.linalg.rotation import Rotation, block_rotation
 
 
 def in_float64(compute: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """compute(x), for float32 in float64."""
     return compute(x.double()).float() if x.dtype == torch.float32 else compute(x)
+
+
+def differentiated(*tensors: Tensor | None) -> bool:
+    """Whether a gradient may be asked for of one of the tensors."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def straight_through(value: Tensor, graded: Tensor) -> Tensor:
+    """The value, with the gradient of what it stands for."""
+    return value.detach() + (graded - graded.detach()).to(value.dtype) if differentiated(graded) else value
 
 
 class Float64SiLU(nn.SiLU):
@@ -59,9 +69,19 @@ class BlockRotation(nn.Module):
     def as_rotation(self) -> Rotation:
         return block_rotation(self.matrices, self.orders)
 
+    @property
+    def passes(self) -> Lowered:
+        """The same as the kernels take it."""
+        numbers, data = [DENSE, self.matrices.shape[-1], 1], [self.matrices[0].float()]
+        for order, matrix in zip(self.orders, self.matrices[1:], strict=True):
+            numbers += [PERMUTE, len(order), 1, DENSE, len(matrix), 1]
+            data += [order, matrix.float()]
+        return Lowered(tuple(numbers), tuple(data), 1)
+
     def forward(self, x: Float[Tensor, "*batch size"]) -> Float[Tensor, "*batch size"]:
-        passes = lower(self.as_rotation) if structures.computable(x) else None
-        return in_float64(self.as_rotation.apply, x) if passes is None else linear.rotate(x, *passes)
+        if structures.computable(x):
+            return linear.rotate(x, *self.passes)
+        return in_float64(self.as_rotation.apply, x)
 
 
 class RotatedNorm(Float64RMSNorm):
