@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 import dfrot
 from dfrot.fused.block import FusedBlock
 from dfrot.kernels.library import backend, instruction_set
-from dfrot.runtime.linear import QuantLinear
 from tests.tiny_models import CONFIGS, write_tiny_model
 
 TOKENS = torch.randint(1, 96, (2, 20), generator=torch.Generator().manual_seed(3))

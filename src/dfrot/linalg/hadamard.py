@@ -186,17 +186,26 @@ def kronecker_factors(n: int) -> tuple[int, ...]:
     return cheapest(n)[1]
 
 
-@torch.compiler.assume_constant_result
 def scaled_factor(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """H / √n as a dense (n, n) tensor, kept for repeated use."""
-    return _scaled_factor(n, dtype, device)
+    return _traced_factor(n, dtype, device) if torch.compiler.is_compiling() else _kept_factor(n, dtype, device)
 
 
 @functools.lru_cache(maxsize=64)
-def _scaled_factor(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _kept_factor(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     # a tensor that is kept is a plain one, whatever goes on around its first use
     with torch.inference_mode(False), _disable_current_modes():
         return (hadamard_matrix(n).to(torch.float64) / math.sqrt(n)).to(device=device, dtype=dtype)
+
+
+@torch.library.custom_op("dfrot::scaled_factor", mutates_args=())
+def _traced_factor(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return _kept_factor(n, dtype, device).clone()
+
+
+@_traced_factor.register_fake
+def _(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty(n, n, dtype=dtype, device=device)
 
 
 def apply_hadamard(x: Tensor, factors: tuple[int, ...], *, transposed: bool = False) -> Tensor:

@@ -288,7 +288,7 @@ def quantized_attention(
     return sdpa_attention_forward(module, *parts, attention_mask, **arguments)
 
 
-def _graded(unpacked: Heads, new: Heads | None) -> Heads:
+def _graded(unpacked: Tensor, new: Tensor | None) -> Tensor:
     """Unpacked keys or values; gradients of the last, new tokens pass straight through the quantizer."""
     if new is None:
         return unpacked
