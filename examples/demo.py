@@ -24,7 +24,7 @@ from dfrot.report.page import report
 from dfrot.system.memory import keep_freed_memory
 
 MODEL, TEXT = "smollm2-135m", "pydoc"
-CALIBRATION_TOKENS = 16384  # for the weights; rotations take the first sequence of 2048
+CALIBRATION_TOKENS = 8192  # for the weights; rotations take the first sequence of 2048
 RECIPES = [
     ("none", "rtn", "w16a4kv16"),
     ("quarot", "rtn", "w16a4kv16"),
