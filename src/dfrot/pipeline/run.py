@@ -301,7 +301,7 @@ class _Loop:
             "architectures": [type(source.skeleton).__name__],
             "tie_word_embeddings": self.tied,
             "dtype": str(self.dtypes.computing).removeprefix("torch."),
-            "quantization_config": DfrotConfig.describe(self.runtime, self.recipe.to_json(), unquantized),
+            **DfrotConfig.describe(self.runtime, self.recipe.to_json(), unquantized),
         }
         copy_tokenizer(source.path, writer.path)
         writer.finish(config, notes)
