@@ -102,6 +102,8 @@ class DfrotQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        for parameter in model.parameters():  # transformers 5.19 leaves those of AutoModel in the dtype of the files
+            parameter.data = parameter.data.to(model.config.dtype)
         model.config.fusion_config = NEEDS_DFROT  # for save_pretrained
         return model
 

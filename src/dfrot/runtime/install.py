@@ -26,11 +26,8 @@ def install_(model: Any, runtime: RuntimeConfig) -> None:
     """Put the runtime's modules into a transformers model, with any head or none, that is still on the meta device."""
     config, decoder, kind = model.config, model.base_model, type(model)
     graph = graph_for(config)
-    if decoder is not model and kind.base_model_prefix != graph.decoder:
-        raise UserError(
-            f"{kind.__name__} calls '{kind.base_model_prefix}' what a checkpoint calls '{graph.decoder}': transformers "
-            "would find none of its tensors, and draw all at random. Load AutoModel, and put a head on it."
-        )
+    if decoder is not model and kind.base_model_prefix != graph.decoder:  # transformers would find no tensor
+        raise UserError(f"{kind.__name__} has no '{graph.decoder}', as checkpoints have: put its head on AutoModel.")
     root = nn.ModuleDict({graph.decoder: decoder})  # the names of a language model, whatever the head
     use_torch_norms_(root, graph)
     blocks = list(root.get_submodule(graph.blocks).children())
