@@ -62,7 +62,7 @@ def main() -> None:
     print(f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; {backend()}")
     (native, tokenizer), (slow, _) = dfrot.load(arguments.checkpoint), dfrot.load(arguments.checkpoint)
     text = read_text(arguments.ppl, "test")
-    blocks = token_windows(tokenizer, text, arguments.ppl, 2048, arguments.max_tokens)
+    blocks = token_windows(tokenizer, text, arguments.ppl, native.config.vocab_size, 2048, arguments.max_tokens)
     with reference():
         expected, logits = losses(slow, blocks, "reference"), slow(blocks[:1]).logits
     print(f"reference: perplexity {expected.mean().exp():.4f} on {blocks.numel()} tokens", flush=True)

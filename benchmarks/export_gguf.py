@@ -94,7 +94,9 @@ def main() -> None:
             checkpoint = dfrot.quantize(arguments.source, recipe, Path(folder) / "plain").path
         model, tokenizer = dfrot.load(checkpoint)
         text = read_text(arguments.text, "test")
-        blocks = token_windows(tokenizer, text, arguments.text, arguments.seq_len, arguments.max_tokens)
+        blocks = token_windows(
+            tokenizer, text, arguments.text, model.config.vocab_size, arguments.seq_len, arguments.max_tokens
+        )
         recipe = model.config.quantization_config.record["recipe"]
         label = f"{recipe['method']} {recipe['weights']} {recipe['spec']}"
         ours = perplexity(model, blocks)

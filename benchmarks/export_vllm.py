@@ -69,7 +69,8 @@ def main() -> None:
         for checkpoint in options.checkpoints:
             model, tokenizer = dfrot.load(checkpoint)
             text = read_text(options.ppl, "test")
-            blocks = token_windows(tokenizer, text, options.ppl, options.seq_len, options.max_tokens)
+            sizes = model.config.vocab_size, options.seq_len, options.max_tokens
+            blocks = token_windows(tokenizer, text, options.ppl, *sizes)
             ours = perplexity(model, blocks, "dfrot")
             computes = str(model.dtype).removeprefix("torch.")
             out = Path(scratch) / checkpoint.name

@@ -33,7 +33,8 @@ TOKENS, PIECE = 131_072, 2048
 def compare(text: str, model: str, gamma: float) -> None:
     source = open_source(model)
     generator = torch.Generator().manual_seed(0)
-    ids = calibration_windows(load_tokenizer(source.path), read_text(text, "train"), text, 2048, 2048, generator)
+    tokenizer, rows = load_tokenizer(source.path), source.config.vocab_size
+    ids = calibration_windows(tokenizer, read_text(text, "train"), text, rows, 2048, 2048, generator)
     context = FitContext(source, QUANTIZER, lambda: ids, torch.device("cpu"))
     everything, _ = sample_norm_outputs(context, ids, "relative", kept=None)
     start = random_hadamard(source.config.hidden_size, context.generator())

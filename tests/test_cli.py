@@ -9,11 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dfrot.cli import main
 from dfrot.evaluation.bench import SHAPES
 from dfrot.models.graph import GRAPHS
 from dfrot.system.files import RUN_FILE
+from tests.tiny_models import write_tiny_model
 
 Tiny = Callable[[str], Path]
 
@@ -47,6 +49,65 @@ def test_quantize_info_eval_generate(
     code, out, _ = run(capsys, "generate", checkpoint, "the quick", "--max-new-tokens", 5)
     assert code == 0
     assert out
+
+
+@pytest.fixture
+def longer_tokenizer(tmp_path: Path) -> Path:
+    """A model whose tokenizer has a token more than the embedding has rows."""
+    path = write_tiny_model("mistral", tmp_path / "longer")
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.add_tokens(["<tool>"])
+    tokenizer.save_pretrained(path)
+    (path / "text.txt").write_text("the fox <tool> and the dog. " * 100)
+    return path
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["quantize", "MODEL", "-o", "OUT", "--weights", "gptq", "--calib", "TEXT", "--calib-tokens", 1024],
+        ["quantize", "MODEL", "-o", "OUT", "--method", "dfrot", "--weights", "rtn", "--calib", "TEXT"],
+        ["quantize", "MODEL", "-o", "OUT", "--method", "duquant", "--weights", "lwc", "--calib", "TEXT"],
+        ["eval", "MODEL", "--ppl", "TEXT", "--seq-len", 64],
+        ["inspect", "MODEL", "-o", "OUT", "--text", "TEXT", "--seq-len", 64],
+        ["generate", "MODEL", "the fox <tool>"],
+    ],
+)
+def test_a_token_that_the_embedding_has_no_row_for_is_one_message(
+    longer_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[object]
+) -> None:
+    stands_for = {"MODEL": longer_tokenizer, "OUT": tmp_path / "out", "TEXT": longer_tokenizer / "text.txt"}
+    code, _, err = run(capsys, *(stands_for.get(str(word), word) for word in words))
+    assert code == 2
+    assert "the model's embedding has 96 rows, none for token 96." in err
+    code, _, _ = run(capsys, "generate", longer_tokenizer, "the fox", "--max-new-tokens", 2)
+    assert code == 0
+
+
+@pytest.mark.parametrize("names", [["input_ids"], ["input_ids", "token_type_ids", "attention_mask"]])
+def test_whatever_the_tokenizer_returns_generate_takes_tokens_and_a_mask(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], names: list[str]
+) -> None:
+    path = write_tiny_model("qwen3", tmp_path / "model")
+    expected = run(capsys, "generate", path, "the fox", "--max-new-tokens", 5)
+    file = path / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "model_input_names": names}))
+    assert run(capsys, "generate", path, "the fox", "--max-new-tokens", 5)[:2] == expected[:2]
+    assert expected[0] == 0
+
+
+@pytest.mark.parametrize("sample", [[], ["--sample"]])
+def test_logits_that_are_nan_are_no_token(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], sample: list[str]
+) -> None:
+    path = write_tiny_model("qwen3", tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(path)
+    model.model.norm.weight.data[:] = 1e38  # finite, as files have to be; the logits are not
+    model.lm_head.weight.data[:] = 1e38
+    model.save_pretrained(path)
+    code, _, err = run(capsys, "generate", path, "the fox", *sample)
+    assert code == 2
+    assert "the model's logits are NaN or infinite here" in err
 
 
 def test_bench_compares_a_checkpoint_or_a_shape_with_the_unquantized_model(

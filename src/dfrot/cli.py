@@ -351,16 +351,20 @@ class Generate:
         from transformers import TextStreamer
 
         from dfrot.checkpoint.load import load
+        from dfrot.evaluation.perplexity import checked
+        from dfrot.models.texts import token_ids
 
         if self.max_new_tokens < 1:
             raise UserError(f"max-new-tokens is at least 1, got {self.max_new_tokens}.")
         model, tokenizer = load(self.model, device=self.device)
-        inputs = tokenizer(self.prompt, return_tensors="pt").to(model.device)
-        if inputs.input_ids.shape[1] == 0:
+        ids = token_ids(tokenizer, self.prompt, model.get_input_embeddings().num_embeddings)[None].to(model.device)
+        if ids.numel() == 0:
             raise UserError("the prompt has no tokens. Give some text to continue.")
         torch.manual_seed(self.seed)
-        settings = {"max_new_tokens": self.max_new_tokens, "do_sample": self.sample}
-        model.generate(**inputs, **settings, streamer=TextStreamer(tokenizer), pad_token_id=tokenizer.eos_token_id)
+        settings: Any = {"max_new_tokens": self.max_new_tokens, "do_sample": self.sample}
+        settings |= {"attention_mask": torch.ones_like(ids), "pad_token_id": tokenizer.eos_token_id}
+        with checked(model):
+            model.generate(ids, **settings, streamer=TextStreamer(tokenizer))
 
 
 @dataclass(frozen=True)

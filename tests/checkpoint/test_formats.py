@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModel
 
 import dfrot
 from dfrot.checkpoint.load import read_checkpoint
@@ -110,3 +113,37 @@ def test_a_copied_checkpoint_loads(checkpoint: Path, tmp_path: Path) -> None:
     shutil.copytree(checkpoint, tmp_path / "copy")
     tokens = torch.arange(1, 9)[None]
     assert torch.equal(logits(checkpoint, tokens), logits(tmp_path / "copy", tokens))
+
+
+LOAD = """
+import sys, transformers
+path, kind, attention = sys.argv[1:]
+getattr(transformers, kind).from_pretrained(path, attn_implementation=attention or None)
+"""
+
+
+@pytest.mark.parametrize("spec", ["w4a4kv4", "w16a4kv16"])
+def test_without_dfrot_transformers_refuses_a_checkpoint_and_says_why(tiny: Tiny, tmp_path: Path, spec: str) -> None:
+    path = dfrot.quantize(tiny("llama"), dfrot.Recipe.parse("quarot", "rtn", spec), tmp_path / "out").path
+    AutoModel.from_pretrained(path).save_pretrained(tmp_path / "saved")
+    loads = [
+        (path, "AutoModelForCausalLM", ""),
+        (path, "LlamaForCausalLM", "eager"),
+        (path, "AutoModelForSequenceClassification", "sdpa"),
+        (tmp_path / "saved", "AutoModel", ""),
+    ]
+    for arguments in loads:
+        done = subprocess.run([sys.executable, "-c", LOAD, *map(str, arguments)], capture_output=True, text=True)
+        assert done.returncode == 1
+        assert "run `import dfrot` before loading this checkpoint" in done.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["new", "older"])
+def test_with_dfrot_a_checkpoint_loads_whether_or_not_its_config_asks_for_dfrot(checkpoint: Path, kept: bool) -> None:
+    file = checkpoint / "config.json"
+    config = json.loads(file.read_text())
+    assert config.keys() >= {"fusion_config"}
+    if not kept:  # as checkpoints were before
+        del config["fusion_config"]
+        file.write_text(json.dumps(config))
+    assert logits(checkpoint, torch.arange(1, 9)[None]).isfinite().all()

@@ -12,6 +12,7 @@ import dfrot
 from dfrot.evaluation.run import Measurement, evaluate
 from dfrot.evaluation.zero_shot import scores
 from dfrot.system.errors import UserError
+from tests.tiny_models import write_tiny_model
 
 Tiny = Callable[[str], Path]
 QUESTIONS = [
@@ -110,3 +111,21 @@ def test_the_average_takes_acc_norm_where_it_is_defined() -> None:
         {"acc/a": 0.5, "acc_norm/a": 0.25, "acc/b": 0.75, "perplexity/b": 30.0, "zero_shot_average": 0.5},
         {"standard_errors": {"acc_norm/a": 0.1}, "examples": {"a": 4, "b": 9}},
     )
+
+
+@pytest.mark.parametrize(("broken", "message"), [("weights", "logits are NaN"), ("tokens", "none for token")])
+def test_nan_and_tokens_beyond_the_embedding_are_the_users_mistake(
+    tmp_path: Path, tasks: Path, broken: str, message: str
+) -> None:
+    path = write_tiny_model("qwen2", tmp_path / "model")
+    if broken == "weights":
+        model = AutoModelForCausalLM.from_pretrained(path)
+        model.model.norm.weight.data[:] = 1e38  # finite, as files have to be
+        model.lm_head.weight.data[:] = 1e38
+        model.save_pretrained(path)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer.add_tokens(["the"])
+        tokenizer.save_pretrained(path)
+    with pytest.raises(UserError, match=message):
+        evaluate(str(path), Measurement(tasks=("tiny_one",), task_path=str(tasks)))

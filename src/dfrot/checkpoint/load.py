@@ -35,6 +35,10 @@ from dfrot.system.errors import SetupError, UserError
 
 Device = str | torch.device | Mapping[str, int | str]
 
+# For a `quant_method` that it does not know transformers only warns, and draws the weights that it misses at random. A
+# fusion that it does not know is an error: config.json asks for one, which the quantizer takes out again.
+NEEDS_DFROT = {"dfrot (run `import dfrot` before loading this checkpoint)": True}
+
 
 @register_quantization_config("dfrot")
 class DfrotConfig(QuantizationConfigMixin):
@@ -50,9 +54,9 @@ class DfrotConfig(QuantizationConfigMixin):
 
     @staticmethod
     def describe(runtime: RuntimeConfig, recipe: dict[str, Any], unquantized_bytes: int) -> dict[str, Any]:
-        """The record for config.json."""
+        """What config.json says beside the model's own."""
         record = {"quant_method": "dfrot", "format": FORMAT, "runtime": runtime.to_json(), "recipe": recipe}
-        return record | {"unquantized_bytes": unquantized_bytes}
+        return {"quantization_config": record | {"unquantized_bytes": unquantized_bytes}, "fusion_config": NEEDS_DFROT}
 
     def get(self, name: str, default: Any = None) -> Any:
         """transformers treats a given config as if it were the JSON."""
@@ -88,12 +92,19 @@ class DfrotQuantizer(HfQuantizer):
             raise ValueError("dfrot quantizes with dfrot.quantize(model, recipe, out); from_pretrained only loads.")
 
     def update_attn_implementation(self, config: Any) -> Any:
+        config.__dict__.pop("fusion_config", None)
         if self.quantization_config.runtime.spec.keys.enabled:
             config._attn_implementation = ATTENTION
         return config
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         install_(model, self.quantization_config.runtime)
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        for parameter in model.parameters():  # transformers 5.19 leaves those of AutoModel in the dtype of the files
+            parameter.data = parameter.data.to(model.config.dtype)
+        model.config.fusion_config = NEEDS_DFROT  # for save_pretrained
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:

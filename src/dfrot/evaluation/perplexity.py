@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from dfrot.methods.massive import massive_tokens
 from dfrot.models.graph import graph_for
 from dfrot.models.stream import captured_inputs
+from dfrot.models.texts import check_tokens
 from dfrot.runtime.linear import QuantLinear
 from dfrot.system.errors import UserError
 from dfrot.system.progress import track
@@ -46,7 +47,7 @@ def perplexity(
         during: a context of the block, open while the model runs on it.
 
     Raises:
-        UserError: blocks of fewer than two tokens, or the model's logits are NaN.
+        UserError: blocks of fewer than two tokens, a token that the embedding has no row for, NaN logits.
     """
     if blocks.shape[1] < 2:
         raise UserError(f"a block needs two tokens, the second to be predicted; got blocks of {blocks.shape[1]}.")
@@ -57,10 +58,26 @@ def perplexity(
     return perplexity_of(total / (blocks.shape[0] * (blocks.shape[1] - 1)))
 
 
+@contextlib.contextmanager
+def checked(model: Any) -> Iterator[None]:
+    """While open, a causal language model raises UserError for tokens that its embedding has no row for, and for logits
+    that are NaN: search takes those for a likeliest token."""
+
+    def check_ids(embedding: nn.Embedding, args: tuple[Tensor]) -> None:
+        check_tokens(args[0], embedding.num_embeddings)
+
+    def check_logits(head: nn.Module, args: Any, logits: Tensor) -> None:
+        if not (logits < math.inf).all():  # where NaN is not, either
+            raise UserError("the model's logits are NaN or infinite here: its weights or its recipe are broken.")
+
+    with contextlib.ExitStack() as hooks:
+        hooks.callback(model.get_input_embeddings().register_forward_pre_hook(check_ids).remove)
+        hooks.callback(model.get_output_embeddings().register_forward_hook(check_logits).remove)
+        yield
+
+
 def perplexity_of(mean: float) -> float:
-    """exp of a mean negative log-likelihood in nats. Raises UserError if it is NaN."""
-    if math.isnan(mean):
-        raise UserError("the model's logits are NaN on this text: its weights or its recipe are broken.")
+    """exp of a mean negative log-likelihood in nats."""
     return math.exp(mean) if mean < 700 else math.inf  # math.exp raises from 710 on
 
 
@@ -99,12 +116,12 @@ def _logits_by_piece(
     model: Any, tokens: Int[Tensor, " seq_len"]
 ) -> Iterator[tuple[Float[Tensor, "positions vocabulary"], Int[Tensor, " positions"]]]:
     """Logits of the seq_len − 1 predictions of one sequence, in float32 or float64, and the tokens that came."""
-    tokens = tokens.to(model.device)
-    hidden = model.base_model(tokens[None], use_cache=False).last_hidden_state[0, :-1]  # (seq_len − 1, hidden)
-    head = model.get_output_embeddings()
-    for states, targets in zip(hidden.split(_LOGIT_POSITIONS), tokens[1:].split(_LOGIT_POSITIONS), strict=True):
-        logits = head(states)
-        yield logits if logits.dtype == torch.float64 else logits.float(), targets
+    tokens, head = tokens.to(model.device), model.get_output_embeddings()
+    with checked(model):
+        hidden = model.base_model(tokens[None], use_cache=False).last_hidden_state[0, :-1]  # (seq_len − 1, hidden)
+        for states, targets in zip(hidden.split(_LOGIT_POSITIONS), tokens[1:].split(_LOGIT_POSITIONS), strict=True):
+            logits = head(states)
+            yield logits if logits.dtype == torch.float64 else logits.float(), targets
 
 
 @torch.no_grad()

@@ -78,10 +78,8 @@ def evaluate(model: str, measurement: Measurement, *, device: Device = "cpu", pe
             f"predictions can be compared over one vocabulary; the model has {loaded.config.vocab_size} tokens, "
             f"{measurement.against} has {original.config.vocab_size}."
         )
-    blocks = {
-        text_label(text): token_windows(tokenizer, content, text, measurement.seq_len, measurement.max_tokens)
-        for text, content in contents.items()
-    }
+    sizes = loaded.get_input_embeddings().num_embeddings, measurement.seq_len, measurement.max_tokens
+    blocks = {text_label(text): token_windows(tokenizer, content, text, *sizes) for text, content in contents.items()}
     started = time.perf_counter()
     metrics: dict[str, float] = {}
     of_tasks: dict[str, Any] = {}

@@ -16,6 +16,7 @@ from typing import Any
 
 import transformers
 
+from dfrot.evaluation.perplexity import checked
 from dfrot.evaluation.record import AVERAGE, REPORTED
 from dfrot.system.errors import SetupError, UserError
 
@@ -58,7 +59,7 @@ def zero_shot(
         those that have one, and `examples`, how many each task was measured on.
 
     Raises:
-        UserError: there is no such task.
+        UserError: there is no such task, or the model takes no token of it or computes NaN, as `checked` says.
         SetupError: lm-eval is not installed, or a task's data cannot be had.
     """
     try:
@@ -90,7 +91,10 @@ def zero_shot(
     wrapped = FittingCPU(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size or "auto")
     try:
         loaded = _loaded(manager, tasks)
-        found = evaluator.evaluate(wrapped, loaded, limit=limit, log_samples=False, bootstrap_iters=100)
+        with checked(model):
+            found = evaluator.evaluate(wrapped, loaded, limit=limit, log_samples=False, bootstrap_iters=100)
+    except UserError:
+        raise
     except (OSError, ValueError) as error:  # datasets' own errors are some of these
         raise SetupError(f"lm-eval cannot run {', '.join(tasks)}: {error}") from error
     assert found is not None, "only other processes than the first get None"

@@ -54,6 +54,7 @@ class Checkpoint:
         if (found := read_checkpoint(path)) is None:
             raise UserError(f"{path} is a model, but not a dfrot checkpoint. Make one: dfrot quantize {path} -o CKPT.")
         config = read_config(path)
+        config.__dict__.pop("fusion_config", None)  # which says that dfrot is needed
         return Checkpoint(path, config, found.recipe, found.runtime, graph_for(config), stored_tensors(path))
 
     def refuse_rotations(self, engine: str, *, alike: bool = True) -> None:

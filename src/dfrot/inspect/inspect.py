@@ -94,7 +94,8 @@ def inspect(
         )
     source = open_source(model)
     tokenizer = load_tokenizer(source.path)
-    token_ids = token_windows(tokenizer, read_text(text, "test"), text, seq_len, seq_len)  # (1, seq_len)
+    rows = source.config.vocab_size
+    token_ids = token_windows(tokenizer, read_text(text, "test"), text, rows, seq_len, seq_len)  # (1, seq_len)
     with translate_io_errors(out):
         out.mkdir(parents=True, exist_ok=True)
 

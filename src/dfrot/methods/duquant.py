@@ -104,7 +104,8 @@ class DuQuant(Method):
 
     def fit(self, on: FitContext) -> Fit:
         source, graph, config, generator = on.source, on.source.graph, on.source.config, on.generator()
-        residual = random_rotation(on, "hadamard") if self.base == "quarot" else Identity(config.hidden_size)
+        how = "hadamard", "--base none"
+        residual = random_rotation(on, *how) if self.base == "quarot" else Identity(config.hidden_size)
         base = self._base(on, residual)
         hidden = residual.apply(source.embedding()[on.calibration()[:1]].double()).float().to(on.device)
         run = BlockRunner(source, hidden)

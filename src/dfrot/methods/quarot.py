@@ -51,7 +51,7 @@ class QuaRot(Method):
         return around(Identity(on.source.config.hidden_size), on, self.fold_only, self.head_mixing)
 
 
-def random_rotation(on: FitContext, kind: str) -> Rotation:
+def random_rotation(on: FitContext, kind: str, instead: str = "--rotation orthogonal") -> Rotation:
     """R1 unrefined: RO ("orthogonal") or RH ("hadamard"; raises UserError if none of the model's width is known)."""
     width = on.source.config.hidden_size
     if kind == "orthogonal":
@@ -59,21 +59,21 @@ def random_rotation(on: FitContext, kind: str) -> Rotation:
     try:
         return random_hadamard(width, on.generator())
     except ValueError as error:
-        raise UserError(f"the residual stream has {width} channels: {error} Use --rotation orthogonal.") from error
+        raise UserError(f"the residual stream has {width} channels: {error} Use {instead}.") from error
 
 
 def around(residual: Rotation, on: FitContext, fold_only: bool, head_mixing: bool = False) -> Transforms:
     """A given R1 with QuaRot's other rotations; with `fold_only` just those that cost nothing at run time."""
     config = on.source.config
     head = hadamard("one head", head_dim(config))
-    mixing = hadamard("head mixing", config.num_attention_heads) if head_mixing else None
-    ffn = None if fold_only else hadamard("the input of down_proj", config.intermediate_size)
+    mixing = hadamard("head mixing", config.num_attention_heads, "Leave out --head-mixing.") if head_mixing else None
+    ffn = None if fold_only else hadamard("the input of down_proj", config.intermediate_size, "Use --fold-only.")
     return Transforms(residual, values=head, keys=None if fold_only else head, ffn=ffn, heads=mixing)
 
 
-def hadamard(site: str, size: int) -> Hadamard:
-    """The plain Hadamard matrix of a site; raises UserError if none of that size is known."""
+def hadamard(site: str, size: int, instead: str = "Use --method none, which rotates nothing.") -> Hadamard:
+    """The plain Hadamard matrix of a site; if none of that size is known, raises UserError, which says what to do."""
     try:
         return Hadamard(size)
     except ValueError as error:
-        raise UserError(f"{site} has size {size}: {error}") from error
+        raise UserError(f"{site} has size {size}: {error} {instead}") from error

@@ -1,16 +1,19 @@
 """Texts by name, and their tokens.
 
 A text is `wikitext2`, `c4`, `pydoc` or a path. A text file is one stream; the rows of `wiki.*.raw` are joined with two
-newlines, as in the quantization papers; `.jsonl` and `.jsonl.gz` give their field `text`.
+newlines, as in the quantization papers; `.jsonl`, a list in a `.json`, and both as `.gz` give their field `text`.
 """
 
+import contextlib
 import gzip
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+import huggingface_hub
 import torch
+from huggingface_hub import constants
 from jaxtyping import Int
 from torch import Tensor
 
@@ -58,34 +61,56 @@ def _read(name: str, split: Split) -> str:
     path = Path(name).expanduser()
     if not path.is_file():
         raise UserError(f"there is no text '{name}'. TEXT is {', '.join(NAMED)}, or the path of a text file.")
-    try:
-        if path.name.endswith((".jsonl", ".jsonl.gz")):
-            return "\n\n".join(_jsonl_rows(path))
+    try:  # utf-8-sig takes away the mark that some editors put first
+        if path.name.endswith((".json", ".jsonl", ".json.gz", ".jsonl.gz")):
+            return "\n\n".join(_json_rows(path))
         if path.name.startswith("wiki.") and path.suffix == ".raw":
-            with path.open(encoding="utf-8", newline="\n") as lines:  # one data set row per line, "\n" included
+            with path.open(encoding="utf-8-sig", newline="\n") as lines:  # one data set row per line, "\n" included
                 return "\n\n".join(line if line.strip() else "" for line in lines)
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except (UnicodeDecodeError, OSError, zlib.error, EOFError) as error:
         raise UserError(f"{path} is not a text file in UTF-8: {error}") from error
 
 
-def _jsonl_rows(path: Path) -> Iterable[str]:
+def _json_rows(path: Path) -> Iterable[str]:
+    """The field `text` of every object: one a line, whatever the file's name, or all in one list."""
     opened = gzip.open if path.suffix == ".gz" else open
-    with opened(path, "rt", encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                row = parse_json(line)["text"]
-                row.encode()  # only a string has it, and it refuses half a character, which JSON can spell
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise UserError(f"{path}, line {number}: expected a JSON object with the field 'text'.") from error
-            yield row
+    with opened(path, "rt", encoding="utf-8-sig") as file:
+        listed, where = file.read(1) == "[", "the list as a whole"
+        file.seek(0)
+        try:
+            for number, entry in enumerate(parse_json(file.read()) if listed else file, start=1):
+                where = f"{'item' if listed else 'line'} {number}"
+                if listed or entry.strip():
+                    row = (entry if listed else parse_json(entry))["text"]
+                    row.encode()  # only a string has it, and it refuses half a character, which JSON can spell
+                    yield row
+        except UnicodeDecodeError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}, {where}: expected a JSON object with the field 'text'.") from error
+
+
+@contextlib.contextmanager
+def _offline_if_unreachable(repository: str) -> Iterator[None]:
+    """Without a network, datasets finds at once what it has downloaded before, and does not retry for half a minute."""
+    before = constants.HF_HUB_OFFLINE
+    try:
+        huggingface_hub.dataset_info(repository, timeout=10)
+    except Exception:  # of whatever kind: the data set is not to be had from the hub
+        constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def _hub_rows(repository: str, config: str | None, split: str, **options: Any) -> list[str]:
     try:
         from datasets import load_dataset
 
-        return list(load_dataset(repository, config, split=split, **options)["text"])
+        with _offline_if_unreachable(repository):
+            return list(load_dataset(repository, config, split=split, **options)["text"])
     except ImportError as error:
         raise SetupError(
             f"reading {repository} needs the package datasets: pip install 'dfrot[eval]'. "
@@ -98,23 +123,40 @@ def _hub_rows(repository: str, config: str | None, split: str, **options: Any) -
         ) from error
 
 
+def token_ids(tokenizer: Any, text: str, rows: int) -> Int[Tensor, " tokens"]:
+    """The tokens of a text, for a model whose embedding has so many rows. Raises UserError as `check_tokens` does."""
+    ids = torch.tensor(tokenizer(text, verbose=False).input_ids, dtype=torch.long)
+    check_tokens(ids, rows)
+    return ids
+
+
+def check_tokens(ids: Int[Tensor, "..."], rows: int) -> None:
+    """Raise UserError for a token that an embedding of so many rows has none for."""
+    if (outside := ids[(ids < 0) | (ids >= rows)]).numel():
+        raise UserError(
+            f"the model's embedding has {rows} rows, none for token {int(outside[0])}. Take the model's own tokenizer; "
+            "if tokens were added to it, resize_token_embeddings of the unquantized model comes first."
+        )
+
+
 def token_windows(
-    tokenizer: Any, text: str, name: str, seq_len: int, max_tokens: int | None = None
+    tokenizer: Any, text: str, name: str, rows: int, seq_len: int, max_tokens: int | None = None
 ) -> Int[Tensor, "blocks seq_len"]:
     """The whole text tokenized once and cut into non-overlapping blocks; the tail is dropped.
 
     Args:
         name: of the text, for messages.
+        rows: of the model's embedding.
         max_tokens: take the first ⌊max_tokens / seq_len⌋ blocks.
 
     Raises:
-        UserError: the text, or max_tokens, is shorter than one block.
+        UserError: the text, or max_tokens, is shorter than one block; it has a token without a row.
     """
     if seq_len < 2:
         raise UserError(f"a block has at least two tokens, so that one can be predicted; got seq_len {seq_len}.")
     if max_tokens is not None and max_tokens < seq_len:
         raise UserError(f"one block is {seq_len} tokens long, but only {max_tokens} tokens are asked for.")
-    ids = torch.tensor(tokenizer(text, verbose=False).input_ids)
+    ids = token_ids(tokenizer, text, rows)
     if len(ids) < seq_len:
         raise UserError(f"the text '{name}' has {len(ids)} tokens, fewer than one block of {seq_len}.")
     ids = ids[:max_tokens]
@@ -122,14 +164,14 @@ def token_windows(
 
 
 def calibration_windows(
-    tokenizer: Any, text: str, name: str, seq_len: int, tokens: int, generator: torch.Generator
+    tokenizer: Any, text: str, name: str, rows: int, seq_len: int, tokens: int, generator: torch.Generator
 ) -> Int[Tensor, "blocks seq_len"]:
     """⌊tokens / seq_len⌋ windows at random places of the text, as the papers draw their calibration samples.
 
     Raises:
-        UserError: the text is shorter than one window.
+        UserError: the text is shorter than one window, or the embedding, of so many rows, has none for a token.
     """
-    ids = torch.tensor(tokenizer(text, verbose=False).input_ids)
+    ids = token_ids(tokenizer, text, rows)
     if len(ids) < seq_len:
         raise UserError(f"the calibration text '{name}' has {len(ids)} tokens, fewer than one sample of {seq_len}.")
     starts = torch.randint(len(ids) - seq_len + 1, (tokens // seq_len,), generator=generator)

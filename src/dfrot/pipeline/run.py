@@ -301,7 +301,7 @@ class _Loop:
             "architectures": [type(source.skeleton).__name__],
             "tie_word_embeddings": self.tied,
             "dtype": str(self.dtypes.computing).removeprefix("torch."),
-            "quantization_config": DfrotConfig.describe(self.runtime, self.recipe.to_json(), unquantized),
+            **DfrotConfig.describe(self.runtime, self.recipe.to_json(), unquantized),
         }
         copy_tokenizer(source.path, writer.path)
         writer.finish(config, notes)
@@ -318,12 +318,13 @@ def calibration_tokens(source: Source, recipe: Recipe) -> Int[Tensor, "sequences
     """The calibration text that a recipe asks for, in tokens of the model.
 
     Raises:
-        UserError: there is no such text, or it is too short.
+        UserError: there is no such text, it is too short, or it has a token for which the embedding has no row.
         SetupError: it has to come from the hub, which cannot be reached.
     """
     wanted = recipe.calibration
     text, generator = read_text(wanted.text, "train"), torch.Generator().manual_seed(recipe.seed)
-    return calibration_windows(load_tokenizer(source.path), text, wanted.text, wanted.seq_len, wanted.tokens, generator)
+    tokenizer, rows = load_tokenizer(source.path), source.config.vocab_size
+    return calibration_windows(tokenizer, text, wanted.text, rows, wanted.seq_len, wanted.tokens, generator)
 
 
 def _check(source: Source, recipe: Recipe, processes: ProcessGroup) -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,12 +22,15 @@ from dfrot.system.errors import UserError
 BLOCK_HOOKS: list[Callable[[nn.Module, ModelGraph, Config], None]] = []
 
 
-def install_(model: nn.Module, runtime: RuntimeConfig) -> None:
-    """Put the runtime's modules into a transformers model that is still on the meta device."""
-    config = model.config
+def install_(model: Any, runtime: RuntimeConfig) -> None:
+    """Put the runtime's modules into a transformers model, with any head or none, that is still on the meta device."""
+    config, decoder, kind = model.config, model.base_model, type(model)
     graph = graph_for(config)
-    use_torch_norms_(model, graph)
-    blocks = list(model.get_submodule(graph.blocks).children())
+    if decoder is not model and kind.base_model_prefix != graph.decoder:  # transformers would find no tensor
+        raise UserError(f"{kind.__name__} has no '{graph.decoder}', as checkpoints have: put its head on AutoModel.")
+    root = nn.ModuleDict({graph.decoder: decoder})  # the names of a language model, whatever the head
+    use_torch_norms_(root, graph)
+    blocks = list(root.get_submodule(graph.blocks).children())
     for block in blocks:
         install_block_(block, graph, runtime)
     if runtime.spec.keys.enabled:
@@ -35,7 +39,7 @@ def install_(model: nn.Module, runtime: RuntimeConfig) -> None:
                 f"this checkpoint's config rotates keys of {runtime.keys.size}, not {head_dim(config)} channels."
             )
         attentions = [block.get_submodule(graph.attention) for block in blocks]
-        install_kv_(model.get_submodule(graph.decoder), attentions, runtime.spec, runtime.keys)
+        install_kv_(decoder, attentions, runtime.spec, runtime.keys)
     for block, hook in itertools.product(blocks, BLOCK_HOOKS):
         hook(block, graph, config)
 
