@@ -131,8 +131,8 @@ def judge(path: Path, changed: Changed, theirs: Callable[[], Any]) -> None:
         model = theirs()
         changed.patch(model)
         expected = model.eval()(TOKENS, use_cache=False).logits
-    error, size = float((ours - expected).norm()), float(expected.norm())
-    assert error <= BOUND * size, f"{changed.names}: off by {error:.1e} of {size:.1e}"
+    off, size = float((ours - expected).norm()), float(expected.norm())
+    assert off <= BOUND * size, f"{changed.names}: off by {off:.1e} of {size:.1e}"
 
 
 def directories(scratch: Path, sharded: bool) -> Callable[[Path], None]:
@@ -282,9 +282,14 @@ def another_name(name: str, names: list[str], rng: random.Random) -> str:
 def gguf_files(scratch: Path) -> Callable[[Path], None]:
     """A reader of a seed, from which it changes a tiny GGUF file in the seed's folder and judges it."""
     bases = []
-    sizes = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 96, "vocab_size": 300}
+    sizes: dict[str, Any] = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 96, "vocab_size": 300}
     # transformers' reader knows no biases in Llama, and only heads of 128 channels in Qwen3
-    families = {"llama": {"attention_bias": False}, "qwen2": {}, "qwen3": {"head_dim": 128}, "phi3": {}}
+    families: dict[str, dict[str, Any]] = {
+        "llama": {"attention_bias": False},
+        "qwen2": {},
+        "qwen3": {"head_dim": 128},
+        "phi3": {},
+    }
     for name, changes in families.items():
         model = write_tiny_model(name, scratch / f"{name}-gguf", **{**sizes, **changes})
         save_tokenizer(byte_tokenizer(), model)

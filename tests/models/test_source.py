@@ -311,8 +311,8 @@ def test_a_source_that_computes_otherwise_than_in_transformers_is_refused(
 ) -> None:
     block = Source.block
 
-    def other(source: Source, index: int) -> torch.nn.Module:
-        module = block(source, index)
+    def other(source: Source, index: int) -> Any:
+        module: Any = block(source, index)
         module.mlp.down_proj.weight *= 1.01
         return module
 

@@ -152,7 +152,7 @@ class GgufModel:
         for name in self.tensors:
             part = name.removeprefix(f"{GRAPHS[self.config.model_type].blocks}.").split(".")[0]
             shards.setdefault(part if part.isdigit() else name, []).append(name)
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for number, names in enumerate(track(list(shards.values()), "unpacking"), 1):
             file = f"model-{number:05}-of-{len(shards):05}.safetensors"
             weight_map |= dict.fromkeys(names, file)

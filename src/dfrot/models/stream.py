@@ -105,10 +105,10 @@ def require_same_logits(source: Source) -> None:
             expected = model.eval()(tokens, use_cache=False).logits
     except Exception as error:  # transformers raises errors of many kinds for files that do not fit together
         raise UserError(f"{source.path} cannot be loaded by transformers: {error}") from error
-    error, size = float((ours - expected).norm()), float(expected.norm())
-    if not error <= FLOAT32_BOUND * size:
+    off, size = float((ours - expected).norm()), float(expected.norm())
+    if not off <= FLOAT32_BOUND * size:
         raise UserError(
             f"{source.path} computes something else here than in transformers: logits of {PROBE_TOKENS} tokens are off "
-            f"by {error:.1e} of {size:.1e}, where rounding explains {FLOAT32_BOUND * size:.1e}. Its config asks for "
+            f"by {off:.1e} of {size:.1e}, where rounding explains {FLOAT32_BOUND * size:.1e}. Its config asks for "
             "something that dfrot does not know: please report it. --check-source never goes on regardless."
         )
