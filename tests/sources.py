@@ -99,7 +99,7 @@ GGUF_KEYS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"attention.sliding_window": 4}, {"sliding_window": 4}),
     ({"attention.causal": False}, {}),
     ({"attention.scale": 0.5}, {}),
-    ({"rope.dimension_count": 8}, {}),
+    ({"rope.dimension_count": 8}, {"partial_rotary_factor": 0.5}),
     ({"block_count": 1}, {}),
     ({"expert_count": 4}, {}),
     ({"logit_scale": 0.5}, {}),
@@ -191,7 +191,7 @@ def change_config(folder: Path, rng: random.Random) -> Changed:
     config = json.loads((folder / "config.json").read_text())
     key = rng.choice(sorted(set(config) | set(KEYS)))
     # what transformers cannot load it says in words
-    names = [key, "transformers can load", "transformers can make", "model.", "lm_head."]
+    names = [key, "transformers can load", "transformers can make", "is not known. Known", "model.", "lm_head."]
     match rng.randrange(4):
         case 0:
             config.pop(key, None)

@@ -372,6 +372,8 @@ def _described(path: Path, config: Config, stored: dict[str, StoredTensor]) -> S
             raise UserError(
                 f"{path / 'config.json'} has a {key}, which {config.model_type} does not know: take it out."
             )
+    if "sliding_attention" in (getattr(config, "layer_types", None) or ()) and config.sliding_window is None:
+        raise UserError(f"{path / 'config.json'} has layer_types with sliding_attention, and no sliding_window.")
     _check_extent(path, config, graph, stored)
     one, other = f"{graph.embedding}.weight", f"{graph.head}.weight"
     if config.tie_word_embeddings and one in stored and other in stored:
