@@ -30,7 +30,7 @@ from dfrot.checkpoint.load import read_checkpoint
 from dfrot.checkpoint.writer import is_ours, opened_writer, read_fit, write_fit
 from dfrot.evaluation.record import read_records
 from dfrot.inspect.inspection import read_inspection
-from dfrot.models.gguf import check_structure
+from dfrot.models.gguf import read_header
 from dfrot.models.source import load_tokenizer, open_safetensors, open_source, read_config, stored_tensors
 from dfrot.models.texts import read_text
 from dfrot.pipeline.recipe import Recipe
@@ -40,6 +40,7 @@ from dfrot.system.errors import SetupError, UserError
 from dfrot.transform.transforms import Transforms
 from tests.mutations import mutated_bytes, mutated_json_file, mutated_safetensors
 from tests.report.records import record, write_inspection
+from tests.sources import directories, gguf_files
 from tests.tiny_models import write_tiny_model
 
 SECONDS = 20  # after which an input hangs
@@ -154,8 +155,21 @@ def readers(scratch: Path) -> dict[str, Reader]:
             },
             "transformers",
         ),
+        **{
+            f"changed {name}": Reader(read, {"seed": b""}, {"seed": _seed}, "transformers")
+            for name, read in (
+                ("whole", directories(scratch, sharded=False)),
+                ("sharded", directories(scratch, sharded=True)),
+                ("gguf", gguf_files(scratch)),
+            )
+        },
         "tokenizer": Reader(load_tokenizer, model, _json("tokenizer.json", "tokenizer_config.json"), "transformers"),
     }
+
+
+def _seed(_: bytes, rng: random.Random) -> bytes:
+    """From which a reader of tests/sources.py makes what it reads."""
+    return rng.randbytes(8)
 
 
 def small_gguf(path: Path) -> bytes:
@@ -257,8 +271,8 @@ def _fit(folder: Path) -> None:
 
 
 def _gguf(folder: Path) -> None:
-    """What our check lets through, the package gguf has to get through; its exceptions are caught in `converted`."""
-    check_structure(folder / "a.gguf")
+    """What our check lets through, the package gguf has to get through; its exceptions are caught in `unpack`."""
+    read_header(folder / "a.gguf")
     try:
         gguf.GGUFReader(folder / "a.gguf")
     except Exception as error:

@@ -10,7 +10,7 @@ from tests.readers import Reader, fuzz, readers
 
 NAMES = (
     *("recipe", "plan", "config", "index", "safetensors", "source", "checkpoint", "fit", "run", "records", "report"),
-    *("texts", "gguf", "load", "tokenizer"),
+    *("texts", "gguf", "load", "tokenizer", "changed whole", "changed sharded", "changed gguf"),
 )
 
 

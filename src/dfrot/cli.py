@@ -120,6 +120,8 @@ class Quantize:
     overwrite: bool = False  # Replace a checkpoint that is there.
     memory: str | None = None
     """Memory that may be taken, such as 8GB (default: what is available); hidden states beyond it go to disk."""
+    check_source: Literal["never", "auto", "always"] = "auto"
+    """Compare logits of a few tokens with those of transformers on the source before the work (auto: if it fits)."""
     dry_run: Annotated[bool, arg(aliases=["--plan"])] = False  # Only print what is expected: memory and disk.
     options: Annotated[MethodOptions, arg(name="")] = NONE_GIVEN
 
@@ -136,13 +138,15 @@ class Quantize:
             out.quiet = console.quiet = True
         with processes.joined(device):
             recipe, memory = self.recipe(), None if self.memory is None else parse_size(self.memory)
-            expected = Estimate.of(open_source(self.model), recipe, memory, processes)
+            source = open_source(self.model, unpack=False)
+            expected = Estimate.of(source, recipe, memory, processes, self.check_source)
             if expected.tight:
                 keep_freed_memory(largest=1 << 27)  # half the peak for twice the time, as measured
             if self.dry_run:
                 out.print(str(expected), highlight=False, soft_wrap=True)
                 return expected.require_room(self.out)
             how: Any = {"resume": self.resume, "overwrite": self.overwrite, "memory": memory, "processes": processes}
+            how["check_source"] = self.check_source
             result = quantize(self.model, recipe, self.out, device=device, **how)
         size = model_size(result.path)
         out.print(

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, GPT2Config
 
 import dfrot
 from dfrot.models.graph import GRAPHS
-from dfrot.models.source import open_source, use_torch_norms_
+from dfrot.models.source import Source, open_source, use_torch_norms_
 from dfrot.models.stream import BlockRunner, captured_inputs
 from dfrot.system.errors import SetupError, UserError
 from tests.tiny_models import CONFIGS
@@ -208,6 +208,7 @@ def test_a_bfloat16_model_with_float32_norms_is_a_bfloat16_model(broken: Path) -
 @pytest.mark.parametrize("shard", ["../model.safetensors", "/etc/passwd", "missing.safetensors"])
 def test_an_index_that_points_elsewhere_is_refused(broken: Path, shard: str) -> None:
     index = {"weight_map": {"model.norm.weight": shard}}
+    (broken / "model.safetensors").rename(broken.parent / "model.safetensors")
     (broken / "model.safetensors.index.json").write_text(json.dumps(index))
     refused(broken, "which is not a file in")
 
@@ -224,6 +225,7 @@ def test_an_index_that_points_elsewhere_is_refused(broken: Path, shard: str) -> 
     ],
 )
 def test_an_index_that_is_none_is_refused(broken: Path, index: str, message: str) -> None:
+    (broken / "model.safetensors").unlink()
     (broken / "model.safetensors.index.json").write_text(index)
     refused(broken, message)
 
@@ -242,3 +244,85 @@ def test_a_checkpoint_is_not_quantized_twice(tiny: Tiny, tmp_path: Path) -> None
     dfrot.quantize(tiny("llama"), dfrot.Recipe.parse("none", "rtn"), tmp_path / "once")
     with pytest.raises(UserError, match=r"quantized already \(dfrot\)"):
         dfrot.quantize(tmp_path / "once", dfrot.Recipe.parse("none", "rtn"), tmp_path / "twice")
+
+
+def test_of_an_index_and_a_single_file_the_file_is_read(broken: Path) -> None:
+    (broken / "model.safetensors.index.json").write_text('{"weight_map": {"model.norm.weight": "gone.safetensors"}}')
+    assert {tensor.file.name for tensor in open_source(str(broken)).stored.values()} == {"model.safetensors"}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["none", "quarot"])
+def test_a_head_of_its_own_is_kept_whatever_the_config_says(broken: Path, tmp_path: Path, method: str) -> None:
+    tensors = load_file(broken / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].flip(0)
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    tokens = torch.arange(1, 25)[None]
+    expected = AutoModelForCausalLM.from_pretrained(broken)(tokens).logits
+    made = dfrot.quantize(broken, dfrot.Recipe.parse(method, "rtn", "w16a16kv16"), tmp_path / "out").path
+    got = dfrot.load(made)[0](tokens).logits
+    assert (got - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_a_head_that_is_a_copy_of_the_embedding_stays_tied(broken: Path) -> None:
+    tensors = load_file(broken / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    assert open_source(str(broken)).tied
+
+
+def test_a_tensor_without_place_is_named_wherever_it_stands(broken: Path) -> None:
+    tensors = load_file(broken / "model.safetensors")
+    ignored = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6)}
+    save_file(tensors | ignored, broken / "model.safetensors", {"format": "pt"})
+    open_source(str(broken))
+    for name in ("model.extra.weight", "vision.embedding.weight", "lm_head.bias"):
+        save_file({**tensors, name: torch.ones(3)}, broken / "model.safetensors", {"format": "pt"})
+        refused(broken, f"hold '{name}', for which its config has no place")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"architectures": ["LlamaForSequenceClassification"]}, "['LlamaForSequenceClassification']"),
+        ({"architectures": 1}, "has the architectures 1"),
+        ({"sliding_window": 8}, "has a sliding_window, which llama does not know"),
+        ({"is_causal": False}, "(is_causal)"),
+        ({"transformers_weights": "other.safetensors"}, "(transformers_weights)"),
+        ({"quantization_config": 3}, "has a quantization_config that is no JSON object"),
+        ({"dtype": 1}, "has the dtype 1"),
+    ],
+)
+def test_what_transformers_would_read_otherwise_is_refused(broken: Path, change: dict[str, Any], message: str) -> None:
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | change))
+    refused(broken, message)
+
+
+def test_an_adapter_is_named_as_one(broken: Path, tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    for folder in (broken, tmp_path / "adapter"):  # beside a model, with peft, transformers loads the other one
+        (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "somebody/else"}')
+        refused(folder, "holds an adapter of somebody/else: merge it first")
+
+
+def test_a_source_that_computes_otherwise_than_in_transformers_is_refused(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block = Source.block
+
+    def other(source: Source, index: int) -> Any:
+        module: Any = block(source, index)
+        module.mlp.down_proj.weight *= 1.01
+        return module
+
+    recipe = dfrot.Recipe.parse("none", "rtn")
+    with monkeypatch.context() as patched:
+        patched.setattr(Source, "block", other)
+        for check in ("auto", "always"):
+            with pytest.raises(UserError, match="computes something else here than in transformers"):
+                dfrot.quantize(tiny("qwen2"), recipe, tmp_path / "out", check_source=check)
+        assert not (tmp_path / "out").exists()
+        dfrot.quantize(tiny("qwen2"), recipe, tmp_path / "unchecked", check_source="never")
+    with pytest.raises(UserError, match="never, auto or always, got 'maybe'"):
+        dfrot.quantize(tiny("qwen2"), recipe, tmp_path / "out", check_source="maybe")

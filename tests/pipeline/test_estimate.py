@@ -86,6 +86,17 @@ def test_what_does_not_fit_is_refused_before_anything_is_made(tiny: Tiny, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
+def test_the_check_of_the_source_is_planned_and_left_out_where_it_does_not_fit(tiny: Tiny, tmp_path: Path) -> None:
+    source, recipe = open_source(str(tiny("llama"))), dfrot.Recipe.parse("none", "rtn")
+    plans = {check: Estimate.of(source, recipe, None, check_source=check) for check in ("never", "auto", "always")}
+    needed = plans["always"].check
+    assert plans["auto"].check == needed > 2 * sum(tensor.nbytes for tensor in source.stored.values())
+    assert plans["never"].check == 0
+    assert Estimate.of(source, recipe, needed - 1).check == 0
+    with pytest.raises(UserError, match="--check-source always needs"):
+        replace(plans["always"], budget=needed - 1, resident=0).require_room(tmp_path)
+
+
 def test_what_is_replaced_counts_as_free(tmp_path: Path) -> None:
     (tmp_path / "shard").write_bytes(bytes(10**6))
     assert free_disk(tmp_path) - free_disk(tmp_path / "not" / "made") == pytest.approx(10**6, abs=10**8)

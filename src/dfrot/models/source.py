@@ -9,7 +9,7 @@ import copy
 import hashlib
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -19,8 +19,9 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
-from dfrot.models.gguf import EMBEDDED, converted, embedded_file
+from dfrot.models.gguf import EMBEDDED, GgufModel, embedded_file, unpacked_folder
 from dfrot.models.graph import Config, ModelGraph, graph_for, head_dim
 from dfrot.system.errors import SetupError, UserError
 from dfrot.system.files import RUN_FILE, read_json, translate_io_errors
@@ -29,6 +30,7 @@ M = TypeVar("M", bound=nn.Module)
 
 INDEX_FILE = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_COMPUTED = "rotary_emb.inv_freq"  # old Llamas stored RoPE's frequencies; transformers computes them from the config
 # The dtypes that dfrot reads, as safetensors names them.
 _DTYPES = {
     **{"BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I32": torch.int32, "I64": torch.int64},
@@ -40,18 +42,17 @@ def locate(model: str) -> Path:
     """The directory with the safetensors weights behind MODEL: a directory, a .gguf file, an alias or a hub id.
 
     Raises:
-        UserError: there is no such model.
-        SetupError: the hub cannot be reached.
+        UserError: there is no such model, or a GGUF file holds none that is known.
+        SetupError: the hub cannot be reached; a GGUF file cannot be unpacked.
     """
-    if model in EMBEDDED:
-        return converted(embedded_file(model))
+    if (packed := _still_packed(model)) is not None:
+        _of_gguf(packed)
+        packed.unpack()
+    if (file := _gguf_file(model)) is not None:
+        return unpacked_folder(file)
     path = Path(model).expanduser()
     if path.is_dir():
         return path
-    if path.is_file():
-        if path.suffix != ".gguf":
-            raise UserError(f"a model file ends in .gguf, got {path}. Give a .gguf file or a directory.")
-        return converted(path)
     if model.count("/") != 1 or model.startswith((".", "/", "~")):  # not the form of a hub id
         raise UserError(
             f"there is no model at '{model}'. MODEL is a directory with safetensors weights, a .gguf file, "
@@ -69,6 +70,24 @@ def locate(model: str) -> Path:
             f"'{model}' is neither a local directory nor in the local cache, and the hub cannot be reached. "
             f"Give a local directory, a .gguf file or {', '.join(EMBEDDED)}."
         ) from error
+
+
+def _gguf_file(model: str) -> Path | None:
+    """The GGUF file that MODEL means, if it does. Raises UserError for any other file."""
+    if model in EMBEDDED:
+        return embedded_file(model)
+    if not (path := Path(model).expanduser()).is_file():
+        return None
+    if path.suffix != ".gguf":
+        raise UserError(f"a model file ends in .gguf, got {path}. Give a .gguf file or a directory.")
+    return path
+
+
+def _still_packed(model: str) -> GgufModel | None:
+    """MODEL, if it is a GGUF file that has not been unpacked."""
+    file = _gguf_file(model)
+    unpacked = file is None or (unpacked_folder(file) / "config.json").is_file()
+    return None if file is None or unpacked else GgufModel.open(file)
 
 
 class StoredTensor(NamedTuple):
@@ -91,9 +110,13 @@ class StoredTensor(NamedTuple):
 def stored_tensors(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a directory with one safetensors file or many, by name. No tensor is read.
 
+    Where there are both, transformers reads the one file, whatever the index says.
+
     Raises:
         UserError: there are no safetensors weights, or a shard is missing, truncated or outside the directory.
     """
+    if (path / _SINGLE).is_file():
+        return tensors_in(path / _SINGLE)
     if (path / INDEX_FILE).is_file():
         weight_map = read_json(path / INDEX_FILE).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
@@ -111,8 +134,6 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
                 raise UserError(f"{path} has two tensors '{min(twice)}', in {first} and in {shard}.")
             found |= held
         return found
-    if (path / _SINGLE).is_file():
-        return tensors_in(path / _SINGLE)
     if pickles := [p.name for p in path.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")]:
         raise UserError(
             f"{path} has its weights in pickle files ({pickles[0]}), which can run code when they are read and are "
@@ -157,6 +178,7 @@ class Source:
     graph: ModelGraph
     stored: dict[str, StoredTensor]
     skeleton: nn.Module  # the transformers model on the meta device, with SDPA attention and torch.nn.RMSNorm norms
+    unpacking: int = 0  # bytes that a GGUF file takes once it is unpacked, which is to come
 
     @property
     def num_blocks(self) -> int:
@@ -261,10 +283,15 @@ def copy_tokenizer(path: Path, to: Path) -> None:
 
 def config_json(path: Path) -> dict[str, Any]:
     """The config.json of a model directory. Raises UserError where there is none, as in an interrupted run."""
+    if (adapter := path / "adapter_config.json").is_file():  # with peft, transformers loads it and the model it names
+        base = read_json(adapter).get("base_model_name_or_path")
+        raise UserError(f"{path} holds an adapter of {base}: merge it first (peft: merge_and_unload, save_pretrained).")
     if (path / "config.json").is_file():
         return read_json(path / "config.json")
     if (path / RUN_FILE).is_file():
         raise UserError(f"{path} holds an interrupted run of `dfrot quantize`. Repeat the command with --resume.")
+    if path.suffix == ".gguf":
+        raise UserError(f"{path} is a GGUF file, which is a model to start from, not a directory.")
     raise UserError(f"{path} holds no complete model: config.json is missing.")
 
 
@@ -275,6 +302,8 @@ def read_config(path: Path) -> Config:
     for name in {"num_hidden_layers", "num_labels"} & record.keys():
         if not isinstance(record[name], int) or record[name] > most:
             raise UserError(f"{path / 'config.json'} has {name} {record[name]!r}; it is an integer, at most {most}.")
+    if not isinstance(record.get("quantization_config") or {}, dict):
+        raise UserError(f"{path / 'config.json'} has a quantization_config that is no JSON object.")
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # transformers and huggingface_hub raise errors of many kinds for a broken config
@@ -295,25 +324,79 @@ def use_torch_norms_(model: nn.Module, graph: ModelGraph) -> None:
             model.set_submodule(name, norm)
 
 
-def open_source(model: str) -> Source:
-    """Open MODEL, as `locate` finds it, without reading its weights.
+def open_source(model: str, *, unpack: bool = True) -> Source:
+    """Open MODEL, as `locate` finds it, without reading its weights (but those that its config says are tied).
+
+    Args:
+        unpack: a GGUF file, if that has not been done; else only describe what it will be, which suffices for a plan.
 
     Raises:
         UserError: no such model, an unknown architecture, weights that are missing, truncated or pickled.
-        SetupError: the hub cannot be reached.
+        SetupError: the hub cannot be reached; a GGUF file cannot be unpacked.
     """
+    if not unpack and (packed := _still_packed(model)) is not None:
+        packed.require_disk()
+        return _of_gguf(packed)
     path = locate(model)
     config = read_config(path)
+    graph_for(config)  # an architecture that is not known is refused whatever its weights are
+    return _described(path, config, stored_tensors(path))
+
+
+def _of_gguf(model: GgufModel) -> Source:
+    """A GGUF file as the source that it will be, before it is unpacked."""
+    tensors = model.tensors.items()
+    stored = {name: StoredTensor(model.path, name, tensor.shape, torch.float32) for name, tensor in tensors}
+    return replace(_described(model.path, model.config, stored), unpacking=model.nbytes)
+
+
+def _described(path: Path, config: Config, stored: dict[str, StoredTensor]) -> Source:
+    """A source whose config and tensors fit each other."""
     if quantized := getattr(config, "quantization_config", None):
         made_by = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
-        raise UserError(f"{path} is quantized already ({made_by}). Give the model it was made from.")
-    graph, stored = graph_for(config), stored_tensors(path)
+        raise UserError(
+            f"{path} is quantized already ({made_by}), says its quantization_config. Give the model it was made from."
+        )
+    if (named := getattr(config, "transformers_weights", None)) is not None:
+        raise UserError(f"{path} has its weights in {named!r} (transformers_weights), which dfrot does not read.")
+    graph = graph_for(config)
+    if getattr(config, "is_causal", True) is not True:
+        raise UserError(f"{path} lets tokens attend to later ones (is_causal): dfrot quantizes causal language models.")
+    if not isinstance(config.dtype, torch.dtype | None):
+        raise UserError(f"{path / 'config.json'} has the dtype {config.dtype!r}, which torch does not know.")
+    named = config.architectures or []
+    if not isinstance(named, list) or not all(str(name).endswith("ForCausalLM") for name in named):
+        raise UserError(f"{path} has the architectures {named}: dfrot quantizes causal language models.")
+    for key in ("sliding_window", "layer_types"):  # transformers' masks ignore what the class lacks; its caches do not
+        if getattr(config, key, None) is not None and not hasattr(type(config), key):
+            raise UserError(
+                f"{path / 'config.json'} has a {key}, which {config.model_type} does not know: take it out."
+            )
+    if "sliding_attention" in (getattr(config, "layer_types", None) or ()) and config.sliding_window is None:
+        raise UserError(f"{path / 'config.json'} has layer_types with sliding_attention, and no sliding_window.")
     _check_extent(path, config, graph, stored)
+    one, other = f"{graph.embedding}.weight", f"{graph.head}.weight"
+    if config.tie_word_embeddings and one in stored and other in stored:
+        # as transformers does: only matrices that are equal are one
+        config.tie_word_embeddings = torch.equal(stored[one].read().float(), stored[other].read().float())
     with building(path):
         skeleton = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", trust_remote_code=False)
     use_torch_norms_(skeleton, graph)
     _check_tensors(path, skeleton, graph, stored)
     return Source(path, config, graph, stored, skeleton.eval())
+
+
+@contextlib.contextmanager
+def silent_transformers() -> Iterator[None]:
+    """No progress bars, and no messages below errors."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        transformers_logging.enable_progress_bar()
 
 
 @contextlib.contextmanager
@@ -341,16 +424,16 @@ def _check_extent(path: Path, config: Config, graph: ModelGraph, stored: Mapping
 
 def _check_tensors(path: Path, skeleton: Any, graph: ModelGraph, stored: Mapping[str, StoredTensor]) -> None:
     """Raise UserError unless the files hold the tensors of the config, and no other block's."""
-    expected = skeleton.state_dict()
+    expected, unread = skeleton.state_dict(), {name for name in stored if name.endswith(_COMPUTED)}
     if skeleton.config.tie_word_embeddings:
         del expected[f"{graph.head}.weight"]
+        unread.add(f"{graph.head}.weight")  # if it is there, it equals the embedding
     if missing := sorted(expected.keys() - stored.keys()):
         raise UserError(f"the weights in {path} lack '{missing[0]}' ({len(missing)} missing), which its config needs.")
     check_shapes(path, expected, stored)
     if wrong := next((stored[name] for name in expected if not stored[name].dtype.is_floating_point), None):
         raise UserError(f"'{wrong.name}' in {path} has the dtype {wrong.dtype}; weights are floating-point numbers.")
-    blocks = {name for name in stored.keys() - expected.keys() if name.startswith(graph.blocks + ".")}
-    if left := sorted(name for name in blocks if not name.endswith("rotary_emb.inv_freq")):  # old Llamas stored it
+    if left := sorted(stored.keys() - expected.keys() - unread):
         raise UserError(f"the weights in {path} hold '{left[0]}', for which its config has no place.")
 
 

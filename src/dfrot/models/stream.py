@@ -1,15 +1,21 @@
-"""Running decoder blocks one at a time, and capturing their layers' inputs."""
+"""Running decoder blocks one at a time, capturing their layers' inputs, and proof that a source is read rightly."""
 
 import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 from transformers.masking_utils import create_sliding_window_causal_mask
 
-from dfrot.models.source import Source
+from dfrot.models.source import Source, silent_transformers
+from dfrot.system.errors import UserError
+
+PROBE_TOKENS = 32
+# Rounding to 2⁻²³ through some hundred blocks and sums of thousands; another RoPE, mask or weight makes 10⁻² and more.
+FLOAT32_BOUND = 1e-3
 
 
 class BlockRunner:
@@ -68,3 +74,41 @@ def captured_inputs(modules: dict[str, nn.Module]) -> Iterator[dict[str, list[Te
             keep = seen[name].append
             hooks.enter_context(module.register_forward_pre_hook(lambda _, args, keep=keep: keep(args[0].detach())))
         yield seen
+
+
+@torch.no_grad()
+def logits_by_blocks(source: Source, tokens: Int[Tensor, "batch tokens"]) -> Float[Tensor, "batch tokens vocabulary"]:
+    """Logits in float32 through the blocks of a source, read one after the other.
+
+    Raises:
+        UserError: a weight holds NaN or infinities, or the blocks cannot be run as the config says.
+    """
+    hidden = source.embedding()[tokens].float()
+    try:
+        run = BlockRunner(source, hidden)
+        for index in range(source.num_blocks):
+            hidden = run(source.block(index).float(), index, hidden)
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError) as error:
+        raise UserError(f"{source.path / 'config.json'} describes no model that can be run: {error!r}") from error
+    return source.final_norm().float()(hidden) @ source.head().float().T
+
+
+@torch.no_grad()
+def require_same_logits(source: Source) -> None:
+    """Raise UserError unless transformers computes the same from the source's directory, the whole model in float32."""
+    vocabulary, generator = source.config.vocab_size, torch.Generator().manual_seed(0)
+    tokens = torch.randint(vocabulary, (1, PROBE_TOKENS), generator=generator)
+    ours = logits_by_blocks(source, tokens)
+    try:
+        with silent_transformers():
+            model = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32, trust_remote_code=False)
+            expected = model.eval()(tokens, use_cache=False).logits
+    except Exception as error:  # transformers raises errors of many kinds for files that do not fit together
+        raise UserError(f"{source.path} cannot be loaded by transformers: {error}") from error
+    off, size = float((ours - expected).norm()), float(expected.norm())
+    if not off <= FLOAT32_BOUND * size:
+        raise UserError(
+            f"{source.path} computes something else here than in transformers: logits of {PROBE_TOKENS} tokens are off "
+            f"by {off:.1e} of {size:.1e}, where rounding explains {FLOAT32_BOUND * size:.1e}. Its config asks for "
+            "something that dfrot does not know: please report it. --check-source never goes on regardless."
+        )

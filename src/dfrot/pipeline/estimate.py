@@ -44,16 +44,23 @@ class Estimate:
     budget: int  # memory that may be taken by one process
     processes: int = 1  # that share the machine
     warning: str | None = None  # the rounding's, about so much calibration text
+    check: int = 0  # peak memory of comparing the source with transformers first; 0: that is left out
+    unpacking: int = 0  # written to the cache: a GGUF file, unpacked. A block takes more memory later than here
 
     @staticmethod
     def of(
-        source: Source, recipe: Recipe, memory: int | None = None, processes: ProcessGroup = SINGLE_PROCESS
+        source: Source,
+        recipe: Recipe,
+        memory: int | None = None,
+        processes: ProcessGroup = SINGLE_PROCESS,
+        check_source: str = "auto",
     ) -> "Estimate":
         """The estimate for a model; no weight is read.
 
         Args:
             memory: the budget in bytes; None takes what the machine has available.
             processes: that work together; those on this machine share the budget.
+            check_source: as `quantize` takes it.
 
         Raises:
             UserError: the model has no place for the method's rotations.
@@ -68,6 +75,9 @@ class Estimate:
         vocabulary += _FOLD64 * min(sizes.vocabulary, VOCABULARY_ROWS) * sizes.hidden
         stages = recipe.method.peak_bytes(sizes), vocabulary, _block_bytes(sizes, recipe)
         state = sizes.working * sizes.hidden + recipe.rounding.state_bytes(sizes)
+        budget = (available_memory() if memory is None else memory) // processes.local
+        # the whole model in float32, and its files, which are mapped
+        check = int(_SLACK * (_PROCESS + sum(4 * each.shape.numel() + each.nbytes for each in source.stored.values())))
         return Estimate(
             blocks=source.num_blocks,
             block_weights=sum(rows * columns for rows, columns in sizes.linears.values()),
@@ -75,9 +85,11 @@ class Estimate:
             resident=int(_SLACK * (_PROCESS + max(stages))),
             states=sequences * wanted.seq_len * state if recipe.fits_weights else 0,
             checkpoint=_checkpoint_bytes(sizes, source, recipe, outline),
-            budget=(available_memory() if memory is None else memory) // processes.local,
+            budget=budget,
             processes=processes.local,
             warning=recipe.rounding.warning(sizes) if recipe.fits_weights else None,
+            check=check if check_source == "always" or (check_source == "auto" and check <= budget) else 0,
+            unpacking=source.unpacking,
         )
 
     @property
@@ -87,7 +99,7 @@ class Estimate:
 
     @property
     def memory(self) -> int:
-        """Expected peak."""
+        """Expected peak, but for `check`."""
         return self.resident + (0 if self.offloads else self.states)
 
     @property
@@ -112,6 +124,11 @@ class Estimate:
                 f"this needs {_gb(self.memory)} of memory that is not offloaded; the budget is {_gb(self.budget)}. "
                 "Give a larger --memory if there is more, or --weights rtn, which needs the least."
             )
+        if self.check > self.budget:
+            raise UserError(
+                f"--check-source always needs {_gb(self.check)} of memory; the budget is {_gb(self.budget)}. "
+                "Give a larger --memory if there is more, or --check-source auto or never."
+            )
         free = free_disk(out)
         if self.disk > free:
             offloaded = f" and {_gb(self.states)} of offloaded states" if self.offloads else ""
@@ -126,10 +143,14 @@ class Estimate:
         kept = "" if self.tight else ", as much again of freed memory kept"
         states = f", {_gb(self.states)} of calibration states {where}" if self.states else ""
         each = f", for each of {self.processes} processes" if self.processes > 1 else ""
+        if self.check:
+            kept += f", {_gb(self.check)} while the source is checked"
+        offloaded = f", and {_gb(self.states)} until it is done" * self.offloads
+        cached = f"\nexpected in the cache {_gb(self.unpacking)}, unpacked from GGUF and kept" if self.unpacking else ""
         return (
             f"{self.blocks} blocks of {self.block_weights / 1e6:.1f} million weights, {_gb(self.block_bytes)} each\n"
-            f"expected peak memory {_gb(self.memory)} of {_gb(self.budget)}{states}{kept}{each}\n"
-            f"expected on disk {_gb(self.checkpoint)}{f', and {_gb(self.states)} until it is done' * self.offloads}"
+            f"expected peak memory {_gb(max(self.memory, self.check))} of {_gb(self.budget)}{states}{kept}{each}\n"
+            f"expected on disk {_gb(self.checkpoint)}{offloaded}{cached}"
         )
 
 

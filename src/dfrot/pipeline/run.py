@@ -20,6 +20,7 @@ from dfrot.checkpoint.load import DfrotConfig, usable_device
 from dfrot.checkpoint.writer import CheckpointWriter, ReuseDir, opened_writer
 from dfrot.methods.method import Fit, FitContext
 from dfrot.models.source import Source, copy_tokenizer, load_tokenizer, open_source
+from dfrot.models.stream import require_same_logits
 from dfrot.models.texts import calibration_windows, read_text
 from dfrot.pipeline.estimate import VOCABULARY_ROWS, Estimate
 from dfrot.pipeline.recipe import Recipe
@@ -67,6 +68,7 @@ def quantize(
     overwrite: bool = False,
     memory: int | None = None,
     reuse_dir: str | Path | None = None,
+    check_source: str = "auto",
     processes: ProcessGroup = SINGLE_PROCESS,
 ) -> QuantizeResult:
     """Rotate and quantize a model into a checkpoint directory.
@@ -82,6 +84,8 @@ def quantize(
             calibration text do not fit, they go into a memory-mapped file in `out`.
         reuse_dir: a folder in which runs leave what others can take: fitted rotations, and blocks if recipes differ in
             the cache alone.
+        check_source: whether logits of a few tokens are compared with those of transformers on the same source before
+            the work: "never", "always", or "auto", where the whole model in float32 fits into the memory.
         processes: that make this checkpoint together, and have joined. Its numbers are those of one process but for the
             order in which sums over tokens are rounded.
 
@@ -91,13 +95,20 @@ def quantize(
         InvarianceError: folding changed the model, which is a bug; nothing is left that looks finished.
     """
     there, path = usable_device(device), Path(out)
-    source = open_source(str(model))
+    if check_source not in ("never", "auto", "always"):
+        raise UserError(f"check_source is never, auto or always, got {check_source!r}.")
+    source = open_source(str(model), unpack=False)
     _check(source, recipe, processes)
-    estimate = Estimate.of(source, recipe, memory, processes)
+    estimate = Estimate.of(source, recipe, memory, processes, check_source)
     estimate.require_room(path)
     if estimate.warning:
         warnings.warn(estimate.warning, stacklevel=2)
+    if source.unpacking:
+        source = open_source(str(model))
     load_tokenizer(source.path)  # a model without one is refused before the work, not after it
+    if estimate.check:
+        require_same_logits(source)
+        give_freed_memory_back()
 
     reuse = ReuseDir(None if reuse_dir is None else Path(reuse_dir))
     calibration = functools.cache(lambda: calibration_tokens(source, recipe))
