@@ -29,8 +29,8 @@ import dfrot
 from dfrot.checkpoint.load import read_checkpoint
 from dfrot.checkpoint.writer import is_ours, opened_writer, read_fit, write_fit
 from dfrot.evaluation.record import read_records
+from dfrot.gguf.reader import read_header
 from dfrot.inspect.inspection import read_inspection
-from dfrot.models.gguf import read_header
 from dfrot.models.source import load_tokenizer, open_safetensors, open_source, read_config, stored_tensors
 from dfrot.models.texts import read_text
 from dfrot.pipeline.recipe import Recipe

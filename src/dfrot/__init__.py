@@ -3,7 +3,8 @@
 from dfrot.version import __version__
 
 # isort: split
-import dfrot.fused  # noqa: F401 — turns the fused blocks on
+import dfrot.fused
+import dfrot.gguf  # noqa: F401 — makes GGUF files known
 from dfrot.checkpoint.load import load
 from dfrot.evaluation.perplexity import perplexity
 from dfrot.pipeline.recipe import Recipe

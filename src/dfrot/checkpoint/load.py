@@ -13,7 +13,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from dfrot.models.graph import graph_for
@@ -25,6 +24,7 @@ from dfrot.models.source import (
     load_tokenizer,
     locate,
     read_config,
+    silent_transformers,
     stored_tensors,
 )
 from dfrot.runtime.config import FORMAT, RuntimeConfig
@@ -173,17 +173,12 @@ def load(model: str | Path, *, device: Device = "cpu", dtype: torch.dtype | None
         if checkpoint is not None:
             install_(skeleton, checkpoint.runtime)
     check_shapes(path, skeleton.state_dict(), stored)
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    options = {"config": config, "dtype": dtype or "auto", "device_map": device_map, "output_loading_info": True}
     try:
-        options = {"config": config, "dtype": dtype or "auto", "device_map": device_map, "output_loading_info": True}
-        loaded, report = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, **options)
+        with silent_transformers():
+            loaded, report = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, **options)
     except Exception as error:  # transformers raises errors of many kinds for files that do not fit together
         raise UserError(f"{path} cannot be loaded: {error}") from error
-    finally:
-        transformers_logging.set_verbosity(level)
-        transformers_logging.enable_progress_bar()
     if wrong := {kind: sorted(names) for kind, names in report.items() if names}:
         raise UserError(f"the weights in {path} do not fit its config: {wrong}")
     _check_values(path, loaded, stored)

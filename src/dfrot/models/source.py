@@ -8,10 +8,10 @@ import contextlib
 import copy
 import hashlib
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import huggingface_hub
 import torch
@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from dfrot.models.gguf import EMBEDDED, GgufModel, embedded_file, unpacked_folder
 from dfrot.models.graph import Config, ModelGraph, graph_for, head_dim
 from dfrot.system.errors import SetupError, UserError
 from dfrot.system.files import RUN_FILE, read_json, translate_io_errors
@@ -38,6 +37,31 @@ _DTYPES = {
 }
 
 
+class Packed(Protocol):
+    """A model in a file of another format, which is unpacked once to a directory that transformers can load."""
+
+    path: Path
+    folder: Path  # where it is unpacked, or will be
+    is_unpacked: bool
+    config: Config
+    tensors: Mapping[str, Any]  # with the shape of each, by transformers' names; they are float32 once unpacked
+    nbytes: int  # of all tensors, unpacked
+
+    def require_disk(self) -> None:
+        """Raise SetupError if the disk does not hold the unpacked model."""
+
+    def unpack(self) -> None:
+        """Write the directory, whole or not at all."""
+
+
+# Called with MODEL. A ring that reads files of another format registers here, so that the core does not know of it.
+FORMATS: list[Callable[[str], Packed | None]] = []
+
+
+def _packed(model: str) -> Packed | None:
+    return next((packed for found in FORMATS if (packed := found(model)) is not None), None)
+
+
 def locate(model: str) -> Path:
     """The directory with the safetensors weights behind MODEL: a directory, a .gguf file, an alias or a hub id.
 
@@ -45,18 +69,20 @@ def locate(model: str) -> Path:
         UserError: there is no such model, or a GGUF file holds none that is known.
         SetupError: the hub cannot be reached; a GGUF file cannot be unpacked.
     """
-    if (packed := _still_packed(model)) is not None:
-        _of_gguf(packed)
-        packed.unpack()
-    if (file := _gguf_file(model)) is not None:
-        return unpacked_folder(file)
+    if (packed := _packed(model)) is not None:
+        if not packed.is_unpacked:
+            _of_packed(packed)
+            packed.unpack()
+        return packed.folder
     path = Path(model).expanduser()
     if path.is_dir():
         return path
+    if path.is_file():
+        raise UserError(f"a model file ends in .gguf, got {path}. Give a .gguf file or a directory.")
     if model.count("/") != 1 or model.startswith((".", "/", "~")):  # not the form of a hub id
         raise UserError(
             f"there is no model at '{model}'. MODEL is a directory with safetensors weights, a .gguf file, "
-            f"a hub id such as 'meta-llama/Llama-2-7b-hf', or one of: {', '.join(EMBEDDED)}."
+            "a hub id such as 'meta-llama/Llama-2-7b-hf', or smollm2-135m."
         )
     try:
         patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # no pickles, no code
@@ -68,26 +94,8 @@ def locate(model: str) -> Path:
     except OSError as error:
         raise SetupError(
             f"'{model}' is neither a local directory nor in the local cache, and the hub cannot be reached. "
-            f"Give a local directory, a .gguf file or {', '.join(EMBEDDED)}."
+            "Give a local directory, a .gguf file or smollm2-135m."
         ) from error
-
-
-def _gguf_file(model: str) -> Path | None:
-    """The GGUF file that MODEL means, if it does. Raises UserError for any other file."""
-    if model in EMBEDDED:
-        return embedded_file(model)
-    if not (path := Path(model).expanduser()).is_file():
-        return None
-    if path.suffix != ".gguf":
-        raise UserError(f"a model file ends in .gguf, got {path}. Give a .gguf file or a directory.")
-    return path
-
-
-def _still_packed(model: str) -> GgufModel | None:
-    """MODEL, if it is a GGUF file that has not been unpacked."""
-    file = _gguf_file(model)
-    unpacked = file is None or (unpacked_folder(file) / "config.json").is_file()
-    return None if file is None or unpacked else GgufModel.open(file)
 
 
 class StoredTensor(NamedTuple):
@@ -334,17 +342,17 @@ def open_source(model: str, *, unpack: bool = True) -> Source:
         UserError: no such model, an unknown architecture, weights that are missing, truncated or pickled.
         SetupError: the hub cannot be reached; a GGUF file cannot be unpacked.
     """
-    if not unpack and (packed := _still_packed(model)) is not None:
+    if not unpack and (packed := _packed(model)) is not None and not packed.is_unpacked:
         packed.require_disk()
-        return _of_gguf(packed)
+        return _of_packed(packed)
     path = locate(model)
     config = read_config(path)
     graph_for(config)  # an architecture that is not known is refused whatever its weights are
     return _described(path, config, stored_tensors(path))
 
 
-def _of_gguf(model: GgufModel) -> Source:
-    """A GGUF file as the source that it will be, before it is unpacked."""
+def _of_packed(model: Packed) -> Source:
+    """A file of another format as the source that it will be, before it is unpacked."""
     tensors = model.tensors.items()
     stored = {name: StoredTensor(model.path, name, tensor.shape, torch.float32) for name, tensor in tensors}
     return replace(_described(model.path, model.config, stored), unpacking=model.nbytes)

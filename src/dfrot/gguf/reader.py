@@ -5,6 +5,7 @@ windows among it. Every key of the metadata and every tensor is read, or changes
 by name. The weights are unpacked to float32, a decoder block at a time, and kept in a cache.
 """
 
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -16,7 +17,6 @@ import shutil
 import struct
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,22 +72,37 @@ class PackedTensor(NamedTuple):
     offset: int  # in bytes, from the beginning of the file
 
 
-@dataclass(frozen=True)
+def found(model: str) -> "GgufModel | None":
+    """The GGUF file that MODEL means, if it does."""
+    path = embedded_file(model) if model in EMBEDDED else Path(model).expanduser()
+    return GgufModel(path) if path.suffix == ".gguf" and path.is_file() else None
+
+
 class GgufModel:
-    """A GGUF file whose keys and tensors are all accounted for; no weight has been read."""
+    """A GGUF file. Its keys and tensors are all accounted for once `config` or `tensors` is asked for.
 
-    path: Path
-    config: Config
-    tensors: dict[str, PackedTensor]  # by transformers' names
+    Raises:
+        UserError: the file is broken, of an architecture that is not known, or has a key or a tensor without place.
+        SetupError: the package gguf is not installed.
+    """
 
-    @staticmethod
-    def open(path: Path) -> "GgufModel":
-        """Read header and RoPE's factors.
+    def __init__(self, path: Path) -> None:
+        self.path, self.folder = path, unpacked_folder(path)
+        self.is_unpacked = (self.folder / "config.json").is_file()
 
-        Raises:
-            UserError: the file is broken, of an architecture that is not known, or has a key or a tensor without place.
-            SetupError: the package gguf is not installed.
-        """
+    @property
+    def config(self) -> Config:
+        return self._read[0]
+
+    @property
+    def tensors(self) -> dict[str, PackedTensor]:
+        """By transformers' names."""
+        return self._read[1]
+
+    @functools.cached_property
+    def _read(self) -> tuple[Config, dict[str, PackedTensor]]:
+        """From the header and RoPE's factors; no weight is read."""
+        path = self.path
         values, packed = read_header(path)
         if (name := values.get("general.architecture")) not in _CLASSES:
             raise UserError(
@@ -103,7 +118,7 @@ class GgufModel:
             if left := sorted(packed.keys() - names.keys()):
                 raise ValueError(f"the tensor '{left[0]}' has no place in a model of the architecture {name}")
             tensors = {names[key]: tensor for key, tensor in packed.items()}
-            return GgufModel(path, AutoConfig.for_model(**record), tensors)
+            return AutoConfig.for_model(**record), tensors
         except Exception as error:  # transformers raises errors of many kinds for values that do not fit together
             raise UserError(f"{path} cannot be read as a model: {error}.") from error
 
@@ -129,7 +144,7 @@ class GgufModel:
             SetupError: the cache cannot be written.
         """
         self.require_disk()
-        target = unpacked_folder(self.path)
+        target = self.folder
         console.print(f"unpacking {self.path.name} to {self.nbytes / 1e9:.2f} GB, once (kept in {cache_dir()})")
         with translate_io_errors(cache_dir()):
             target.parent.mkdir(parents=True, exist_ok=True)
