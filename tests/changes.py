@@ -19,6 +19,7 @@ import dfrot
 from dfrot.fused.block import FusedBlock
 from dfrot.runtime.linear import QuantLinear
 from dfrot.runtime.norms import RotatedNorm
+from tests.tiny_models import CONFIGS, write_tiny_model
 
 TOKENS = torch.randint(1, 96, (2, 12), generator=torch.Generator().manual_seed(7))
 SPECS = {
@@ -193,6 +194,33 @@ def fault(checkpoint: Path, changes: Sequence[tuple[str, int, bool]]) -> str | N
         if not (short - long).abs().max() <= DIFFERENCE * long.abs().max() and long.isfinite().all():
             return f"the short way is off by {float((short - long).abs().max() / long.abs().max()):.2g}"
     return None
+
+
+def write_checkpoint(folder: Path, family: str, head_dim: int | None, spec: str) -> Path:
+    """A tiny checkpoint, made once."""
+    source, out, text = folder / f"{family}-{head_dim}", folder / f"{family}-{head_dim}-{spec}", folder / "text.txt"
+    if not source.exists():
+        text.write_text("the quick brown fox jumps over the lazy dog; 0123456789! " * 40)
+        write_tiny_model(family, source, head_dim=head_dim)
+    if not (out / "config.json").exists():
+        recipe = dfrot.Recipe.parse(weights="rtn", spec=spec, calib=str(text), calib_tokens=32, **SPECS[spec])
+        dfrot.quantize(source, recipe, out, overwrite=True)
+    return out
+
+
+def changed_models(scratch: Path) -> Callable[[Path], None]:
+    """A reader for tests/readers.py: a random model, changed as the bytes of the file `seed` say."""
+
+    def read(folder: Path) -> None:
+        rng = random.Random((folder / "seed").read_bytes())
+        model = rng.choice(sorted(CONFIGS)), rng.choice([32, None]), rng.choice(sorted(SPECS))
+        names = rng.choices(sorted(CHANGES), k=rng.randint(1, 5))
+        steps = [(name, rng.randrange(2**16), rng.random() < 0.5) for name in names]
+        (made := scratch / "changed models").mkdir(exist_ok=True)
+        if found := fault(write_checkpoint(made, *model), steps):
+            raise AssertionError(f"{model} after {steps}: {found}")
+
+    return read
 
 
 def the_long_way(model: Any) -> Tensor:

@@ -38,6 +38,7 @@ from dfrot.report.page import page
 from dfrot.runtime.config import RuntimeConfig
 from dfrot.system.errors import SetupError, UserError
 from dfrot.transform.transforms import Transforms
+from tests.changes import changed_models
 from tests.mutations import mutated_bytes, mutated_json_file, mutated_safetensors
 from tests.report.records import record, write_inspection
 from tests.sources import directories, gguf_files
@@ -58,12 +59,14 @@ class Reader:
         files: what a valid directory holds.
         broken: which of the files is mutated, and how; one of them for each input.
         whose: whose code an input mostly passes through; third parties' is slow, and gets fewer inputs.
+        refuses: whether there are inputs that it has to refuse.
     """
 
     read: Callable[[Path], Any]
     files: dict[str, bytes]
     broken: dict[str, Mutate]
     whose: str = "dfrot"
+    refuses: bool = True
 
 
 @dataclass
@@ -163,12 +166,13 @@ def readers(scratch: Path) -> dict[str, Reader]:
                 ("gguf", gguf_files(scratch)),
             )
         },
+        "changed model": Reader(changed_models(scratch), {"seed": b""}, {"seed": _seed}, "transformers", refuses=False),
         "tokenizer": Reader(load_tokenizer, model, _json("tokenizer.json", "tokenizer_config.json"), "transformers"),
     }
 
 
 def _seed(_: bytes, rng: random.Random) -> bytes:
-    """From which a reader of tests/sources.py makes what it reads."""
+    """From which a reader of tests/sources.py or tests/changes.py makes what it reads."""
     return rng.randbytes(8)
 
 

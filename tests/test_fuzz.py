@@ -11,6 +11,7 @@ from tests.readers import Reader, fuzz, readers
 NAMES = (
     *("recipe", "plan", "config", "index", "safetensors", "source", "checkpoint", "fit", "run", "records", "report"),
     *("texts", "gguf", "load", "tokenizer", "changed whole", "changed sharded", "changed gguf"),
+    "changed model",
 )
 
 
@@ -34,4 +35,4 @@ def test_a_reader_accepts_what_is_valid_and_refuses_what_is_broken(
     reader.read(tmp_path / "valid")
     tally = fuzz(name, reader, range(300 if reader.whose == "dfrot" else 20), seed=1, scratch=tmp_path / "broken")
     assert tally.failures == []
-    assert tally.refused > tally.accepted / 10
+    assert tally.refused > tally.accepted / 10 or not reader.refuses

@@ -1,5 +1,6 @@
 """Whatever happens to a loaded model, the next forward pass is that of the model as it now is."""
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -7,9 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import dfrot
-from tests.changes import CHANGES, SPECS, fault
-from tests.tiny_models import CONFIGS, write_tiny_model
+from tests.changes import CHANGES, SPECS, fault, write_checkpoint
+from tests.tiny_models import CONFIGS
 
 Made = Callable[[str, int | None, str], Path]
 
@@ -17,20 +17,7 @@ Made = Callable[[str, int | None, str], Path]
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """Checkpoints of tiny models, with heads that kernels take (32 channels) or the model's own, by spec."""
-    folder = tmp_path_factory.mktemp("changes")
-    text = folder / "text.txt"
-    text.write_text("the quick brown fox jumps over the lazy dog; 0123456789! " * 40)
-
-    def make(family: str, head_dim: int | None, spec: str) -> Path:
-        source, out = folder / f"{family}-{head_dim}", folder / f"{family}-{head_dim}-{spec}"
-        if not source.exists():
-            write_tiny_model(family, source, head_dim=head_dim)
-        if not out.exists():
-            recipe = dfrot.Recipe.parse(weights="rtn", spec=spec, calib=str(text), calib_tokens=32, **SPECS[spec])
-            dfrot.quantize(source, recipe, out)
-        return out
-
-    return make
+    return functools.partial(write_checkpoint, tmp_path_factory.mktemp("changes"))
 
 
 STEP = st.tuples(st.sampled_from(sorted(CHANGES)), st.integers(0, 2**16), st.booleans())
