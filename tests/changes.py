@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 import dfrot
 from dfrot.fused.block import FusedBlock
+from dfrot.quant.spec import TensorSpec
 from dfrot.runtime.linear import QuantLinear
 from dfrot.runtime.norms import RotatedNorm
 from tests.tiny_models import CONFIGS, write_tiny_model
 
 TOKENS = torch.randint(1, 96, (2, 12), generator=torch.Generator().manual_seed(7))
-SPECS = {
+SPECS: dict[str, dict[str, Any]] = {
     "w4a4kv4": {"method": "quarot"},
     "w8a8kv16": {"method": "none"},
     "w4a16kv16": {"method": "quarot"},
@@ -137,7 +138,7 @@ def specified(model: Any, seed: int) -> Any:
     """Another grid of activations in one layer."""
     _, layer = part(model, seed, QuantLinear)
     if layer.activations.enabled:  # type: ignore[union-attr]
-        layer.activations = dfrot.quant.spec.TensorSpec(8, symmetric=False, clip_ratio=0.8)  # type: ignore[assignment]
+        layer.activations = TensorSpec(8, symmetric=False, clip_ratio=0.8)  # type: ignore[assignment]
     return model
 
 

@@ -15,7 +15,7 @@ from dfrot.quant.spec import TensorSpec
 from dfrot.runtime.kv import KVQuantizer, QuantizedCacheLayer, quantized_attention
 from dfrot.runtime.linear import QuantLinear, packed_tensors
 
-CLOSE = {"rtol": 2**-10, "atol": 2**-14}  # float32 sums of a hundred terms near 1, against float64
+CLOSE: Any = {"rtol": 2**-10, "atol": 2**-14}  # float32 sums of a hundred terms near 1, against float64
 
 
 class Attention(nn.Module):
@@ -46,9 +46,9 @@ def test_the_gradient_of_attention_is_that_at_the_quantized_keys_and_values(
         layer.update(keys[:, :, :cached], values[:, :, :cached])
     seen = torch.ones(4, cached + 4, dtype=torch.bool).tril(cached)[None, None]
     upstream = torch.randn(1, 4, 4, head_dim, generator=generator)
-    attended, _ = quantized_attention(
-        Attention(quantizer), query, *layer.update(new_keys, new_values), seen, scaling=0.2
-    )
+    packed_keys, packed_values = layer.update(new_keys, new_values)
+    module = Attention(quantizer)
+    attended, _ = quantized_attention(module, query, packed_keys, packed_values, seen, scaling=0.2)
     attended.backward(upstream)
 
     at = [

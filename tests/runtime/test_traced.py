@@ -26,7 +26,7 @@ def load(tiny: Callable[[str], Path], tmp_path: Path, text_file: Path) -> Load:
     """A checkpoint of the tiny Qwen3, whose heads reach the kernels."""
 
     def loaded(spec: str) -> Any:
-        options = {"block": 16, "greedy_steps": 2} if SPECS[spec] == "duquant" else {}
+        options: Any = {"block": 16, "greedy_steps": 2} if SPECS[spec] == "duquant" else {}
         recipe = dfrot.Recipe.parse(SPECS[spec], "rtn", spec, calib=str(text_file), calib_tokens=32, **options)
         return dfrot.load(dfrot.quantize(tiny("qwen3"), recipe, tmp_path / spec).path)[0]
 

@@ -50,7 +50,7 @@ def _mixed(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 def _unfilled(kind: type[nn.Module]) -> nn.Module:
-    mixed = _mixed(kind)
+    mixed = _mixed(kind)  # type: ignore[arg-type]
     return mixed.__new__(mixed)
 
 
@@ -59,8 +59,9 @@ def fuse_block_(block: nn.Module, graph: ModelGraph, config: Config) -> None:
     if config.hidden_act == "silu" and all(
         isinstance(block.get_submodule(name), QuantLinear) for name in graph.linears
     ):
-        block.fused = FusedBlock(graph, {name: type(module) for name, module in block.named_modules() if name})
-        block.__class__ = _mixed(type(block))
+        kinds = {name: type(module) for name, module in block.named_modules() if name}
+        block.fused = FusedBlock(graph, kinds)  # type: ignore[assignment]
+        block.__class__ = _mixed(type(block))  # type: ignore[arg-type]
 
 
 class FusedBlock:

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import huggingface_hub
 import torch
@@ -37,6 +37,7 @@ _DTYPES = {
 }
 
 
+@runtime_checkable
 class Packed(Protocol):
     """A model in a file of another format, which is unpacked once to a directory that transformers can load."""
 

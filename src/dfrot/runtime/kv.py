@@ -93,7 +93,7 @@ class KVQuantizer(nn.Module):
         self.keys, self.values, self.queries = keys, values, queries
         self.rotation, self.head_dim = rotation, head_dim
         # now: what torch.compile traces finds it made
-        self._lowered: tuple[Rotation | None, Lowered | None] = rotation, rotation and lower(rotation)
+        self._lowered: tuple[Rotation | None, Lowered | None] = rotation, None if rotation is None else lower(rotation)
 
     def rotate(self, x: Heads) -> Heads:
         """Queries or keys, rotated by R3."""
@@ -112,7 +112,7 @@ class KVQuantizer(nn.Module):
     def passes(self) -> Lowered | None:
         """R3 as the kernels take it, if they can."""
         if self._lowered[0] is not self.rotation:
-            self._lowered = self.rotation, self.rotation and lower(self.rotation)
+            self._lowered = self.rotation, None if self.rotation is None else lower(self.rotation)
         return NO_PASSES if self.rotation is None else self._lowered[1]
 
     def write(self, keys: Heads, values: Heads, room: tuple[PackedKV, PackedKV], at: int) -> None:
