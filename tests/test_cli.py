@@ -87,7 +87,10 @@ def test_models_lists_every_family(capsys: pytest.CaptureFixture[str]) -> None:
     ("words", "message"),
     [
         (["quantize", "TINY", "-o", "OUT", "--spec", "w4a4"], "the spec 'w4a4' does not parse"),
-        (["quantize", "TINY", "-o", "OUT", "--spec", "w4g7a4kv4"], "got group_size=7 for width 48. Group sizes that do: [16]"),
+        (
+            ["quantize", "TINY", "-o", "OUT", "--spec", "w4g7a4kv4"],
+            "got group_size=7 for width 48. Group sizes that do: [16]",
+        ),
         (["bench", "--shape", "llama-9-1b"], "there is no shape 'llama-9-1b'. Shapes: llama-2-7b"),
         (["bench"], "bench takes a checkpoint, or --shape"),
         (["quantize", "TINY", "-o", "OUT", "--method", "quarot", "--gamma", "3"], "has no option gamma"),
