@@ -279,7 +279,7 @@ def load_tokenizer(path: Path) -> Any:
 
 
 def copy_tokenizer(path: Path, to: Path) -> None:
-    """Copy tokenizer and generation settings; UserError if names in them lead elsewhere, SetupError if `to` is full."""
+    """Copy tokenizer and settings; UserError if names in them lead elsewhere, SetupError if `to` cannot be written."""
     tokenizer = load_tokenizer(path)
     with translate_io_errors(to):
         try:
