@@ -4,4 +4,4 @@ from dfrot.gguf.reader import found
 from dfrot.models.source import FORMATS
 
 if found not in FORMATS:
-    FORMATS.append(found)  # type: ignore[arg-type]  # its attributes are properties
+    FORMATS.append(found)

@@ -27,6 +27,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from dfrot.models.graph import GRAPHS, Config
+from dfrot.models.source import Packed
 from dfrot.system.errors import SetupError, UserError
 from dfrot.system.files import cache_dir, translate_io_errors
 from dfrot.system.progress import console, track
@@ -78,8 +79,8 @@ def found(model: str) -> "GgufModel | None":
     return GgufModel(path) if path.suffix == ".gguf" and path.is_file() else None
 
 
-class GgufModel:
-    """A GGUF file. Its keys and tensors are all accounted for once `config` or `tensors` is asked for.
+class GgufModel(Packed):
+    """A GGUF file. Its keys and tensors are all accounted for once they are asked for.
 
     Raises:
         UserError: the file is broken, of an architecture that is not known, or has a key or a tensor without place.
@@ -91,17 +92,13 @@ class GgufModel:
         self.is_unpacked = (self.folder / "config.json").is_file()
 
     @property
-    def config(self) -> Config:
-        return self._read[0]
-
-    @property
-    def tensors(self) -> dict[str, PackedTensor]:
-        """By transformers' names."""
-        return self._read[1]
+    def described(self) -> tuple[Config, dict[str, torch.Size]]:
+        config, tensors = self.read
+        return config, {name: tensor.shape for name, tensor in tensors.items()}
 
     @functools.cached_property
-    def _read(self) -> tuple[Config, dict[str, PackedTensor]]:
-        """From the header and RoPE's factors; no weight is read."""
+    def read(self) -> tuple[Config, dict[str, PackedTensor]]:
+        """From the header and RoPE's factors; no weight is read. Tensors have transformers' names."""
         path = self.path
         values, packed = read_header(path)
         if (name := values.get("general.architecture")) not in _CLASSES:
@@ -125,7 +122,7 @@ class GgufModel:
     @property
     def nbytes(self) -> int:
         """Of all tensors, unpacked."""
-        return 4 * sum(tensor.shape.numel() for tensor in self.tensors.values())
+        return 4 * sum(tensor.shape.numel() for tensor in self.read[1].values())
 
     def require_disk(self) -> None:
         """Raise SetupError if the cache's disk does not hold the unpacked model."""
@@ -164,8 +161,9 @@ class GgufModel:
     def _write(self, folder: Path) -> None:
         AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name).save_pretrained(folder)
         shards: dict[str, list[str]] = {}  # a block, or one of the other tensors → names
-        for name in self.tensors:
-            part = name.removeprefix(f"{GRAPHS[self.config.model_type].blocks}.").split(".")[0]
+        config, tensors = self.read
+        for name in tensors:
+            part = name.removeprefix(f"{GRAPHS[config.model_type].blocks}.").split(".")[0]
             shards.setdefault(part if part.isdigit() else name, []).append(name)
         weight_map: dict[str, str] = {}
         for number, names in enumerate(track(list(shards.values()), "unpacking"), 1):
@@ -174,16 +172,17 @@ class GgufModel:
             save_file({name: self._tensor(name) for name in names}, folder / file, metadata={"format": "pt"})
         index = {"metadata": {"total_size": self.nbytes}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-        GenerationConfig.from_model_config(self.config).save_pretrained(folder)
-        (folder / "config.json").write_text(json.dumps(self.config.to_dict(), indent=2))
+        GenerationConfig.from_model_config(config).save_pretrained(folder)
+        (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=2))
 
     def _tensor(self, name: str) -> Tensor:
         """In float32, rows in transformers' order: "llama" has RoPE's pairs of channels side by side."""
-        tensor, heads = unpacked(self.path, self.tensors[name]), None
-        if self.config.model_type == "llama" and ".self_attn.q_proj." in name:
-            heads = self.config.num_attention_heads
-        elif self.config.model_type == "llama" and ".self_attn.k_proj." in name:
-            heads = self.config.num_key_value_heads
+        config, tensors = self.read
+        tensor, heads = unpacked(self.path, tensors[name]), None
+        if config.model_type == "llama" and ".self_attn.q_proj." in name:
+            heads = config.num_attention_heads
+        elif config.model_type == "llama" and ".self_attn.k_proj." in name:
+            heads = config.num_key_value_heads
         return tensor if heads is None else tensor.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 

@@ -4,6 +4,7 @@ Opening a source reads no weight. Its blocks are built from the safetensors file
 that memory is bounded by one decoder block, whatever the size of the model.
 """
 
+import abc
 import contextlib
 import copy
 import hashlib
@@ -11,7 +12,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, NamedTuple, TypeVar
 
 import huggingface_hub
 import torch
@@ -37,20 +38,23 @@ _DTYPES = {
 }
 
 
-@runtime_checkable
-class Packed(Protocol):
+class Packed(abc.ABC):
     """A model in a file of another format, which is unpacked once to a directory that transformers can load."""
 
     path: Path
     folder: Path  # where it is unpacked, or will be
     is_unpacked: bool
-    config: Config
-    tensors: Mapping[str, Any]  # with the shape of each, by transformers' names; they are float32 once unpacked
-    nbytes: int  # of all tensors, unpacked
 
+    @property
+    @abc.abstractmethod
+    def described(self) -> tuple[Config, Mapping[str, torch.Size]]:
+        """Its config, and by transformers' names the shapes of the tensors, which are float32 once unpacked."""
+
+    @abc.abstractmethod
     def require_disk(self) -> None:
         """Raise SetupError if the disk does not hold the unpacked model."""
 
+    @abc.abstractmethod
     def unpack(self) -> None:
         """Write the directory, whole or not at all."""
 
@@ -345,18 +349,14 @@ def open_source(model: str, *, unpack: bool = True) -> Source:
     """
     if not unpack and (packed := _packed(model)) is not None and not packed.is_unpacked:
         packed.require_disk()
-        return _of_packed(packed)
+        config, shapes = packed.described
+        stored = {name: StoredTensor(packed.path, name, shape, torch.float32) for name, shape in shapes.items()}
+        nbytes = 4 * sum(shape.numel() for shape in shapes.values())
+        return replace(_described(packed.path, config, stored), unpacking=nbytes)
     path = locate(model)
     config = read_config(path)
     graph_for(config)  # an architecture that is not known is refused whatever its weights are
     return _described(path, config, stored_tensors(path))
-
-
-def _of_packed(model: Packed) -> Source:
-    """A file of another format as the source that it will be, before it is unpacked."""
-    tensors = model.tensors.items()
-    stored = {name: StoredTensor(model.path, name, tensor.shape, torch.float32) for name, tensor in tensors}
-    return replace(_described(model.path, model.config, stored), unpacking=model.nbytes)
 
 
 def _described(path: Path, config: Config, stored: dict[str, StoredTensor]) -> Source:
