@@ -24,12 +24,13 @@ from dfrot.checkpoint.load import read_checkpoint
 from dfrot.compare import trials
 from dfrot.compare.published import is_recipe, published
 from dfrot.compare.table import LiveTable, recipes
-from dfrot.compare.trials import Trial, compare
+from dfrot.compare.trials import Trial, compare, measure
 from dfrot.evaluation.record import Record, read_records
 from dfrot.evaluation.run import Measurement
 from dfrot.inspect.inspect import inspect
 from dfrot.methods.dfrot import DFRot
 from dfrot.methods.method import Fit, FitContext
+from dfrot.models.source import Source
 from dfrot.pipeline import run as pipeline
 from dfrot.pipeline.recipe import Recipe
 from dfrot.report.page import report
@@ -220,6 +221,18 @@ def test_rotations_are_fitted_once_for_all_weight_quantizers_and_caches(
     other = Recipe.parse("dfrot", "rtn", "w4a8kv4", calib_tokens=32, **words)  # fitted to another grid
     dfrot.quantize(tiny("qwen3"), other, tmp_path / "other", reuse_dir=tmp_path / "shared")
     assert len(fitted) == 6
+
+
+def test_a_source_is_checked_until_a_trial_has_made_a_checkpoint_of_it(
+    tiny: Tiny, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked: list[Source] = []
+    monkeypatch.setattr(pipeline, "require_same_logits", checked.append)
+    measurement = Measurement(texts=(str(text_file),), seq_len=32, max_tokens=64)
+    for method in ("none", "quarot"):
+        trial = Trial(str(tiny("llama")), "0" * 16, Recipe.parse(method, "rtn", "w4a4kv4"), measurement, "cpu", 1, None)
+        assert isinstance(measure(trial, tmp_path), Record)
+    assert len(checked) == 1
 
 
 def test_blocks_are_quantized_once_for_recipes_that_differ_in_the_cache_alone(

@@ -12,7 +12,7 @@ import torch
 
 gguf = pytest.importorskip("gguf", reason="writes GGUF files")
 
-from transformers import AutoModelForCausalLM  # noqa: E402
+from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 
 import dfrot  # noqa: E402
 from dfrot.cli import main  # noqa: E402
@@ -33,6 +33,7 @@ LONG = {
     "long_factor": [2 + 0.5 * index for index in range(8)],
     "original_max_position_embeddings": 64,
 }
+YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 64}
 Made = Callable[..., tuple[Path, Path]]
 
 
@@ -71,6 +72,21 @@ def test_a_gguf_file_computes_what_its_model_computes(made: Made, architecture: 
     expected = AutoModelForCausalLM.from_pretrained(model)(TOKENS).logits
     got = dfrot.load(str(file))[0](TOKENS).logits
     assert (got - expected).norm() < 1e-5 * expected.norm()
+
+
+@torch.no_grad()
+def test_yarn_is_read_as_llama_cpps_converter_writes_it(made: Made) -> None:
+    model, file = made("qwen2", max_position_embeddings=256)
+    fields, tensors = contents(file)
+    scaling = {"type": "yarn", "factor": 4.0, "original_context_length": 64}
+    given = {f"qwen2.rope.scaling.{key}": typed(value) for key, value in scaling.items()}
+    write_gguf(file, fields | given, tensors)
+    config = AutoConfig.from_pretrained(model, rope_parameters=YARN)
+    expected = AutoModelForCausalLM.from_pretrained(model, config=config)(TOKENS).logits
+    got = dfrot.load(str(file))[0](TOKENS).logits
+    assert (got - expected).norm() < 1e-5 * expected.norm()
+    unscaled = AutoModelForCausalLM.from_pretrained(model)(TOKENS).logits
+    assert (unscaled - expected).norm() > 1e-3 * expected.norm()
 
 
 @torch.no_grad()

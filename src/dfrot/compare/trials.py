@@ -135,10 +135,13 @@ def measure(trial: Trial, out: Path) -> Record | Exception:
     checkpoint: Path | None = None  # relative to `out`, which may be moved
     try:
         if trial.recipe is not None:
-            checkpoint = Path("checkpoints") / f"{Path(trial.model).name}-{trial.fingerprint[:6]}-{trial.recipe.digest}"
+            name = f"{Path(trial.model).name}-{trial.fingerprint[:6]}"
+            checkpoint = Path("checkpoints") / f"{name}-{trial.recipe.digest}"
             folder = out / checkpoint
             if not (folder / "config.json").is_file():  # written last: without it the checkpoint is unfinished
                 how: Any = {"device": trial.device, "memory": trial.memory, "reuse_dir": out / "shared"}
+                if any((out / "checkpoints").glob(f"{name}-*/config.json")):
+                    how["check_source"] = "never"  # a finished checkpoint says that it was done
                 timings = quantize(trial.model, trial.recipe, folder, resume=folder.is_dir(), **how).timings_s
         measured = trial.model if checkpoint is None else str(out / checkpoint)
         record = evaluate(measured, trial.measurement, device=trial.device)

@@ -76,7 +76,7 @@ def locate(model: str) -> Path:
     """
     if (packed := _packed(model)) is not None:
         if not packed.is_unpacked:
-            _of_packed(packed)
+            open_source(model, unpack=False)  # its errors come before the work
             packed.unpack()
         return packed.folder
     path = Path(model).expanduser()
@@ -363,9 +363,7 @@ def _described(path: Path, config: Config, stored: dict[str, StoredTensor]) -> S
     """A source whose config and tensors fit each other."""
     if quantized := getattr(config, "quantization_config", None):
         made_by = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
-        raise UserError(
-            f"{path} is quantized already ({made_by}), says its quantization_config. Give the model it was made from."
-        )
+        raise UserError(f"{path} is quantized already ({made_by}): give the model that it was made from.")
     if (named := getattr(config, "transformers_weights", None)) is not None:
         raise UserError(f"{path} has its weights in {named!r} (transformers_weights), which dfrot does not read.")
     graph = graph_for(config)
@@ -378,9 +376,7 @@ def _described(path: Path, config: Config, stored: dict[str, StoredTensor]) -> S
         raise UserError(f"{path} has the architectures {named}: dfrot quantizes causal language models.")
     for key in ("sliding_window", "layer_types"):  # transformers' masks ignore what the class lacks; its caches do not
         if getattr(config, key, None) is not None and not hasattr(type(config), key):
-            raise UserError(
-                f"{path / 'config.json'} has a {key}, which {config.model_type} does not know: take it out."
-            )
+            raise UserError(f"the config of {path} has a {key}, which {config.model_type} does not know: take it out.")
     if "sliding_attention" in (getattr(config, "layer_types", None) or ()) and config.sliding_window is None:
         raise UserError(f"{path / 'config.json'} has layer_types with sliding_attention, and no sliding_window.")
     _check_extent(path, config, graph, stored)
