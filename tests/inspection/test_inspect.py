@@ -292,7 +292,7 @@ def test_without_massive_tokens_their_error_is_null(
 def test_a_quantized_checkpoint_is_refused(tiny: Tiny, text_file: Path, tmp_path: Path) -> None:
     recipe = dfrot.Recipe.parse("quarot", "rtn")
     checkpoint = dfrot.quantize(tiny("llama"), recipe, tmp_path / "ckpt").path
-    with pytest.raises(dfrot.UserError, match=r"quantized already.*give the model that it was made from"):
+    with pytest.raises(dfrot.UserError, match=r"quantized already.*give the original model"):
         inspect(str(checkpoint), tmp_path / "out", text=str(text_file), seq_len=TOKENS)
     assert not (tmp_path / "out").exists()
 

@@ -242,7 +242,7 @@ def test_many_shards_are_read_like_one(tiny: Tiny, tmp_path: Path) -> None:
 
 def test_a_checkpoint_is_not_quantized_twice(tiny: Tiny, tmp_path: Path) -> None:
     dfrot.quantize(tiny("llama"), dfrot.Recipe.parse("none", "rtn"), tmp_path / "once")
-    with pytest.raises(UserError, match=r"quantized already \(dfrot\)"):
+    with pytest.raises(UserError, match=r"quantized already \(quantization_config: dfrot\)"):
         dfrot.quantize(tmp_path / "once", dfrot.Recipe.parse("none", "rtn"), tmp_path / "twice")
 
 

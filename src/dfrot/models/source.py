@@ -363,7 +363,7 @@ def _described(path: Path, config: Config, stored: dict[str, StoredTensor]) -> S
     """A source whose config and tensors fit each other."""
     if quantized := getattr(config, "quantization_config", None):
         made_by = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
-        raise UserError(f"{path} is quantized already ({made_by}): give the model that it was made from.")
+        raise UserError(f"{path} is quantized already (quantization_config: {made_by}): give the original model.")
     if (named := getattr(config, "transformers_weights", None)) is not None:
         raise UserError(f"{path} has its weights in {named!r} (transformers_weights), which dfrot does not read.")
     graph = graph_for(config)
