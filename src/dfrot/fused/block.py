@@ -125,17 +125,19 @@ class FusedBlock:
         numbers: list[Any] = [x.dtype, x.device]
         graded = torch.is_grad_enabled()
         for module in modules:
-            own = module.__dict__
+            own, kind = module.__dict__, type(module)
             if own["_forward_hooks"] or own["_forward_pre_hooks"]:
                 return None
-            kind = type(module)
-            objects += (kind, kind.forward, *own.values(), *own["_modules"].values())
-            for tensor in (*own["_parameters"].values(), *own["_buffers"].values()):
-                objects.append(tensor)
-                if tensor is not None:
-                    if tensor.is_inference() or (graded and tensor.requires_grad):
-                        return None
-                    numbers += (tensor.data_ptr(), tensor._version, tensor.dtype, tensor.shape)
+            objects += (kind, kind.forward)
+            objects += own.values()
+            objects += own["_modules"].values()
+            for tensors in own["_parameters"].values(), own["_buffers"].values():
+                objects += tensors
+                for tensor in tensors:
+                    if tensor is not None:
+                        if tensor.is_inference() or (graded and tensor.requires_grad):
+                            return None
+                        numbers += (tensor.data_ptr(), tensor._version, tensor.dtype, tensor.shape)
         return objects, numbers
 
     def _unchanged(self, block: nn.Module) -> bool:
