@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
+from transformers.models.llama.modeling_llama import eager_attention_forward
 
 import dfrot
 from dfrot.evaluation.record import kv_bytes_per_token
@@ -13,7 +14,7 @@ from dfrot.models.source import read_config
 from dfrot.quant.affine import fake_quantize
 from dfrot.quant.grids import IntGrid, PerToken
 from dfrot.quant.spec import UNQUANTIZED, TensorSpec
-from dfrot.runtime.kv import KVQuantizer, QuantizedCacheLayer
+from dfrot.runtime.kv import KVQuantizer, QuantizedCacheLayer, quantized_attention
 
 Tiny = Callable[[str], Path]
 SPEC = TensorSpec(4, symmetric=False, clip_ratio=0.95)
@@ -92,6 +93,48 @@ def test_a_cache_in_full_precision_gives_the_same_numbers(model: Any) -> None:
     assert cache.layers[0].keys.dtype == torch.float32
     stepwise = logits(model, TOKENS[:, 15:], past_key_values=cache)
     torch.testing.assert_close(stepwise, logits(model, TOKENS, use_cache=False)[:, 15:], rtol=0, atol=1e-4)
+
+
+def test_the_packed_cache_shows_keys_and_values_as_another_cache_does(model: Any) -> None:
+    floats = Cache(layer_class_to_replicate=DynamicLayer)
+    logits(model, TOKENS, past_key_values=floats, use_cache=True)
+    layer = model(TOKENS, use_cache=True).past_key_values.layers[0]
+    keys, values = floats.layers[0].keys, floats.layers[0].values
+    # rounding moves a float by half a step, a whole zero point by another half, clipping by 5 % of 15 steps
+    furthest = [1.75 * packed.scale.float() for packed in layer._packed]
+    assert ((layer.values - values).abs() <= furthest[1]).all()
+    assert ((layer.keys - keys).norm(dim=-1, keepdim=True) <= furthest[0] * 12**0.5).all()  # R3 keeps lengths
+    with pytest.raises(AttributeError):
+        layer.keys = keys
+    layer.reset()
+    assert layer.keys is layer.values is None
+
+
+def heads(count: int, tokens: int) -> torch.Tensor:
+    return torch.randn(2, count, tokens, 32, generator=torch.Generator().manual_seed(count))
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 12])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_hands_out_its_weights(tokens: int, masked: bool) -> None:
+    module: Any = torch.nn.Module()
+    module.kv_quantizer = quantizer = KVQuantizer(SPEC, SPEC, Hadamard(32), 32)
+    module.num_key_value_groups, module.is_causal = 2, True
+    length = 12 if tokens == 1 or masked else tokens
+    q, k, v = heads(4, tokens), quantizer.pack_keys(heads(2, length)), quantizer.pack_values(heads(2, length))
+    allowed = torch.ones(2, 1, tokens, length, dtype=torch.bool).tril(length - tokens)
+    if masked:
+        allowed[0, ..., 1:3] = False
+        allowed |= torch.eye(tokens, length, dtype=torch.bool)
+    added = torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)
+    read = (quantizer.unpack(packed, torch.float32) for packed in (k, v))
+    wanted = eager_attention_forward(module, quantizer.rotate(q), *read, added, 0.2)
+    mask = allowed if masked else None
+    got = quantized_attention(module, q, k, v, mask, output_attentions=True, scaling=0.2)
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)
+    attended, weights = quantized_attention(module, q, k, v, mask, scaling=0.2)
+    assert weights is None
+    torch.testing.assert_close(attended, got[0], rtol=0, atol=1e-5)
 
 
 def test_left_padding_does_not_change_what_follows(model: Any) -> None:

@@ -39,8 +39,12 @@ import sys
 import torch, dfrot
 from dfrot.quant.affine import SCALE_DTYPE, choose_qparams
 from dfrot.quant.grids import IntGrid, PerToken
+from transformers import CompileConfig
 
 tokens = torch.arange(1, 13).view(2, 6)
+settings = {"attention_mask": torch.ones_like(tokens), "max_new_tokens": 4, "eos_token_id": None, "do_sample": False}
+static = CompileConfig(fullgraph=True, dynamic=False, backend="eager", mode=None)
+static._compile_all_devices = True  # as generate does on a GPU
 with torch.no_grad():
     for path in sys.argv[1:]:
         model = dfrot.load(path)[0]
@@ -48,13 +52,16 @@ with torch.no_grad():
         got = torch.compile(model, fullgraph=True, backend="eager")(tokens, use_cache=False).logits
         wanted = model(tokens, use_cache=False).logits
         print(float((got - wanted).abs().max() / wanted.abs().max()))
+    got = model.generate(tokens, cache_implementation="static", compile_config=static, **settings)
+    assert hasattr(model, "_compiled_call"), "generate left it as it is"
+    assert torch.equal(got, model.generate(tokens, **settings))
 x = torch.randn(64, 32) * torch.logspace(-30, 30, 64)[:, None]
 scales = lambda x: choose_qparams(x, IntGrid(4, False), PerToken(), 0.95, SCALE_DTYPE).scale * 1
 print(float(not torch.equal(torch.compile(scales)(x), scales(x))))  # by inductor, which leaves out casts
 """
 
 
-def test_a_compiled_model_is_one_graph_that_computes_the_same_scales_rounded_as_well(load: Load) -> None:
+def test_a_compiled_model_is_one_graph_that_computes_and_generates_the_same_scales_rounded_as_well(load: Load) -> None:
     paths = [load(spec).name_or_path for spec in SPECS]
     done = subprocess.run([sys.executable, "-c", COMPILED, *paths], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

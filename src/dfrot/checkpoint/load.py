@@ -86,6 +86,8 @@ class DfrotQuantizer(HfQuantizer):
     """Builds the runtime modules on the meta device; transformers then fills them from the shards."""
 
     quantization_config: DfrotConfig
+    is_trainable = False
+    is_compileable = True  # `generate` compiles with a static cache on a GPU, unless told to `disable_compile`
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         if not self.pre_quantized:
@@ -109,10 +111,6 @@ class DfrotQuantizer(HfQuantizer):
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True
-
-    @property
-    def is_trainable(self) -> bool:
-        return False
 
 
 def usable_device(device: str | torch.device) -> torch.device:

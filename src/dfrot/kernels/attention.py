@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from dfrot.kernels.structures import DTYPES, cache, computable, looks, machine, native, pointer, transform
@@ -91,3 +92,20 @@ def attend(
 def _attended(query: Tensor, *_: Any) -> Tensor:
     batch, heads, tokens, head_dim = query.shape
     return query.new_empty((batch, tokens, heads, head_dim))
+
+
+def weights(
+    query: Float[Tensor, "batch heads tokens head_dim"],
+    keys: Float[Tensor, "batch kv_heads length head_dim"],
+    mask: Tensor | None,
+    scaling: float | None,
+) -> Float[Tensor, "batch heads tokens length"]:
+    """softmax(scaling · q kᵀ), which neither `attend` nor SDPA hands out; causal without a mask, as SDPA is."""
+    (_, heads, tokens, head_dim), (_, kv_heads, length, _) = query.shape, keys.shape
+    scores = query @ keys.repeat_interleave(heads // kv_heads, dim=1).mT * (scaling or head_dim**-0.5)
+    if mask is None and tokens > 1:
+        mask = torch.ones(tokens, length, dtype=torch.bool, device=query.device).tril()
+    if mask is not None:
+        least = torch.finfo(scores.dtype).min
+        scores = scores.masked_fill(~mask, least) if mask.dtype == torch.bool else scores + mask
+    return scores.softmax(-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)

@@ -145,7 +145,7 @@ class KVQuantizer(nn.Module):
     def unpack(self, packed: PackedKV, dtype: torch.dtype) -> Heads:
         if attention.supported(torch.empty(0, self.head_dim, dtype=dtype, device=packed.codes.device), self.keys):
             return attention.unpack([*packed], self.keys.bits, dtype)
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        wide = torch.promote_types(dtype, torch.float32)
         codes = unpack(packed.codes, self.keys.bits, self.head_dim)
         qparams = QParams(packed.scale.to(wide), packed.zero.to(wide))
         return dequantize(codes, self.keys.token_granularity, qparams).to(dtype)
@@ -157,13 +157,22 @@ class QuantizedCacheLayer(DynamicLayer):
     `update` returns `PackedKV` keys and values, which only the "dfrot" attention understands.
     """
 
-    is_sliding = False
+    is_sliding = is_initialized = False
 
-    def __init__(self, quantizer: KVQuantizer) -> None:
-        super().__init__()
+    def __init__(self, quantizer: KVQuantizer) -> None:  # the base class would set keys and values
         self._quantizer = quantizer
         self._room: tuple[PackedKV, PackedKV] | None = None  # of which the first tokens are used
         self._packed: tuple[PackedKV, PackedKV] | None = None
+
+    keys = property(lambda self: self._shown(0))
+    values = property(lambda self: self._shown(1))
+
+    def _shown(self, which: int) -> Heads | None:
+        """Keys (0) or values as other caches show them, unpacked and not rotated; None before the first token."""
+        if self._packed is None:
+            return None
+        shown, rotation = self._quantizer.unpack(self._packed[which], self.dtype), self._quantizer.rotation
+        return shown if which or rotation is None else in_float64(rotation.T.apply, shown)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -172,11 +181,10 @@ class QuantizedCacheLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        batch, heads, tokens, _ = key_states.shape
-        room = self.reserve(batch, heads, tokens)
+        room = self.reserve(*key_states.shape[:3])
         with torch.no_grad():
             self._quantizer.write(key_states, value_states, room, self.get_seq_length())
-        packed = self.advance(tokens)
+        packed = self.advance(key_states.shape[2])
         if not differentiated(key_states, value_states):
             return packed
         return tuple(GradedKV(*each) for each in zip(packed, (key_states, value_states), strict=True))
@@ -184,21 +192,20 @@ class QuantizedCacheLayer(DynamicLayer):
     def reserve(self, batch: int, heads: int, tokens: int) -> tuple[PackedKV, PackedKV]:
         """The cache with room for so many more tokens, and a sixteenth beyond, so that appending seldom copies it."""
         needed = self.get_seq_length() + tokens
-        if self._room is not None and self._room[0].codes.shape[-2] >= needed and _writable(self._room[0].codes):
+        writable = torch.is_inference_mode_enabled() or self._room is None or not self._room[0].codes.is_inference()
+        if writable and self._room is not None and self._room[0].codes.shape[-2] >= needed:
             return self._room
         capacity = -(-(needed + needed // 16) // _ROOM) * _ROOM
         width = packed_width(self._quantizer.head_dim, self._quantizer.keys.bits)
 
-        def empty(width: int, dtype: torch.dtype) -> Tensor:
-            return torch.zeros(batch, heads, capacity, width, dtype=dtype, device=self.device)
-
         def packed() -> PackedKV:
-            return PackedKV(empty(width, torch.uint8), empty(1, SCALE_DTYPE), empty(1, torch.uint8))
+            parts = (width, torch.uint8), (1, SCALE_DTYPE), (1, torch.uint8)
+            made = (torch.zeros(batch, heads, capacity, n, dtype=dtype, device=self.device) for n, dtype in parts)
+            return PackedKV(*made)
 
         room = packed(), packed()
-        if self._packed is not None:
-            for old, new in zip(self._packed, room, strict=True):
-                new.put(old, 0)
+        for old, new in zip(self._packed or (), room, strict=False):
+            new.put(old, 0)
         self._room = room
         return room
 
@@ -244,13 +251,7 @@ class QuantizedCacheLayer(DynamicLayer):
         self._map(lambda part: part.to("cpu", non_blocking=True))
 
     def prefetch(self) -> None:
-        if self.is_initialized:
-            self._map(lambda part: part.to(self.device, non_blocking=True))
-
-
-def _writable(tensor: Tensor) -> bool:
-    """What was made under inference_mode cannot be written to outside of it."""
-    return torch.is_inference_mode_enabled() or not tensor.is_inference()
+        self._map(lambda part: part.to(self.device, non_blocking=True))
 
 
 def quantized_attention(
@@ -259,16 +260,17 @@ def quantized_attention(
     key: Tensor | PackedKV | GradedKV,
     value: Tensor | PackedKV | GradedKV,
     attention_mask: Tensor | None,
+    output_attentions: bool = False,
     **arguments: Any,
-) -> tuple[Tensor, None]:
-    """Attention over quantized keys and values; registered with transformers as "dfrot"."""
+) -> tuple[Tensor, Tensor | None]:
+    """Attention over quantized keys and values, with its weights if they are asked for; registered as "dfrot"."""
     quantizer = getattr(module, "kv_quantizer", None)
     if not isinstance(quantizer, KVQuantizer):
         raise ValueError(f"the attention '{ATTENTION}' belongs to checkpoints of dfrot that quantize keys and values")
     keys, values = GradedKV.of(key, quantizer.pack_keys), GradedKV.of(value, quantizer.pack_values)
     tokens = query.shape[-2]
-    seen = tokens == 1 if attention_mask is None else attention_mask.dtype == torch.bool
-    if tokens <= attention.FEW and seen and quantizer.native(query) and keys.new is values.new is None:
+    fits = not output_attentions and (tokens == 1 if attention_mask is None else attention_mask.dtype == torch.bool)
+    if tokens <= attention.FEW and fits and quantizer.native(query) and keys.new is values.new is None:
         rotated = quantizer.queries.enabled
         passes = NO_PASSES if rotated else quantizer.passes
         assert passes is not None, "native() has seen to it"
@@ -280,12 +282,13 @@ def quantized_attention(
     read_keys = _graded(quantizer.unpack(keys.packed, query.dtype), new_keys)
     read_values = _graded(quantizer.unpack(values.packed, query.dtype), values.new)
     parts = quantizer.quantize_queries(query), read_keys, read_values
+    weights = attention.weights(*parts[:2], attention_mask, arguments.get("scaling")) if output_attentions else None
     if tokens <= attention.FEW and query.dtype == torch.float32:  # as a block computes between its products
         adds = attention_mask is not None and attention_mask.dtype == torch.float32
         mask = attention_mask.double() if adds else attention_mask  # type: ignore[union-attr]
-        attended, weights = sdpa_attention_forward(module, *(x.double() for x in parts), mask, **arguments)
+        attended, _ = sdpa_attention_forward(module, *(x.double() for x in parts), mask, **arguments)
         return attended.float(), weights
-    return sdpa_attention_forward(module, *parts, attention_mask, **arguments)
+    return sdpa_attention_forward(module, *parts, attention_mask, **arguments)[0], weights
 
 
 def _graded(unpacked: Tensor, new: Tensor | None) -> Tensor:
@@ -303,8 +306,7 @@ def _quantize_empty_cache(decoder: nn.Module, args: tuple[Any, ...], kwargs: dic
             f"this checkpoint quantizes keys and values, which the attention '{chosen}' cannot do: "
             f"set_attn_implementation('{ATTENTION}')"
         )
-    cache = kwargs.get("past_key_values")
-    wanted = kwargs.get("use_cache")
+    cache, wanted = kwargs.get("past_key_values"), kwargs.get("use_cache")
     if cache is None and (decoder.config.use_cache if wanted is None else wanted):  # type: ignore[union-attr]
         cache = kwargs["past_key_values"] = DynamicCache()
     if isinstance(cache, DynamicCache) and cache.get_seq_length() == 0:
@@ -316,8 +318,7 @@ def _quantize_empty_cache(decoder: nn.Module, args: tuple[Any, ...], kwargs: dic
 def install_kv_(decoder: nn.Module, attentions: list[nn.Module], spec: Spec, rotation: Rotation | None) -> None:
     """Give every attention module its quantizer, with `rotation` for R3, and `generate` its cache."""
     for module in attentions:
-        head_dim: int = module.head_dim  # type: ignore[assignment]
-        module.kv_quantizer = KVQuantizer(spec.keys, spec.values, rotation, head_dim, spec.queries)
+        module.kv_quantizer = KVQuantizer(spec.keys, spec.values, rotation, module.head_dim, spec.queries)  # type: ignore[arg-type]
     decoder.register_forward_pre_hook(_quantize_empty_cache, with_kwargs=True)
 
 
