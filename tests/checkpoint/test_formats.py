@@ -54,7 +54,7 @@ def test_a_checkpoint_is_of_format_4_and_holds_two_records(checkpoint: Path) -> 
     record = json.loads((checkpoint / "config.json").read_text())["quantization_config"]
     assert record.keys() == {"quant_method", "format", "runtime", "recipe", "unquantized_bytes"}
     assert record["format"] == 4
-    assert record["runtime"].keys() == {"grids", "online", "keys", "rotation_blocks"}
+    assert record["runtime"].keys() == {"grids", "online", "keys", "rotation_blocks", "biases"}
     found = read_checkpoint(checkpoint)
     assert found is not None
     assert found.runtime.to_json() == record["runtime"]

@@ -21,6 +21,7 @@ from dfrot.system.distributed import SINGLE_PROCESS, ProcessGroup
 from dfrot.system.errors import SetupError, UserError
 from dfrot.system.memory import available_memory
 from dfrot.transform.transforms import Transforms
+from dfrot.tuning.tuning import NOTHING, Needs
 
 # Folding the embedding or head in float64 takes this many rows at a time, so that no float64 copy of it exists.
 VOCABULARY_ROWS = 8192
@@ -45,6 +46,7 @@ class Estimate:
     processes: int = 1  # that share the machine
     warning: str | None = None  # the rounding's, about so much calibration text
     check: int = 0  # peak memory of comparing the source with transformers first; 0: that is left out
+    tuning: Needs = NOTHING
     unpacking: int = 0  # written to the cache: a GGUF file, unpacked. A block takes more memory later than here
 
     @staticmethod
@@ -73,7 +75,8 @@ class Estimate:
         # the embedding or the head, while it is folded
         vocabulary = sizes.vocabulary * sizes.hidden * (sizes.source + sizes.stored)
         vocabulary += _FOLD64 * min(sizes.vocabulary, VOCABULARY_ROWS) * sizes.hidden
-        stages = recipe.method.peak_bytes(sizes), vocabulary, _block_bytes(sizes, recipe)
+        tuning = recipe.tuning.needs(sizes, recipe.spec)
+        stages = recipe.method.peak_bytes(sizes), vocabulary, _block_bytes(sizes, recipe), tuning.least
         state = sizes.working * sizes.hidden + recipe.rounding.state_bytes(sizes)
         budget = (available_memory() if memory is None else memory) // processes.local
         # the whole model in float32, and its files, which are mapped
@@ -84,11 +87,12 @@ class Estimate:
             block_bytes=sizes.block * sizes.source,
             resident=int(_SLACK * (_PROCESS + max(stages))),
             states=sequences * wanted.seq_len * state if recipe.fits_weights else 0,
-            checkpoint=_checkpoint_bytes(sizes, source, recipe, outline),
+            checkpoint=_checkpoint_bytes(sizes, source, recipe, outline) + tuning.biases,
             budget=budget,
             processes=processes.local,
             warning=recipe.rounding.warning(sizes) if recipe.fits_weights else None,
             check=check if check_source == "always" or (check_source == "auto" and check <= budget) else 0,
+            tuning=tuning,
             unpacking=source.unpacking,
         )
 
@@ -110,7 +114,8 @@ class Estimate:
     @property
     def disk(self) -> int:
         """Expected in the checkpoint's directory while the run is under way."""
-        return self.checkpoint + (self.states * self.processes if self.offloads else 0)
+        states = self.states * self.processes if self.offloads else 0
+        return self.checkpoint + max(states, self.tuning.disk)
 
     def require_room(self, out: Path) -> None:
         """Raise before the work an error that would otherwise come in the middle of it.
