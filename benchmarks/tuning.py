@@ -1,4 +1,4 @@
-"""What tuning after rounding brings: perplexity, KL divergence and seconds by recipe, parts and steps, as a table.
+"""What tuning after rounding brings: perplexity, KL divergence and seconds by recipe, parts and steps, as a table in Markdown.
 
     python benchmarks/tuning.py OUT --calib TEXT --ppl TEXT TEXT [--device cuda] [--seeds 0,1,2] [--tune none,all]
 
@@ -18,9 +18,6 @@ import statistics
 import time
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
-from rich.table import Table
 
 import dfrot
 from dfrot.evaluation.record import text_label
@@ -87,7 +84,7 @@ def measured(given: argparse.Namespace, recipe: dfrot.Recipe | None) -> dict[str
 
 
 def shown(values: list[float]) -> str:
-    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.3f}{spread}"
 
 
@@ -95,12 +92,13 @@ def main() -> None:
     keep_freed_memory()
     given = parsed()
     given.out.mkdir(parents=True, exist_ok=True)
-    results, console = given.out / "results.jsonl", Console()
+    results = given.out / "results.jsonl"
     lines = results.read_text().splitlines() if results.is_file() else []
     known = {record["trial"]: record for record in map(json.loads, lines)}
     conditions = f"{given.model} {given.device} {given.ppl} {given.max_tokens} {given.eval_seq_len}"
     names = [name for text in given.ppl for name in (f"ppl/{text_label(text)}", f"kl/{text_label(text)}")]
-    table = Table("recipe", *names, "held-out KL", "rate", "quantize s", "tune s")
+    table = [["recipe", *names, "held-out KL", "rate", "quantize s", "tune s"]]
+    table.append(["---"] * len(table[0]))
     for row, recipes in trials(given).items():
         found = []
         for recipe in recipes:
@@ -109,7 +107,8 @@ def main() -> None:
                 known[trial] = {"trial": trial, "row": row, "seed": recipe and recipe.seed, **measured(given, recipe)}
                 with results.open("a") as file:
                     file.write(json.dumps(known[trial]) + "\n")
-                console.print(f"{row}: { {name: round(v, 4) for name, v in known[trial]['metrics'].items()} }")
+                found_now = {name: round(value, 4) for name, value in known[trial]["metrics"].items()}
+                print(f"{row}, seed {known[trial]['seed']}: {found_now}", flush=True)
             found.append(known[trial])
         cells = [
             shown([each["metrics"][name] for each in found]) if name in found[0]["metrics"] else "" for name in names
@@ -123,8 +122,10 @@ def main() -> None:
             f"{statistics.mean([each.get(stage, 0) for each in seconds]):.0f}" if seconds else ""
             for stage in ("quantize", "tune")
         ]
-        table.add_row(row, *cells, held, rates, *times)
-    console.print(table)
+        table.append([row, *cells, held, rates, *times])
+    text = "\n".join(f"| {' | '.join(cells)} |" for cells in table)
+    (given.out / "table.md").write_text(text + "\n")
+    print(text)
 
 
 if __name__ == "__main__":

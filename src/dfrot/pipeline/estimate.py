@@ -75,10 +75,10 @@ class Estimate:
         # the embedding or the head, while it is folded
         vocabulary = sizes.vocabulary * sizes.hidden * (sizes.source + sizes.stored)
         vocabulary += _FOLD64 * min(sizes.vocabulary, VOCABULARY_ROWS) * sizes.hidden
-        tuning = recipe.tuning.needs(sizes, recipe.spec)
-        stages = recipe.method.peak_bytes(sizes), vocabulary, _block_bytes(sizes, recipe), tuning.least
-        state = sizes.working * sizes.hidden + recipe.rounding.state_bytes(sizes)
         budget = (available_memory() if memory is None else memory) // processes.local
+        tuning = recipe.tuning.needs(sizes, recipe.spec)
+        stages = recipe.method.peak_bytes(sizes), vocabulary, _block_bytes(sizes, recipe), tuning.memory(budget)
+        state = sizes.working * sizes.hidden + recipe.rounding.state_bytes(sizes)
         # the whole model in float32, and its files, which are mapped
         check = int(_SLACK * (_PROCESS + sum(4 * each.shape.numel() + each.nbytes for each in source.stored.values())))
         return Estimate(
@@ -136,8 +136,8 @@ class Estimate:
             )
         free = free_disk(out)
         if self.disk > free:
-            offloaded = f" and {_gb(self.states)} of offloaded states" if self.offloads else ""
-            fewer = ", fewer --calib-tokens, a larger --memory" if self.offloads else ""
+            offloaded = f" and {_gb(self.disk - self.checkpoint)} until it is done" * (self.disk > self.checkpoint)
+            fewer = ", fewer --calib-tokens or --tune-steps, a larger --memory" * (self.disk > self.checkpoint)
             raise SetupError(
                 f"{out} needs {_gb(self.checkpoint)} for the checkpoint{offloaded}; its disk has {_gb(free)}. "
                 f"Make room, or choose an -o directory on another disk{fewer}."
@@ -150,7 +150,7 @@ class Estimate:
         each = f", for each of {self.processes} processes" if self.processes > 1 else ""
         if self.check:
             kept += f", {_gb(self.check)} while the source is checked"
-        offloaded = f", and {_gb(self.states)} until it is done" * self.offloads
+        offloaded = f", and {_gb(self.disk - self.checkpoint)} until it is done" * (self.disk > self.checkpoint)
         cached = f"\nexpected in the cache {_gb(self.unpacking)}, unpacked from GGUF and kept" if self.unpacking else ""
         return (
             f"{self.blocks} blocks of {self.block_weights / 1e6:.1f} million weights, {_gb(self.block_bytes)} each\n"

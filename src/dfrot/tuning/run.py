@@ -178,9 +178,7 @@ class TuningRun:
             prefix = f"{graph.blocks}.{index}."
             blocks.append({name.removeprefix(prefix): tensor for name, tensor in writer.read(index + 1).items()})
         budget = self.budget if self.device.type == "cpu" else torch.cuda.mem_get_info(self.device)[0]
-        room = budget - self.needs.least
-        keep = self.needs.integers <= room // 2
-        recompute = self.needs.states > (room - keep * self.needs.integers) // 2
+        keep, states = self.needs.affordable(budget)
         return Student(
             source,
             self.tuned_runtime,
@@ -193,7 +191,7 @@ class TuningRun:
             product=self.product,
             device=self.device,
             keep=keep,
-            recompute=recompute,
+            recompute=not states,
         )
 
     @property

@@ -34,9 +34,19 @@ class Needs(NamedTuple):
 
     least: int  # memory, if weights are unpacked and blocks computed again whenever they are needed
     integers: int  # more memory, if the weights stay unpacked
-    states: int  # more memory, if what is inside of the blocks stays for the backward pass
-    disk: int  # the teacher's states, and the same between blocks while they are made
+    states: int  # more memory, if what the blocks compute stays for the backward pass
+    disk: int  # the teacher's states, and those between blocks while they are made
     biases: int  # of the checkpoint: those that are made
+
+    def affordable(self, budget: int) -> tuple[bool, bool]:
+        """Whether integers, and whether states, are to stay: if half of what is left holds them."""
+        integers = self.integers <= (budget - self.least) // 2
+        return integers, self.states <= (budget - self.least - integers * self.integers) // 2
+
+    def memory(self, budget: int) -> int:
+        """What is taken of so much."""
+        integers, states = self.affordable(budget)
+        return self.least + integers * self.integers + states * self.states
 
 
 NOTHING = Needs(0, 0, 0, 0, 0)
@@ -120,20 +130,21 @@ class Tuning(Options):
         outputs = sum(rows for rows, _ in sizes.linears.values())
         groups = sum(rows * (columns // (spec.weights.group or columns)) for rows, columns in sizes.linears.values())
         counts = {"biases": outputs, "gains": 2 * sizes.hidden, "scales": groups}
-        trained = sum(counts[part] for part in self.parts)
-        packed = weights * spec.weights.bits // 8 + 4 * (sizes.block - weights + outputs + groups)
-        model = sizes.num_blocks * (packed + 4 * _COPIES * trained) + sizes.vocabulary * sizes.hidden * (
-            sizes.stored + 2
-        )
-        inside = 4 * self.tokens * (12 * sizes.hidden + 9 * sizes.largest // sizes.hidden)
-        between = 4 * self.tokens * sizes.hidden * sizes.num_blocks
-        block = 10 * sizes.largest + inside  # a weight unpacked, and a block's states with their gradients
+        trained = _COPIES * sum(counts[part] for part in self.parts) + sizes.block - weights + outputs + groups
+        model = sizes.num_blocks * (weights * spec.weights.bits // 8 + 4 * trained)
+        vocabulary = sizes.vocabulary * sizes.hidden * (sizes.stored + 2)
+        # numbers that the backward pass of a block reads: its stream, heads and activations, and on demand what scales
+        # and gains multiply
+        kept = 2 * sizes.hidden + 4 * sizes.heads + 3 * sizes.stages[-1][1]
+        kept += outputs * ("scales" in self.parts) + 2 * sizes.hidden * ("gains" in self.parts)
+        states, between = 4 * self.tokens * kept, 4 * self.tokens * sizes.hidden * sizes.num_blocks
+        block = 2 * states + 10 * sizes.largest  # computed, its gradients, and a weight while it is unpacked
         logits = 4 * 4 * max(LOGITS, sizes.vocabulary)
         seen = self.tokens * self.steps + HELD_TOKENS
         return Needs(
-            least=model + between + max(block, logits),
+            least=model + vocabulary + between + max(block, logits),
             integers=2 * weights * sizes.num_blocks,
-            states=inside * (sizes.num_blocks - 1),
+            states=states * (sizes.num_blocks - 1),
             disk=seen * sizes.hidden * (2 + 4),
             biases=sizes.num_blocks * sizes.unbiased * sizes.stored * ("biases" in self.parts),
         )
