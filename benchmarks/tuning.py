@@ -1,4 +1,4 @@
-"""What tuning after rounding brings: perplexity, KL divergence and seconds by recipe, parts and steps, as a table in Markdown.
+"""What tuning after rounding brings: perplexity, KL divergence and seconds by recipe, parts and steps, in a table.
 
     python benchmarks/tuning.py OUT --calib TEXT --ppl TEXT TEXT [--device cuda] [--seeds 0,1,2] [--tune none,all]
 

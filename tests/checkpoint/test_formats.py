@@ -90,6 +90,13 @@ def test_a_missing_part_of_the_runtime_is_refused_by_its_name(checkpoint: Path) 
         dfrot.load(checkpoint)
 
 
+@pytest.mark.parametrize("name", ["mlp.sideways_proj", ["mlp.up_proj"]])
+def test_a_bias_of_a_layer_that_there_is_not_is_refused(checkpoint: Path, name: Any) -> None:
+    edit(checkpoint, lambda record: record["runtime"].update(biases=[name]))
+    with pytest.raises(UserError, match="there is no linear layer|not the runtime record"):
+        dfrot.load(checkpoint)
+
+
 def test_another_format_says_which_are_read(checkpoint: Path) -> None:
     edit(checkpoint, lambda record: record.update(format=5))
     with pytest.raises(UserError, match=r"has format 5; this version of dfrot reads formats 3 and 4"):

@@ -14,6 +14,7 @@ from torch import Tensor
 import dfrot
 from dfrot.checkpoint import writer as checkpoint
 from dfrot.checkpoint.writer import CheckpointWriter
+from dfrot.export import export
 from dfrot.models.source import open_source
 from dfrot.pipeline.estimate import Estimate
 from dfrot.quant.spec import Spec
@@ -156,7 +157,7 @@ def test_the_start_is_kept_where_training_only_makes_it_worse() -> None:
         trained.parameter.grad.add_(1.0)  # type: ignore[union-attr]
         return 0.0
 
-    descent = Descent([trained], loss, lambda: float(trained().sub(1).square().sum()), steps=9)
+    descent = Descent([trained], loss, lambda: float(trained().detach().sub(1).square().sum()), steps=9)
     for _ in descent.remaining():
         pass
     assert torch.equal(trained(), torch.ones(3))
@@ -318,3 +319,10 @@ def test_the_size_of_a_tuned_checkpoint_is_known_before_it_is_made(
     assert expected.checkpoint == sum(tensor.nbytes for tensor in tensors_of(path).values())
     untuned = Estimate.of(open_source(str(tiny(name))), dfrot.Recipe.parse("quarot", "rtn"))
     assert expected.disk > untuned.disk
+
+
+def test_biases_that_no_other_engine_would_add_are_not_exported(tiny: Tiny, tmp_path: Path, text: str) -> None:
+    path = dfrot.quantize(tiny("llama"), recipe(text, tune="biases", tune_steps=1), tmp_path / "out").path
+    with pytest.raises(UserError, match="Quantize with --tune gains,scales"):
+        export(path, "huggingface", tmp_path / "exported")
+    assert not (tmp_path / "exported").exists()

@@ -61,7 +61,7 @@ class RuntimeConfig:
             blocks = {site: (size, count) for site, (size, count) in record["rotation_blocks"].items()}
             if bad := [sizes for sizes in blocks.values() if not all(type(n) is int and n > 0 for n in sizes)]:
                 raise ValueError(f"the sizes of block rotations are two positive integers, got {bad[0]}")
-            biases = tuple(record["biases"])
+            ",".join(biases := tuple(record["biases"]))  # a TypeError unless all of them are names
         except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
             raise UserError(f"{wrong}: {error}") from error
         return RuntimeConfig(spec, online, keys, blocks, biases)
