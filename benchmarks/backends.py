@@ -20,9 +20,9 @@ from unittest.mock import patch
 import torch
 
 import dfrot
-from dfrot.evaluation.perplexity import negative_log_likelihood
+from dfrot.evaluation.perplexity import negative_log_likelihood, token_windows
 from dfrot.kernels.library import backend
-from dfrot.models.texts import read_text, token_windows
+from dfrot.models.texts import read_text
 from dfrot.system.memory import keep_freed_memory
 from dfrot.system.progress import track
 

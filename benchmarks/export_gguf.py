@@ -23,9 +23,9 @@ import numpy as np
 import torch
 
 import dfrot
-from dfrot.evaluation.perplexity import perplexity
+from dfrot.evaluation.perplexity import perplexity, token_windows
 from dfrot.export import export
-from dfrot.models.texts import read_text, token_windows
+from dfrot.models.texts import read_text
 from dfrot.system.errors import UserError
 
 ENGINE = Path(__file__).parent / "llama_cpp.py"

@@ -21,9 +21,9 @@ from pathlib import Path
 import torch
 
 import dfrot
-from dfrot.evaluation.perplexity import perplexity
+from dfrot.evaluation.perplexity import perplexity, token_windows
 from dfrot.export import export
-from dfrot.models.texts import read_text, token_windows
+from dfrot.models.texts import read_text
 
 ROOT = Path(__file__).parents[1]
 

@@ -28,7 +28,6 @@ from dfrot.cli import Quantize
 from dfrot.evaluation.record import model_size
 from dfrot.models.source import locate, open_source
 from dfrot.pipeline.estimate import Estimate
-from dfrot.system.memory import parse_size
 
 
 def planned(model: str, words: list[str]) -> Estimate:

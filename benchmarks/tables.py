@@ -29,7 +29,6 @@ import dfrot
 from dfrot.compare.table import LiveTable
 from dfrot.compare.trials import compare
 from dfrot.evaluation.run import Measurement
-from dfrot.models.texts import text_label
 
 Words = dict[str, Any]
 

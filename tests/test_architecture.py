@@ -20,6 +20,7 @@ FLOORS = [
     {"models"},
     {"transform", "runtime", "gguf"},
     {"methods", "rounding", "checkpoint", "fused"},
+    {"tuning"},
     {"pipeline"},
     {"evaluation"},
     {"inspect"},
@@ -28,11 +29,12 @@ FLOORS = [
     {"cli", "__init__"},
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
-# Paper → checkpoint → model in torch. The other folders are rings around it: they import it, never the reverse.
+# Paper → checkpoint → model in torch. The other folders are rings around it: they import it, never the reverse; but for
+# kernels and tuning, which it has room for but could do without.
 CORE = ("linalg", "quant", "models", "transform", "methods", "rounding", "checkpoint", "runtime", "pipeline", "system")
 # From here on the whole grows by whole capabilities only, each of which names its lines in the CHANGELOG.
 CORE_BUDGET = 6_500
-BUDGET = 11_776
+BUDGET = 12_900
 
 
 def modules() -> Iterator[tuple[str, Path, ast.Module]]:

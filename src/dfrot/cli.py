@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import shlex
 import signal
 import sys
@@ -34,10 +35,11 @@ from dfrot.quant.spec import PRESETS, Preset
 from dfrot.rounding import ROUNDINGS
 from dfrot.system.distributed import ProcessGroup
 from dfrot.system.errors import SetupError, UserError
-from dfrot.system.memory import keep_freed_memory, parse_size
+from dfrot.system.memory import keep_freed_memory
 from dfrot.system.options import Options
 from dfrot.system.progress import console
 from dfrot.transform.invariance import InvarianceError
+from dfrot.tuning.tuning import Tuning
 from dfrot.version import __version__
 
 out = Console()
@@ -55,14 +57,37 @@ Calib = Annotated[str, arg(help="Calibration text: wikitext2, c4, pydoc, or a pa
 CalibTokens = Annotated[
     int | None, arg(help="Calibration tokens in total (default 65536 where weights are fitted to them, else 2048).")
 ]
+Words = Annotated[str, arg(metavar="A,B,…")]
+Tune = Annotated[
+    str,
+    arg(
+        metavar="PART,…",
+        help="What is trained after rounding, towards the unquantized model's predictions: biases of all linear "
+        "layers, gains of norms, scales of weights, joined by commas; all, or none.",
+    ),
+]
+TuneSteps = Annotated[int | None, arg(help=f"Steps of training (default {Tuning.steps}).")]
+TuneTokens = Annotated[int | None, arg(help=f"Tokens of one step (default {Tuning.tokens}).")]
+TuneSeqLen = Annotated[int | None, arg(help=f"Tokens of one window of text (default {Tuning.seq_len}).")]
+TuneText = Annotated[str | None, arg(help="Text for training (default: that of the calibration).")]
 LogTo = Annotated[
     str | None,
     arg(help="Also log it to a tracker: wandb, trackio, mlflow, tensorboard or another that accelerate knows."),
 ]
-Words = Annotated[str, arg(metavar="A,B,…")]
 MethodName: Any = Literal[tuple(METHODS)]
 RoundingName: Any = Literal[tuple(ROUNDINGS)]
 PresetName: Any = Literal[tuple(PRESETS)]
+
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as 8GB, 6GiB or 512MB. Raises UserError for anything else."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?", text.strip().lower())
+    if found is None or found[2] not in _UNITS or not (size := int(float(found[1]) * _UNITS[found[2]])):
+        raise UserError(f"a size of memory is a number with a unit, such as 8GB, 6GiB or 512MB, got '{text}'.")
+    return size
 
 
 def _separated(words: str) -> tuple[str, ...]:
@@ -112,6 +137,11 @@ class Quantize:
     calib: Calib = "wikitext2"
     calib_tokens: CalibTokens = None
     calib_seq_len: int | None = None  # Tokens of one calibration sequence (default 2048, or calib-tokens if fewer).
+    tune: Tune = "none"
+    tune_steps: TuneSteps = None
+    tune_tokens: TuneTokens = None
+    tune_seq_len: TuneSeqLen = None
+    tune_text: TuneText = None
     seed: Seed = 0
     dtype: Literal["auto", "float16", "bfloat16", "float32", "float64"] = "auto"
     """Of unquantized tensors (auto: the model's own; float16 beside quantized weights if that is wider)."""
@@ -127,7 +157,8 @@ class Quantize:
 
     def recipe(self) -> Recipe:
         """From everything given except where to write and how to run."""
-        names = ("method", "weights", "spec", "preset", "calib", "calib_tokens", "calib_seq_len", "dtype", "seed")
+        names = ["method", "weights", "spec", "preset", "calib", "calib_tokens", "calib_seq_len", "dtype", "seed"]
+        names += [name for name in vars(self) if name.startswith("tune")]
         given = vars(self.options).items() - vars(NONE_GIVEN).items()
         return Recipe.parse(**{name: getattr(self, name) for name in names}, **dict(given))
 

@@ -54,7 +54,7 @@ def test_a_checkpoint_is_of_format_4_and_holds_two_records(checkpoint: Path) -> 
     record = json.loads((checkpoint / "config.json").read_text())["quantization_config"]
     assert record.keys() == {"quant_method", "format", "runtime", "recipe", "unquantized_bytes"}
     assert record["format"] == 4
-    assert record["runtime"].keys() == {"grids", "online", "keys", "rotation_blocks"}
+    assert record["runtime"].keys() == {"grids", "online", "keys", "rotation_blocks", "biases"}
     found = read_checkpoint(checkpoint)
     assert found is not None
     assert found.runtime.to_json() == record["runtime"]
@@ -87,6 +87,13 @@ def test_an_invented_option_of_the_runtime_is_refused_by_its_name(checkpoint: Pa
 def test_a_missing_part_of_the_runtime_is_refused_by_its_name(checkpoint: Path) -> None:
     edit(checkpoint, lambda record: record["runtime"].pop("rotation_blocks"))
     with pytest.raises(UserError, match="'rotation_blocks' is unknown or missing"):
+        dfrot.load(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["mlp.sideways_proj", ["mlp.up_proj"]])
+def test_a_bias_of_a_layer_that_there_is_not_is_refused(checkpoint: Path, name: Any) -> None:
+    edit(checkpoint, lambda record: record["runtime"].update(biases=[name]))
+    with pytest.raises(UserError, match=r"there is no linear layer|not the runtime record"):
         dfrot.load(checkpoint)
 
 

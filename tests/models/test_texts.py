@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from dfrot.models.texts import calibration_windows, check_tokens, read_text, text_label, token_windows
+from dfrot.evaluation.perplexity import token_windows
+from dfrot.evaluation.record import text_label
+from dfrot.models.texts import calibration_windows, check_tokens, read_text
 from dfrot.system.errors import SetupError, UserError
 
 ROWS = 1000  # of an embedding that has one for every character here

@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 
 import dfrot
+from dfrot.cli import parse_size
 from dfrot.evaluation.record import model_size
 from dfrot.models.source import open_source
 from dfrot.pipeline.estimate import Estimate, free_disk
 from dfrot.system.errors import SetupError, UserError
-from dfrot.system.memory import available_memory, parse_size
+from dfrot.system.memory import available_memory
 from tests.tiny_models import write_tiny_model
 
 Tiny = Callable[[str], Path]

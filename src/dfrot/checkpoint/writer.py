@@ -29,6 +29,7 @@ from dfrot.system.files import (
     SCRATCH,
     atomically,
     exclusive_lock,
+    publish,
     read_json,
     translate_io_errors,
     write_json,
@@ -37,6 +38,7 @@ from dfrot.system.files import (
 
 FIT_FILE = "dfrot-run.safetensors"
 NOTES_FILE = "fit.json"
+TUNE_PREFIX = "dfrot-tune"  # of what tuning keeps until a run is done
 
 
 @contextlib.contextmanager
@@ -114,7 +116,7 @@ class CheckpointWriter:
         """Keep the files whose digest is the manifest's, and delete the others."""
         with translate_io_errors(self.path):
             there = {name: entry for name, entry in listed.items() if (self.path / name).is_file()}
-            intact = {name: entry for name, entry in there.items() if digest(self.path / name) == entry["sha256"]}
+            intact = {n: e for n, e in there.items() if digest(self.path / n) in (e["sha256"], e.get("next"))}
             if FIT_FILE in intact:  # without its rotations no shard is of use
                 self._files = intact
             patterns = ("model-*", FIT_FILE, f"{SCRATCH}*", "*.tmp", NOTES_FILE)
@@ -146,6 +148,16 @@ class CheckpointWriter:
             self._list(self._shards[number], notes)
         self.sync()
 
+    def replace(self, number: int, tensors: dict[str, Tensor]) -> None:
+        """Write a written shard anew. At every moment what lies there is a shard that the manifest knows."""
+        shard, entry = self._shards[number], self._files[self._shards[number].name]
+        new = shard.with_name(SCRATCH + shard.name)
+        write_tensors(new, tensors, {"format": "pt"})
+        entry["next"] = digest(new)
+        self._write_manifest()
+        publish(new, shard)
+        self._list(shard, entry.get("notes"))
+
     def _begin(self) -> None:
         """Mark the directory as this run's, and delete everything else in it."""
         if self._begun:
@@ -168,8 +180,8 @@ class CheckpointWriter:
         write_json(self.path / RUN_FILE, {"run": self._run, "files": self._files})
 
     def _remove_manifest(self) -> None:
-        for name in (FIT_FILE, RUN_FILE):
-            (self.path / name).unlink(missing_ok=True)
+        for file in (*self.path.glob(f"{TUNE_PREFIX}*"), self.path / FIT_FILE, self.path / RUN_FILE):
+            file.unlink(missing_ok=True)
 
     def save_fit(self, record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """Keep the fitted rotations, so that a resumed run continues with exactly those."""

@@ -4,9 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dfrot.evaluation.record import AVERAGE, MASSIVE_UNQUANTIZED
+from dfrot.evaluation.record import AVERAGE, MASSIVE_UNQUANTIZED, text_label
 from dfrot.evaluation.run import Measurement
-from dfrot.models.texts import text_label
 from dfrot.pipeline.recipe import Recipe
 
 _TABLE = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))

@@ -24,13 +24,37 @@ from torch import Tensor, nn
 from dfrot.methods.massive import massive_tokens
 from dfrot.models.graph import graph_for
 from dfrot.models.stream import captured_inputs
-from dfrot.models.texts import check_tokens
+from dfrot.models.texts import check_tokens, token_ids
 from dfrot.runtime.linear import QuantLinear
 from dfrot.system.errors import UserError
 from dfrot.system.progress import track
 
 # Positions whose logits are computed at a time: 256 × 128 000 logits in float32 are 131 MB.
 _LOGIT_POSITIONS = 256
+
+
+def token_windows(
+    tokenizer: Any, text: str, name: str, rows: int, seq_len: int, max_tokens: int | None = None
+) -> Int[Tensor, "blocks seq_len"]:
+    """The whole text tokenized once and cut into non-overlapping blocks; the tail is dropped.
+
+    Args:
+        name: of the text, for messages.
+        rows: of the model's embedding.
+        max_tokens: take the first ⌊max_tokens / seq_len⌋ blocks.
+
+    Raises:
+        UserError: the text, or max_tokens, is shorter than one block; it has a token without a row.
+    """
+    if seq_len < 2:
+        raise UserError(f"a block has at least two tokens, so that one can be predicted; got seq_len {seq_len}.")
+    if max_tokens is not None and max_tokens < seq_len:
+        raise UserError(f"one block is {seq_len} tokens long, but only {max_tokens} tokens are asked for.")
+    ids = token_ids(tokenizer, text, rows)
+    if len(ids) < seq_len:
+        raise UserError(f"the text '{name}' has {len(ids)} tokens, fewer than one block of {seq_len}.")
+    ids = ids[:max_tokens]
+    return ids[: len(ids) // seq_len * seq_len].view(-1, seq_len)
 
 
 def perplexity(
@@ -43,7 +67,7 @@ def perplexity(
 
     Args:
         model: a causal language model of transformers.
-        blocks: token ids; `dfrot.models.texts.token_windows` makes them.
+        blocks: token ids; `token_windows` makes them.
         during: a context of the block, open while the model runs on it.
 
     Raises:

@@ -23,6 +23,7 @@ from dfrot.checkpoint.load import read_checkpoint
 from dfrot.kernels.library import backend
 from dfrot.models.graph import head_dim
 from dfrot.models.source import read_config, stored_tensors
+from dfrot.models.texts import NAMED
 from dfrot.quant.packing import packed_width
 from dfrot.quant.spec import UNQUANTIZED, TensorSpec
 from dfrot.system.errors import SetupError, UserError
@@ -70,6 +71,11 @@ class Record:
             return Record(**record)
         except TypeError as error:
             raise UserError(f"this is not a result record: {error}") from error
+
+
+def text_label(name: str) -> str:
+    """The name of a text in results: its own, or that of its file."""
+    return name if name in NAMED else Path(name).name
 
 
 def is_number(value: Any) -> bool:

@@ -9,11 +9,11 @@ from typing import Any
 from torch import Tensor
 
 from dfrot.checkpoint.load import Device, load, read_checkpoint
-from dfrot.evaluation.perplexity import divergence, massive_unquantized, perplexity, perplexity_of
-from dfrot.evaluation.record import MASSIVE_UNQUANTIZED, Record, conditions, model_size
+from dfrot.evaluation.perplexity import divergence, massive_unquantized, perplexity, perplexity_of, token_windows
+from dfrot.evaluation.record import MASSIVE_UNQUANTIZED, Record, conditions, model_size, text_label
 from dfrot.evaluation.zero_shot import zero_shot
 from dfrot.models.source import locate
-from dfrot.models.texts import read_text, text_label, token_windows
+from dfrot.models.texts import read_text
 from dfrot.system.errors import UserError
 from dfrot.system.files import write_tensors
 

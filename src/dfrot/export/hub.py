@@ -8,10 +8,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dfrot.evaluation.record import Record, model_size, read_records, reported
+from dfrot.evaluation.record import Record, model_size, read_records, reported, text_label
 from dfrot.export.checkpoint import Checkpoint
 from dfrot.methods import METHODS
-from dfrot.models.texts import text_label
 from dfrot.report.records import metrics_of, recipe_label, shown
 from dfrot.report.words import number
 from dfrot.rounding import ROUNDINGS

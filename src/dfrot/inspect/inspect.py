@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
@@ -21,17 +21,18 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from dfrot.checkpoint.load import usable_device
-from dfrot.evaluation.record import conditions
+from dfrot.evaluation.perplexity import token_windows
+from dfrot.evaluation.record import conditions, text_label
 from dfrot.inspect.inspection import SCHEMA, STATS_FILE, TENSORS_FILE, LayerErrors, NormChannels, Stats
-from dfrot.linalg.rotation import Identity
+from dfrot.linalg.rotation import Identity, Rotation
 from dfrot.methods import variants
 from dfrot.methods.massive import describe_massive, massive_tokens
 from dfrot.methods.method import FitContext
 from dfrot.methods.quarot import hadamard
-from dfrot.methods.sensitivity import sensitivity_by_block
+from dfrot.methods.sensitivity import kl_divergences
 from dfrot.models.source import Source, load_tokenizer, open_source
 from dfrot.models.stream import BlockRunner, captured_inputs
-from dfrot.models.texts import read_text, text_label, token_windows
+from dfrot.models.texts import read_text
 from dfrot.pipeline.recipe import Recipe
 from dfrot.pipeline.run import calibration_tokens
 from dfrot.quant.affine import dequantize
@@ -187,6 +188,20 @@ def _stream(
         key: {"ordinary": _mean(error[~massive]), "massive": _mean(error[massive])} for key, error in by_token.items()
     }
     return {f"error/{key}": error for key, error in by_token.items()} | surfaces | {"massive": massive.to(torch.uint8)}
+
+
+def sensitivity_by_block(
+    on: FitContext, rotations: Sequence[Rotation], quantizer: TensorSpec, token_ids: Int[Tensor, "sequences seq_len"]
+) -> list[list[float]]:
+    """`kl_divergences` with one block quantized and no other: for every R, by block.
+
+    Every R costs half the square of the number of blocks in runs of one block, and as many hidden states as there are
+    blocks: meant for short texts.
+    """
+    count = on.source.num_blocks
+    alone = [(rotation, range(index, index + 1)) for rotation in rotations for index in range(count)]
+    found = kl_divergences(on, alone, quantizer, token_ids)
+    return [found[start : start + count] for start in range(0, len(found), count)]
 
 
 def _mean(error: Tensor) -> float | None:

@@ -61,20 +61,6 @@ def kl_divergences(
     return [total / len(positions[0]) for total in totals]
 
 
-def sensitivity_by_block(
-    on: FitContext, rotations: Sequence[Rotation], quantizer: TensorSpec, token_ids: Int[Tensor, "sequences seq_len"]
-) -> list[list[float]]:
-    """`kl_divergences` with one block quantized and no other: for every R, by block.
-
-    Every R costs half the square of the number of blocks in runs of one block, and as many hidden states as there are
-    blocks: meant for short texts.
-    """
-    count = on.source.num_blocks
-    alone = [(rotation, range(index, index + 1)) for rotation in rotations for index in range(count)]
-    found = kl_divergences(on, alone, quantizer, token_ids)
-    return [found[start : start + count] for start in range(0, len(found), count)]
-
-
 def _advanced(
     run: BlockRunner, block: nn.Module, index: int, state: Float[Tensor, "sequences seq_len hidden"]
 ) -> Float[Tensor, "sequences seq_len hidden"]:

@@ -257,6 +257,7 @@ class ModelSizes:
         self.heads = config.num_attention_heads * head_dim(config)  # channels of all heads' outputs
         self.block = sum(shape.numel() for shape in shapes.values())  # all tensors of a block
         self.linears = linears = {name: shapes[f"{name}.weight"] for name in graph.linears}  # (out, in)
+        self.unbiased = sum(rows for name, (rows, _) in linears.items() if f"{name}.bias" not in shapes)  # outputs
         self.largest = max(shape.numel() for shape in linears.values())  # weight of a block
         # for each input that layers share, the rows of these layers and the input's width
         self.stages = [(sum(linears[name][0] for name in stage), linears[stage[0]][1]) for stage in graph.stages]

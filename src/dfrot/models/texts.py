@@ -41,11 +41,6 @@ def read_text(name: str, split: Split = "test") -> str:
     return text
 
 
-def text_label(name: str) -> str:
-    """The name of a text in results: its own, or that of its file."""
-    return name if name in NAMED else Path(name).name
-
-
 def _read(name: str, split: Split) -> str:
     if name == "pydoc":
         from pydoc_data.topics import topics  # the help that comes with CPython: English prose about Python
@@ -137,30 +132,6 @@ def check_tokens(ids: Int[Tensor, "..."], rows: int) -> None:
             f"the model's embedding has {rows} rows, none for token {int(outside[0])}. Take the model's own tokenizer; "
             "if tokens were added to it, resize_token_embeddings of the unquantized model comes first."
         )
-
-
-def token_windows(
-    tokenizer: Any, text: str, name: str, rows: int, seq_len: int, max_tokens: int | None = None
-) -> Int[Tensor, "blocks seq_len"]:
-    """The whole text tokenized once and cut into non-overlapping blocks; the tail is dropped.
-
-    Args:
-        name: of the text, for messages.
-        rows: of the model's embedding.
-        max_tokens: take the first ⌊max_tokens / seq_len⌋ blocks.
-
-    Raises:
-        UserError: the text, or max_tokens, is shorter than one block; it has a token without a row.
-    """
-    if seq_len < 2:
-        raise UserError(f"a block has at least two tokens, so that one can be predicted; got seq_len {seq_len}.")
-    if max_tokens is not None and max_tokens < seq_len:
-        raise UserError(f"one block is {seq_len} tokens long, but only {max_tokens} tokens are asked for.")
-    ids = token_ids(tokenizer, text, rows)
-    if len(ids) < seq_len:
-        raise UserError(f"the text '{name}' has {len(ids)} tokens, fewer than one block of {seq_len}.")
-    ids = ids[:max_tokens]
-    return ids[: len(ids) // seq_len * seq_len].view(-1, seq_len)
 
 
 def calibration_windows(

@@ -21,6 +21,7 @@ from dfrot.system.distributed import SINGLE_PROCESS, ProcessGroup
 from dfrot.system.errors import SetupError, UserError
 from dfrot.system.memory import available_memory
 from dfrot.transform.transforms import Transforms
+from dfrot.tuning.tuning import NOTHING, Needs
 
 # Folding the embedding or head in float64 takes this many rows at a time, so that no float64 copy of it exists.
 VOCABULARY_ROWS = 8192
@@ -45,6 +46,7 @@ class Estimate:
     processes: int = 1  # that share the machine
     warning: str | None = None  # the rounding's, about so much calibration text
     check: int = 0  # peak memory of comparing the source with transformers first; 0: that is left out
+    tuning: Needs = NOTHING
     unpacking: int = 0  # written to the cache: a GGUF file, unpacked. A block takes more memory later than here
 
     @staticmethod
@@ -73,9 +75,10 @@ class Estimate:
         # the embedding or the head, while it is folded
         vocabulary = sizes.vocabulary * sizes.hidden * (sizes.source + sizes.stored)
         vocabulary += _FOLD64 * min(sizes.vocabulary, VOCABULARY_ROWS) * sizes.hidden
-        stages = recipe.method.peak_bytes(sizes), vocabulary, _block_bytes(sizes, recipe)
-        state = sizes.working * sizes.hidden + recipe.rounding.state_bytes(sizes)
         budget = (available_memory() if memory is None else memory) // processes.local
+        tuning = recipe.tuning.needs(sizes, recipe.spec)
+        stages = recipe.method.peak_bytes(sizes), vocabulary, _block_bytes(sizes, recipe), tuning.memory(budget)
+        state = sizes.working * sizes.hidden + recipe.rounding.state_bytes(sizes)
         # the whole model in float32, and its files, which are mapped
         check = int(_SLACK * (_PROCESS + sum(4 * each.shape.numel() + each.nbytes for each in source.stored.values())))
         return Estimate(
@@ -84,11 +87,12 @@ class Estimate:
             block_bytes=sizes.block * sizes.source,
             resident=int(_SLACK * (_PROCESS + max(stages))),
             states=sequences * wanted.seq_len * state if recipe.fits_weights else 0,
-            checkpoint=_checkpoint_bytes(sizes, source, recipe, outline),
+            checkpoint=_checkpoint_bytes(sizes, source, recipe, outline) + tuning.biases,
             budget=budget,
             processes=processes.local,
             warning=recipe.rounding.warning(sizes) if recipe.fits_weights else None,
             check=check if check_source == "always" or (check_source == "auto" and check <= budget) else 0,
+            tuning=tuning,
             unpacking=source.unpacking,
         )
 
@@ -110,7 +114,8 @@ class Estimate:
     @property
     def disk(self) -> int:
         """Expected in the checkpoint's directory while the run is under way."""
-        return self.checkpoint + (self.states * self.processes if self.offloads else 0)
+        states = self.states * self.processes if self.offloads else 0
+        return self.checkpoint + max(states, self.tuning.disk)
 
     def require_room(self, out: Path) -> None:
         """Raise before the work an error that would otherwise come in the middle of it.
@@ -131,8 +136,8 @@ class Estimate:
             )
         free = free_disk(out)
         if self.disk > free:
-            offloaded = f" and {_gb(self.states)} of offloaded states" if self.offloads else ""
-            fewer = ", fewer --calib-tokens, a larger --memory" if self.offloads else ""
+            offloaded = f" and {_gb(self.disk - self.checkpoint)} until it is done" * (self.disk > self.checkpoint)
+            fewer = ", fewer --calib-tokens or --tune-steps, a larger --memory" * (self.disk > self.checkpoint)
             raise SetupError(
                 f"{out} needs {_gb(self.checkpoint)} for the checkpoint{offloaded}; its disk has {_gb(free)}. "
                 f"Make room, or choose an -o directory on another disk{fewer}."
@@ -145,7 +150,7 @@ class Estimate:
         each = f", for each of {self.processes} processes" if self.processes > 1 else ""
         if self.check:
             kept += f", {_gb(self.check)} while the source is checked"
-        offloaded = f", and {_gb(self.states)} until it is done" * self.offloads
+        offloaded = f", and {_gb(self.disk - self.checkpoint)} until it is done" * (self.disk > self.checkpoint)
         cached = f"\nexpected in the cache {_gb(self.unpacking)}, unpacked from GGUF and kept" if self.unpacking else ""
         return (
             f"{self.blocks} blocks of {self.block_weights / 1e6:.1f} million weights, {_gb(self.block_bytes)} each\n"

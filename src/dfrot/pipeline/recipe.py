@@ -1,4 +1,4 @@
-"""How a checkpoint is made, completely: method, rounding, grids, calibration, seed.
+"""How a checkpoint is made, completely: method, rounding, tuning, grids, calibration, seed.
 
 A `Recipe` is frozen and hashable, turns into JSON and back, and stands in every checkpoint and every result, with
 nothing left implied. It is provenance: what computes reads `RuntimeConfig` and never a recipe. Its `digest` is what
@@ -8,7 +8,7 @@ resuming and caches compare.
 import dataclasses
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ from dfrot.rounding import ROUNDINGS
 from dfrot.rounding.rounding import Rounding
 from dfrot.system.errors import UserError
 from dfrot.system.options import Options
+from dfrot.tuning.tuning import Tuning
 
 ROTATION_TOKENS = 2048  # calibration of a recipe that rounds weights without data: the papers' one sample
 WEIGHT_TOKENS = 32 * 2048  # of one that fits them to data; the papers take 128 sequences
@@ -60,6 +61,7 @@ class Recipe(Options):
     rounding: Rounding
     spec: Spec
     calibration: Calibration
+    tuning: Tuning = field(default_factory=Tuning)
     dtype: Literal["auto", "float16", "bfloat16", "float32", "float64"] = "auto"
     """Of tensors that are not quantized; auto is the model's own, at most 16 bits beside quantized weights."""
     seed: int = 0
@@ -100,6 +102,7 @@ class Recipe(Options):
         calib_seq_len: int | None = None,
         dtype: str = "auto",
         seed: int = 0,
+        tune: str = "none",
         **options: Any,
     ) -> "Recipe":
         """A recipe from the words of the command line.
@@ -111,7 +114,8 @@ class Recipe(Options):
             preset: paper, deploy or duquant.
             calib: wikitext2, c4, pydoc, or a path.
             calib_tokens: tokens of calibration text in total; None takes 65 536 where weights are fitted, else 2048.
-            options: fields of `Preset`, of the method and of the rounding; None means not given.
+            tune: what is trained after rounding: all, none, or of biases, gains, scales, joined by commas.
+            options: fields of `Preset`, method and rounding, and of `Tuning` as tune_…; None means not given.
 
         Raises:
             UserError: a word is not known or does not fit; the message says what would.
@@ -120,6 +124,7 @@ class Recipe(Options):
             raise UserError(f"there is no method '{method}'. Methods: {', '.join(METHODS)}.")
         given = {name: value for name, value in options.items() if value is not None}
         grids = Spec.parse(spec, preset, **_taken(Preset, given))
+        tuned = {name: given.pop(f"tune_{name}", None) for name in Tuning.types().keys() - {"parts"}}
         if weights is None:
             weights = "gptq" if grids.weights.bits < 8 else "rtn"
         if weights not in ROUNDINGS:
@@ -138,9 +143,8 @@ class Recipe(Options):
             tokens = max(WEIGHT_TOKENS if fits else ROTATION_TOKENS, least)
         seq_len = calib_seq_len if calib_seq_len is not None else min(tokens, 2048)
         calibration = Calibration.checked(text=calib, tokens=tokens, seq_len=seq_len)
-        return Recipe.checked(
-            method=fitted, rounding=rounding, spec=grids, calibration=calibration, dtype=dtype, seed=seed
-        )
+        how: Any = {"calibration": calibration, "tuning": Tuning.parse(tune, grids, **tuned)}
+        return Recipe.checked(method=fitted, rounding=rounding, spec=grids, dtype=dtype, seed=seed, **how)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON; `Recipe.from_json` is its inverse."""
@@ -152,6 +156,7 @@ class Recipe(Options):
             "spec": str(self.spec),
             "grids": dataclasses.asdict(self.spec),
             "calibration": dataclasses.asdict(self.calibration),
+            "tune": self.tuning.to_json(),
             "dtype": self.dtype,
             "seed": self.seed,
         }
@@ -167,6 +172,7 @@ class Recipe(Options):
                 rounding=rounding,
                 spec=Spec(**{name: TensorSpec.checked(**grid) for name, grid in record["grids"].items()}),
                 calibration=Calibration.checked(**record["calibration"]),
+                tuning=Tuning.from_json(record.get("tune", {})),
                 dtype=record["dtype"],
                 seed=record["seed"],
             )

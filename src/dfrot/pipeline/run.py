@@ -36,6 +36,8 @@ from dfrot.system.progress import track
 from dfrot.transform.fold import Fold
 from dfrot.transform.invariance import InvarianceCheck
 from dfrot.transform.transforms import Transforms, input_widths
+from dfrot.tuning.run import TuningRun, require_whole, tuning_windows
+from dfrot.tuning.teacher import Windows
 from dfrot.version import __version__
 
 
@@ -54,6 +56,7 @@ class QuantizeResult:
         return [
             *self.recipe.method.summary(self.notes),
             *self.recipe.rounding.summary(self.notes.get("weights_by_block", [])),
+            *self.recipe.tuning.summary(self.notes.get("tuning", {})),
             f"folding changed the model by {self.invariance:.0e} (float64, relative)",
         ]
 
@@ -110,6 +113,7 @@ def quantize(
         require_same_logits(source)
         give_freed_memory_back()
 
+    windows = tuning_windows(source, recipe.tuning, recipe.calibration.text, recipe.seed, processes)
     reuse = ReuseDir(None if reuse_dir is None else Path(reuse_dir))
     calibration = functools.cache(lambda: calibration_tokens(source, recipe))
     on = FitContext(source, recipe.spec.activations, calibration, there, recipe.seed, processes)
@@ -121,15 +125,21 @@ def quantize(
         blocks = _depended_on_by_blocks(on, recipe)
         if (other := reuse.checkpoint(blocks)) is not None:
             writer.reuse(other)
+        require_whole(writer, num_shards)
         loop = _Loop(on, recipe, transforms, writer, estimate)
         invariance = loop.run()
         if by_block := writer.shard_notes():
             notes["weights_by_block"] = by_block
+        rounded = time.perf_counter()
+        timings = {"fit": fitted - began, "quantize": rounded - fitted}
+        if windows is not None:
+            notes["tuning"] = loop.tune(windows)
+            timings["tune"] = time.perf_counter() - rounded
         if processes.is_main:
             loop.finish(notes)
         writer.sync()
-        reuse.keep_checkpoint(blocks, writer.path)
-        timings = {"fit": fitted - began, "quantize": time.perf_counter() - fitted}
+        if not recipe.tuning.enabled:
+            reuse.keep_checkpoint(blocks, writer.path)
     return QuantizeResult(path, recipe, timings, invariance, notes)
 
 
@@ -152,9 +162,9 @@ def _depended_on_by_fit(on: FitContext, recipe: Recipe) -> dict[str, Any]:
 
 
 def _depended_on_by_blocks(on: FitContext, recipe: Recipe) -> dict[str, Any]:
-    """What the blocks of a checkpoint depend on: all of the recipe but the cache."""
+    """What the blocks of a checkpoint depend on, before they are tuned: all of the recipe but the cache."""
     record = recipe.to_json()
-    del record["spec"]
+    del record["spec"], record["tune"]
     record["grids"] = {kind: record["grids"][kind] for kind in ("weights", "activations")}
     return {**_identity(on.source, recipe), "recipe": record, "device": on.device.type}
 
@@ -303,6 +313,14 @@ class _Loop:
         for rows, into in zip(matrix.split(VOCABULARY_ROWS), folded.split(VOCABULARY_ROWS), strict=True):
             into.copy_(_narrowed(fold.weight(rows.to(self.on.device)), self.dtypes.stored, "the embedding or head"))
         return folded
+
+    def tune(self, windows: Windows) -> dict[str, Any]:
+        """Train what the recipe names, and rewrite the blocks; returns notes."""
+        how: Any = (*self.dtypes[:2], self.on.device, self.estimate.tuning, self.estimate.budget)
+        model = self.source, self.runtime, self.transforms.residual, self.writer
+        run = TuningRun(*model, self.recipe.tuning, windows, *how)
+        self.runtime = run.tuned_runtime
+        return run()
 
     def finish(self, notes: dict[str, Any]) -> None:
         """Write the tokenizer, the notes and, last of all, the config, which makes the directory a checkpoint."""

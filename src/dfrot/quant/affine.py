@@ -126,14 +126,18 @@ def dequantize(q: Tensor, granularity: Granularity, qparams: QParams) -> Float[T
 
 
 def fake_quantize(
-    x: Float[Tensor, "..."], grid: IntGrid, granularity: Granularity, clip: float | Tensor = 1.0
+    x: Float[Tensor, "..."],
+    grid: IntGrid,
+    granularity: Granularity,
+    clip: float | Tensor = 1.0,
+    scale_dtype: torch.dtype | None = None,
 ) -> Float[Tensor, "..."]:
     """x quantized and dequantized; same shape and dtype.
 
     16-bit tensors are quantized in float32: in bfloat16 the quotient x / s itself would be off by up to half a step.
     """
     wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-    qparams = choose_qparams(wide, grid, granularity, clip)
+    qparams = choose_qparams(wide, grid, granularity, clip, scale_dtype)
     q = _rounded(grouped(wide, granularity), grid, qparams)
     if qparams.zero is not None:
         q -= qparams.zero.unsqueeze(-1)

@@ -27,6 +27,7 @@ class RuntimeConfig:
     # Norm or linear layer → block size and count of the rotation of its output or input. Unlike `online`, these
     # rotations differ between blocks of the model, and are tensors of the checkpoint.
     rotation_blocks: Mapping[str, tuple[int, int]]
+    biases: tuple[str, ...] = ()  # linear layers of a block with a bias that the model's own config does not give them
 
     def without(self, *kinds: Literal["weights", "activations"]) -> "RuntimeConfig":
         """The same, leaving these kinds of tensors alone."""
@@ -41,6 +42,7 @@ class RuntimeConfig:
             "online": {name: rotation.describe(tensors, name) for name, rotation in self.online.items()},
             "keys": None if self.keys is None else self.keys.describe(tensors, "keys"),
             "rotation_blocks": {site: list(sizes) for site, sizes in self.rotation_blocks.items()},
+            "biases": list(self.biases),
         }
         assert not tensors, f"format {FORMAT} has no place for the tensors of online rotations: {sorted(tensors)}"
         return record
@@ -49,7 +51,7 @@ class RuntimeConfig:
     def from_json(record: Any) -> "RuntimeConfig":
         """Raises UserError if the record is not complete, or says something that this version does not know."""
         wrong = "this is not the runtime record of a dfrot checkpoint"
-        names = {"grids", "online", "keys", "rotation_blocks"}
+        names = {"grids", "online", "keys", "rotation_blocks", "biases"}
         if differing := names ^ (record.keys() if isinstance(record, dict) else set()):
             raise UserError(f"{wrong}: {min(differing)!r} is unknown or missing.")
         try:
@@ -59,9 +61,10 @@ class RuntimeConfig:
             blocks = {site: (size, count) for site, (size, count) in record["rotation_blocks"].items()}
             if bad := [sizes for sizes in blocks.values() if not all(type(n) is int and n > 0 for n in sizes)]:
                 raise ValueError(f"the sizes of block rotations are two positive integers, got {bad[0]}")
+            ",".join(biases := tuple(record["biases"]))  # a TypeError unless all of them are names
         except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
             raise UserError(f"{wrong}: {error}") from error
-        return RuntimeConfig(spec, online, keys, blocks)
+        return RuntimeConfig(spec, online, keys, blocks, biases)
 
     @staticmethod
     def of_checkpoint(record: Mapping[str, Any]) -> "RuntimeConfig":
@@ -88,6 +91,6 @@ def _of_format_3(record: Mapping[str, Any]) -> dict[str, Any]:
             for kind, grid in record["recipe"]["grids"].items()
         }
         names = {"online": "online", "keys": "keys", "rotation_blocks": "blocks"}
-        return {"grids": grids} | {name: record[old] for name, old in names.items()}
+        return {"grids": grids, "biases": []} | {name: record[old] for name, old in names.items()}
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"this is not the configuration of a dfrot checkpoint: {error!r}") from error

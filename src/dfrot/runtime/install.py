@@ -50,6 +50,8 @@ def _check_sizes(block: nn.Module, graph: ModelGraph, runtime: RuntimeConfig) ->
     for name, rotation in runtime.online.items():
         if name not in graph.linears or rotation.size != _width(block, name):
             raise UserError(f"{wrong}: '{name}' has no input of {rotation.size} channels, which are to be rotated.")
+    if unknown := [name for name in runtime.biases if name not in graph.linears]:
+        raise UserError(f"{wrong}: there is no linear layer {unknown[0]!r}, which is to have a bias.")
     for site, (size, _) in runtime.rotation_blocks.items():
         if site not in {*graph.norms, *graph.linears} or _width(block, site) % size:
             raise UserError(f"{wrong}: '{site}' has no channels that blocks of {size} divide.")
@@ -79,7 +81,8 @@ def install_block_(block: nn.Module, graph: ModelGraph, runtime: RuntimeConfig) 
             block.set_submodule(name, Float64SiLU())
     for name in graph.linears:
         rotation = rotations.get(name)
-        if rotation is None and not runtime.spec.weights.enabled and not runtime.spec.activations.enabled:
+        quantizes = runtime.spec.weights.enabled or runtime.spec.activations.enabled
+        if rotation is None and not quantizes and name not in runtime.biases:
             continue
         linear = block.get_submodule(name)
         assert isinstance(linear, nn.Linear), f"{name} is a {type(linear).__name__}"
@@ -87,7 +90,7 @@ def install_block_(block: nn.Module, graph: ModelGraph, runtime: RuntimeConfig) 
             quantized = QuantLinear(
                 linear.in_features,
                 linear.out_features,
-                bias=linear.bias is not None,
+                bias=linear.bias is not None or name in runtime.biases,
                 weights=runtime.spec.weights,
                 activations=runtime.spec.activations,
                 rotation=rotation,

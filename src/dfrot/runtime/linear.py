@@ -146,14 +146,14 @@ class QuantLinear(nn.Module):
 
         return self._dense.get(dense, self.packed[:3], dtype)
 
-    def integer_weight(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
-        """The integers w − v themselves, as floats."""
+    def integer_weight(self, dtype: torch.dtype, keep: bool = True) -> Float[Tensor, "out in"]:
+        """The integers w − v themselves, as floats; made anew each time unless they are kept."""
 
         def integers() -> Tensor:
-            codes = self._codes()
-            return (codes if self.weights.symmetric else codes - self.zeros).to(dtype)
+            codes, of_group = self._codes(), self.in_features // self.scales.shape[1]
+            return (codes if self.weights.symmetric else codes - self.zeros.repeat_interleave(of_group, 1)).to(dtype)
 
-        return self._integers.get(integers, self.packed[:3], dtype)
+        return self._integers.get(integers, self.packed[:3], dtype) if keep else integers()
 
     def _codes(self) -> Int[Tensor, "out in"]:
         codes = unpack(self.qweight, self.weights.bits, self.in_features).to(torch.int16)

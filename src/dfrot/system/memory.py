@@ -7,9 +7,6 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from dfrot.system.errors import UserError
-
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 # A control group's files, by version: below /sys/fs/cgroup, its limit, its use, and the droppable cache in memory.stat.
 _GROUP_FILES = {
     2: ("", "memory.max", "memory.current", "inactive_file"),
@@ -76,11 +73,3 @@ def _left_by_control_groups(root: Path) -> Iterator[int]:
                 yield left + (int(droppable[1]) if droppable else 0)
             if folder == top:
                 break
-
-
-def parse_size(text: str) -> int:
-    """Bytes of a size such as 8GB, 6GiB or 512MB. Raises UserError for anything else."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?", text.strip().lower())
-    if found is None or found[2] not in _UNITS or not (size := int(float(found[1]) * _UNITS[found[2]])):
-        raise UserError(f"a size of memory is a number with a unit, such as 8GB, 6GiB or 512MB, got '{text}'.")
-    return size

@@ -1,0 +1,1 @@
+"""What is trained after rounding: everything continuous, towards the unquantized model's predictions."""

@@ -1,0 +1,148 @@
+"""Adam on what is trained, with the learning rate and the step chosen on held-out text.
+
+A run is four descents. Three short ones from the start, with the rates × 0.3, × 1 and × 3, choose the factor; the
+fourth, with a cosine decay, is measured now and then, and its best step is kept. The start itself is the first
+candidate, so the outcome is never worse than it on held-out text.
+
+Everything that the rest of a run depends on is in `state`: a run that continues from there equals one that was never
+interrupted, to the bit on one machine.
+"""
+
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dfrot.tuning.student import Trained
+
+FACTORS = (0.3, 1.0, 3.0)
+BETAS, EPS = (0.9, 0.98), 1e-12  # a second moment that forgets in 50 steps: there are few. Gradients are tiny
+WARM_UP = 8  # steps until the rate is full: Adam's first steps have the full size whatever their gradient
+MEASUREMENTS = 8  # of the fourth descent
+_PARTS = ("values", "first", "second", "best")
+
+
+def _flat(trained: Iterable[Trained]) -> tuple[Tensor, Tensor, Tensor]:
+    """One vector of all parameters, one of their gradients, which they share, and one of rates."""
+    parameters = [(each.parameter, each.rate) for each in trained if each.parameter is not None]
+    values = torch.cat([parameter.detach().flatten() for parameter, _ in parameters])
+    gradients, at = torch.zeros_like(values), 0
+    for parameter, _ in parameters:
+        part = slice(at, at := at + parameter.numel())
+        parameter.data = values[part].view_as(parameter)
+        parameter.grad = gradients[part].view_as(parameter)
+    rates = torch.cat([values.new_full((parameter.numel(),), rate or 0.0) for parameter, rate in parameters])
+    return values, gradients, rates
+
+
+class Descent:
+    """Training in steps that can be interrupted anywhere.
+
+    Args:
+        trained: whose parameters move.
+        loss: of a step: adds the gradients of that step's loss, which it returns.
+        measure: the loss on held-out text.
+        steps: of the fourth descent.
+    """
+
+    def __init__(
+        self,
+        trained: Iterable[Trained],
+        loss: Callable[[int], float],
+        measure: Callable[[], float],
+        steps: int,
+    ) -> None:
+        self._values, self._gradients, self._rates = _flat(trained)
+        self._first, self._second = torch.zeros_like(self._values), torch.zeros_like(self._values)
+        self._best = self._values.clone()
+        self._loss, self._measure, self.steps = loss, measure, steps
+        self._probe = max(1, min(steps, max(WARM_UP, steps // 12)))
+        self._every = max(1, steps // MEASUREMENTS)
+        self.run, self.step = 0, 0  # which descent, and how many steps of it are done
+        self.losses: list[float] = []  # of the fourth
+        self.held: dict[str, float] = {}  # its number of steps → loss on held-out text
+        self.probes: dict[str, float] = {}  # factor → the same after a short descent
+
+    @property
+    def total(self) -> int:
+        """Steps of all descents."""
+        return len(FACTORS) * self._probe + self.steps
+
+    @property
+    def done(self) -> bool:
+        return self.run > len(FACTORS)
+
+    @property
+    def factor(self) -> float:
+        """By which the rates of the descent at hand are multiplied."""
+        if self.run < len(FACTORS):
+            return FACTORS[self.run]
+        return min(FACTORS, key=lambda factor: self.probes[str(factor)])
+
+    def remaining(self) -> Iterator[int]:
+        """Go on, one step at a time, to the end; yields the steps done in all after each, and once before the first."""
+        if not self.held:
+            self.held["0"] = self._held_out()
+        yield self.run * self._probe + self.step
+        while not self.done:
+            self._advance()
+            yield self.total if self.done else self.run * self._probe + self.step
+        self._values.copy_(self._best)
+
+    def _advance(self) -> None:
+        probing = self.run < len(FACTORS)
+        self._gradients.zero_()
+        loss = self._loss(self.step)
+        rate = self.factor * min(1.0, (self.step + 1) / WARM_UP)
+        if not probing:
+            rate *= 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
+            self.losses.append(loss)
+        self.step += 1
+        self._adam(rate)
+        if probing and self.step == self._probe:
+            self.probes[str(self.factor)] = self._held_out()
+            self._next()
+        elif not probing and (self.step % self._every == 0 or self.step == self.steps):
+            found = self._held_out()
+            if found < min(self.held.values()):
+                self._best.copy_(self._values)
+            self.held[str(self.step)] = found
+            if self.step == self.steps:
+                self._next()
+
+    def _next(self) -> None:
+        self.run, self.step = self.run + 1, 0
+        for tensor in (self._first, self._second, *([] if self.done else [self._values])):
+            tensor.zero_()
+
+    def _held_out(self) -> float:
+        found = self._measure()
+        return found if math.isfinite(found) else sys.float_info.max  # JSON has no infinity
+
+    def _adam(self, rate: float) -> None:
+        gradient = torch.nan_to_num_(self._gradients, 0.0, 0.0, 0.0)  # one wild window must not spoil everything
+        self._first.lerp_(gradient, 1 - BETAS[0])
+        self._second.lerp_(gradient.square(), 1 - BETAS[1])
+        first = self._first / (1 - BETAS[0] ** self.step)
+        second = self._second / (1 - BETAS[1] ** self.step)
+        self._values.sub_(rate * self._rates * first / (second.sqrt() + EPS))
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """JSON and tensors from which `restore` goes on."""
+        names = ("run", "step", "losses", "held", "probes")
+        return {name: getattr(self, name) for name in names}, {part: getattr(self, f"_{part}") for part in _PARTS}
+
+    def notes(self) -> dict[str, Any]:
+        """What is worth keeping of a finished run, as JSON."""
+        kept = min(self.held, key=lambda step: self.held[step])
+        found = {"parameters": len(self._values), "factor": self.factor, "kept_step": int(kept)}
+        return {**found, "held_kl": self.held, "probes": self.probes, "losses": self.losses}
+
+    def restore(self, record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        for name, value in record.items():
+            setattr(self, name, value)
+        for part, tensor in tensors.items():
+            getattr(self, f"_{part}").copy_(tensor)

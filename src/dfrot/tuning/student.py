@@ -1,0 +1,328 @@
+"""The quantized model with what is continuous in it free to move.
+
+The integers stay packed. A linear layer unpacks them forward, and again backward, so that at most one weight stands as
+floats; where there is room they stay unpacked. Both factors of a product are integers, up to scales that are applied
+outside of it:
+
+    y = s_w Σ (a − z)(w − v) s_a + b
+
+so bfloat16, which has these integers exactly, costs only the rounding of the sums. A scale for a whole row needs no
+gradient of the weight; scales of groups do, a group at a time.
+
+Values are rounded to the dtype in which the checkpoint keeps them, with the gradient straight through: what is measured
+while tuning is what lies there afterwards.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from dfrot.linalg.rotation import Rotation
+from dfrot.models.source import Source, loaded
+from dfrot.models.stream import BlockRunner
+from dfrot.quant.affine import SCALE_DTYPE, fake_quantize
+from dfrot.quant.spec import UNQUANTIZED, Spec, TensorSpec
+from dfrot.runtime.config import RuntimeConfig
+from dfrot.runtime.install import install_block_
+from dfrot.runtime.linear import QuantLinear
+from dfrot.runtime.norms import Float64SiLU, RotatedNorm, straight_through
+
+_ATTENTION = "dfrot-student"
+
+
+class PackedProduct(torch.autograd.Function):
+    """x Ŵᵀ with Ŵ made of a layer's integers and scales (out, groups); no weight outlives forward or backward.
+
+    Args:
+        x: (…, in).
+        scales: (out, groups), to which gradients flow too.
+        layer: whose integers these are.
+        dtype: of the product.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scales: Tensor, layer: "StudentLinear", dtype: torch.dtype) -> Tensor:
+        ctx.layer, ctx.dtype = layer, dtype
+        if scales.shape[1] == 1:
+            sums = (x.to(dtype) @ layer.integers(dtype).T).to(x.dtype)
+            ctx.save_for_backward(scales, sums if scales.requires_grad else None)
+            return sums * scales[:, 0]
+        ctx.save_for_backward(scales, x if scales.requires_grad else None)
+        return (x.to(dtype) @ _scaled(layer.integers(dtype), scales).T).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        scales, kept = ctx.saved_tensors
+        of_x, of_scales, integers = None, None, ctx.layer.integers(ctx.dtype)
+        if scales.shape[1] == 1:
+            if ctx.needs_input_grad[0]:
+                of_x = ((upstream * scales[:, 0]).to(ctx.dtype) @ integers).to(upstream.dtype)
+            if ctx.needs_input_grad[1]:
+                of_scales = (upstream * kept).flatten(0, -2).sum(0)[:, None]
+            return of_x, of_scales, None, None
+        narrow = upstream.to(ctx.dtype)
+        if ctx.needs_input_grad[0]:
+            of_x = (narrow @ _scaled(integers, scales)).to(upstream.dtype)
+        if ctx.needs_input_grad[1]:
+            of_weight = narrow.flatten(0, -2).T @ kept.flatten(0, -2).to(ctx.dtype)
+            of_scales = (of_weight * integers).unflatten(1, (scales.shape[1], -1)).sum(-1, dtype=scales.dtype)
+        return of_x, of_scales, None, None
+
+
+def _scaled(integers: Float[Tensor, "out in"], scales: Float[Tensor, "out groups"]) -> Float[Tensor, "out in"]:
+    return (integers.unflatten(1, (scales.shape[1], -1)) * scales.to(integers.dtype)[..., None]).flatten(1)
+
+
+class _Quantized(torch.autograd.Function):
+    """Tokens or heads on their grid; the gradient passes straight through, and nothing is kept for it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, spec: TensorSpec, scale_dtype: torch.dtype | None) -> Tensor:
+        return fake_quantize(x, spec.grid, spec.token_granularity, spec.fixed_clip, scale_dtype)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        return upstream, None, None
+
+
+def quantized(x: Tensor, spec: TensorSpec, scale_dtype: torch.dtype | None = None) -> Tensor:
+    """x on the grid of `spec`, its scales of a narrower dtype if one is given."""
+    return _Quantized.apply(x, spec, scale_dtype) if spec.enabled else x
+
+
+class _Rotated(torch.autograd.Function):
+    """x R; backward g Rᵀ, for which nothing is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rotation: Rotation) -> Tensor:
+        ctx.rotation = rotation
+        return rotation.apply(x)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        return ctx.rotation.T.apply(upstream), None
+
+
+def rotated(x: Tensor, rotation: Rotation | None) -> Tensor:
+    return x if rotation is None else _Rotated.apply(x, rotation)
+
+
+class Trained(nn.Module):
+    """A tensor of the checkpoint that may be trained: start · eᵖ, or start + unit · p.
+
+    Args:
+        start: as the checkpoint has it, in the dtype in which it keeps it.
+        dtype: of the computation.
+        unit: by which p moves it; None: p moves its logarithm.
+        rate: learning rate of p; None: it is not trained.
+    """
+
+    def __init__(self, start: Tensor, dtype: torch.dtype, unit: float | None, rate: float | None) -> None:
+        super().__init__()
+        self.stored, self.unit, self.rate = start.dtype, unit, rate
+        self.start = start.to(dtype)
+        self.parameter = None if rate is None else nn.Parameter(torch.zeros_like(self.start))
+
+    def forward(self) -> Tensor:
+        if self.parameter is None:
+            return self.start
+        p, start = self.parameter, self.start
+        moved = start * p.exp() if self.unit is None else start + self.unit * p
+        return straight_through(moved.to(self.stored).to(moved.dtype), moved)
+
+
+class StudentNorm(nn.Module):
+    """An RMS norm whose gain may be trained; what it puts out is rotated and quantized once, for all its readers."""
+
+    def __init__(self, gain: Trained, eps: float, rotation: Rotation | None, spec: TensorSpec) -> None:
+        super().__init__()
+        self.gain, self.eps, self.rotation, self.spec = gain, eps, rotation, spec
+
+    def forward(self, x: Float[Tensor, "*batch size"]) -> Float[Tensor, "*batch size"]:
+        gain = self.gain()
+        y = nn.functional.rms_norm(x, gain.shape, gain, self.eps)
+        return quantized(rotated(y, self.rotation), self.spec)
+
+
+class StudentLinear(nn.Module):
+    """A `QuantLinear` whose scales and bias may be trained.
+
+    Args:
+        spec: the grid of its input, unless that arrives quantized.
+        product: dtype of its products.
+        keep: whether its integers stay unpacked.
+    """
+
+    def __init__(
+        self,
+        layer: QuantLinear,
+        scales: Trained | None,
+        bias: Trained | None,
+        spec: TensorSpec,
+        product: torch.dtype,
+        keep: bool,
+    ) -> None:
+        super().__init__()
+        self.layer, self.scales, self.bias, self.spec, self.product, self.keep = (
+            layer,
+            scales,
+            bias,
+            spec,
+            product,
+            keep,
+        )
+        rotation = layer.rotation
+        self.rotation = rotation if rotation is None or isinstance(rotation, Rotation) else rotation.as_rotation
+
+    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        x = quantized(rotated(x, self.rotation), self.spec)
+        if self.scales is None:
+            y = (x.to(self.product) @ self.layer.dense_weight(x.dtype).to(self.product).T).to(x.dtype)
+        else:
+            y = PackedProduct.apply(x, self.scales(), self, self.product)
+        return y if self.bias is None else y + self.bias()
+
+    def integers(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
+        """w − v."""
+        return self.layer.integer_weight(dtype, self.keep)
+
+
+class _Heads(nn.Module):
+    """How an attention module treats its heads: R3 on queries and keys, and the grids."""
+
+    def __init__(self, spec: Spec, rotation: Rotation | None) -> None:
+        super().__init__()
+        self.spec, self.rotation = spec, rotation
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **arguments: Any
+) -> tuple[Tensor, None]:
+    """What `runtime.kv.quantized_attention` computes without a cache, and nothing of it packed."""
+    heads: _Heads = module.student_heads  # type: ignore[assignment]
+    spec = heads.spec
+    query = quantized(rotated(query, heads.rotation), spec.queries)
+    key = quantized(rotated(key, heads.rotation), spec.keys, SCALE_DTYPE)
+    return sdpa_attention_forward(module, query, key, quantized(value, spec.values, SCALE_DTYPE), mask, **arguments)
+
+
+AttentionInterface.register(_ATTENTION, _attention)
+
+# Learning rates of p, of Adam's steps; measured with 100 steps of 8 × 1024 tokens on smollm2-135m, then probed.
+RATES = {"biases": 2e-3, "gains": 2e-3, "scales": 1e-3}
+
+
+class Student:
+    """The decoder of a checkpoint: token ids to last hidden states, differentiable in what is trained.
+
+    Args:
+        runtime: the checkpoint's, with the biases that are to be made.
+        embedding: (vocabulary, hidden).
+        blocks: the tensors of each block, by the names within it, as the checkpoint has them.
+        norm: gain of the final norm.
+        parts: what is trained.
+        stored: dtype of new biases in the checkpoint.
+        dtype, product: of the computation, and of the products of linear layers in it.
+        keep: whether integers stay unpacked, a number of `product` each.
+        recompute: whether the blocks' inner states are computed again backward instead of kept.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        runtime: RuntimeConfig,
+        embedding: Float[Tensor, "vocabulary hidden"],
+        blocks: Sequence[Mapping[str, Tensor]],
+        norm: Float[Tensor, " hidden"],
+        parts: Sequence[str],
+        *,
+        stored: torch.dtype,
+        dtype: torch.dtype,
+        product: torch.dtype,
+        device: torch.device,
+        keep: bool,
+        recompute: bool,
+    ) -> None:
+        self.source, self.runtime, self.parts = source, runtime, parts
+        self.stored_dtype, self.dtype, self.product, self.device = stored, dtype, product, device
+        self.keep, self.recompute = keep, recompute
+        self.embedding = embedding.to(device)
+        self.norm = norm.to(device, dtype)
+        self.trained: dict[str, Trained] = {}  # by name in the model, in order
+        self.blocks = [self._block(index, tensors) for index, tensors in enumerate(blocks)]
+        self._runners: dict[int, BlockRunner] = {}  # by the length of windows
+
+    def __call__(self, tokens: Int[Tensor, "windows seq_len"]) -> Float[Tensor, "windows seq_len hidden"]:
+        """What the head reads."""
+        hidden = self.embedding[tokens.to(self.device)].to(self.dtype)
+        run = self._runners.setdefault(hidden.shape[1], BlockRunner(self.source, hidden[:1]))
+        for index, block in enumerate(self.blocks):
+            if self.recompute and torch.is_grad_enabled():
+                hidden = checkpoint(run, block, index, hidden, use_reentrant=False)
+            else:
+                hidden = run(block, index, hidden)
+        return nn.functional.rms_norm(hidden, self.norm.shape, self.norm, self.source.config.rms_norm_eps)
+
+    def stored(self, index: int) -> dict[str, Tensor]:
+        """The trained tensors of a block, by their names in the model, as the checkpoint is to keep them."""
+        prefix = f"{self.source.graph.blocks}.{index}."
+        chosen = {name: trained for name, trained in self.trained.items() if name.startswith(prefix)}
+        with torch.no_grad():
+            return {name: trained().to(trained.stored).cpu() for name, trained in chosen.items()}
+
+    def _block(self, index: int, tensors: Mapping[str, Tensor]) -> nn.Module:
+        graph, spec = self.source.graph, self.runtime.spec
+        prefix = f"{graph.blocks}.{index}."
+        block = self.source.empty_block(index)
+        install_block_(block, graph, self.runtime)
+        missing = {name: tensor for name, tensor in block.state_dict().items() if name not in tensors}
+        assert all(name.endswith(".bias") for name in missing), "the checkpoint has everything but new biases"
+        made = {name: torch.zeros(tensor.shape, dtype=self.stored_dtype) for name, tensor in missing.items()}
+        kept = {name: tensor.to(self.device) for name, tensor in {**tensors, **made}.items()}
+        loaded(block, dict(kept)).to(self.dtype)
+
+        def trained(name: str, part: str | None, unit: float | None = None) -> Trained:
+            rate = RATES[part] if part is not None and part in self.parts else None
+            found = Trained(kept[name], self.dtype, unit, rate)
+            if rate is not None:
+                self.trained[prefix + name] = found
+            return found
+
+        readers = {name for names in graph.norms.values() for name in names}
+        for name, module in list(block.named_modules()):
+            if isinstance(module, nn.RMSNorm):
+                rotation = module.rotation if isinstance(module, RotatedNorm) else None
+                reads = name in graph.norms
+                gain = trained(f"{name}.weight", "gains" if reads else None)
+                at = None if rotation is None else rotation.as_rotation
+                norm = StudentNorm(gain, module.eps or 0.0, at, spec.activations if reads else UNQUANTIZED)
+                block.set_submodule(name, norm)
+            elif isinstance(module, Float64SiLU):
+                block.set_submodule(name, nn.SiLU())
+            elif name in graph.linears:
+                grid = UNQUANTIZED if name in readers else spec.activations
+                block.set_submodule(name, self._linear(module, name, grid, trained))
+        attention = block.get_submodule(graph.attention)
+        attention.config._attn_implementation = _ATTENTION  # type: ignore[union-attr]
+        attention.student_heads = _Heads(spec, self.runtime.keys if spec.keys.enabled else None)
+        return block
+
+    def _linear(self, module: nn.Module, name: str, grid: TensorSpec, trained: Callable[..., Trained]) -> nn.Module:
+        if not isinstance(module, QuantLinear):  # nothing of it is quantized, rotated or trained
+            return module
+        if module.weight is None:
+            integers, scales = module.integer_weight(self.dtype, keep=False), module.scales
+            sizes = integers.square().unflatten(1, (scales.shape[1], -1)).sum(-1) * scales.square()
+        else:
+            sizes = module.weight.square()
+        # a bias moves in units of what the layer puts out for an input of size 1
+        unit = float(sizes.sum(1).mean().sqrt())
+        scale = None if module.weight is not None else trained(f"{name}.scales", "scales")
+        bias = None if module.bias is None else trained(f"{name}.bias", "biases", unit)
+        return StudentLinear(module, scale, bias, grid, self.product, self.keep)

@@ -1,0 +1,181 @@
+"""The unquantized model's predictions on the text that tuning sees, and how far a student's are from them.
+
+Kept are its last hidden states, memory-mapped, in bfloat16: a vocabulary's worth of logits would take a hundred times
+as much. The head gives the logits again. They are made block by block, so that the unquantized model is never resident,
+and in the basis of the checkpoint, behind its last norm: so one head serves teacher and student.
+"""
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from dfrot.linalg.rotation import Rotation
+from dfrot.models.source import Source
+from dfrot.models.stream import BlockRunner
+from dfrot.system.errors import SetupError, UserError
+from dfrot.system.progress import track
+from dfrot.tuning.tuning import HELD_TOKENS, LOGITS
+
+STATES_DTYPE = torch.bfloat16  # rounds a hidden state by 2⁻⁹: far below what 4 bits do to it
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Windows of text, those for training first, and which of them a step sees."""
+
+    tokens: Int[Tensor, "windows seq_len"]
+    held: int  # windows at the end that are not trained on
+    per_step: int
+    seed: int
+
+    @staticmethod
+    def of(ids: Int[Tensor, " tokens"], name: str, seq_len: int, per_step: int, steps: int, seed: int) -> "Windows":
+        """As many windows as so many steps see, drawn from the text, and held-out ones from its end.
+
+        Raises:
+            UserError: the text is shorter than two windows.
+        """
+        whole = ids[: len(ids) // seq_len * seq_len].view(-1, seq_len)
+        if len(whole) < 2:
+            raise UserError(f"the text '{name}' has {len(ids)} tokens; tuning needs two windows, of {seq_len} tokens.")
+        held = max(1, min(HELD_TOKENS // seq_len, len(whole) // 4))
+        trained = len(whole) - held
+        drawn = torch.randperm(trained, generator=torch.Generator().manual_seed(seed))[: steps * per_step]
+        return Windows(torch.cat([whole[drawn], whole[trained:]]), held, per_step, seed)
+
+    @property
+    def held_out(self) -> list[list[int]]:
+        """The windows that are not trained on, as many at a time as a step has."""
+        count = len(self.tokens)
+        starts = range(count - self.held, count, self.per_step)
+        return [list(range(start, min(start + self.per_step, count))) for start in starts]
+
+    def step(self, number: int) -> list[int]:
+        """The windows of one step. They come in turn; each time through, in another order."""
+        trained, chosen = len(self.tokens) - self.held, []
+        for place in range(number * self.per_step, (number + 1) * self.per_step):
+            turn = torch.Generator().manual_seed(self.seed + place // trained)
+            chosen.append(int(torch.randperm(trained, generator=turn)[place % trained]))
+        return chosen
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(self.tokens.numpy().tobytes()).hexdigest()
+
+
+class _Linear(nn.Module):
+    """A linear layer with products of another dtype."""
+
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight, self.bias, self.dtype = linear.weight.data.to(dtype), linear.bias, dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = (x.to(self.dtype) @ self.weight.T).to(x.dtype)
+        return y if self.bias is None else y + self.bias
+
+
+class Teacher:
+    """Last hidden states of the unquantized model by window, and the head that turns them into predictions.
+
+    Args:
+        states: (windows, seq_len, hidden).
+        head: (vocabulary, hidden), in the dtype of its products.
+    """
+
+    def __init__(
+        self, states: Float[Tensor, "windows seq_len hidden"], head: Float[Tensor, "vocabulary hidden"]
+    ) -> None:
+        self.states, self.head = states, head
+
+    @torch.no_grad()
+    def divergence(
+        self, hidden: Float[Tensor, "windows seq_len hidden"], windows: list[int], gradient: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Mean over tokens of KL(teacher ‖ student), in nats, and on demand its gradient in the student's states.
+
+        Args:
+            hidden: what the student's head reads, on these windows.
+        """
+        flat, head = hidden.flatten(0, 1), self.head
+        goals = self.states[windows].to(flat.device).flatten(0, 1)
+        rows = max(1, (LOGITS if flat.device.type == "cpu" else 16 * LOGITS) // len(head))
+        total, slopes = torch.zeros((), dtype=torch.float64, device=flat.device), []
+        for own, goal in zip(flat.split(rows), goals.split(rows), strict=True):
+            found = self._logits(own).log_softmax(-1)
+            wanted = self._logits(goal.to(own)).log_softmax(-1)
+            chances = wanted.exp()
+            total += wanted.sub_(found).mul_(chances).sum()
+            if gradient:
+                # d KL / d logits = softmax(student) − softmax(teacher)
+                slope = found.exp_().sub_(chances).div_(len(flat))
+                slopes.append((slope.to(head.dtype) @ head).to(hidden.dtype))
+        return total / len(flat), torch.cat(slopes).view_as(hidden) if gradient else None
+
+    def _logits(self, states: Tensor) -> Tensor:
+        return (states.to(self.head.dtype) @ self.head.T).to(states.dtype)
+
+
+@torch.no_grad()
+def teacher_states(
+    source: Source,
+    tokens: Int[Tensor, "windows seq_len"],
+    residual: Rotation | None,
+    norm: Float[Tensor, " hidden"],
+    path: Path,
+    *,
+    dtype: torch.dtype,
+    product: torch.dtype,
+    device: torch.device,
+    batch: int,
+) -> Tensor:
+    """Make a file of the unquantized model's last hidden states, and map it.
+
+    Args:
+        residual: R1, into whose basis they are rotated.
+        norm: gain of the checkpoint's last norm.
+        path: of the file; beside it lies another, for the states between blocks, while it is made.
+        batch: windows at a time.
+
+    Raises:
+        SetupError: the disk does not hold the files.
+    """
+    shape = (*tokens.shape, source.config.hidden_size)
+    between = path.with_name(path.name + ".tmp")
+    states = mapped(between, shape, dtype)
+    between.unlink()  # it lives as long as the mapping: a kill leaves nothing
+    embedding = source.embedding()
+    for state, ids in zip(states, tokens, strict=True):
+        state.copy_(embedding[ids])
+    del embedding
+    run = BlockRunner(source, states[:1].to(device))
+    for index in track(range(source.num_blocks), "teacher"):
+        block = source.block(index).to(device, dtype)
+        for name in source.graph.linears:
+            block.set_submodule(name, _Linear(block.get_submodule(name), product))  # type: ignore[arg-type]
+        for part in states.split(batch):
+            part.copy_(run(block, index, part.to(device)))
+    made, gain = mapped(path, shape, STATES_DTYPE), norm.to(device, dtype)
+    for part, into in zip(states.split(batch), made.split(batch), strict=True):
+        rotated = part.to(device) if residual is None else residual.apply(part.to(device))
+        into.copy_(nn.functional.rms_norm(rotated, gain.shape, gain, source.config.rms_norm_eps))
+    return made
+
+
+def mapped(path: Path, shape: tuple[int, ...], dtype: torch.dtype = STATES_DTYPE) -> Tensor:
+    """A tensor in a file, which is made or kept. Raises SetupError if the disk does not hold it."""
+    size = torch.Size(shape).numel()
+    try:
+        with path.open("ab") as file:
+            os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)  # now: a full disk would be a SIGBUS later
+    except OSError as error:
+        raise SetupError(
+            f"{path.parent} does not hold what the unquantized model predicts, {size * dtype.itemsize / 1e9:.1f} GB "
+            f"for tuning: {error}. Make room, or take fewer --tune-steps or --tune-tokens."
+        ) from error
+    return torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)

@@ -1,0 +1,157 @@
+"""Tuning: once the integers are frozen, what is continuous is trained end to end.
+
+The objective is the KL divergence from the unquantized model's next-token distribution, with gradients straight through
+the quantizers of activations, keys and values. What can be trained:
+
+    biases   of all linear layers of the decoder blocks, made where there are none
+    scales   of their weights
+    gains    of the blocks' norms, in the rotated basis: the norms' own weights after folding
+
+Why biases: massive activations act as constant biases of attention and of the MLP (Sun et al. 2024, arXiv 2402.17762).
+Quantization disturbs these constants in every layer, and an explicit bias gives them back. Matching each layer's mean
+output does not; it takes the end-to-end objective. Related: EfficientQAT trains step sizes with the integers frozen
+(arXiv 2407.11062), Norm Tweaking trains norms (2309.02784), OmniQuant clip ratios block by block (2308.13137).
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from dfrot.models.source import ModelSizes
+from dfrot.quant.spec import Spec
+from dfrot.system.errors import UserError
+from dfrot.system.options import Options
+
+HELD_TOKENS = 4096  # at most, and at most a quarter of the text: on these rates and steps are compared
+LOGITS = 1 << 24  # tokens × vocabulary that stand at a time, on a CPU
+_COPIES = 8  # float32 numbers for one that is trained: start, value, gradient, Adam's two, best, and what lies between
+PARTS = ("biases", "gains", "scales")
+STEPS = 100
+
+
+class Needs(NamedTuple):
+    """Memory and disk of tuning, in bytes."""
+
+    least: int  # memory, if weights are unpacked and blocks computed again whenever they are needed
+    integers: int  # more memory, if the weights stay unpacked
+    states: int  # more memory, if what the blocks compute stays for the backward pass
+    disk: int  # the teacher's states, and those between blocks while they are made
+    biases: int  # of the checkpoint: those that are made
+
+    def affordable(self, budget: int) -> tuple[bool, bool]:
+        """Whether integers, and whether states, are to stay: if half of what is left holds them."""
+        integers = self.integers <= (budget - self.least) // 2
+        return integers, self.states <= (budget - self.least - integers * self.integers) // 2
+
+    def memory(self, budget: int) -> int:
+        """What is taken of so much."""
+        integers, states = self.affordable(budget)
+        return self.least + integers * self.integers + states * self.states
+
+
+NOTHING = Needs(0, 0, 0, 0, 0)
+
+
+@dataclass(frozen=True)
+class Tuning(Options):
+    """What is trained after rounding, and for how long. Make one with `Tuning.parse`."""
+
+    parts: tuple[str, ...] = ()
+    """Of biases, gains and scales, in this order; empty: nothing is trained."""
+    steps: int = STEPS
+    """Steps of Adam, beside those that choose the learning rate."""
+    tokens: int = 1024
+    """Tokens of one step; a run sees steps × tokens, the text again and again if it has fewer."""
+    seq_len: int = 512
+    """Tokens of one window; a step has whole windows."""
+    text: str | None = None
+    """The text; None is that of the calibration."""
+
+    def __post_init__(self) -> None:
+        if unknown := [part for part in self.parts if part not in PARTS]:
+            raise UserError(f"there is no '{unknown[0]}' to tune. --tune is all, none, or of {', '.join(PARTS)}.")
+        if self.steps < 1 or self.seq_len < 2:
+            raise UserError(
+                f"tuning takes one step and windows of two tokens at least, got {self.steps} steps of windows of "
+                f"{self.seq_len}."
+            )
+        if self.tokens < self.seq_len or self.tokens % self.seq_len:
+            raise UserError(
+                f"a step of tuning has whole windows, of {self.seq_len} tokens, and {self.tokens} tokens are none. "
+                f"Give --tune-tokens {max(1, self.tokens // self.seq_len) * self.seq_len}, or another --tune-seq-len."
+            )
+
+    @property
+    def enabled(self) -> bool:
+        return bool(self.parts)
+
+    @staticmethod
+    def parse(words: str, spec: Spec, **given: Any) -> "Tuning":
+        """From the words of the command line.
+
+        Args:
+            words: all, none, or parts joined by commas.
+            given: the other fields; None means not given.
+
+        Raises:
+            UserError: a word is not known, or names what the spec leaves alone.
+        """
+        parts = {word.strip() for word in words.split(",") if word.strip()}
+        given = {name: value for name, value in given.items() if value is not None}
+        if not parts or ({"all", "none"} & parts and len(parts) > 1):
+            raise UserError(f"--tune is all, none, or of {', '.join(PARTS)} joined by commas, got '{words}'.")
+        if parts == {"none"}:
+            if given:
+                raise UserError(f"--tune-{min(given).replace('_', '-')} needs --tune, which says what is trained.")
+            return Tuning()
+        if parts == {"all"}:
+            parts = {part for part in PARTS if part != "scales" or spec.weights.enabled}
+        if "scales" in parts and not spec.weights.enabled:
+            raise UserError(f"--tune scales trains those of quantized weights, and {spec} leaves weights alone.")
+        if "seq_len" not in given and "tokens" in given:
+            given["seq_len"] = min(Tuning.seq_len, given["tokens"])
+        elif "tokens" not in given and "seq_len" in given:
+            given["tokens"] = max(1, Tuning.tokens // given["seq_len"]) * given["seq_len"]
+        return Tuning.checked(parts=tuple(sorted(parts)), **given)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON; `from_json` is its inverse."""
+        return {**dataclasses.asdict(self), "parts": list(self.parts)}
+
+    @staticmethod
+    def from_json(record: dict[str, Any]) -> "Tuning":
+        return Tuning.checked(**record | {"parts": tuple(record.get("parts", ()))})
+
+    def needs(self, sizes: ModelSizes, spec: Spec) -> Needs:
+        """What it takes on a model of these sizes, with float32 states and bfloat16 products, as on most machines."""
+        if not self.enabled:
+            return NOTHING
+        weights = sum(rows * columns for rows, columns in sizes.linears.values())
+        outputs = sum(rows for rows, _ in sizes.linears.values())
+        groups = sum(rows * (columns // (spec.weights.group or columns)) for rows, columns in sizes.linears.values())
+        counts = {"biases": outputs, "gains": 2 * sizes.hidden, "scales": groups}
+        trained = _COPIES * sum(counts[part] for part in self.parts) + sizes.block - weights + outputs + groups
+        model = sizes.num_blocks * (weights * spec.weights.bits // 8 + 4 * trained)
+        vocabulary = sizes.vocabulary * sizes.hidden * (sizes.stored + 2)
+        # numbers that the backward pass of a block reads: its stream, heads and activations, and on demand what scales
+        # and gains multiply
+        kept = 2 * sizes.hidden + 4 * sizes.heads + 3 * sizes.stages[-1][1]
+        kept += outputs * ("scales" in self.parts) + 2 * sizes.hidden * ("gains" in self.parts)
+        states, between = 4 * self.tokens * kept, 4 * self.tokens * sizes.hidden * sizes.num_blocks
+        block = 2 * states + 10 * sizes.largest  # computed, its gradients, and a weight while it is unpacked
+        logits = 4 * 4 * max(LOGITS, sizes.vocabulary)
+        seen = self.tokens * self.steps + HELD_TOKENS
+        return Needs(
+            least=model + vocabulary + between + max(block, logits),
+            integers=2 * weights * sizes.num_blocks,
+            states=states * (sizes.num_blocks - 1),
+            disk=seen * sizes.hidden * (2 + 4),
+            biases=sizes.num_blocks * sizes.unbiased * sizes.stored * ("biases" in self.parts),
+        )
+
+    def summary(self, notes: dict[str, Any]) -> list[str]:
+        """What tuning found out, in sentences."""
+        if not self.enabled:
+            return []
+        before, after = notes["held_kl"]["0"], min(notes["held_kl"].values())
+        return [f"tuning lowered the KL divergence on held-out text from {before:.4f} to {after:.4f} nats a token"]

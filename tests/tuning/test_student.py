@@ -1,0 +1,160 @@
+"""The student computes what the checkpoint computes, and its gradients are those of the plain float path."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import dfrot
+from dfrot.linalg.rotation import Hadamard
+from dfrot.quant.affine import choose_qparams, quantize
+from dfrot.quant.spec import UNQUANTIZED, TensorSpec
+from dfrot.runtime.linear import QuantLinear, packed_tensors
+from dfrot.tuning.run import TuningRun
+from dfrot.tuning.student import Student, StudentLinear, Trained
+from dfrot.tuning.teacher import Teacher
+
+Tiny = Callable[[str], Path]
+WORDS: dict[str, Any] = {"calib_tokens": 64, "calib_seq_len": 32, "tune_seq_len": 16, "tune_tokens": 32}
+
+
+def quant_linear(weights: TensorSpec, activations: TensorSpec, generator: torch.Generator) -> QuantLinear:
+    """A layer in float64 whose scales are leaves."""
+    layer = QuantLinear(
+        64, 24, bias=True, weights=weights, activations=activations, rotation=Hadamard(64), dtype=torch.float64
+    )
+    weight = torch.randn(24, 64, generator=generator)
+    qparams = choose_qparams(weight, weights.grid, weights.weight_granularity, scale_dtype=torch.bfloat16)
+    codes = quantize(weight, weights.grid, weights.weight_granularity, qparams)
+    tensors = packed_tensors(codes, qparams, weights) | {"bias": torch.randn(24, generator=generator)}
+    layer.load_state_dict(tensors)
+    return layer.double()
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group", [None, 16])
+@pytest.mark.parametrize("bits", [4, 16])
+def test_gradients_are_those_of_the_plain_float_path(
+    bits: int, group: int | None, symmetric: bool, keep: bool, generator: torch.Generator
+) -> None:
+    weights = TensorSpec(4, symmetric=symmetric, group=group)
+    activations = UNQUANTIZED if bits == 16 else TensorSpec(bits, symmetric=False, clip_ratio=0.9)
+    layer = quant_linear(weights, activations, generator)
+    assert layer.bias is not None
+    scales = Trained(layer.scales.detach().clone(), torch.float64, None, 1.0)
+    bias = Trained(layer.bias.detach().clone(), torch.float64, 0.5, 1.0)
+    student = StudentLinear(layer, scales, bias, activations, torch.float64, keep)
+    x = torch.randn(3, 5, 64, generator=generator, dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn(3, 5, 24, generator=generator, dtype=torch.float64)
+    found = student(x)
+    assert scales.parameter is not None
+    assert bias.parameter is not None
+    of_student = torch.autograd.grad(found, [x, scales.parameter, bias.parameter], upstream)
+
+    plain = QuantLinear.float_product
+    layer.scales = layer.scales.detach().requires_grad_()
+    layer.bias.requires_grad_()
+    wanted = plain(layer, x)
+    of_x, of_scales, of_bias = torch.autograd.grad(wanted, [x, layer.scales, layer.bias], upstream)
+    torch.testing.assert_close(found, wanted)
+    # d/dp of s eᵖ is s, of b + 0.5 p is 0.5
+    for got, expected in zip(of_student, (of_x, of_scales * layer.scales, 0.5 * of_bias), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_no_dense_weight_outlives_a_forward_pass(generator: torch.Generator) -> None:
+    layer = quant_linear(TensorSpec(4, symmetric=True), UNQUANTIZED, generator)
+    scales = Trained(layer.scales.detach(), torch.float64, None, 1.0)
+    student = StudentLinear(layer, scales, None, UNQUANTIZED, torch.float64, keep=False)
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        student(torch.randn(2, 64, generator=generator, dtype=torch.float64, requires_grad=True))
+    assert kept
+    assert max(tensor.numel() for tensor in kept) < 24 * 64
+    assert {tensor.data_ptr() for tensor in layer.kept_tensors()} == {
+        tensor.data_ptr() for tensor in (*layer.parameters(), *layer.buffers())
+    }
+
+
+def test_values_are_those_that_the_checkpoint_will_have() -> None:
+    trained = Trained(torch.tensor([1.0, 2.0], dtype=torch.bfloat16), torch.float32, None, 1.0)
+    assert trained.parameter is not None
+    with torch.no_grad():
+        trained.parameter.fill_(0.001)
+    assert torch.equal(trained(), torch.tensor([1.0, 2.0]))  # half of a step of bfloat16 and less
+    with torch.no_grad():
+        trained.parameter.fill_(0.006)
+    assert torch.equal(trained(), trained().to(torch.bfloat16).float())
+    assert (trained() > torch.tensor([1.0, 2.0])).all()
+    (gradient,) = torch.autograd.grad(trained().sum(), trained.parameter)
+    torch.testing.assert_close(gradient, torch.tensor([1.0, 2.0]) * torch.tensor(0.006).exp())
+
+
+def test_divergence_and_its_gradient_are_those_of_autograd(
+    generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dfrot.tuning.teacher.LOGITS", 7 * 19)  # pieces of seven tokens, the last one smaller
+    states = torch.randn(5, 6, 8, generator=generator).bfloat16()
+    head = torch.randn(19, 8, generator=generator, dtype=torch.float64)
+    hidden = torch.randn(3, 6, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+    windows = [4, 0, 2]
+    found, slope = Teacher(states, head).divergence(hidden.detach(), windows, gradient=True)
+    wanted = (states[windows].double() @ head.T).log_softmax(-1).flatten(0, 1)
+    own = (hidden @ head.T).log_softmax(-1).flatten(0, 1)
+    expected = nn.functional.kl_div(own, wanted, reduction="batchmean", log_target=True)
+    torch.testing.assert_close(found, expected.detach())
+    assert slope is not None
+    torch.testing.assert_close(slope, torch.autograd.grad(expected, hidden)[0])
+
+
+@pytest.mark.parametrize(
+    ("architecture", "words"),
+    [
+        ("llama", {"method": "quarot"}),
+        ("llama", {"method": "none", "spec": "w16a4kv4"}),
+        ("mistral", {"method": "quarot", "spec": "w4g16a8kv16"}),  # a sliding window
+        ("qwen2", {"method": "duquant", "preset": "duquant", "block": 16}),  # rotated norms, quantized queries
+        ("qwen3", {"method": "quarot", "spec": "w4a4kv4"}),  # norms over heads
+        ("phi3", {"method": "quarot", "spec": "w4a16kv3"}),  # fused layers
+        ("qwen2", {"method": "none", "spec": "w16a16kv4", "tune": "biases"}),
+    ],
+)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_loaded_checkpoint_computes_what_its_student_did(
+    tiny: Tiny,
+    tmp_path: Path,
+    text: str,
+    monkeypatch: pytest.MonkeyPatch,
+    architecture: str,
+    words: dict[str, Any],
+    recompute: bool,
+) -> None:
+    students: list[Student] = []
+
+    def made(run: TuningRun) -> Student:
+        students.append(build(run))
+        students[-1].recompute = recompute
+        return students[-1]
+
+    build = TuningRun._student
+    monkeypatch.setattr(TuningRun, "_student", made)
+    words = {"weights": "rtn", "calib": text, "tune": "all", "tune_steps": 3, **WORDS, **words}
+    recipe = dfrot.Recipe.parse(dtype="float64", **words)
+    path = dfrot.quantize(tiny(architecture), recipe, tmp_path / "out").path
+    model: Any = dfrot.load(path)[0]
+    tokens = torch.randint(1, 96, (2, 24), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model.base_model(tokens, use_cache=False).last_hidden_state
+        found = students[0](tokens)
+    torch.testing.assert_close(found, expected, rtol=0, atol=2**-40 * float(expected.abs().max()))
+    moved = [each for each in students[0].trained.values() if each.parameter is not None and each.parameter.any()]
+    assert len(moved) == len(students[0].trained)

@@ -1,0 +1,328 @@
+"""Tuning as a part of `quantize`: what it asks for, what it changes, what it survives."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import dfrot
+from dfrot.checkpoint import writer as checkpoint
+from dfrot.checkpoint.writer import CheckpointWriter
+from dfrot.export import export
+from dfrot.models.source import open_source
+from dfrot.pipeline.estimate import Estimate
+from dfrot.quant.spec import Spec
+from dfrot.system.errors import UserError
+from dfrot.tuning import run as tuning_run
+from dfrot.tuning import student
+from dfrot.tuning.descent import Descent
+from dfrot.tuning.student import Trained
+from dfrot.tuning.teacher import Windows
+from dfrot.tuning.tuning import PARTS, Tuning
+
+Tiny = Callable[[str], Path]
+SPEC = Spec.parse("w4a4kv4", "paper")
+
+
+class Killed(BaseException):
+    """Stands in for a signal in the middle of the work."""
+
+
+def recipe(text: str, **words: Any) -> dfrot.Recipe:
+    given: dict[str, Any] = {"calib": text, "calib_tokens": 64, "calib_seq_len": 32, "tune": "all", "tune_steps": 12}
+    given |= {"method": "quarot", "weights": "rtn", "tune_tokens": 32, "tune_seq_len": 16}
+    return dfrot.Recipe.parse(**{**given, **words})
+
+
+def tensors_of(path: Path) -> dict[str, Tensor]:
+    return {name: tensor for file in path.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+# What is asked for
+
+
+def test_all_is_every_part_that_the_spec_has() -> None:
+    assert Tuning.parse("all", SPEC).parts == PARTS
+    assert Tuning.parse("all", Spec.parse("w16a4kv4", "paper")).parts == ("biases", "gains")
+    assert Tuning.parse("scales, biases", SPEC) == Tuning.parse("biases,scales,biases", SPEC)
+    assert not Tuning.parse("none", SPEC).enabled
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"tune": "offsets"}, "there is no 'offsets' to tune. --tune is all, none, or of biases, gains, scales"),
+        ({"tune": "all,biases"}, "joined by commas, got 'all,biases'"),
+        ({"tune": " , "}, "joined by commas"),
+        ({"tune": "scales", "spec": "w16a4kv4"}, "w16a4kv4 leaves weights alone"),
+        ({"tune": "none"}, "--tune-seq-len needs --tune"),
+        ({"tune_steps": 0}, "one step and windows of two tokens at least, got 0 steps"),
+        ({"tune_seq_len": 1}, "windows of 1"),
+        ({"tune_tokens": 40}, "whole windows, of 16 tokens, and 40 tokens are none. Give --tune-tokens 32"),
+        ({"tune_steps": "many"}, "steps is a whole number, got 'many'"),
+    ],
+)
+def test_what_cannot_be_tuned_is_refused_with_words(text: str, words: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        recipe(text, **words)
+    assert message in str(error.value)
+
+
+def test_a_recipe_with_tuning_survives_json_and_has_a_digest_of_its_own(text: str) -> None:
+    tuned, untuned = recipe(text), dfrot.Recipe.parse("quarot", "rtn", calib=text, calib_tokens=64, calib_seq_len=32)
+    assert dfrot.Recipe.from_json(json.loads(json.dumps(tuned.to_json()))) == tuned
+    digests = {each.digest for each in (tuned, untuned, recipe(text, tune_steps=13), recipe(text, tune="biases"))}
+    assert len(digests) == 4
+    record = untuned.to_json()
+    del record["tune"]  # as it was before there was tuning
+    assert dfrot.Recipe.from_json(record) == untuned
+
+
+def test_a_text_of_one_window_is_refused_before_the_work(tiny: Tiny, tmp_path: Path, text: str) -> None:
+    with pytest.raises(UserError, match="tuning needs two windows, of 512 tokens"):
+        dfrot.quantize(tiny("llama"), recipe(text, tune_tokens=512, tune_seq_len=512), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# What is seen
+
+
+def test_no_step_sees_a_held_out_window_and_every_other_comes_once_in_a_turn() -> None:
+    windows = Windows.of(torch.arange(100), "text", 4, 3, 100, seed=5)
+    assert windows.held == 6
+    trained = len(windows.tokens) - windows.held
+    assert trained == 19
+    seen = [number for step in range(19) for number in windows.step(step)]
+    assert [sorted(seen[start : start + trained]) for start in range(0, 57, trained)] == [[*range(trained)]] * 3
+    assert [number for part in windows.held_out for number in part] == list(range(trained, 25))
+    assert windows.tokens[-1].tolist() == [96, 97, 98, 99]
+
+
+def test_only_as_much_text_is_kept_as_the_steps_see() -> None:
+    assert len(Windows.of(torch.arange(1000), "text", 4, 2, 3, seed=0).tokens) == 6 + 62
+
+
+# What is changed
+
+
+@pytest.mark.parametrize("parts", ["biases", "gains", "scales", "all"])
+def test_only_what_is_asked_for_changes_and_integers_never_do(
+    tiny: Tiny, tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch, parts: str
+) -> None:
+    falling = iter(range(100, 0, -1))
+    monkeypatch.setattr(Descent, "_held_out", lambda _: float(next(falling)))  # so that the last step is kept
+    monkeypatch.setattr(student, "RATES", dict.fromkeys(PARTS, 0.05))  # bfloat16 has no smaller steps of scales
+    untuned = dfrot.Recipe.parse("quarot", "rtn", calib=text, calib_tokens=64, calib_seq_len=32)
+    before = tensors_of(dfrot.quantize(tiny("llama"), untuned, tmp_path / "before").path)
+    path = dfrot.quantize(tiny("llama"), recipe(text, tune=parts, tune_steps=2), tmp_path / "after").path
+    after = tensors_of(path)
+    kinds = {"biases": ".bias", "scales": ".scales", "gains": "layernorm.weight"}
+    asked = tuple(kinds.values()) if parts == "all" else (kinds[parts],)
+    # Llama's q, k, v and o have biases here; those of the MLP are made
+    made = {name for name in after if "mlp" in name and name.endswith(".bias")} if ".bias" in asked else set()
+    assert len(made) == (6 if ".bias" in asked else 0)
+    assert after.keys() - made == before.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if name.endswith(asked)}
+    assert all(after[name].dtype == before[name].dtype for name in before)
+    runtime = json.loads((path / "config.json").read_text())["quantization_config"]["runtime"]
+    assert runtime["biases"] == (["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"] if made else [])
+
+
+def test_notes_say_what_was_trained_and_how(tiny: Tiny, tmp_path: Path, text: str) -> None:
+    result = dfrot.quantize(tiny("qwen3"), recipe(text), tmp_path / "out")
+    notes = json.loads((result.path / "fit.json").read_text())["tuning"]
+    assert notes == result.notes["tuning"]
+    assert len(notes["losses"]) == 12
+    assert notes["probes"].keys() == {"0.3", "1.0", "3.0"}
+    assert notes["held_kl"][str(notes["kept_step"])] == min(notes["held_kl"].values()) < notes["held_kl"]["0"]
+    assert "KL divergence on held-out text" in "\n".join(result.summary())
+
+
+def test_the_start_is_kept_where_training_only_makes_it_worse() -> None:
+    trained = Trained(torch.ones(3), torch.float32, None, 1.0)
+    assert trained.parameter is not None
+
+    def loss(step: int) -> float:
+        trained.parameter.grad.add_(1.0)  # type: ignore[union-attr]
+        return 0.0
+
+    descent = Descent([trained], loss, lambda: float(trained().detach().sub(1).square().sum()), steps=9)
+    for _ in descent.remaining():
+        pass
+    assert torch.equal(trained(), torch.ones(3))
+    assert descent.notes()["kept_step"] == 0
+
+
+def test_adam_is_torchs(generator: torch.Generator) -> None:
+    targets = torch.randn(3, 5, generator=generator)
+    trained = Trained(torch.zeros(3, 5), torch.float32, 1.0, 0.1)
+    assert trained.parameter is not None
+    other = torch.zeros(3, 5, requires_grad=True)
+    adam = torch.optim.Adam([other], lr=1.0, betas=(0.9, 0.98), eps=1e-12)
+
+    def loss(step: int) -> float:
+        value = (trained() - targets).square().sum()
+        value.backward()
+        return float(value.detach())
+
+    descent = Descent([trained], loss, lambda: float((trained() - targets).square().sum().detach()), steps=1)
+    descent.run, descent.steps = 3, 24
+    descent.held, descent.probes = {"0": 100.0}, {"0.3": 2.0, "1.0": 0.0, "3.0": 1.0}
+    for step in range(20):
+        descent._advance()
+        adam.param_groups[0]["lr"] = 0.1 * min(1, (step + 1) / 8) * 0.5 * (1 + math.cos(math.pi * step / 24))
+        adam.zero_grad()
+        (other - targets).square().sum().backward()
+        adam.step()
+    torch.testing.assert_close(trained.parameter.detach(), other.detach())
+
+
+# What is survived
+
+
+def kill_on_call(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, number: int) -> None:
+    calls, original = 0, getattr(owner, name)
+
+    def die(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            raise Killed
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, die)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "number"),
+    [
+        (tuning_run, "teacher_states", 1),
+        (Descent, "_advance", 1),
+        (Descent, "_advance", 12),
+        (Descent, "_advance", 31),
+        (Descent, "_advance", 36),
+        (tuning_run, "write_fit", 4),
+        (CheckpointWriter, "replace", 1),
+        (CheckpointWriter, "replace", 2),
+        (checkpoint, "publish", 1),
+        (CheckpointWriter, "_list", 7),
+        (CheckpointWriter, "finish", 1),
+    ],
+)
+def test_a_killed_run_that_is_resumed_equals_one_that_was_not(
+    tiny: Tiny, tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, number: int
+) -> None:
+    whole = dfrot.quantize(tiny("llama"), recipe(text), tmp_path / "whole").path
+    kill_on_call(monkeypatch, owner, name, number)
+    with pytest.raises(Killed):
+        dfrot.quantize(tiny("llama"), recipe(text), tmp_path / "out")
+    monkeypatch.undo()
+    assert not (tmp_path / "out" / "config.json").exists()
+    resumed = dfrot.quantize(tiny("llama"), recipe(text), tmp_path / "out", resume=True).path
+    assert contents(resumed) == contents(whole)
+
+
+def test_a_resumed_run_does_not_begin_again(
+    tiny: Tiny, tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kill_on_call(monkeypatch, Descent, "_advance", 25)
+    with pytest.raises(Killed):
+        dfrot.quantize(tiny("llama"), recipe(text), tmp_path / "out")
+    monkeypatch.undo()
+    monkeypatch.setattr(tuning_run, "teacher_states", None)  # it is there, and its digest says that it is whole
+    kill_on_call(monkeypatch, Descent, "_advance", 17)  # 20 of 36 steps are in the state: 16 are left
+    dfrot.quantize(tiny("llama"), recipe(text), tmp_path / "out", resume=True)
+
+
+def test_a_damaged_teacher_is_made_again(
+    tiny: Tiny, tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = dfrot.quantize(tiny("llama"), recipe(text), tmp_path / "whole").path
+    kill_on_call(monkeypatch, Descent, "_advance", 25)
+    with pytest.raises(Killed):
+        dfrot.quantize(tiny("llama"), recipe(text), tmp_path / "out")
+    monkeypatch.undo()
+    with (tmp_path / "out" / tuning_run.TEACHER_FILE).open("r+b") as file:
+        file.write(b"damaged!")
+    resumed = dfrot.quantize(tiny("llama"), recipe(text), tmp_path / "out", resume=True).path
+    assert contents(resumed) == contents(whole)
+
+
+def test_a_shard_that_is_lost_while_tuned_ones_are_written_is_refused(
+    tiny: Tiny, tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kill_on_call(monkeypatch, CheckpointWriter, "replace", 2)
+    with pytest.raises(Killed):
+        dfrot.quantize(tiny("llama"), recipe(text), tmp_path / "out")
+    monkeypatch.undo()
+    (tmp_path / "out" / "model-00003-of-00004.safetensors").unlink()
+    with pytest.warns(match="made again"), pytest.raises(UserError, match="one of them is damaged"):
+        dfrot.quantize(tiny("llama"), recipe(text), tmp_path / "out", resume=True)
+    dfrot.quantize(tiny("llama"), recipe(text), tmp_path / "out", overwrite=True)
+
+
+def test_a_run_is_not_resumed_with_another_text_of_the_same_name(
+    tiny: Tiny, tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = tmp_path / "own.txt"
+    own.write_text(Path(text).read_text())
+    wanted = recipe(text, tune_text=str(own))
+    kill_on_call(monkeypatch, Descent, "_advance", 25)
+    with pytest.raises(Killed):
+        dfrot.quantize(tiny("llama"), wanted, tmp_path / "out")
+    monkeypatch.undo()
+    own.write_text(Path(text).read_text()[::-1])
+    with pytest.raises(UserError, match="whose text for tuning was another"):
+        dfrot.quantize(tiny("llama"), wanted, tmp_path / "out", resume=True)
+
+
+def test_the_same_seed_makes_the_same_bytes_and_another_seed_others(tiny: Tiny, tmp_path: Path, text: str) -> None:
+    made = [
+        tensors_of(dfrot.quantize(tiny("qwen2"), recipe(text, method="none", seed=seed), tmp_path / str(number)).path)
+        for number, seed in enumerate([1, 1, 2])
+    ]
+    assert all(torch.equal(made[0][name], made[1][name]) for name in made[0])
+    assert not all(torch.equal(made[0][name], made[2][name]) for name in made[0])
+
+
+def test_blocks_are_shared_with_untuned_runs_which_they_leave_as_they_are(
+    tiny: Tiny, tmp_path: Path, text: str
+) -> None:
+    untuned = dfrot.Recipe.parse("quarot", "rtn", calib=text, calib_tokens=64, calib_seq_len=32)
+    first = dfrot.quantize(tiny("llama"), untuned, tmp_path / "first", reuse_dir=tmp_path / "reuse").path
+    before = contents(first)
+    tuned = dfrot.quantize(tiny("llama"), recipe(text), tmp_path / "tuned", reuse_dir=tmp_path / "reuse").path
+    alone = dfrot.quantize(tiny("llama"), recipe(text), tmp_path / "alone").path
+    again = dfrot.quantize(tiny("llama"), untuned, tmp_path / "again", reuse_dir=tmp_path / "reuse").path
+    assert contents(first) == before == contents(again)
+    assert contents(tuned) == contents(alone)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_the_size_of_a_tuned_checkpoint_is_known_before_it_is_made(
+    tiny: Tiny, tmp_path: Path, text: str, name: str
+) -> None:
+    wanted = recipe(text, tune_steps=1)
+    expected = Estimate.of(open_source(str(tiny(name))), wanted)
+    path = dfrot.quantize(tiny(name), wanted, tmp_path / "out").path
+    assert expected.checkpoint == sum(tensor.nbytes for tensor in tensors_of(path).values())
+    untuned = Estimate.of(open_source(str(tiny(name))), dfrot.Recipe.parse("quarot", "rtn"))
+    assert expected.disk > untuned.disk
+
+
+def test_biases_that_no_other_engine_would_add_are_not_exported(tiny: Tiny, tmp_path: Path, text: str) -> None:
+    path = dfrot.quantize(tiny("llama"), recipe(text, tune="biases", tune_steps=1), tmp_path / "out").path
+    with pytest.raises(UserError, match="Quantize with --tune gains,scales"):
+        export(path, "huggingface", tmp_path / "exported")
+    assert not (tmp_path / "exported").exists()
