@@ -25,6 +25,7 @@ from dfrot.tuning.descent import Descent
 from dfrot.tuning.student import Trained
 from dfrot.tuning.teacher import Windows
 from dfrot.tuning.tuning import PARTS, Tuning
+from tests.tiny_models import write_tiny_model
 
 Tiny = Callable[[str], Path]
 SPEC = Spec.parse("w4a4kv4", "paper")
@@ -321,8 +322,28 @@ def test_the_size_of_a_tuned_checkpoint_is_known_before_it_is_made(
     assert expected.disk > untuned.disk
 
 
-def test_biases_that_no_other_engine_would_add_are_not_exported(tiny: Tiny, tmp_path: Path, text: str) -> None:
-    path = dfrot.quantize(tiny("llama"), recipe(text, tune="biases", tune_steps=1), tmp_path / "out").path
-    with pytest.raises(UserError, match="Quantize with --tune gains,scales"):
+@pytest.mark.parametrize("engine", ["huggingface", "gguf"])
+def test_biases_go_where_the_config_can_ask_for_them(
+    tmp_path: Path, text: str, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DFROT_CACHE", str(tmp_path / "cache"))
+    pytest.importorskip("gguf")
+    from tests.export.test_gguf import byte_tokenizer, save_tokenizer
+
+    model = write_tiny_model("llama", tmp_path / "model", vocab_size=300, hidden_size=64, attention_bias=False)
+    save_tokenizer(byte_tokenizer(), model)
+    words: dict[str, Any] = {"tune": "biases", "spec": "w4a16kv16", "fold_only": True}
+    path = dfrot.quantize(model, recipe(text, **words), tmp_path / "ckpt").path
+    exported = tmp_path / ("plain.gguf" if engine == "gguf" else "plain")
+    export(path, engine, exported, kind="f32" if engine == "gguf" else None)
+    tokens = torch.arange(1, 40)[None]
+    ours, plain = (dfrot.load(str(each), dtype=torch.float32)[0](tokens).logits for each in (path, exported))
+    assert (plain - ours).norm() < 1e-5 * ours.norm()  # float32, two blocks
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "phi3"])
+def test_biases_without_a_place_are_not_exported(tiny: Tiny, tmp_path: Path, text: str, name: str) -> None:
+    path = dfrot.quantize(tiny(name), recipe(text, tune="biases", tune_steps=1), tmp_path / "out").path
+    with pytest.raises(UserError, match=f"has a bias in down_proj, for which {name} has no place.*--tune gains,scales"):
         export(path, "huggingface", tmp_path / "exported")
     assert not (tmp_path / "exported").exists()

@@ -37,9 +37,4 @@ def export(checkpoint: str | Path, to: str, out: str | Path, **options: Any) -> 
             option = "type" if name == "kind" else name.replace("_", "-")
             raise UserError(f"--{option} is for {engine}, and means nothing to {to}. Leave it out.")
     opened = Checkpoint.open(Path(checkpoint))
-    if opened.runtime.biases:
-        raise UserError(
-            f"{opened.path} was tuned and has a bias in {opened.runtime.biases[0]}, for which its architecture has no "
-            "place elsewhere. Quantize with --tune gains,scales."
-        )
     return EXPORTERS[to](opened, Path(out).expanduser(), **given)

@@ -34,6 +34,15 @@ class Layer(NamedTuple):
 
 
 Weight = Callable[[str, Layer], dict[str, Tensor]]
+# model_type → an entry of its config that gives linear layers a bias, and which of a block's: how a tuned checkpoint's
+# biases go to engines that build the model from the config
+_BIAS_SWITCHES = {
+    "llama": {
+        "attention_bias": ("q_proj", "k_proj", "v_proj", "o_proj"),
+        "mlp_bias": ("gate_proj", "up_proj", "down_proj"),
+    },
+    "qwen3": {"attention_bias": ("q_proj", "k_proj", "v_proj", "o_proj")},
+}
 
 
 @dataclass(frozen=True)
@@ -49,12 +58,22 @@ class Checkpoint:
 
     @staticmethod
     def open(path: Path) -> "Checkpoint":
-        """Raises UserError if the directory is not a complete dfrot checkpoint."""
+        """Raises UserError if the directory is not a complete dfrot checkpoint, or has biases that no config gives."""
         path = path.expanduser()
         if (found := read_checkpoint(path)) is None:
             raise UserError(f"{path} is a model, but not a dfrot checkpoint. Make one: dfrot quantize {path} -o CKPT.")
         config = read_config(path)
         config.__dict__.pop("fusion_config", None)  # which says that dfrot is needed
+        left = {name.rpartition(".")[2] for name in found.runtime.biases}
+        for switch, layers in _BIAS_SWITCHES.get(config.model_type, {}).items():
+            if left >= set(layers):
+                setattr(config, switch, True)
+                left -= set(layers)
+        if left:
+            raise UserError(
+                f"{path} was tuned and has a bias in {min(left)}, for which {config.model_type} has no place in other "
+                "engines. Quantize with --tune gains,scales."
+            )
         return Checkpoint(path, config, found.recipe, found.runtime, graph_for(config), stored_tensors(path))
 
     def refuse_rotations(self, engine: str, *, alike: bool = True) -> None:

@@ -26,7 +26,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from dfrot.linalg.rotation import Rotation
 from dfrot.models.source import Source, loaded
 from dfrot.models.stream import BlockRunner
-from dfrot.quant.affine import SCALE_DTYPE, fake_quantize
+from dfrot.quant.affine import SCALE_DTYPE, fake_quantize, grouped
 from dfrot.quant.spec import UNQUANTIZED, Spec, TensorSpec
 from dfrot.runtime.config import RuntimeConfig
 from dfrot.runtime.install import install_block_
@@ -80,15 +80,44 @@ def _scaled(integers: Float[Tensor, "out in"], scales: Float[Tensor, "out groups
 
 
 class _Quantized(torch.autograd.Function):
-    """Tokens or heads on their grid; the gradient passes straight through, and nothing is kept for it."""
+    """Tokens or heads on their grid. The gradient passes straight through rounding, and through the range.
+
+    With the range [l, h] = c · [min(x, 0), max(x, 0)] and the step s = (h − l) / (2ᵇ − 1), an entry that is rounded is
+    off by s r, so a longer step moves it by r; an entry that is clipped is the end of the range. Both pull on the
+    entries that span the range (as in LSQ, Esser et al. 2020, arXiv 1902.08153, whose step is a parameter).
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, spec: TensorSpec, scale_dtype: torch.dtype | None) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.spec = spec
         return fake_quantize(x, spec.grid, spec.token_granularity, spec.fixed_clip, scale_dtype)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
-        return upstream, None, None
+        (x,), spec, grid = ctx.saved_tensors, ctx.spec, ctx.spec.grid
+        groups, slope = grouped(x, spec.token_granularity), grouped(upstream, spec.token_granularity)
+        least, low = groups.min(-1, keepdim=True)[::-1]
+        most, high = (groups.abs() if grid.symmetric else groups).max(-1, keepdim=True)[::-1]
+        low, high = low.clamp(max=0) * spec.fixed_clip, high.clamp(min=0) * spec.fixed_clip
+        step = (high if grid.symmetric else high - low) / grid.highest
+        step = torch.where(step == 0, 1, step)
+        first = 0 if grid.symmetric else torch.round(low / step)  # what the lowest code stands for, in steps
+        steps = groups / step
+        rounded = steps.round()
+        on_grid = rounded.clamp(first + grid.lowest, first + grid.highest)
+        inside = slope * (on_grid == rounded)
+        of_step = (inside * (on_grid - steps)).sum(-1, keepdim=True) / grid.highest
+        clipped = slope - inside
+        above = clipped.clone().masked_fill_(on_grid > rounded, 0).sum(-1, keepdim=True)
+        below = clipped.sum(-1, keepdim=True) - above
+        if grid.symmetric:
+            pull = of_step + above + below * (grid.lowest / grid.highest)
+            inside.scatter_add_(-1, most, spec.fixed_clip * pull * groups.gather(-1, most).sign())
+        else:
+            inside.scatter_add_(-1, most, spec.fixed_clip * (of_step + above) * (high > 0))
+            inside.scatter_add_(-1, least, spec.fixed_clip * (below - of_step) * (low < 0))
+        return inside.view_as(x), None, None
 
 
 def quantized(x: Tensor, spec: TensorSpec, scale_dtype: torch.dtype | None = None) -> Tensor:
