@@ -1,13 +1,12 @@
 """The quantized model with what is continuous in it free to move.
 
 The integers stay packed. A linear layer unpacks them forward, and again backward, so that at most one weight stands as
-floats; where there is room they stay unpacked. Both factors of a product are integers, up to scales that are applied
-outside of it:
+floats; where there is room they stay unpacked. The scale of a whole row is applied outside of the product,
 
-    y = s_w Σ (a − z)(w − v) s_a + b
+    y = s_w Σ x̂ (w − v) + b
 
-so bfloat16, which has these integers exactly, costs only the rounding of the sums. A scale for a whole row needs no
-gradient of the weight; scales of groups do, a group at a time.
+so bfloat16, which has the integers exactly, rounds inputs by 2⁻⁹ and the sums, far less than 4 bits do. Such a scale
+needs no gradient of the weight; scales of groups do, a group at a time.
 
 Values are rounded to the dtype in which the checkpoint keeps them, with the gradient straight through: what is measured
 while tuning is what lies there afterwards.
