@@ -36,7 +36,7 @@ class Layer(NamedTuple):
 Weight = Callable[[str, Layer], dict[str, Tensor]]
 # model_type → an entry of its config that gives linear layers a bias, and which of a block's: how a tuned checkpoint's
 # biases go to engines that build the model from the config
-_BIAS_SWITCHES = {
+_BIAS_SWITCHES: dict[str, dict[str, tuple[str, ...]]] = {
     "llama": {
         "attention_bias": ("q_proj", "k_proj", "v_proj", "o_proj"),
         "mlp_bias": ("gate_proj", "up_proj", "down_proj"),
