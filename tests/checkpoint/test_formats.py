@@ -90,6 +90,12 @@ def test_a_missing_part_of_the_runtime_is_refused_by_its_name(checkpoint: Path) 
         dfrot.load(checkpoint)
 
 
+def test_a_checkpoint_from_before_tuning_is_read(checkpoint: Path) -> None:
+    before = dfrot.load(checkpoint)[0].state_dict()
+    edit(checkpoint, lambda record: record["runtime"].pop("biases"))
+    assert dfrot.load(checkpoint)[0].state_dict().keys() == before.keys()
+
+
 @pytest.mark.parametrize("name", ["mlp.sideways_proj", ["mlp.up_proj"]])
 def test_a_bias_of_a_layer_that_there_is_not_is_refused(checkpoint: Path, name: Any) -> None:
     edit(checkpoint, lambda record: record["runtime"].update(biases=[name]))

@@ -52,7 +52,8 @@ class RuntimeConfig:
         """Raises UserError if the record is not complete, or says something that this version does not know."""
         wrong = "this is not the runtime record of a dfrot checkpoint"
         names = {"grids", "online", "keys", "rotation_blocks", "biases"}
-        if differing := names ^ (record.keys() if isinstance(record, dict) else set()):
+        record = {"biases": []} | record if isinstance(record, dict) else {}  # the first of format 4 had none
+        if differing := names ^ record.keys():
             raise UserError(f"{wrong}: {min(differing)!r} is unknown or missing.")
         try:
             spec = Spec(**{kind: TensorSpec.checked(**grid) for kind, grid in record["grids"].items()})
