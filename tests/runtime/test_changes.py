@@ -23,13 +23,15 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
 STEP = st.tuples(st.sampled_from(sorted(CHANGES)), st.integers(0, 2**16), st.booleans())
 
 
+@pytest.mark.parametrize("spec", sorted(SPECS))
 @given(
-    st.sampled_from(sorted(CONFIGS)),
-    st.sampled_from([32, None]),
-    st.sampled_from(sorted(SPECS)),
-    st.lists(STEP, min_size=1, max_size=5),
+    family=st.sampled_from(sorted(CONFIGS)),
+    head_dim=st.sampled_from([32, None]),
+    changes=st.lists(STEP, min_size=1, max_size=5),
 )
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=-(-200 // len(SPECS)), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 def test_the_next_forward_is_that_of_the_model_as_it_is(
     made: Made, family: str, head_dim: int | None, spec: str, changes: Sequence[tuple[str, int, bool]]
 ) -> None:
