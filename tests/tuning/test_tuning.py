@@ -15,6 +15,7 @@ import dfrot
 from dfrot.checkpoint import writer as checkpoint
 from dfrot.checkpoint.writer import CheckpointWriter
 from dfrot.export import export
+from dfrot.export.hub import model_card
 from dfrot.models.source import open_source
 from dfrot.pipeline.estimate import Estimate
 from dfrot.quant.spec import Spec
@@ -205,6 +206,14 @@ def kill_on_call(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, number:
     monkeypatch.setattr(owner, name, die)
 
 
+def kill(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, number: int, of: Callable[[], Any]) -> None:
+    """A run that dies at the given call of a function."""
+    kill_on_call(monkeypatch, owner, name, number)
+    with pytest.raises(Killed):
+        of()
+    monkeypatch.undo()
+
+
 @pytest.fixture(scope="module")
 def whole(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory, text: str) -> dict[str, bytes]:
     """The files of a run that nobody killed."""
@@ -237,10 +246,7 @@ def test_a_killed_run_that_is_resumed_equals_one_that_was_not(
     name: str,
     number: int,
 ) -> None:
-    kill_on_call(monkeypatch, owner, name, number)
-    with pytest.raises(Killed):
-        dfrot.quantize(tiny("llama"), recipe(text), tmp_path / "out")
-    monkeypatch.undo()
+    kill(monkeypatch, owner, name, number, of=lambda: dfrot.quantize(tiny("llama"), recipe(text), tmp_path / "out"))
     assert not (tmp_path / "out" / "config.json").exists()
     resumed = dfrot.quantize(tiny("llama"), recipe(text), tmp_path / "out", resume=True).path
     assert contents(resumed) == whole
@@ -249,10 +255,7 @@ def test_a_killed_run_that_is_resumed_equals_one_that_was_not(
 def test_a_resumed_run_does_not_begin_again(
     tiny: Tiny, tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kill_on_call(monkeypatch, Descent, "_advance", 12)
-    with pytest.raises(Killed):
-        dfrot.quantize(tiny("llama"), recipe(text), tmp_path / "out")
-    monkeypatch.undo()
+    kill(monkeypatch, Descent, "_advance", 12, of=lambda: dfrot.quantize(tiny("llama"), recipe(text), tmp_path / "out"))
     monkeypatch.setattr(tuning_run, "teacher_states", None)  # it is there, and its digest says that it is whole
     kill_on_call(monkeypatch, Descent, "_advance", 7)  # 10 of 16 steps are in the state: 6 are left
     dfrot.quantize(tiny("llama"), recipe(text), tmp_path / "out", resume=True)
@@ -261,10 +264,7 @@ def test_a_resumed_run_does_not_begin_again(
 def test_a_damaged_teacher_is_made_again(
     whole: dict[str, bytes], tiny: Tiny, tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kill_on_call(monkeypatch, Descent, "_advance", 12)
-    with pytest.raises(Killed):
-        dfrot.quantize(tiny("llama"), recipe(text), tmp_path / "out")
-    monkeypatch.undo()
+    kill(monkeypatch, Descent, "_advance", 12, of=lambda: dfrot.quantize(tiny("llama"), recipe(text), tmp_path / "out"))
     with (tmp_path / "out" / tuning_run.TEACHER_FILE).open("r+b") as file:
         file.write(b"damaged!")
     resumed = dfrot.quantize(tiny("llama"), recipe(text), tmp_path / "out", resume=True).path
@@ -274,10 +274,13 @@ def test_a_damaged_teacher_is_made_again(
 def test_a_shard_that_is_lost_while_tuned_ones_are_written_is_refused(
     tiny: Tiny, tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kill_on_call(monkeypatch, CheckpointWriter, "replace", 2)
-    with pytest.raises(Killed):
-        dfrot.quantize(tiny("llama"), recipe(text), tmp_path / "out")
-    monkeypatch.undo()
+    kill(
+        monkeypatch,
+        CheckpointWriter,
+        "replace",
+        2,
+        of=lambda: dfrot.quantize(tiny("llama"), recipe(text), tmp_path / "out"),
+    )
     (tmp_path / "out" / "model-00003-of-00004.safetensors").unlink()
     with pytest.warns(match="made again"), pytest.raises(UserError, match="one of them is damaged"):
         dfrot.quantize(tiny("llama"), recipe(text), tmp_path / "out", resume=True)
@@ -290,10 +293,7 @@ def test_a_run_is_not_resumed_with_another_text_of_the_same_name(
     own = tmp_path / "own.txt"
     own.write_text(Path(text).read_text())
     wanted = recipe(text, tune_text=str(own))
-    kill_on_call(monkeypatch, Descent, "_advance", 12)
-    with pytest.raises(Killed):
-        dfrot.quantize(tiny("llama"), wanted, tmp_path / "out")
-    monkeypatch.undo()
+    kill(monkeypatch, Descent, "_advance", 12, of=lambda: dfrot.quantize(tiny("llama"), wanted, tmp_path / "out"))
     own.write_text(Path(text).read_text()[::-1])
     with pytest.raises(UserError, match="whose text for tuning was another"):
         dfrot.quantize(tiny("llama"), wanted, tmp_path / "out", resume=True)
@@ -358,3 +358,4 @@ def test_biases_without_a_place_are_not_exported(tiny: Tiny, tmp_path: Path, tex
     with pytest.raises(UserError, match=f"has a bias in down_proj, for which {name} has no place.*--tune gains,scales"):
         export(path, "huggingface", tmp_path / "exported")
     assert not (tmp_path / "exported").exists()
+    assert "quarot" in model_card(path, "someone/model")  # the hub takes it as it is

@@ -58,23 +58,26 @@ class Checkpoint:
 
     @staticmethod
     def open(path: Path) -> "Checkpoint":
-        """Raises UserError if the directory is not a complete dfrot checkpoint, or has biases that no config gives."""
+        """Raises UserError if the directory is not a complete dfrot checkpoint."""
         path = path.expanduser()
         if (found := read_checkpoint(path)) is None:
             raise UserError(f"{path} is a model, but not a dfrot checkpoint. Make one: dfrot quantize {path} -o CKPT.")
         config = read_config(path)
         config.__dict__.pop("fusion_config", None)  # which says that dfrot is needed
-        left = {name.rpartition(".")[2] for name in found.runtime.biases}
-        for switch, layers in _BIAS_SWITCHES.get(config.model_type, {}).items():
+        return Checkpoint(path, config, found.recipe, found.runtime, graph_for(config), stored_tensors(path))
+
+    def ask_for_biases(self) -> None:
+        """Let the config ask for the biases that tuning made; raises UserError where it cannot."""
+        left = {name.rpartition(".")[2] for name in self.runtime.biases}
+        for switch, layers in _BIAS_SWITCHES.get(self.config.model_type, {}).items():
             if left >= set(layers):
-                setattr(config, switch, True)
+                setattr(self.config, switch, True)
                 left -= set(layers)
         if left:
             raise UserError(
-                f"{path} was tuned and has a bias in {min(left)}, for which {config.model_type} has no place in other "
-                "engines. Quantize with --tune gains,scales."
+                f"{self.path} was tuned and has a bias in {min(left)}, for which {self.config.model_type} has no place "
+                "in other engines. Quantize with --tune gains,scales."
             )
-        return Checkpoint(path, config, found.recipe, found.runtime, graph_for(config), stored_tensors(path))
 
     def refuse_rotations(self, engine: str, *, alike: bool = True) -> None:
         """Raise UserError if an input is rotated while the model runs, as no engine can from block to block (DuQuant),
