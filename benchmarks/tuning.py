@@ -34,7 +34,11 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--ppl", nargs="+", required=True, help="texts that are measured")
     parser.add_argument("--max-tokens", type=int, default=40960, help="of each of them")
     parser.add_argument("--eval-seq-len", type=int, default=2048, help="tokens of a block that is measured")
-    parser.add_argument("--recipes", default="quarot gptq,rangerot gptq", help="method and rounding, joined by commas")
+    parser.add_argument(
+        "--recipes",
+        default="quarot gptq,rangerot gptq",
+        help="method, rounding and options such as target=original, joined by commas",
+    )
     parser.add_argument("--spec", default="w4a4kv4")
     parser.add_argument("--calib-tokens", type=int)
     parser.add_argument("--tune", default="none,biases,all", help="parts joined by +, alternatives by commas")
@@ -51,14 +55,15 @@ def trials(given: argparse.Namespace) -> dict[str, list[dfrot.Recipe | None]]:
     rows: dict[str, list[dfrot.Recipe | None]] = {"unquantized": [None]}
     words = {"calib": given.calib, "calib_tokens": given.calib_tokens}
     for recipe, parts in itertools.product(given.recipes.split(","), given.tune.split(",")):
-        method, rounding = recipe.split()
+        method, rounding, *options = recipe.split()
+        given_options = dict(option.split("=") for option in options)
         for steps in [None] if parts == "none" else map(int, given.steps.split(",")):
             tuning: dict[str, Any] = {}
             if steps is not None:
                 tuning = {"tune": parts.replace("+", ","), "tune_steps": steps, "tune_text": given.tune_text}
                 tuning |= {"tune_tokens": given.tokens, "tune_seq_len": given.seq_len}
             rows[f"{recipe}, {parts}" + (f", {steps} steps" if steps else "")] = [
-                dfrot.Recipe.parse(method, rounding, given.spec, seed=int(seed), **words, **tuning)
+                dfrot.Recipe.parse(method, rounding, given.spec, seed=int(seed), **given_options, **words, **tuning)
                 for seed in given.seeds.split(",")
             ]
     return rows

@@ -42,10 +42,10 @@ def hessians(
     found: dict[str, Tensor] = {}
     original = CalibrationStream.hessian
 
-    def watched(stream: CalibrationStream, index: int, block: nn.Module, linear: str) -> Tensor:
-        hessian = original(stream, index, block, linear)
+    def watched(stream: CalibrationStream, index: int, block: nn.Module, linear: str) -> tuple[Tensor, Tensor | None]:
+        hessian, cross = original(stream, index, block, linear)
         found[f"{index}.{linear}"] = hessian.clone()
-        return hessian
+        return hessian, cross
 
     words: dict[str, Any] = {"calib": text, "calib_tokens": 120, "calib_seq_len": 24}  # five sequences
     CalibrationStream.hessian = watched  # type: ignore[assignment, method-assign]

@@ -109,7 +109,8 @@ def test_recipes_that_differ_have_different_digests() -> None:
         ({"preset": "best"}, "no preset 'best'. Presets: paper, deploy"),
         (
             {"method": "quarot", "gamma": 3.0},
-            "'quarot' with 'gptq' weights has no option gamma; it takes act_order, fold_only, head_mixing, percdamp",
+            "'quarot' with 'gptq' weights has no option gamma; "
+            "it takes act_order, fold_only, head_mixing, percdamp, rotation, target",
         ),
         (
             {"method": "none", "weights": "rtn", "rotation": "hadamard"},

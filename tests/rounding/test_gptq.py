@@ -9,7 +9,7 @@ import dfrot
 from dfrot.pipeline.recipe import Recipe
 from dfrot.quant.affine import QParams, dequantize, quantize
 from dfrot.quant.spec import TensorSpec
-from dfrot.rounding.gptq import factorize, gptq, gptq_with_rtn_fallback, layer_loss
+from dfrot.rounding.gptq import RIDGE, factorize, gptq, gptq_with_rtn_fallback, layer_loss, towards_original
 from dfrot.rounding.rtn import weight_qparams
 from dfrot.system.errors import UserError
 
@@ -112,6 +112,16 @@ def test_independent_inputs_leave_nothing_to_compensate(generator: torch.Generat
     qparams = weight_qparams(weight, SPECS[0])
     codes, _ = gptq(weight, factorize(hessian, 0.01, act_order=True), qparams, SPECS[0])
     assert torch.equal(codes, quantize(weight, SPECS[0].grid, SPECS[0].weight_granularity, qparams))
+
+
+def test_the_weight_towards_the_original_output_solves_least_squares(generator: torch.Generator) -> None:
+    x0 = torch.randn(64, 12, generator=generator, dtype=torch.float64)
+    x = x0 + 0.3 * torch.randn(64, 12, generator=generator, dtype=torch.float64)
+    weight = torch.randn(5, 12, generator=generator, dtype=torch.float64)
+    root = (RIDGE * (x.T @ x).diagonal().mean()).sqrt() * torch.eye(12, dtype=torch.float64)
+    solved = torch.linalg.lstsq(torch.cat([x, root]), torch.cat([x0 @ weight.T, root @ weight.T])).solution.T
+    torch.testing.assert_close(towards_original(weight, x.T @ x, x0.T @ x), solved)
+    torch.testing.assert_close(towards_original(weight, x.T @ x, x.T @ x), weight)
 
 
 def test_a_channel_that_never_fires_is_rounded_to_nearest(generator: torch.Generator) -> None:

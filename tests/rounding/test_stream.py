@@ -26,16 +26,17 @@ Tiny = Callable[[str], Path]
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The stream, the calibration tokens and the Hessians of the next run."""
-    found: dict[str, Any] = {"hessians": {}}
+    found: dict[str, Any] = {"hessians": {}, "crosses": {}}
 
     class Watched(CalibrationStream):
         def __init__(self, source: Any, plan: Any, embedding: Tensor, token_ids: Tensor, *rest: Any) -> None:
             super().__init__(source, plan, embedding, token_ids, *rest)
             found.update(stream=self, tokens=token_ids)
 
-    def hessian(stream: CalibrationStream, index: int, block: nn.Module, linear: str) -> Tensor:
-        found["hessians"][index, linear] = original(stream, index, block, linear).clone()
-        return found["hessians"][index, linear]
+    def hessian(stream: CalibrationStream, index: int, block: nn.Module, linear: str) -> tuple[Tensor, Tensor | None]:
+        hessian, cross = original(stream, index, block, linear)
+        found["hessians"][index, linear], found["crosses"][index, linear] = hessian.clone(), cross
+        return hessian, cross
 
     original = CalibrationStream.hessian
     monkeypatch.setattr(pipeline, "CalibrationStream", Watched)
@@ -107,6 +108,24 @@ def test_hessians_are_those_of_the_inputs_that_the_checkpoint_computes(
         x = layer.quantize_input(inputs_of(model, name, seen["tokens"])).flatten(0, 1)
         # float32 sums in another order: relative to the largest entries
         torch.testing.assert_close(hessian, x.T @ x, rtol=1e-4, atol=float(hessian.abs().max()) * 1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "phi3"])
+def test_the_teachers_inputs_are_those_of_the_original_model(
+    tiny: Tiny, tmp_path: Path, text_file: Path, seen: dict[str, Any], architecture: str
+) -> None:
+    """Without rotations its layers read what transformers' do, up to the norm's gain, which is not folded."""
+    words = {"method": "none", "weights": "gptq", "spec": "w4a16kv16", "target": "original", "dtype": "float32"}
+    run(tiny, text_file, tmp_path / "out", architecture, **words)
+    original = AutoModelForCausalLM.from_pretrained(tiny(architecture), dtype=torch.float32)
+    model, _ = dfrot.load(tmp_path / "out")
+    assert len(seen["crosses"]) == 8
+    for (index, linear), cross in seen["crosses"].items():
+        name = f"model.layers.{index}.{linear}"
+        x0, x = (inputs_of(each, name, seen["tokens"]).flatten(0, 1) for each in (original, model))
+        torch.testing.assert_close(cross, x0.T @ x, rtol=1e-4, atol=float(cross.abs().max()) * 1e-5)
+    target = inputs_of(original, "model.norm", seen["tokens"])
+    torch.testing.assert_close(seen["stream"].teacher_states, target, rtol=1e-5, atol=float(target.abs().max()) * 1e-5)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen3"])

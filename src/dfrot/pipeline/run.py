@@ -238,10 +238,9 @@ class _Loop:
         if not (missing and self.recipe.fits_weights):
             return None
         on, spill = self.on, self.writer.path if self.estimate.offloads else None
-        text, working, teacher = on.calibration(), self.dtypes.working, self.recipe.rounding.needs_teacher
-        return CalibrationStream(
-            self.source, self.runtime, embedding, text, working, on.device, spill, teacher, on.processes
-        )
+        text, working, rounding = on.calibration(), self.dtypes.working, self.recipe.rounding
+        how = rounding.needs_teacher, rounding.quantizes_activations, on.processes
+        return CalibrationStream(self.source, self.runtime, embedding, text, working, on.device, spill, *how)
 
     def _block(self, index: int, check: InvarianceCheck, stream: CalibrationStream | None) -> float:
         """Prove, quantize and write one block; returns the float64 error. Nothing of the block outlives the call."""
@@ -256,7 +255,7 @@ class _Loop:
             del block
             rotations = self.transforms.online_tensors(index, source.graph, working)
             if stream is not None:
-                stream.advance_teacher(index, state | rotations)
+                stream.meet(index, state | rotations)
         if not done:
             tensors, notes = self.quantize_block(index, state, rotations, stream)
             self.writer.write(index + 1, {prefix + name: tensor for name, tensor in tensors.items()}, notes)

@@ -14,13 +14,21 @@ as the grid allows. (That this is GPTQ, and Babai's nearest plane algorithm: Che
 
 The grid is chosen before, by clip search on the unrounded weight; with groups too, so that with `act_order`, which
 takes the columns with the largest Hᵢᵢ first, each column keeps the scale of the group it stands in ("static groups").
+
+X are inputs that blocks rounded before have changed, and the paper's target X wᵀ repeats their errors. The output of
+the original model, X₀ wᵀ, is another (GPTAQ, Li et al. 2025, arXiv 2504.02692, compensates for the difference column by
+column). The unrounded row that comes closest to it,
+
+    argmin_v ‖X₀ wᵀ − X vᵀ‖² + λ ‖v − w‖²  =  w (X₀ᵀ X + λ I) (H + λ I)⁻¹,
+
+takes the place of w; what it leaves is orthogonal to X, so rounding it is the same problem as before.
 """
 
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int, Integer
@@ -40,6 +48,7 @@ _INNER, _OUTER = 16, 512
 # Factorised in float64 up to this width; beyond it that costs more than rounding the columns.
 FLOAT64_UP_TO = 2048
 _RAISE, _RAISES = 10.0, 6  # damping, when the Hessian is singular
+RIDGE = 0.05  # λ as a share of the Hessian's mean diagonal
 # Of a weight whose rows are rounded together; five times as much is needed beside it.
 PIECE_ENTRIES = 1 << 25
 
@@ -59,10 +68,17 @@ class GPTQ(Rounding):
     """Take the columns with the largest inputs first; the groups' scales stay where they are, so it costs nothing."""
     percdamp: float = 0.01
     """Added to the Hessian's diagonal, as a share of its mean."""
+    target: Literal["inputs", "original"] = "inputs"
+    """The output that a layer is rounded towards: W x for the inputs that arrive from rounded blocks (the paper), or
+    that of the original model."""
 
     name = "gptq"
     papers = (GPTQ_PAPER,)
     shares_sequences = True
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.target == "original"
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.percdamp) and self.percdamp >= 0):
@@ -87,10 +103,12 @@ class GPTQ(Rounding):
         """The layers that read one input, as one weight: one Hessian, one factorisation, one pass."""
         assert task.stream is not None, "a rounding that needs data gets a stream"
         layers, processes, spec = [task.module.get_submodule(name) for name in stage], task.stream.processes, task.spec
-        hessian = task.stream.hessian(task.index, task.module, stage[0])
+        hessian, cross = task.stream.hessian(task.index, task.module, stage[0])
         weight = torch.cat([layer.weight.data for layer in layers])  # type: ignore[misc]
         for layer in layers:
             layer.weight.data = weight[:0]  # they are all in `weight`, and need no room twice
+        if cross is not None:
+            weight = towards_original(weight, hessian, cross)
         factor = factorize(hessian, self.percdamp, self.act_order)
         qparams = weight_qparams(weight, spec)
         shard = processes.shard  # rows are independent of each other
@@ -108,7 +126,7 @@ class GPTQ(Rounding):
 
     def peak_bytes(self, sizes: ModelSizes) -> int:
         # folded or rounded weights, the codes and what they are packed into, a sequence on its way
-        held = sizes.block * (sizes.working + 2) + sizes.working * sizes.sequence
+        held = sizes.block * (sizes.working * (1 + self.needs_teacher) + 2) + sizes.working * sizes.sequence
         return held + max(self._stage_bytes(sizes.working, *stage) for stage in sizes.stages)
 
     def _stage_bytes(self, working: int, rows: int, width: int) -> int:
@@ -116,10 +134,13 @@ class GPTQ(Rounding):
         wide = 8 if width <= FLOAT64_UP_TO else working
         factorising = width**2 * (working + max(2 * working + wide, 2 * wide))
         piece = min(rows * width, PIECE_ENTRIES)
-        return working * rows * width + max(factorising, working * (2 * width**2 + rows * width + 5 * piece))
+        solving = (working + 3 * wide) * width**2 + 3 * wide * rows * width if self.needs_teacher else 0
+        rounding = working * (2 * width**2 + rows * width + 5 * piece)
+        return working * rows * width + max(factorising, solving, rounding)
 
     def state_bytes(self, sizes: ModelSizes) -> int:
-        return sizes.working * sizes.heads  # attention is computed once, and its outputs kept
+        # attention is computed once, and its outputs kept
+        return sizes.working * (sizes.heads + sizes.hidden * self.needs_teacher)
 
     def warning(self, sizes: ModelSizes) -> str | None:
         """A Hessian of fewer tokens than channels is singular: weights would be fitted to the calibration text."""
@@ -140,6 +161,28 @@ class GPTQ(Rounding):
         if raised := [stage["damping"] for stage in stages if stage["damping"] > self.percdamp]:
             found.append(f"{len(raised)} singular Hessians, damped by up to {max(raised):g} of their mean diagonal")
         return found
+
+
+def towards_original(
+    weight: Float[Tensor, "out in"], hessian: Float[Tensor, "in in"], cross: Float[Tensor, "in in"]
+) -> Float[Tensor, "out in"]:
+    """W (X₀ᵀ X + λ I) (Xᵀ X + λ I)⁻¹, whose products with X come closest to those of W with X₀.
+
+    Args:
+        cross: X₀ᵀ X.
+
+    Raises:
+        UserError: the Hessian holds NaN or infinities, or is not positive semidefinite.
+    """
+    wide = torch.float64 if len(hessian) <= FLOAT64_UP_TO else hessian.dtype
+    ridge = RIDGE * (float(hessian.diagonal().mean()) or 1.0)
+    damped = hessian.to(wide, copy=True)
+    damped.diagonal().add_(ridge)
+    lower, failed = torch.linalg.cholesky_ex(damped)
+    if failed:
+        raise UserError("the Hessian is not positive semidefinite, or holds NaN or infinite values.")
+    moved = torch.cholesky_solve((cross - hessian).to(wide).T @ weight.to(wide).T, lower).T  # what there is beyond W
+    return weight + moved.to(weight)
 
 
 class Factor(NamedTuple):

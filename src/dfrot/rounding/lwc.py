@@ -113,8 +113,12 @@ class LWC(Rounding):
 
     name = "lwc"
     papers = (OMNIQUANT,)
-    needs_teacher = True
+    quantizes_activations = True
     learns_clipping = True
+
+    @property
+    def needs_teacher(self) -> bool:
+        return True
 
     def __post_init__(self) -> None:
         if self.epochs < 1:
@@ -125,7 +129,7 @@ class LWC(Rounding):
     def round(self, task: BlockTask) -> Rounded:
         stream = task.stream
         assert stream is not None, "a rounding that needs data gets a stream"
-        assert stream.teacher_states is not None, "with the teacher's states, if it needs a teacher"
+        targets = stream.advance_teacher()
         student = stream.block(task.index, task.module.state_dict(), stream.runtime.without("weights"))
         clipped = {
             name: ClippedWeight(student.get_submodule(name).weight, task.spec)  # type: ignore[arg-type]
@@ -136,14 +140,14 @@ class LWC(Rounding):
         decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
         generator = torch.Generator().manual_seed(task.seed)
         # the loss is relative to the size of the output
-        unit = stream.teacher_states.norm().item() ** 2 / stream.teacher_states.numel()
+        unit = targets.norm().item() ** 2 / targets.numel()
         losses = []
         for _ in range(self.epochs):
             total = 0.0
             for number in torch.randperm(len(stream), generator=generator).tolist():
                 weights = {f"{name}.weight": weight() for name, weight in clipped.items()}
                 output = stream.run(partial(_call, student, weights), task.index, stream[number])
-                loss = (output - stream.teacher_states[number].to(stream.device)).square().mean() / unit
+                loss = (output - targets[number].to(stream.device)).square().mean() / unit
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

@@ -46,9 +46,14 @@ class Rounding(Options, abc.ABC):
     name: ClassVar[str]  # on the command line
     papers: ClassVar[tuple[Paper, ...]] = ()  # that a model card cites
     needs_data: ClassVar[bool] = True  # whether weights are fitted to the inputs that they will meet
-    needs_teacher: ClassVar[bool] = False  # whether the block's outputs in the original model are needed, too
+    quantizes_activations: ClassVar[bool] = False  # whether blocks rounded before have their activations quantized
     learns_clipping: ClassVar[bool] = False  # whether clip ratios of weights are learned; DuQuant smooths less then
     shares_sequences: ClassVar[bool] = False  # whether processes can each take a part of the calibration text
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether what the original model computes is needed, too."""
+        return False
 
     @abc.abstractmethod
     def round(self, task: BlockTask) -> Rounded:

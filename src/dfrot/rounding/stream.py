@@ -32,6 +32,8 @@ class CalibrationStream:
         runtime, embedding: the checkpoint's.
         offload: a directory for a memory-mapped file that holds the states; None keeps them in memory.
         with_teacher: also carry what the original model computes, the teacher.
+        quantizes_activations: whether blocks of the checkpoint that it goes through quantize theirs. GPTQ's do not, as
+            in the papers, and those of LWC, which learns with them, do.
         processes: of these each carries a part of the sequences.
     """
 
@@ -45,17 +47,20 @@ class CalibrationStream:
         device: torch.device,
         offload: Path | None,
         with_teacher: bool,
+        quantizes_activations: bool,
         processes: ProcessGroup,
     ) -> None:
         self.source, self.runtime, self.device, self.processes = source, runtime, device, processes
         token_ids = token_ids[processes.shard]
         shape = (*token_ids.shape, embedding.shape[1])
+        self._passed = runtime if quantizes_activations else runtime.without("activations")
         self._offload = offload
         self._mapped: list[mmap.mmap] = []  # the offloaded states
         self.hidden_states = self._allocated(shape, dtype)
         for state, ids in zip(self.hidden_states, token_ids, strict=True):
             state.copy_(embedding[ids])
         self.teacher_states = self._allocated(shape, dtype).copy_(self.hidden_states) if with_teacher else None
+        self._teacher: tuple[int, nn.Module] | None = None  # the block at hand, until its states have gone through
         self._heads: Tensor | None = None  # the heads' outputs in the block at hand, (sequences, seq_len, channels)
         self._attended = False  # whether these are there
         self.run = BlockRunner(source, self.hidden_states[:1].to(device))
@@ -71,14 +76,19 @@ class CalibrationStream:
         """Block `index` as `runtime` computes it."""
         return runtime_block(self.source, index, tensors, runtime).to(self.hidden_states.dtype).to(self.device)
 
-    def hessian(self, index: int, block: nn.Module, linear: str) -> Float[Tensor, "in in"]:
+    def hessian(
+        self, index: int, block: nn.Module, linear: str
+    ) -> tuple[Float[Tensor, "in in"], Float[Tensor, "in in"] | None]:
         """Xᵀ X over all inputs of one linear layer of the block at hand, those of other processes too.
+
+        With a teacher also X₀ᵀ X, X₀ its inputs of this layer.
 
         Layers are asked for in the order in which they run, with final weights before them. The outputs of the heads
         are kept once the layer that reads them was asked for, so that attention is computed only once.
         """
         layer, reads_heads = block.get_submodule(linear), linear == self.source.graph.output
         total: Tensor | None = None
+        cross: Tensor | None = None
         for number in range(len(self)):
             with self._attention_kept(block, number):
                 x = self.run.until(layer, block, index, self[number])
@@ -86,34 +96,43 @@ class CalibrationStream:
                 if self._heads is None:
                     self._heads = self._allocated((*self.hidden_states.shape[:2], x.shape[-1]), x.dtype)
                 self._heads[number] = x[0]
-            x = (layer.quantize_input(x) if isinstance(layer, QuantLinear) else x).flatten(0, -2)
+            x = _read(layer, x)
             total = x.T @ x if total is None else total.addmm_(x.T, x)
+            if self._teacher is not None and self.teacher_states is not None:
+                teacher, state = self._teacher[1], self.teacher_states[number : number + 1].to(self.device)
+                its = teacher.get_submodule(linear)
+                x0 = _read(its, self.run.until(its, teacher, index, state))
+                cross = x0.T @ x if cross is None else cross.addmm_(x0.T, x)
         self._attended |= reads_heads
         self._leave_to_disk()
         assert total is not None, "calibration has at least one sequence"
-        return self.processes.all_reduce_sum(total)
+        return self.processes.all_reduce_sum(total), None if cross is None else self.processes.all_reduce_sum(cross)
 
     def advance(self, index: int, tensors: dict[str, Tensor]) -> None:
-        """Go through block `index` of the checkpoint.
-
-        As in the papers, GPTQ's stream does not quantize activations, and that of LWC, which has targets, does.
-        """
-        runtime = self.runtime.without("activations") if self.teacher_states is None else self.runtime
-        block = self.block(index, tensors, runtime)
+        """Go through block `index` of the checkpoint."""
+        if self._teacher is not None:
+            self.advance_teacher()
+        block = self.block(index, tensors, self._passed)
         for number in range(len(self)):
             with self._attention_kept(block, number):
                 self.hidden_states[number] = self.run(block, index, self[number])[0]
         self._attended = False
         self._leave_to_disk()
 
-    def advance_teacher(self, index: int, tensors: dict[str, Tensor]) -> None:
-        """Go through block `index` with weights that are not quantized; its outputs are the targets."""
-        if self.teacher_states is None:
-            return
-        block = self.block(index, tensors, self.runtime.without("weights", "activations"))
+    def meet(self, index: int, tensors: dict[str, Tensor]) -> None:
+        """Take block `index` with weights that are not quantized, if there is a teacher to go through it."""
+        if self.teacher_states is not None:
+            self._teacher = index, self.block(index, tensors, self.runtime.without("weights", "activations"))
+
+    def advance_teacher(self) -> Float[Tensor, "sequences seq_len hidden"]:
+        """Let the teacher go through the block at hand; its outputs are the targets."""
+        assert self._teacher is not None, "meet comes first"
+        assert self.teacher_states is not None, "a rounding that needs a teacher has one"
+        (index, block), self._teacher = self._teacher, None
         for state in self.teacher_states.split(1):
             state.copy_(self.run(block, index, state.to(self.device)))
         self._leave_to_disk()
+        return self.teacher_states
 
     def _allocated(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         if self._offload is None:
@@ -152,6 +171,11 @@ class CalibrationStream:
             yield
         finally:
             del attention.forward
+
+
+def _read(layer: nn.Module, x: Tensor) -> Float[Tensor, "tokens in"]:
+    """What the weight of a layer is multiplied by, for such an input."""
+    return (layer.quantize_input(x) if isinstance(layer, QuantLinear) else x).flatten(0, -2)
 
 
 def runtime_block(source: Source, index: int, tensors: dict[str, Tensor], runtime: RuntimeConfig) -> nn.Module:
