@@ -19,6 +19,7 @@ FLOORS = [
     {"kernels"},
     {"models"},
     {"transform", "runtime", "gguf"},
+    {"training"},
     {"methods", "rounding", "checkpoint", "fused"},
     {"tuning"},
     {"pipeline"},
@@ -30,11 +31,11 @@ FLOORS = [
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 # Paper → checkpoint → model in torch. The other folders are rings around it: they import it, never the reverse; but for
-# kernels and tuning, which it has room for but could do without.
+# kernels, training and tuning, which it has room for but could do without.
 CORE = ("linalg", "quant", "models", "transform", "methods", "rounding", "checkpoint", "runtime", "pipeline", "system")
 # From here on the whole grows by whole capabilities only, each of which names its lines in the CHANGELOG.
-CORE_BUDGET = 6_575
-BUDGET = 12_995
+CORE_BUDGET = 6_825
+BUDGET = 13_310
 
 
 def modules() -> Iterator[tuple[str, Path, ast.Module]]:

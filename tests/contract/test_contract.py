@@ -23,6 +23,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "quarot-heads": {"method": "quarot", "head_mixing": True},
     "dfrot": {"method": "dfrot", "steps": 3, "calib_tokens": 64, "calib_seq_len": 32},
     "rangerot": {"method": "rangerot", "steps": 3, "calib_tokens": 64, "calib_seq_len": 32},
+    "learned": {"method": "learned", "steps": 3, "learn_steps": 3, "learn_tokens": 32}
+    | {"calib_tokens": 128, "calib_seq_len": 32},
     "duquant": {"method": "duquant", "block": 8, "greedy_steps": 4, "calib_tokens": 64, "calib_seq_len": 32},
     "duquant-quarot": {"method": "duquant", "base": "quarot", "permutations": 2, "greedy_steps": 4, "calib_tokens": 64},
 }

@@ -13,10 +13,11 @@ from dfrot.linalg.rotation import Hadamard
 from dfrot.quant.affine import choose_qparams, fake_quantize, quantize
 from dfrot.quant.spec import UNQUANTIZED, TensorSpec
 from dfrot.runtime.linear import QuantLinear, packed_tensors
-from dfrot.tuning.descent import Descent
+from dfrot.training.descent import Descent
+from dfrot.training.teacher import Teacher
+from dfrot.training.trained import Trained
 from dfrot.tuning.run import TuningRun
-from dfrot.tuning.student import Student, StudentLinear, Trained
-from dfrot.tuning.teacher import Teacher
+from dfrot.tuning.student import Student, StudentLinear
 
 Tiny = Callable[[str], Path]
 WORDS: dict[str, Any] = {"calib_tokens": 64, "calib_seq_len": 32, "tune_seq_len": 16, "tune_tokens": 32}
@@ -121,7 +122,7 @@ def test_values_are_those_that_the_checkpoint_will_have() -> None:
 def test_divergence_and_its_gradient_are_those_of_autograd(
     generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dfrot.tuning.teacher.LOGITS", 7 * 19)  # pieces of seven tokens, the last one smaller
+    monkeypatch.setattr("dfrot.training.teacher.LOGITS", 7 * 19)  # pieces of seven tokens, the last one smaller
     states = torch.randn(5, 6, 8, generator=generator).bfloat16()
     head = torch.randn(19, 8, generator=generator, dtype=torch.float64)
     hidden = torch.randn(3, 6, 8, generator=generator, dtype=torch.float64, requires_grad=True)

@@ -20,11 +20,11 @@ from dfrot.models.source import open_source
 from dfrot.pipeline.estimate import Estimate
 from dfrot.quant.spec import Spec
 from dfrot.system.errors import UserError
+from dfrot.training.descent import Descent
+from dfrot.training.teacher import Windows
+from dfrot.training.trained import Trained
 from dfrot.tuning import run as tuning_run
 from dfrot.tuning import student
-from dfrot.tuning.descent import Descent
-from dfrot.tuning.student import Trained
-from dfrot.tuning.teacher import Windows
 from dfrot.tuning.tuning import PARTS, Tuning
 from tests.tiny_models import write_tiny_model
 

@@ -4,11 +4,13 @@ from typing import Any
 
 from dfrot.methods.dfrot import DFRot
 from dfrot.methods.duquant import DuQuant
+from dfrot.methods.learned import Learned
 from dfrot.methods.method import Method, NoRotation
 from dfrot.methods.quarot import QuaRot
 from dfrot.methods.rangerot import RangeRot
 
-METHODS: dict[str, type[Method]] = {kind.name: kind for kind in (NoRotation, QuaRot, DFRot, RangeRot, DuQuant)}
+_KINDS: tuple[type[Method], ...] = (NoRotation, QuaRot, DFRot, RangeRot, Learned, DuQuant)
+METHODS = {kind.name: kind for kind in _KINDS}
 
 
 def variants() -> dict[str, tuple[str, dict[str, Any]]]:

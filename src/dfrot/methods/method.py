@@ -62,6 +62,7 @@ class Method(Options, abc.ABC):
     papers: ClassVar[tuple[Paper, ...]] = ()  # that a model card cites
     look: ClassVar[Look | None] = None  # None takes an unused one
     preset: ClassVar[str] = "paper"  # the paper's symmetry and clip ratios
+    reads_all_text: ClassVar[bool] = False  # whether `fit` reads all of the calibration text
     # The names under which papers compare it, with the options of each; if empty, its own name.
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 

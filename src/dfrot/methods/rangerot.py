@@ -19,6 +19,7 @@ a minute on a CPU.
 import itertools
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -49,7 +50,7 @@ class RangeRot(Refined):
     """R1 refined by descent on the ranges of the tokens; everything else as QuaRot."""
 
     name = "rangerot"
-    papers = (QUAROT, DFROT, SPINQUANT)
+    papers: ClassVar[tuple[Paper, ...]] = (QUAROT, DFROT, SPINQUANT)
     look = Look("#882255", "star-diamond", "solid")
 
     def walk(self, X: Tensor, w: Tensor, R: Tensor, quantizer: TensorSpec, processes: ProcessGroup) -> Walk:

@@ -138,7 +138,7 @@ class Recipe(Options):
                 f"it takes {', '.join(known) or 'no options'}."
             )
         if (tokens := calib_tokens) is None:
-            fits = grids.weights.enabled and rounding.needs_data
+            fits = fitted.reads_all_text or (grids.weights.enabled and rounding.needs_data)
             least = max(1, fitted.sequences_read) * (calib_seq_len or ROTATION_TOKENS)
             tokens = max(WEIGHT_TOKENS if fits else ROTATION_TOKENS, least)
         seq_len = calib_seq_len if calib_seq_len is not None else min(tokens, 2048)

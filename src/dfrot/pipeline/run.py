@@ -33,11 +33,11 @@ from dfrot.system.distributed import SINGLE_PROCESS, ProcessGroup
 from dfrot.system.errors import UserError
 from dfrot.system.memory import give_freed_memory_back
 from dfrot.system.progress import track
+from dfrot.training.teacher import Windows
 from dfrot.transform.fold import Fold
 from dfrot.transform.invariance import InvarianceCheck
 from dfrot.transform.transforms import Transforms, input_widths
 from dfrot.tuning.run import TuningRun, require_whole, tuning_windows
-from dfrot.tuning.teacher import Windows
 from dfrot.version import __version__
 
 
@@ -150,7 +150,8 @@ def _identity(source: Source, recipe: Recipe) -> dict[str, Any]:
 
 def _depended_on_by_fit(on: FitContext, recipe: Recipe) -> dict[str, Any]:
     """What the transforms of a method depend on: neither the rounding nor the cache."""
-    record, read = recipe.to_json(), recipe.method.sequences_read
+    record, method = recipe.to_json(), recipe.method
+    read = recipe.calibration.tokens if method.reads_all_text else method.sequences_read
     text = on.calibration()[:read].numpy().tobytes() if read else b""
     return {
         **_identity(on.source, recipe),

@@ -62,6 +62,8 @@ class Transforms:
     heads: Rotation | None = None  # over the head index, of size num_attention_heads, applied at run time
     # One mapping per block, from the first layer of a stage to the transform of the stage's input.
     inputs: tuple[Mapping[str, InputTransform], ...] = ()
+    # Likewise to s, which divides that input once it is rotated by R1 or R2, and before R4; folded. Not with `inputs`.
+    scales: tuple[Mapping[str, Float[Tensor, " in"]], ...] = ()
 
     def describe(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
         """JSON that `from_description` turns back into this; tensors are put into `tensors`."""
@@ -72,7 +74,10 @@ class Transforms:
                 for part in _PARTS:
                     if (tensor := getattr(transform, part)) is not None:
                         tensors[f"{index}.{stage}.{part}"] = tensor
-        return {**described, "inputs": [list(stages) for stages in self.inputs]}
+        for index, scales in enumerate(self.scales):
+            tensors |= {f"{index}.{stage}.scale": scale for stage, scale in scales.items()}
+        sites = {"inputs": self.inputs, "scales": self.scales}
+        return described | {name: [list(stages) for stages in blocks] for name, blocks in sites.items()}
 
     @staticmethod
     def from_description(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "Transforms":
@@ -85,7 +90,12 @@ class Transforms:
             }
             for index, stages in enumerate(description["inputs"])
         )
-        return Transforms(**{site: at and rotation_from(at, tensors) for site, at in sites.items()}, inputs=inputs)
+        scales = tuple(
+            {stage: tensors[f"{index}.{stage}.scale"] for stage in stages}
+            for index, stages in enumerate(description.get("scales", ()))
+        )
+        rotations = {site: at and rotation_from(at, tensors) for site, at in sites.items()}
+        return Transforms(**rotations, inputs=inputs, scales=scales)
 
     def rotation_blocks(self, graph: ModelGraph) -> dict[str, tuple[int, int]]:
         """Norm or layer at which the runtime applies a rotation of `inputs` → block size and count."""
@@ -130,6 +140,8 @@ class Transforms:
             transform = self.inputs[index][stage[0]]
             online |= dict.fromkeys(stage, transform.rotation)
             smooth |= dict.fromkeys(stage, transform.smooth)
+        for stage in graph.stages if self.scales else ():
+            smooth |= dict.fromkeys(stage, self.scales[index].get(stage[0]))
         output_divisor = {graph.up: smooth.get(graph.down)}
         if (of_heads := smooth.get(graph.output)) is not None:  # the same for all heads that read one value head
             by_value_head = of_heads.view(config.num_key_value_heads, -1, head_dim(config))

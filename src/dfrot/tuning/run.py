@@ -20,9 +20,9 @@ from dfrot.runtime.config import RuntimeConfig
 from dfrot.system.distributed import SINGLE_PROCESS, ProcessGroup
 from dfrot.system.errors import UserError
 from dfrot.system.progress import track
-from dfrot.tuning.descent import Descent
+from dfrot.training.descent import Descent
+from dfrot.training.teacher import Distillation, Teacher, Windows, mapped, product_dtype, teacher_states
 from dfrot.tuning.student import Student
-from dfrot.tuning.teacher import Teacher, Windows, mapped, teacher_states
 from dfrot.tuning.tuning import Needs, Tuning
 
 Kept = tuple[dict[str, Any], dict[str, Tensor]]  # JSON and tensors, as one file has them
@@ -122,23 +122,8 @@ class TuningRun:
         path, record = self.writer.path / STATE_FILE, kept[0] if kept is not None else {}
         teacher, made = self._teacher(record.get("teacher"))
         student = self._student()
-
-        def loss(step: int) -> float:
-            windows = self.windows.step(step)
-            hidden = student(self.windows.tokens[windows])
-            value, slope = teacher.divergence(hidden.detach(), windows, gradient=True)
-            hidden.backward(slope)
-            return float(value)
-
-        @torch.no_grad()
-        def measure() -> float:
-            total = 0.0
-            for windows in self.windows.held_out:
-                found, _ = teacher.divergence(student(self.windows.tokens[windows]), windows)
-                total += len(windows) * float(found)
-            return total / self.windows.held
-
-        descent = Descent(student.trained.values(), loss, measure, self.tuning.steps)
+        objective = Distillation(student, teacher, self.windows)
+        descent = Descent(student.trained.values(), objective.loss, objective.measure, self.tuning.steps)
         if kept is not None:
             descent.restore({name: value for name, value in record.items() if name not in ("text", "teacher")}, kept[1])
         for done in track(descent.remaining(), "tuning", total=descent.total + 1):
@@ -196,9 +181,5 @@ class TuningRun:
 
     @property
     def product(self) -> torch.dtype:
-        """Of products: bfloat16 where the device multiplies it faster, unless the model is in float64."""
-        if self.dtype == torch.float64:
-            return self.dtype
-        if self.device.type == "cpu" and not torch.cpu._is_avx512_bf16_supported():
-            return self.dtype
-        return torch.bfloat16
+        """Dtype of products."""
+        return product_dtype(self.dtype, self.device)

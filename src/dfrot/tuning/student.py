@@ -8,8 +8,8 @@ floats; where there is room they stay unpacked. The scale of a whole row is appl
 so bfloat16, which has the integers exactly, rounds inputs by 2⁻⁹ and the sums, far less than 4 bits do. Such a scale
 needs no gradient of the weight; scales of groups do, a group at a time.
 
-Values are rounded to the dtype in which the checkpoint keeps them, with the gradient straight through: what is measured
-while tuning is what lies there afterwards.
+Values are rounded to the dtype in which the checkpoint keeps them: what is measured while tuning is what lies there
+afterwards.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,12 +25,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from dfrot.linalg.rotation import Rotation
 from dfrot.models.source import Source, loaded
 from dfrot.models.stream import BlockRunner
-from dfrot.quant.affine import SCALE_DTYPE, fake_quantize, grouped
+from dfrot.quant.affine import SCALE_DTYPE
 from dfrot.quant.spec import UNQUANTIZED, Spec, TensorSpec
 from dfrot.runtime.config import RuntimeConfig
 from dfrot.runtime.install import install_block_
 from dfrot.runtime.linear import QuantLinear
-from dfrot.runtime.norms import Float64SiLU, RotatedNorm, straight_through
+from dfrot.runtime.norms import Float64SiLU, RotatedNorm
+from dfrot.training.trained import Trained, quantized, rotated
 
 _ATTENTION = "dfrot-student"
 
@@ -76,93 +77,6 @@ class PackedProduct(torch.autograd.Function):
 
 def _scaled(integers: Float[Tensor, "out in"], scales: Float[Tensor, "out groups"]) -> Float[Tensor, "out in"]:
     return (integers.unflatten(1, (scales.shape[1], -1)) * scales.to(integers.dtype)[..., None]).flatten(1)
-
-
-class _Quantized(torch.autograd.Function):
-    """Tokens or heads on their grid. The gradient passes straight through rounding, and through the range.
-
-    With the range [l, h] = c · [min(x, 0), max(x, 0)] and the step s = (h − l) / (2ᵇ − 1), an entry that is rounded is
-    off by s r, so a longer step moves it by r; an entry that is clipped is the end of the range. Both pull on the
-    entries that span the range (as in LSQ, Esser et al. 2020, arXiv 1902.08153, whose step is a parameter).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, spec: TensorSpec, scale_dtype: torch.dtype | None) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.spec = spec
-        return fake_quantize(x, spec.grid, spec.token_granularity, spec.fixed_clip, scale_dtype)
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
-        (x,), spec, grid = ctx.saved_tensors, ctx.spec, ctx.spec.grid
-        groups, slope = grouped(x, spec.token_granularity), grouped(upstream, spec.token_granularity)
-        least, low = groups.min(-1, keepdim=True)[::-1]
-        most, high = (groups.abs() if grid.symmetric else groups).max(-1, keepdim=True)[::-1]
-        low, high = low.clamp(max=0) * spec.fixed_clip, high.clamp(min=0) * spec.fixed_clip
-        step = (high if grid.symmetric else high - low) / grid.highest
-        step = torch.where(step == 0, 1, step)
-        first = 0 if grid.symmetric else torch.round(low / step)  # what the lowest code stands for, in steps
-        steps = groups / step
-        rounded = steps.round()
-        on_grid = rounded.clamp(first + grid.lowest, first + grid.highest)
-        inside = slope * (on_grid == rounded)
-        of_step = (inside * (on_grid - steps)).sum(-1, keepdim=True) / grid.highest
-        clipped = slope - inside
-        above = clipped.clone().masked_fill_(on_grid > rounded, 0).sum(-1, keepdim=True)
-        below = clipped.sum(-1, keepdim=True) - above
-        if grid.symmetric:
-            pull = of_step + above + below * (grid.lowest / grid.highest)
-            inside.scatter_add_(-1, most, spec.fixed_clip * pull * groups.gather(-1, most).sign())
-        else:
-            inside.scatter_add_(-1, most, spec.fixed_clip * (of_step + above) * (high > 0))
-            inside.scatter_add_(-1, least, spec.fixed_clip * (below - of_step) * (low < 0))
-        return inside.view_as(x), None, None
-
-
-def quantized(x: Tensor, spec: TensorSpec, scale_dtype: torch.dtype | None = None) -> Tensor:
-    """x on the grid of `spec`, its scales of a narrower dtype if one is given."""
-    return _Quantized.apply(x, spec, scale_dtype) if spec.enabled else x
-
-
-class _Rotated(torch.autograd.Function):
-    """x R; backward g Rᵀ, for which nothing is kept."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, rotation: Rotation) -> Tensor:
-        ctx.rotation = rotation
-        return rotation.apply(x)
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
-        return ctx.rotation.T.apply(upstream), None
-
-
-def rotated(x: Tensor, rotation: Rotation | None) -> Tensor:
-    return x if rotation is None else _Rotated.apply(x, rotation)
-
-
-class Trained(nn.Module):
-    """A tensor of the checkpoint that may be trained: start · eᵖ, or start + unit · p.
-
-    Args:
-        start: as the checkpoint has it, in the dtype in which it keeps it.
-        dtype: of the computation.
-        unit: by which p moves it; None: p moves its logarithm.
-        rate: learning rate of p; None: it is not trained.
-    """
-
-    def __init__(self, start: Tensor, dtype: torch.dtype, unit: float | None, rate: float | None) -> None:
-        super().__init__()
-        self.stored, self.unit, self.rate = start.dtype, unit, rate
-        self.start = start.to(dtype)
-        self.parameter = None if rate is None else nn.Parameter(torch.zeros_like(self.start))
-
-    def forward(self) -> Tensor:
-        if self.parameter is None:
-            return self.start
-        p, start = self.parameter, self.start
-        moved = start * p.exp() if self.unit is None else start + self.unit * p
-        return straight_through(moved.to(self.stored).to(moved.dtype), moved)
 
 
 class StudentNorm(nn.Module):

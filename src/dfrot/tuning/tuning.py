@@ -21,9 +21,8 @@ from dfrot.models.source import ModelSizes
 from dfrot.quant.spec import Spec
 from dfrot.system.errors import UserError
 from dfrot.system.options import Options
+from dfrot.training.teacher import HELD_TOKENS, LOGITS
 
-HELD_TOKENS = 4096  # at most, and at most a quarter of the text: on these rates and steps are compared
-LOGITS = 1 << 24  # tokens × vocabulary that stand at a time, on a CPU
 _COPIES = 8  # float32 numbers for one that is trained: start, value, gradient, Adam's two, best, and what lies between
 PARTS = ("biases", "gains", "scales")
 STEPS = 100

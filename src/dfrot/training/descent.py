@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dfrot.tuning.student import Trained
+from dfrot.training.trained import Trained, TrainedRotation
 
 FACTORS = (0.3, 1.0, 3.0)
 BETAS, EPS = (0.9, 0.98), 1e-12  # a second moment that forgets in 50 steps: there are few. Gradients are tiny
@@ -25,7 +25,7 @@ MEASUREMENTS = 8  # of the fourth descent
 _PARTS = ("values", "first", "second", "best")
 
 
-def _flat(trained: Iterable[Trained]) -> tuple[Tensor, Tensor, Tensor]:
+def _flat(trained: Iterable[Trained | TrainedRotation]) -> tuple[Tensor, Tensor, Tensor]:
     """One vector of all parameters, one of their gradients, which they share, and one of rates."""
     parameters = [(each.parameter, each.rate) for each in trained if each.parameter is not None]
     values = torch.cat([parameter.detach().flatten() for parameter, _ in parameters])
@@ -50,7 +50,7 @@ class Descent:
 
     def __init__(
         self,
-        trained: Iterable[Trained],
+        trained: Iterable[Trained | TrainedRotation],
         loss: Callable[[int], float],
         measure: Callable[[], float],
         steps: int,

@@ -7,8 +7,10 @@ and in the basis of the checkpoint, behind its last norm: so one head serves tea
 
 import hashlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -19,8 +21,9 @@ from dfrot.models.source import Source
 from dfrot.models.stream import BlockRunner
 from dfrot.system.errors import SetupError, UserError
 from dfrot.system.progress import track
-from dfrot.tuning.tuning import HELD_TOKENS, LOGITS
 
+HELD_TOKENS = 4096  # at most, and at most a quarter of the text: on these rates and steps are compared
+LOGITS = 1 << 24  # tokens × vocabulary that stand at a time, on a CPU
 STATES_DTYPE = torch.bfloat16  # rounds a hidden state by 2⁻⁹: far below what 4 bits do to it
 
 
@@ -68,7 +71,7 @@ class Windows:
         return hashlib.sha256(self.tokens.numpy().tobytes()).hexdigest()
 
 
-class _Linear(nn.Module):
+class ProductLinear(nn.Module):
     """A linear layer with products of another dtype."""
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
@@ -121,34 +124,62 @@ class Teacher:
         return (states.to(self.head.dtype) @ self.head.T).to(states.dtype)
 
 
+class Distillation(NamedTuple):
+    """What a student is trained by: its divergence from a teacher on windows of text."""
+
+    student: Callable[[Int[Tensor, "windows seq_len"]], Float[Tensor, "windows seq_len hidden"]]
+    teacher: Teacher
+    windows: Windows
+
+    def loss(self, step: int) -> float:
+        """Of a step; adds its gradients."""
+        windows = self.windows.step(step)
+        hidden = self.student(self.windows.tokens[windows])
+        value, slope = self.teacher.divergence(hidden.detach(), windows, gradient=True)
+        hidden.backward(slope)
+        return float(value)
+
+    @torch.no_grad()
+    def measure(self) -> float:
+        """On held-out text."""
+        total = 0.0
+        for windows in self.windows.held_out:
+            found, _ = self.teacher.divergence(self.student(self.windows.tokens[windows]), windows)
+            total += len(windows) * float(found)
+        return total / self.windows.held
+
+
 @torch.no_grad()
 def teacher_states(
     source: Source,
     tokens: Int[Tensor, "windows seq_len"],
     residual: Rotation | None,
     norm: Float[Tensor, " hidden"],
-    path: Path,
+    path: Path | None,
     *,
     dtype: torch.dtype,
     product: torch.dtype,
     device: torch.device,
     batch: int,
 ) -> Tensor:
-    """Make a file of the unquantized model's last hidden states, and map it.
+    """The unquantized model's last hidden states, in a file that is mapped, or in memory.
 
     Args:
         residual: R1, into whose basis they are rotated.
         norm: gain of the checkpoint's last norm.
-        path: of the file; beside it lies another, for the states between blocks, while it is made.
+        path: of the file, None for memory; beside it lies another, for the states between blocks, while it is made.
         batch: windows at a time.
 
     Raises:
         SetupError: the disk does not hold the files.
     """
     shape = (*tokens.shape, source.config.hidden_size)
-    between = path.with_name(path.name + ".tmp")
-    states = mapped(between, shape, dtype)
-    between.unlink()  # it lives as long as the mapping: a kill leaves nothing
+    if path is None:
+        states = torch.empty(shape, dtype=dtype)
+    else:
+        between = path.with_name(path.name + ".tmp")
+        states = mapped(between, shape, dtype)
+        between.unlink()  # it lives as long as the mapping: a kill leaves nothing
     embedding = source.embedding()
     for state, ids in zip(states, tokens, strict=True):
         state.copy_(embedding[ids])
@@ -157,10 +188,11 @@ def teacher_states(
     for index in track(range(source.num_blocks), "teacher"):
         block = source.block(index).to(device, dtype)
         for name in source.graph.linears:
-            block.set_submodule(name, _Linear(block.get_submodule(name), product))  # type: ignore[arg-type]
+            block.set_submodule(name, ProductLinear(block.get_submodule(name), product))  # type: ignore[arg-type]
         for part in states.split(batch):
             part.copy_(run(block, index, part.to(device)))
-    made, gain = mapped(path, shape, STATES_DTYPE), norm.to(device, dtype)
+    made = torch.empty(shape, dtype=STATES_DTYPE) if path is None else mapped(path, shape, STATES_DTYPE)
+    gain = norm.to(device, dtype)
     for part, into in zip(states.split(batch), made.split(batch), strict=True):
         rotated = part.to(device) if residual is None else residual.apply(part.to(device))
         into.copy_(nn.functional.rms_norm(rotated, gain.shape, gain, source.config.rms_norm_eps))
@@ -179,3 +211,10 @@ def mapped(path: Path, shape: tuple[int, ...], dtype: torch.dtype = STATES_DTYPE
             f"for tuning: {error}. Make room, or take fewer --tune-steps or --tune-tokens."
         ) from error
     return torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)
+
+
+def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Of products: bfloat16 where the device multiplies it faster, unless the model is in float64."""
+    if dtype == torch.float64 or (device.type == "cpu" and not torch.cpu._is_avx512_bf16_supported()):
+        return dtype
+    return torch.bfloat16
