@@ -247,6 +247,11 @@ class Compare:
     weights: Words = "rtn,gptq"  # Roundings, joined by commas.
     specs: Words = "w4a4kv4"  # Specs, joined by commas.
     seeds: Words = "0"  # Seeds, joined by commas.
+    tune: Words = "none"  # What is trained after rounding, parts joined by +: none,biases,biases+scales.
+    tune_steps: TuneSteps = None
+    tune_tokens: TuneTokens = None
+    tune_seq_len: TuneSeqLen = None
+    tune_text: TuneText = None
     preset: Literal["auto"] | PresetName = "auto"  # Symmetry and clip ratios (auto: each method's own).
     calib: Calib = "wikitext2"
     calib_tokens: CalibTokens = None
@@ -267,10 +272,13 @@ class Compare:
         from dfrot.compare.table import LiveTable, recipes
         from dfrot.compare.trials import compare
 
-        methods, weights, specs, seeds = map(_separated, (self.methods, self.weights, self.specs, self.seeds))
+        words = (self.methods, self.weights, self.specs, self.seeds, self.tune)
+        methods, weights, specs, seeds, tunes = map(_separated, words)
         calibration = {"calib": _absolute(self.calib), "calib_tokens": self.calib_tokens}
+        tuning: Any = {name: getattr(self, name) for name in ("tune_steps", "tune_tokens", "tune_seq_len")}
+        tuning["tune_text"] = self.tune_text and _absolute(self.tune_text)
         trials: list[Recipe | None] = [None] if self.unquantized else []
-        trials += recipes(methods, weights, specs, seeds, self.preset, **calibration)
+        trials += recipes(methods, weights, specs, seeds, self.preset, tunes, tuning, **calibration)
         model = _absolute(self.model)
         against = model if self.divergence or self.measured.massive_unquantized else None
         how: Any = {name: getattr(self, name) for name in ("device", "jobs", "threads", "ray")}

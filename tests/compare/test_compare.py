@@ -257,6 +257,9 @@ def test_every_combination_is_tried_once() -> None:
     assert {recipe.spec.weights.symmetric for recipe in made if recipe.method.name == "duquant"} == {False}
     words = recipes(("RO", "RH", "quarot"), ("rtn",), ("w4a4kv4",), ("0",))
     assert words == [Recipe.parse("quarot", "rtn", rotation=rotation) for rotation in ("orthogonal", "hadamard")]
+    tuned = recipes(("none",), ("rtn",), ("w4a4kv4",), ("0",), tunes=("none", "biases+gains"), tuning={"tune_steps": 3})
+    assert [recipe.tuning.parts for recipe in tuned] == [(), ("biases", "gains")]
+    assert tuned[1].tuning.steps == 3
     with pytest.raises(UserError, match="got 'one'"):
         recipes(("none",), ("rtn",), ("w4a4kv4",), ("one",))
     with pytest.raises(UserError, match="at least one method"):
@@ -351,6 +354,7 @@ def test_a_published_number_stands_beside_the_recipe_that_it_is_of(words: dict[s
         *({"weight_symmetric": False}, {"spec": "w4g128a4kv4"}, {"spec": "w4a8kv4"}, {"quantize_queries": True}),
         *({"weights": "lwc", "act_order": None}, {"act_order": True}, {"percdamp": 0.1}),
         *({"calib_tokens": 65536}, {"calib_seq_len": 1024}, {"calib": "c4"}),
+        *({"target": "original"}, {"tune": "biases"}),
     ],
 )
 def test_no_published_number_stands_beside_a_recipe_that_deviates(deviation: dict[str, Any]) -> None:

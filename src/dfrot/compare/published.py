@@ -40,10 +40,13 @@ def published(model: str, recipe: Recipe | None, measurement: Measurement) -> di
 
 
 def is_recipe(given: dict[str, Any] | None, parts: list[str] | None) -> bool:
-    """Whether a recipe (its JSON) has all that the named parts of published.json fix; None is the unquantized model."""
+    """Whether a recipe (its JSON) has all that the named parts of published.json fix; None is the unquantized model.
+
+    No paper tunes after rounding.
+    """
     if given is None or parts is None:
         return given is None and parts is None
-    return all(_has(given, _TABLE["parts"][part]) for part in parts)
+    return not given.get("tune", {}).get("parts") and all(_has(given, _TABLE["parts"][part]) for part in parts)
 
 
 def _has(given: Any, wanted: Any) -> bool:

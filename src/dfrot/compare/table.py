@@ -2,7 +2,8 @@
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from rich.console import Console
@@ -26,28 +27,36 @@ def recipes(
     specs: Sequence[str],
     seeds: Sequence[str],
     preset: str = "auto",
+    tunes: Sequence[str] = ("none",),
+    tuning: Mapping[str, Any] = MappingProxyType({}),
     **calibration: Any,
 ) -> list[Recipe]:
     """Every combination, in the order of the words; specs that leave weights alone come once.
 
+    Tuned recipes follow the same one that is not, whose blocks they take.
+
     Args:
         methods: names of methods, or the papers' RO and RH, which are quarot with that rotation.
         preset: auto is each method's own.
+        tunes: what is tuned, parts joined by +.
+        tuning: tune_… of `Recipe.parse`, for those that tune.
         calibration: what `Recipe.parse` takes for it.
 
     Raises:
         UserError: one of the words is not known, or there is nothing to combine.
     """
-    if not (methods and weights and specs and seeds):
-        raise UserError("a comparison has at least one method, rounding, spec and seed.")
+    if not (methods and weights and specs and seeds and tunes):
+        raise UserError("a comparison has at least one method, rounding, spec, seed and tune.")
     if wrong := [seed for seed in seeds if not seed.isdecimal()]:
         raise UserError(f"a seed is a whole number, got '{wrong[0]}'.")
     found: dict[str, Recipe] = {}
     named = variants()
-    for spec, word, quantizer, seed in itertools.product(specs, methods, weights, seeds):
+    for spec, word, quantizer, seed, parts in itertools.product(specs, methods, weights, seeds, tunes):
         method, options = named.get(word, (word, {}))
         of_method = getattr(METHODS.get(method), "preset", "paper") if preset == "auto" else preset
-        made = Recipe.parse(method, quantizer, spec, preset=of_method, seed=int(seed), **calibration, **options)
+        words = {**calibration, **options, **({} if parts == "none" else tuning)}
+        how: Any = {"preset": of_method, "seed": int(seed), "tune": parts.replace("+", ",")}
+        made = Recipe.parse(method, quantizer, spec, **how, **words)
         if made.spec.weights.enabled or quantizer == weights[0]:
             found.setdefault(made.digest, made)
     return list(found.values())

@@ -61,7 +61,7 @@ def recipe_label(record: Record) -> str:
 
 
 def deviations(recipe: Mapping[str, Any]) -> str:
-    """The options of method and rounding that are not their default: "gamma 1, steps 50"."""
+    """The options of method and rounding that are not their default, and tuning: "gamma 1, steps 50, biases tuned"."""
     method, rounding = METHODS.get(str(recipe.get("method"))), ROUNDINGS.get(str(recipe.get("weights")))
     usual = {
         "options": method and method().resolved(rounding is not None and rounding.learns_clipping),
@@ -73,6 +73,8 @@ def deviations(recipe: Mapping[str, Any]) -> str:
         for option, value in given.items() if isinstance(given, dict) else ():
             if getattr(defaults, option, ...) != value:
                 found.append(f"{option.replace('_', ' ')} {f'{value:g}' if isinstance(value, float) else value}")
+    if parts := recipe.get("tune", {}).get("parts"):
+        found.append(f"{' '.join(parts)} tuned")
     return shorten(", ".join(found))
 
 
