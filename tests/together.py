@@ -14,6 +14,7 @@ from dfrot.methods.dfrot import DFRot
 from dfrot.methods.massive import Sample
 from dfrot.methods.rangerot import RangeRot
 from dfrot.methods.refinement import PAPER_QUANTIZER
+from dfrot.models.source import stored_tensors
 from dfrot.rounding.stream import CalibrationStream
 from dfrot.system.distributed import SINGLE_PROCESS, ProcessGroup
 
@@ -56,6 +57,16 @@ def hessians(
     return found
 
 
+def tuned(model: str, text: str, out: str, processes: ProcessGroup = SINGLE_PROCESS) -> dict[str, Tensor]:
+    """The losses of a tuned run in float64, and all tensors that it leaves."""
+    words: dict[str, Any] = {"tune": "all", "tune_steps": 3, "tune_tokens": 48, "tune_seq_len": 16}  # 3 windows a step
+    recipe = dfrot.Recipe.parse("quarot", "rtn", calib=text, dtype="float64", **words)
+    notes = dfrot.quantize(model, recipe, out, processes=processes).notes["tuning"]
+    losses = [*notes["losses"], *notes["held_kl"].values(), *notes["probes"].values()]
+    tensors = {name: each.read() for name, each in stored_tensors(Path(out)).items()}
+    return tensors | {"losses": torch.tensor(losses, dtype=torch.float64)}
+
+
 if __name__ == "__main__":
     folder, model, text = sys.argv[1:]
     us = ProcessGroup.of()
@@ -63,6 +74,7 @@ if __name__ == "__main__":
         everything = {"refined": refined(us)}
         for dtype in ("float64", "float32"):
             everything[dtype] = hessians(model, text, f"{folder}/{dtype}", dtype, us)
+        everything["tuned"] = tuned(model, text, f"{folder}/tuned", us)
     if us.is_main:
         for name, tensors in everything.items():
             save_file(tensors, Path(folder) / f"{name}.safetensors")

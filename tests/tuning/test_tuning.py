@@ -265,7 +265,7 @@ def test_a_damaged_teacher_is_made_again(
     whole: dict[str, bytes], tiny: Tiny, tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kill(monkeypatch, Descent, "_advance", 12, of=lambda: dfrot.quantize(tiny("llama"), recipe(text), tmp_path / "out"))
-    with (tmp_path / "out" / tuning_run.TEACHER_FILE).open("r+b") as file:
+    with (tmp_path / "out" / tuning_run.TEACHER_FILE.format(0)).open("r+b") as file:
         file.write(b"damaged!")
     resumed = dfrot.quantize(tiny("llama"), recipe(text), tmp_path / "out", resume=True).path
     assert contents(resumed) == whole

@@ -150,13 +150,15 @@ class CheckpointWriter:
 
     def replace(self, number: int, tensors: dict[str, Tensor]) -> None:
         """Write a written shard anew. At every moment what lies there is a shard that the manifest knows."""
-        shard, entry = self._shards[number], self._files[self._shards[number].name]
-        new = shard.with_name(SCRATCH + shard.name)
-        write_tensors(new, tensors, {"format": "pt"})
-        entry["next"] = digest(new)
-        self._write_manifest()
-        publish(new, shard)
-        self._list(shard, entry.get("notes"))
+        if self._processes.is_main:
+            shard, entry = self._shards[number], self._files[self._shards[number].name]
+            new = shard.with_name(SCRATCH + shard.name)
+            write_tensors(new, tensors, {"format": "pt"})
+            entry["next"] = digest(new)
+            self._write_manifest()
+            publish(new, shard)
+            self._list(shard, entry.get("notes"))
+        self.sync()
 
     def _begin(self) -> None:
         """Mark the directory as this run's, and delete everything else in it."""

@@ -87,8 +87,8 @@ class Learned(RangeRot):
         norm, head = source.final_norm().weight, source.head().to(device, product)
         teacher = Teacher(teacher_states(source, windows.tokens, None, norm, None, **how), head)
         student = Student(source, start, self.quantizer(on.activations), dtype, product, device, self.learn_tokens)
-        objective = Distillation(student, teacher, windows)
-        descent = Descent(student.trained, objective.loss, objective.measure, self.learn_steps)
+        objective = Distillation(student, teacher, windows, on.processes)
+        descent = Descent(student.trained, objective.loss, objective.measure, self.learn_steps, on.processes)
         for _ in track(descent.remaining(), "learning", descent.total + 1):
             pass
         return Fit(student.transforms(), notes | {"learned": descent.notes()})

@@ -113,7 +113,7 @@ def quantize(
         require_same_logits(source)
         give_freed_memory_back()
 
-    windows = tuning_windows(source, recipe.tuning, recipe.calibration.text, recipe.seed, processes)
+    windows = tuning_windows(source, recipe.tuning, recipe.calibration.text, recipe.seed)
     reuse = ReuseDir(None if reuse_dir is None else Path(reuse_dir))
     calibration = functools.cache(lambda: calibration_tokens(source, recipe))
     on = FitContext(source, recipe.spec.activations, calibration, there, recipe.seed, processes)
@@ -316,7 +316,7 @@ class _Loop:
 
     def tune(self, windows: Windows) -> dict[str, Any]:
         """Train what the recipe names, and rewrite the blocks; returns notes."""
-        how: Any = (*self.dtypes[:2], self.on.device, self.estimate.tuning, self.estimate.budget)
+        how: Any = (*self.dtypes[:2], self.on.device, self.estimate.tuning, self.estimate.budget, self.on.processes)
         model = self.source, self.runtime, self.transforms.residual, self.writer
         run = TuningRun(*model, self.recipe.tuning, windows, *how)
         self.runtime = run.tuned_runtime

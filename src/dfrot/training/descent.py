@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dfrot.system.distributed import SINGLE_PROCESS, ProcessGroup
 from dfrot.training.trained import Trained, TrainedRotation
 
 FACTORS = (0.3, 1.0, 3.0)
@@ -46,6 +47,7 @@ class Descent:
         loss: of a step: adds the gradients of that step's loss, which it returns.
         measure: the loss on held-out text.
         steps: of the fourth descent.
+        processes: that each have a part of the gradients.
     """
 
     def __init__(
@@ -54,11 +56,12 @@ class Descent:
         loss: Callable[[int], float],
         measure: Callable[[], float],
         steps: int,
+        processes: ProcessGroup = SINGLE_PROCESS,
     ) -> None:
         self._values, self._gradients, self._rates = _flat(trained)
         self._first, self._second = torch.zeros_like(self._values), torch.zeros_like(self._values)
         self._best = self._values.clone()
-        self._loss, self._measure, self.steps = loss, measure, steps
+        self._loss, self._measure, self.steps, self._processes = loss, measure, steps, processes
         self._probe = max(1, min(steps, max(WARM_UP, steps // 12)))
         self._every = max(1, steps // MEASUREMENTS)
         self.run, self.step = 0, 0  # which descent, and how many steps of it are done
@@ -96,6 +99,7 @@ class Descent:
         probing = self.run < len(FACTORS)
         self._gradients.zero_()
         loss = self._loss(self.step)
+        self._processes.all_reduce_sum(self._gradients)
         rate = self.factor * min(1.0, (self.step + 1) / WARM_UP)
         if not probing:
             rate *= 0.5 * (1 + math.cos(math.pi * self.step / self.steps))

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dfrot.linalg.rotation import Rotation
 from dfrot.models.source import Source
 from dfrot.models.stream import BlockRunner
+from dfrot.system.distributed import SINGLE_PROCESS, ProcessGroup
 from dfrot.system.errors import SetupError, UserError
 from dfrot.system.progress import track
 
@@ -125,28 +126,34 @@ class Teacher:
 
 
 class Distillation(NamedTuple):
-    """What a student is trained by: its divergence from a teacher on windows of text."""
+    """What a student is trained by: its divergence from a teacher on windows of text, which processes share."""
 
     student: Callable[[Int[Tensor, "windows seq_len"]], Float[Tensor, "windows seq_len hidden"]]
     teacher: Teacher
     windows: Windows
+    processes: ProcessGroup = SINGLE_PROCESS
 
     def loss(self, step: int) -> float:
-        """Of a step; adds its gradients."""
+        """Of a step; adds this process's part of its gradients."""
         windows = self.windows.step(step)
-        hidden = self.student(self.windows.tokens[windows])
-        value, slope = self.teacher.divergence(hidden.detach(), windows, gradient=True)
-        hidden.backward(slope)
-        return float(value)
+        total = torch.zeros((), dtype=torch.float64)
+        if mine := windows[self.processes.shard]:
+            share = len(mine) / len(windows)
+            hidden = self.student(self.windows.tokens[mine])
+            value, slope = self.teacher.divergence(hidden.detach(), mine, gradient=True)
+            assert slope is not None, "it was asked for"
+            hidden.backward(slope * share)
+            total += value.cpu() * share
+        return float(self.processes.all_reduce_sum(total))
 
     @torch.no_grad()
     def measure(self) -> float:
         """On held-out text."""
-        total = 0.0
-        for windows in self.windows.held_out:
+        total = torch.zeros((), dtype=torch.float64)
+        for windows in self.windows.held_out[self.processes.shard]:
             found, _ = self.teacher.divergence(self.student(self.windows.tokens[windows]), windows)
-            total += len(windows) * float(found)
-        return total / self.windows.held
+            total += len(windows) * found.cpu()
+        return float(self.processes.all_reduce_sum(total)) / self.windows.held
 
 
 @torch.no_grad()

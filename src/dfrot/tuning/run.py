@@ -27,22 +27,18 @@ from dfrot.tuning.tuning import Needs, Tuning
 
 Kept = tuple[dict[str, Any], dict[str, Tensor]]  # JSON and tensors, as one file has them
 STATE_FILE = "dfrot-tune.safetensors"
-TEACHER_FILE = "dfrot-tune-teacher.bin"
+TEACHER_FILE = "dfrot-tune-teacher-{}.bin"  # of a process
 SAVE_EVERY = 10  # steps
 
 
-def tuning_windows(
-    source: Source, tuning: Tuning, text: str, seed: int, processes: ProcessGroup = SINGLE_PROCESS
-) -> Windows | None:
+def tuning_windows(source: Source, tuning: Tuning, text: str, seed: int) -> Windows | None:
     """The text that tuning sees, read before the work; None if nothing is tuned.
 
     Raises:
-        UserError, SetupError: as `read_text`; the text is too short; there are several processes.
+        UserError, SetupError: as `read_text`; the text is too short.
     """
     if not tuning.enabled:
         return None
-    if processes.count > 1:
-        raise UserError("tuning works in one process; --tune none goes without it, or leave torchrun away.")
     name = tuning.text or text
     ids = token_ids(load_tokenizer(source.path), read_text(name, "train"), source.config.vocab_size)
     return Windows.of(ids, name, tuning.seq_len, tuning.tokens // tuning.seq_len, tuning.steps, seed)
@@ -67,6 +63,7 @@ class TuningRun:
         residual: R1.
         stored, dtype: of the checkpoint's tensors that are not quantized, and of the computation.
         budget: bytes of memory that may be taken on a CPU; on a GPU it is what is free there.
+        processes: that share the windows of a step; each has all of the teacher's states, and the first one writes.
     """
 
     source: Source
@@ -80,6 +77,7 @@ class TuningRun:
     device: torch.device
     needs: Needs
     budget: int
+    processes: ProcessGroup = SINGLE_PROCESS
 
     @property
     def tuned_runtime(self) -> RuntimeConfig:
@@ -107,7 +105,7 @@ class TuningRun:
         if kept is None or "notes" not in kept[0]:
             notes, tensors = self._trained(kept)
             kept = {"text": self.windows.digest, "notes": notes}, tensors
-            write_fit(path, *kept)
+            self._write(*kept)
         record, tensors = kept
         for index in track(range(self.source.num_blocks), "writing"):
             prefix = f"{self.source.graph.blocks}.{index}."
@@ -119,25 +117,30 @@ class TuningRun:
         self, kept: tuple[dict[str, Any], dict[str, Tensor]] | None
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Notes and trained tensors; `kept` is the state of an interrupted run."""
-        path, record = self.writer.path / STATE_FILE, kept[0] if kept is not None else {}
+        record = kept[0] if kept is not None else {}
         teacher, made = self._teacher(record.get("teacher"))
         student = self._student()
-        objective = Distillation(student, teacher, self.windows)
-        descent = Descent(student.trained.values(), objective.loss, objective.measure, self.tuning.steps)
+        objective = Distillation(student, teacher, self.windows, self.processes)
+        how = objective.loss, objective.measure, self.tuning.steps, self.processes
+        descent = Descent(student.trained.values(), *how)
         if kept is not None:
             descent.restore({name: value for name, value in record.items() if name not in ("text", "teacher")}, kept[1])
         for done in track(descent.remaining(), "tuning", total=descent.total + 1):
             if done % SAVE_EVERY == 0 and not descent.done:
                 state, tensors = descent.state()
-                write_fit(path, {"text": self.windows.digest, "teacher": made, **state}, tensors)
+                self._write({"text": self.windows.digest, "teacher": made, **state}, tensors)
         tensors = {}
         for index in range(self.source.num_blocks):
             tensors |= student.stored(index)
         return descent.notes(), tensors
 
+    def _write(self, record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        if self.processes.is_main:
+            write_fit(self.writer.path / STATE_FILE, record, tensors)
+
     def _teacher(self, made: str | None) -> tuple[Teacher, str]:
         """The teacher, and the digest of its file, which is kept if it has the one of the interrupted run."""
-        source, writer, path = self.source, self.writer, self.writer.path / TEACHER_FILE
+        source, writer, path = self.source, self.writer, self.writer.path / TEACHER_FILE.format(self.processes.rank)
         graph, last = source.graph, source.num_blocks + 1
         tail = writer.read(last)
         norm = tail[f"{graph.final_norm}.weight"]
