@@ -124,16 +124,20 @@ def divergence(
         Tensors (blocks, seq_len − 1): `nll` and `original_nll`, the negative log-likelihood of the token that came by
         either model, and `kl`, KL(original ‖ model), in nats; `agrees`, whether both have the same likeliest token.
     """
-    found: dict[str, list[Tensor]] = {"nll": [], "original_nll": [], "kl": [], "agrees": []}
-    for block in track(blocks, description):
+    # made now: small results of each piece, kept among its large tensors, would leave malloc a heap of holes
+    wide = torch.promote_types(model.dtype, torch.float32)
+    found = {name: torch.empty(len(blocks), blocks.shape[1] - 1, dtype=wide) for name in ("nll", "original_nll", "kl")}
+    found["agrees"] = torch.empty(found["kl"].shape, dtype=torch.bool)
+    for number, block in enumerate(track(blocks, description)):
         pieces = zip(_logits_by_piece(model, block), _logits_by_piece(original, block), strict=True)
-        for (logits, targets), (others, _) in pieces:
+        for place, ((logits, targets), (others, _)) in enumerate(pieces):
+            here = number, slice(place * _LOGIT_POSITIONS, (place + 1) * _LOGIT_POSITIONS)
             own, wanted = logits.log_softmax(-1), others.to(logits.device).log_softmax(-1)
-            found["nll"].append(-own.gather(-1, targets[:, None])[:, 0])
-            found["original_nll"].append(-wanted.gather(-1, targets[:, None])[:, 0])
-            found["kl"].append(nn.functional.kl_div(own, wanted, reduction="none", log_target=True).sum(-1))
-            found["agrees"].append(own.argmax(-1) == wanted.argmax(-1))
-    return {name: torch.cat(pieces).view(len(blocks), -1).cpu() for name, pieces in found.items()}
+            found["nll"][here] = -own.gather(-1, targets[:, None])[:, 0]
+            found["original_nll"][here] = -wanted.gather(-1, targets[:, None])[:, 0]
+            found["kl"][here] = nn.functional.kl_div(own, wanted, reduction="none", log_target=True).sum(-1)
+            found["agrees"][here] = own.argmax(-1) == wanted.argmax(-1)
+    return found
 
 
 def _logits_by_piece(
