@@ -89,6 +89,7 @@ class FusedBlock:
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
+        position_ids: Tensor | None = None,
         output_attentions: bool | None = False,
         **_: Any,
     ) -> Tensor | None:
@@ -99,7 +100,7 @@ class FusedBlock:
             return None
         if (made := self._current(block, x)) is None or (layer := made.cache(past_key_values)) is None:
             return None
-        return made(x, layer, attention_mask, position_embeddings)
+        return made(x, layer, attention_mask, position_embeddings, position_ids)
 
     def _current(self, block: nn.Module, x: Tensor) -> "_NativeBlock | None":
         """The block as the kernels take it; None if they cannot compute what it is now, or not for such an input."""
@@ -177,20 +178,35 @@ class _NativeBlock:
         return getattr(self.attention, "kv_quantizer", None)
 
     def __call__(
-        self, x: Tensor, layer: Any, mask: Tensor | None, position_embeddings: tuple[Tensor, Tensor]
+        self,
+        x: Tensor,
+        layer: Any,
+        mask: Tensor | None,
+        position_embeddings: tuple[Tensor, Tensor],
+        positions: Tensor | None,
     ) -> Tensor:
         """The block's output; `layer` is what `cache` has found."""
         batch, count = x.shape[:2]
         x = x.contiguous()
         cos, sin = (each.expand(batch, -1, -1).to(x.dtype).contiguous() for each in position_embeddings)
         tokens = Tokens(x.data_ptr(), structures.DTYPES[x.dtype], batch, count, cos.data_ptr(), sin.data_ptr())
-        few = count == 1 or (mask is not None and count <= attention.FEW)
-        if few and isinstance(layer, QuantizedCacheLayer):
+        packed, quantizer, scaling = isinstance(layer, QuantizedCacheLayer), self.quantizer, self.attention.scaling
+        few = packed and (count == 1 or (mask is not None and count <= attention.FEW))
+        bias = None if quantizer is None or quantizer.key_bias is None else quantizer.key_bias.read(self.attention)
+        if few and bias is None:
             return self._whole(tokens, x, layer, mask)
-        query, keys, values = self._read(tokens, x, layer)
+        query, keys, values = self._read(tokens, x, layer, few)
+        if quantizer is not None and bias is not None:
+            positions = layer.positions if packed else positions
+            assert positions is not None, "transformers gives them beside their cosines"
+            if few:
+                more = scaling * quantizer.bias_scores(query, bias, positions)
+                bits = self.structure.kv_bits
+                attended = attention.attend(query, keys, values, mask, more, *NO_PASSES, scaling, bits)
+                return self._write(x, attended)
+            keys = quantizer.with_bias(keys, bias, positions, x.dtype)
         if isinstance(layer, Cache):
             keys, values = layer.update(keys, values, self.attention.layer_idx)
-        scaling = self.attention.scaling
         attended, _nothing = sdpa_attention_forward(self.attention, query, keys, values, mask, scaling=scaling)
         return self._write(x, attended)
 
@@ -215,21 +231,23 @@ class _NativeBlock:
         layer.advance(x.shape[1])
         return y
 
-    def _read(self, tokens: Tokens, x: Tensor, layer: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, and keys and values of the new tokens, or of all if the cache is packed."""
+    def _read(self, tokens: Tokens, x: Tensor, layer: Any, packed: bool) -> Any:
+        """Queries, and keys and values of the new tokens, or of all if the cache is packed, as tensors or `packed`."""
         (batch, count), block = x.shape[:2], self.structure
         query = x.new_empty(batch, block.heads, count, block.dim)
         keys, values = (x.new_empty(batch, block.kv_heads, count, block.dim) for _ in range(2))
-        packed: list[Any] = [None, None]
+        room: list[Any] = [None, None]
         length = 0
         if isinstance(layer, QuantizedCacheLayer):
-            *packed, length = self._room(layer, x)
-        native().dfrot_block_read(*machine(), block, tokens, *packed, length, *map(pointer, (query, keys, values)))
+            *room, length = self._room(layer, x)
+        native().dfrot_block_read(*machine(), block, tokens, *room, length, *map(pointer, (query, keys, values)))
         if isinstance(layer, QuantizedCacheLayer):
-            whole = layer.advance(count)
+            whole = [[*part] for part in layer.advance(count)]
+            if packed:
+                return query, *whole
             if length:
                 bits = self.structure.kv_bits
-                keys, values = (attention.unpack([*part], bits, x.dtype) for part in whole)
+                keys, values = (attention.unpack(part, bits, x.dtype) for part in whole)
         return query, keys, values
 
     def _write(self, x: Tensor, attended: Tensor) -> Tensor:
