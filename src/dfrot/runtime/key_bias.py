@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dfrot.models.graph import ModelGraph
 
-Positions = Int[Tensor, "#batch tokens"]
+Positions = Int[Tensor, "#batch length"]
 _TEXT_DEPENDENT = ("dynamic", "longrope")  # kinds of RoPE whose frequencies depend on the length of the text
 
 
@@ -58,29 +58,29 @@ class KeyBias:
 
     def turned(
         self, bias: Float[Tensor, " channels"], positions: Positions, dtype: torch.dtype
-    ) -> Float[Tensor, "#batch kv_heads tokens head_dim"]:
+    ) -> Float[Tensor, "#batch kv_heads length head_dim"]:
         """RoPE(b, p) in a stream of this dtype."""
-        cos, sin = (part[:, None] for part in self._angles(positions, dtype))  # (batch, 1, tokens, head_dim / 2)
+        cos, sin = (part[:, None] for part in self._angles(positions, dtype))  # (batch, 1, length, head_dim / 2)
         first, second = self._planes(bias, cos.dtype)  # (kv_heads, 1, head_dim / 2)
         return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
 
     def scores(
         self,
-        query: Float[Tensor, "batch heads queries head_dim"],
+        query: Float[Tensor, "batch heads tokens head_dim"],
         bias: Float[Tensor, " channels"],
         positions: Positions,
         dtype: torch.dtype,
-    ) -> Float[Tensor, "batch heads queries tokens"]:
+    ) -> Float[Tensor, "batch heads tokens length"]:
         """q · RoPE(b, p) in a stream of this dtype, p by p: with each plane's (q₁b₁ + q₂b₂) cos + (q₂b₁ − q₁b₂) sin no
         key is made."""
-        cos, sin = (part[:, None].mT for part in self._angles(positions, dtype))  # (batch, 1, head_dim / 2, tokens)
+        cos, sin = (part[:, None].mT for part in self._angles(positions, dtype))  # (batch, 1, head_dim / 2, length)
         first, second = self._planes(bias, cos.dtype)
         repeats = query.shape[1] // len(first)  # heads that share keys
         first, second = (part.repeat_interleave(repeats, 0) for part in (first, second))  # (heads, 1, head_dim / 2)
         one, other = query.to(cos.dtype).chunk(2, -1)
         return (one * first + other * second) @ cos + (other * first - one * second) @ sin
 
-    def _angles(self, positions: Positions, dtype: torch.dtype) -> list[Float[Tensor, "#batch tokens planes"]]:
+    def _angles(self, positions: Positions, dtype: torch.dtype) -> list[Float[Tensor, "#batch length planes"]]:
         """cos and sin, in the dtype of the computation."""
         wide = torch.float32 if dtype.itemsize == 2 else torch.float64
         frequencies = torch.tensor(self.frequencies, dtype=torch.float32, device=positions.device)
@@ -94,7 +94,7 @@ class KeyBias:
         return bias.to(dtype).view(-1, 1, 2 * len(self.frequencies)).chunk(2, -1)
 
 
-def positions_of_all(new: Positions, length: int, mask: Tensor | None) -> Int[Tensor, "#batch length"]:
+def positions_of_all(new: Int[Tensor, "#batch tokens"], length: int, mask: Tensor | None) -> Positions:
     """Positions of all keys from those of the new tokens, for a cache that keeps none.
 
     Those of earlier keys are counted backwards over the keys at which some query looks, as `generate` counts them.

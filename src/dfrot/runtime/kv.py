@@ -163,7 +163,7 @@ class KVQuantizer(nn.Module):
 
     def bias_scores(
         self, query: Heads, bias: Tensor, positions: Positions
-    ) -> Float[Tensor, "batch heads queries tokens"]:
+    ) -> Float[Tensor, "batch heads tokens length"]:
         """What the bias of keys adds to their products with queries, which are rotated; float64."""
         assert self.key_bias is not None, "who has it has it from there"
         plain = query.double() if self.rotation is None else self.rotation.T.apply(query.double())
