@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.cache_utils import Cache, DynamicLayer
@@ -20,7 +19,7 @@ from dfrot.quant.affine import SCALE_DTYPE, fake_quantize
 from dfrot.quant.grids import IntGrid, PerToken
 from dfrot.runtime.key_bias import positions_of_all
 from dfrot.runtime.kv import QuantizedCacheLayer, quantized_attention
-from tests.tiny_models import write_tiny_model
+from tests.tiny_models import write_biased_model
 
 NORM = 300.0  # of the bias, as in Qwen2.5; keys without it have a norm near 1
 TOKENS = torch.randint(1, 96, (2, 20), generator=torch.Generator().manual_seed(3))
@@ -31,16 +30,7 @@ Made = Callable[..., Path]
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """Tiny models whose keys have biases of norm NORM."""
 
-    def write(name: str = "qwen2", **words: Any) -> Path:
-        path = write_tiny_model(name, tmp_path_factory.mktemp("biased"), **words)
-        tensors = load_file(path / "model.safetensors")
-        for key, tensor in tensors.items():
-            if key.endswith("k_proj.bias"):
-                tensors[key] = tensor * (NORM / tensor.norm())
-        save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-        return path
-
-    return write
+    return lambda name="qwen2", **words: write_biased_model(name, tmp_path_factory.mktemp("biased"), NORM, **words)
 
 
 def checkpoint(source: Path, out: Path, spec: str = "w16a16kv4", dtype: torch.dtype | None = None, **words: Any) -> Any:
@@ -101,7 +91,7 @@ def test_few_bits_cost_as_little_as_without_a_bias(made: Made, tmp_path: Path, d
     content = nn.functional.linear(x, whole.model.layers[0].self_attn.k_proj.weight).view(2, 20, -1, 32).transpose(1, 2)
     _, content = apply_rotary_pos_emb(content, content, cos, sin)
     read = quantizer.unpack(quantizer.pack_keys(content.to(dtype)), dtype)
-    read = quantizer.with_bias(read.float(), attention.k_proj.bias, positions, dtype)
+    read = read.float() + quantizer.key_bias.at(attention.k_proj.bias, positions, dtype).keys(quantizer.rotation)
     off = (read - quantizer.rotate(wanted)).norm(dim=-1)
     rounding = 2**-8 * NORM if dtype == torch.bfloat16 else 0  # of b itself, and of angles
     assert float(off.max()) < 0.3 * float(content.norm(dim=-1).max()) + rounding

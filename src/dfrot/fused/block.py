@@ -178,33 +178,26 @@ class _NativeBlock:
         return getattr(self.attention, "kv_quantizer", None)
 
     def __call__(
-        self,
-        x: Tensor,
-        layer: Any,
-        mask: Tensor | None,
-        position_embeddings: tuple[Tensor, Tensor],
-        positions: Tensor | None,
+        self, x: Tensor, layer: Any, mask: Tensor | None, angles: tuple[Tensor, Tensor], positions: Tensor | None
     ) -> Tensor:
-        """The block's output; `layer` is what `cache` has found."""
+        """The block's output; `layer` is what `cache` has found, `angles` are the cosines and sines of `positions`."""
         batch, count = x.shape[:2]
         x = x.contiguous()
-        cos, sin = (each.expand(batch, -1, -1).to(x.dtype).contiguous() for each in position_embeddings)
+        cos, sin = (each.expand(batch, -1, -1).to(x.dtype).contiguous() for each in angles)
         tokens = Tokens(x.data_ptr(), structures.DTYPES[x.dtype], batch, count, cos.data_ptr(), sin.data_ptr())
         packed, quantizer, scaling = isinstance(layer, QuantizedCacheLayer), self.quantizer, self.attention.scaling
         few = packed and (count == 1 or (mask is not None and count <= attention.FEW))
-        bias = None if quantizer is None or quantizer.key_bias is None else quantizer.key_bias.read(self.attention)
-        if few and bias is None:
+        key_bias = None if quantizer is None else quantizer.key_bias
+        if few and key_bias is None:
             return self._whole(tokens, x, layer, mask)
         query, keys, values = self._read(tokens, x, layer, few)
-        if quantizer is not None and bias is not None:
-            positions = layer.positions if packed else positions
-            assert positions is not None, "transformers gives them beside their cosines"
+        if quantizer is not None and key_bias is not None:
+            at: Any = layer.positions if packed else positions
+            apart = key_bias.at(key_bias.read(self.attention), at, x.dtype)
             if few:
-                more = scaling * quantizer.bias_scores(query, bias, positions)
-                bits = self.structure.kv_bits
-                attended = attention.attend(query, keys, values, mask, more, *NO_PASSES, scaling, bits)
-                return self._write(x, attended)
-            keys = quantizer.with_bias(keys, bias, positions, x.dtype)
+                more, bits = scaling * apart.scores(query, quantizer.rotation), self.structure.kv_bits
+                return self._write(x, attention.attend(query, keys, values, mask, more, *NO_PASSES, scaling, bits))
+            keys = (keys + apart.keys(quantizer.rotation)).to(x.dtype)
         if isinstance(layer, Cache):
             keys, values = layer.update(keys, values, self.attention.layer_idx)
         attended, _nothing = sdpa_attention_forward(self.attention, query, keys, values, mask, scaling=scaling)

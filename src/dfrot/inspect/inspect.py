@@ -183,8 +183,9 @@ def _stream(
         keys = kept.keys
         if (bias := KeyBias.of(block, source.graph, source.skeleton.get_submodule(source.graph.rotary))) is not None:
             positions = torch.arange(keys.shape[2], device=device)[None]
-            keys = keys - bias.turned(bias.read(block.get_submodule(source.graph.attention)), positions, keys.dtype)
-        for kind, x, grid in (("keys", keys.float(), grids.keys), ("values", kept.values, grids.values)):
+            whole = bias.read(block.get_submodule(source.graph.attention))
+            keys = (keys - bias.at(whole, positions, keys.dtype).keys(None)).float()
+        for kind, x, grid in (("keys", keys, grids.keys), ("values", kept.values, grids.values)):
             for how, error in kv_errors(x, grid).items():
                 stats["kv"][kind][how].append(error)
     massive = torch.stack(masks)  # (norms, tokens)

@@ -1,107 +1,89 @@
 """The bias of keys, which stays out of the cache.
 
-RoPE turns linearly: RoPE(W x + b, p) = RoPE(W x, p) + RoPE(b, p). The last term is the same for all tokens at position
-p, and may be by far the larger one: in Qwen2.5-Coder-0.5B ‖b‖ reaches 393. Quantized together, both would share steps
-as wide as b. So only RoPE(W x, p) is quantized, and RoPE(b, p) is added where keys are read, or its scores are to
-theirs.
+RoPE is linear: RoPE(W x + b, p) = RoPE(W x, p) + RoPE(b, p). The last term is the same for all tokens at position p,
+and may be by far the larger one: ‖b‖ reaches 393 in Qwen2.5-Coder-0.5B. Quantized with it, what tells tokens apart
+would vanish between two steps. So only RoPE(W x, p) is quantized, and RoPE(b, p) is added where keys are read.
 """
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from dfrot.linalg.rotation import Rotation
 from dfrot.models.graph import ModelGraph
 
 Positions = Int[Tensor, "#batch length"]
-_TEXT_DEPENDENT = ("dynamic", "longrope")  # kinds of RoPE whose frequencies depend on the length of the text
+
+
+class BiasAt(NamedTuple):
+    """RoPE(b, p) for the positions p of some keys. Channels j and j + head_dim / 2 are the coordinates of a plane."""
+
+    first: Float[Tensor, "kv_heads 1 planes"]  # the coordinates of b
+    second: Float[Tensor, "kv_heads 1 planes"]
+    cos: Float[Tensor, "#batch 1 length planes"]
+    sin: Float[Tensor, "#batch 1 length planes"]
+
+    def keys(self, rotation: Rotation | None) -> Float[Tensor, "#batch kv_heads length head_dim"]:
+        """RoPE(b, p), rotated."""
+        (x, y), (cos, sin) = self[:2], self[2:]
+        turned = torch.cat([x * cos - y * sin, y * cos + x * sin], -1)
+        return turned if rotation is None else rotation.apply(turned)
+
+    def scores(self, query: Tensor, rotation: Rotation | None) -> Float[Tensor, "batch heads tokens length"]:
+        """Products of rotated queries (batch, heads, tokens, head_dim) with these keys, none of which is made."""
+        plain = query.double() if rotation is None else rotation.T.apply(query.double())
+        q, r = plain.to(self.cos.dtype).chunk(2, -1)
+        x, y = (part.repeat_interleave(query.shape[1] // len(part), 0) for part in self[:2])  # heads that share keys
+        return ((q * x + r * y) @ self.cos.mT + (r * x - q * y) @ self.sin.mT).double()
 
 
 @dataclass(frozen=True)
 class KeyBias:
-    """Which layer of an attention module has the bias b, (kv_heads · head_dim), and how positions turn its heads.
-
-    Channels j and j + head_dim / 2 are the coordinates of a plane. Angles are rounded to the element type of the
-    residual stream, as transformers does it; all else is computed in float64 (in float32 for 16-bit streams).
-    """
+    """Which layer of an attention module has a bias that stays out of the keys, and how positions turn it."""
 
     layer: str
-    frequencies: tuple[float, ...]  # of the planes, radians per position
+    frequencies: tuple[float, ...]  # of planes, radians per position
     scaling: float  # of cos and sin
 
     @staticmethod
-    def of(block: nn.Module, graph: ModelGraph, rotary: nn.Module) -> "KeyBias | None":
-        """For a block as its model's config makes it; None if its keys have no bias, or one that stays within them:
-        where a norm follows it, and where its turn is not a matter of the position alone.
-
-        Args:
-            rotary: transformers' module of the decoder; on any device.
-        """
-        fixed = getattr(rotary, "rope_type", None) not in _TEXT_DEPENDENT
-        if graph.key is None or graph.head_norms or not fixed or block.get_submodule(graph.key).bias is None:
+    def of(block: nn.Module, graph: ModelGraph, rotary: Any) -> "KeyBias | None":
+        """For a block as its model's config makes it, and the decoder's RoPE; None if keys have no bias, or one that
+        stays in: a norm follows it, or frequencies depend on the length of the text."""
+        if graph.key is None or graph.head_norms or block.get_submodule(graph.key).bias is None:
             return None
-        with torch.device("cpu"):
+        if rotary.rope_type in ("dynamic", "longrope"):
+            return None
+        with torch.device("cpu"):  # the block may be on no device
             made = type(rotary)(config=rotary.config)
         layer = graph.key.removeprefix(f"{graph.attention}.")
-        return KeyBias(layer, tuple(made.inv_freq.tolist()), made.attention_scaling)  # type: ignore[operator,arg-type]
+        return KeyBias(layer, tuple(made.inv_freq.tolist()), made.attention_scaling)
 
     def read(self, attention: nn.Module) -> Float[Tensor, " channels"]:
         """b as the attention module has it now."""
-        layer = attention.get_submodule(self.layer)
-        if layer.bias.is_meta:
-            from accelerate.utils import align_module_device  # has it elsewhere until it is needed
+        layer: Any = attention.get_submodule(self.layer)
+        if layer.bias.is_meta:  # accelerate has it elsewhere until the layer runs
+            from accelerate.utils import align_module_device
 
             with align_module_device(layer):
-                return layer.bias  # type: ignore[return-value]
-        return layer.bias  # type: ignore[return-value]
+                return layer.bias
+        return layer.bias
 
-    def turned(
-        self, bias: Float[Tensor, " channels"], positions: Positions, dtype: torch.dtype
-    ) -> Float[Tensor, "#batch kv_heads length head_dim"]:
-        """RoPE(b, p) in a stream of this dtype."""
-        cos, sin = (part[:, None] for part in self._angles(positions, dtype))  # (batch, 1, length, head_dim / 2)
-        first, second = self._planes(bias, cos.dtype)  # (kv_heads, 1, head_dim / 2)
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
-
-    def scores(
-        self,
-        query: Float[Tensor, "batch heads tokens head_dim"],
-        bias: Float[Tensor, " channels"],
-        positions: Positions,
-        dtype: torch.dtype,
-    ) -> Float[Tensor, "batch heads tokens length"]:
-        """q · RoPE(b, p) in a stream of this dtype, p by p: with each plane's (q₁b₁ + q₂b₂) cos + (q₂b₁ − q₁b₂) sin no
-        key is made."""
-        cos, sin = (part[:, None].mT for part in self._angles(positions, dtype))  # (batch, 1, head_dim / 2, length)
-        first, second = self._planes(bias, cos.dtype)
-        repeats = query.shape[1] // len(first)  # heads that share keys
-        first, second = (part.repeat_interleave(repeats, 0) for part in (first, second))  # (heads, 1, head_dim / 2)
-        one, other = query.to(cos.dtype).chunk(2, -1)
-        return (one * first + other * second) @ cos + (other * first - one * second) @ sin
-
-    def _angles(self, positions: Positions, dtype: torch.dtype) -> list[Float[Tensor, "#batch length planes"]]:
-        """cos and sin, in the dtype of the computation."""
+    def at(self, bias: Float[Tensor, " channels"], positions: Positions, dtype: torch.dtype) -> BiasAt:
+        """In a stream of this dtype, to which cos and sin are rounded as by transformers; all else is computed in
+        float64, for streams of 16 bits in float32."""
         wide = torch.float32 if dtype.itemsize == 2 else torch.float64
         frequencies = torch.tensor(self.frequencies, dtype=torch.float32, device=positions.device)
-        angles = positions[..., None].float() * frequencies
-        return [(part * self.scaling).to(dtype).to(wide) for part in (angles.cos(), angles.sin())]
-
-    def _planes(
-        self, bias: Float[Tensor, " channels"], dtype: torch.dtype
-    ) -> tuple[Float[Tensor, "kv_heads 1 planes"], ...]:
-        """The two coordinates of b in all planes."""
-        return bias.to(dtype).view(-1, 1, 2 * len(self.frequencies)).chunk(2, -1)
+        angles = positions[:, None, :, None].float() * frequencies
+        first, second = bias.to(wide).view(-1, 1, 2 * len(self.frequencies)).chunk(2, -1)
+        return BiasAt(first, second, *((f(angles) * self.scaling).to(dtype).to(wide) for f in (torch.cos, torch.sin)))
 
 
 def positions_of_all(new: Int[Tensor, "#batch tokens"], length: int, mask: Tensor | None) -> Positions:
-    """Positions of all keys from those of the new tokens, for a cache that keeps none.
-
-    Those of earlier keys are counted backwards over the keys at which some query looks, as `generate` counts them.
-
-    Args:
-        mask: (batch, 1, tokens, length), bool or what is added to scores; None where all keys are looked at.
-    """
+    """Positions of all keys from those of the new tokens, for a cache that keeps none: counted back over the keys at
+    which a query looks (mask (batch, 1, tokens, length), None: at all), as `generate` counts them."""
     if new.shape[-1] == length:
         return new
     if mask is None:

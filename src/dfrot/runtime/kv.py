@@ -31,7 +31,7 @@ from dfrot.linalg.rotation import Rotation
 from dfrot.quant.affine import SCALE_DTYPE, QParams, choose_qparams, dequantize, quantize
 from dfrot.quant.packing import pack, packed_width, unpack
 from dfrot.quant.spec import UNQUANTIZED, Spec, TensorSpec
-from dfrot.runtime.key_bias import KeyBias, Positions, positions_of_all
+from dfrot.runtime.key_bias import BiasAt, KeyBias, Positions, positions_of_all
 from dfrot.runtime.norms import differentiated, in_float64, straight_through
 
 Heads = Float[Tensor, "batch heads tokens head_dim"]
@@ -154,20 +154,6 @@ class KVQuantizer(nn.Module):
         codes = unpack(packed.codes, self.keys.bits, self.head_dim)
         qparams = QParams(packed.scale.to(wide), packed.zero.to(wide))
         return dequantize(codes, self.keys.token_granularity, qparams).to(dtype)
-
-    def with_bias(self, keys: Heads, bias: Tensor, positions: Positions, dtype: torch.dtype) -> Heads:
-        """Unpacked keys and what their bias adds to them, in a stream of this dtype."""
-        assert self.key_bias is not None, "who has it has it from there"
-        term = self.key_bias.turned(bias, positions, dtype)
-        return (keys + (term if self.rotation is None else self.rotation.apply(term))).to(keys.dtype)
-
-    def bias_scores(
-        self, query: Heads, bias: Tensor, positions: Positions
-    ) -> Float[Tensor, "batch heads tokens length"]:
-        """What the bias of keys adds to their products with queries, which are rotated; float64."""
-        assert self.key_bias is not None, "who has it has it from there"
-        plain = query.double() if self.rotation is None else self.rotation.T.apply(query.double())
-        return self.key_bias.scores(plain, bias, positions, query.dtype).double()
 
 
 class QuantizedCacheLayer(DynamicLayer):
@@ -303,22 +289,22 @@ def quantized_attention(
     if not isinstance(quantizer, KVQuantizer):
         raise ValueError(f"the attention '{ATTENTION}' belongs to checkpoints of dfrot that quantize keys and values")
     keys, values = GradedKV.of(key, quantizer.pack_keys), GradedKV.of(value, quantizer.pack_values)
-    apart: tuple[Tensor, Positions] | None = None  # the bias that stays out of keys, and where they are
+    apart: BiasAt | None = None
     if quantizer.key_bias is not None:
         positions, length = keys.positions, keys.packed.codes.shape[2]
         if positions is None:
             positions = positions_of_all(arguments["position_ids"], length, attention_mask)
-        apart = quantizer.key_bias.read(module), positions
+        apart = quantizer.key_bias.at(quantizer.key_bias.read(module), positions, query.dtype)
     tokens = query.shape[-2]
     fits = not output_attentions and (tokens == 1 if attention_mask is None else attention_mask.dtype == torch.bool)
-    graded = keys.new is not None or values.new is not None or (apart is not None and differentiated(apart[0]))
+    graded = keys.new is not None or values.new is not None or (apart is not None and differentiated(apart.first))
     if tokens <= attention.FEW and fits and quantizer.native(query) and not graded:
         prepared = quantizer.queries.enabled or apart is not None
         passes = NO_PASSES if prepared else quantizer.passes
         assert passes is not None, "native() has seen to it"
         scaling = arguments.get("scaling") or quantizer.head_dim**-0.5
         query = quantizer.quantize_queries(query) if prepared else query
-        more = None if apart is None else scaling * quantizer.bias_scores(query, *apart)
+        more = None if apart is None else scaling * apart.scores(query, quantizer.rotation)
         both = [*keys.packed], [*values.packed]
         return attention.attend(query, *both, attention_mask, more, *passes, scaling, quantizer.keys.bits), None
     dtype = query.dtype
@@ -331,7 +317,7 @@ def quantized_attention(
         parts = parts[0].double(), parts[1].double(), parts[2].double()
         mask = mask.double() if mask is not None and mask.dtype == torch.float32 else mask
     if apart is not None:
-        parts = parts[0], quantizer.with_bias(parts[1], *apart, dtype), parts[2]
+        parts = parts[0], (parts[1] + apart.keys(quantizer.rotation)).to(parts[1].dtype), parts[2]
     weights = attention.weights(*parts[:2], mask, arguments.get("scaling")).to(dtype) if output_attentions else None
     return sdpa_attention_forward(module, *parts, mask, **arguments)[0].to(dtype), weights
 

@@ -240,8 +240,8 @@ def _attention(
     key = quantized(rotated(key, heads.rotation), spec.keys, SCALE_DTYPE)
     if heads.key_bias is not None:
         bias = module.get_submodule(heads.key_bias.layer).bias()  # type: ignore[operator]
-        term = heads.key_bias.turned(bias, arguments["position_ids"], key.dtype)
-        key = (key + rotated(term, heads.rotation)).to(key.dtype)
+        apart = heads.key_bias.at(bias, arguments["position_ids"], key.dtype)
+        key = (key + apart.keys(heads.rotation)).to(key.dtype)
     return sdpa_attention_forward(module, query, key, quantized(value, spec.values, SCALE_DTYPE), mask, **arguments)
 
 
