@@ -180,11 +180,10 @@ def _stream(
                 stats["surface"] = stats["norms"][-1]
         stats["weights"] += weight_errors(block, index, source, fitted, grids.weights)
         kept = cache.layers[index]
-        keys = kept.keys
-        if (bias := KeyBias.of(block, source.graph, source.skeleton.get_submodule(source.graph.rotary))) is not None:
-            positions = torch.arange(keys.shape[2], device=device)[None]
-            whole = bias.read(block.get_submodule(source.graph.attention))
-            keys = (keys - bias.at(whole, positions, keys.dtype).keys(None)).float()
+        keys, rotary = kept.keys, source.skeleton.get_submodule(source.graph.rotary)
+        if (bias := KeyBias.of(block, source.graph, rotary, grids)) is not None:  # it stays out of the cache
+            whole, positions = bias.read(block.get_submodule(source.graph.attention)), torch.arange(keys.shape[2])[None]
+            keys = (keys - bias.at(whole, positions.to(device), keys.dtype).keys(None)).float()
         for kind, x, grid in (("keys", keys, grids.keys), ("values", kept.values, grids.values)):
             for how, error in kv_errors(x, grid).items():
                 stats["kv"][kind][how].append(error)

@@ -32,9 +32,7 @@ def install_(model: Any, runtime: RuntimeConfig) -> None:
     root = nn.ModuleDict({graph.decoder: decoder})  # the names of a language model, whatever the head
     use_torch_norms_(root, graph)
     blocks = list(root.get_submodule(graph.blocks).children())
-    key_bias = None
-    if runtime.spec.keys.enabled and blocks:
-        key_bias = KeyBias.of(blocks[0], graph, root.get_submodule(graph.rotary))
+    key_bias = KeyBias.of(blocks[0], graph, root.get_submodule(graph.rotary), runtime.spec) if blocks else None
     for block in blocks:
         install_block_(block, graph, runtime, key_bias)
     if runtime.spec.keys.enabled:
@@ -69,11 +67,8 @@ def _width(block: nn.Module, name: str) -> int:
 def install_block_(
     block: nn.Module, graph: ModelGraph, runtime: RuntimeConfig, key_bias: KeyBias | None = None
 ) -> None:
-    """Replace norms, activations and linear layers of a decoder block by the runtime's.
-
-    Args:
-        key_bias: if attention adds the bias of keys, so that their layer must not.
-    """
+    """Replace norms, activations and linear layers of a decoder block by the runtime's; with a `key_bias` the layer of
+    keys leaves its bias to attention."""
     _check_sizes(block, graph, runtime)
     rotations: dict[str, Rotation | BlockRotation] = dict(runtime.online)
     for site, (size, count) in runtime.rotation_blocks.items():

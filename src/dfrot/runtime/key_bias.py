@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dfrot.linalg.rotation import Rotation
 from dfrot.models.graph import ModelGraph
+from dfrot.quant.spec import Spec
 
 Positions = Int[Tensor, "#batch length"]
 
@@ -49,12 +50,12 @@ class KeyBias:
     scaling: float  # of cos and sin
 
     @staticmethod
-    def of(block: nn.Module, graph: ModelGraph, rotary: Any) -> "KeyBias | None":
-        """For a block as its model's config makes it, and the decoder's RoPE; None if keys have no bias, or one that
-        stays in: a norm follows it, or frequencies depend on the length of the text."""
-        if graph.key is None or graph.head_norms or block.get_submodule(graph.key).bias is None:
+    def of(block: nn.Module, graph: ModelGraph, rotary: Any, spec: Spec) -> "KeyBias | None":
+        """For a block as its model's config makes it, and the decoder's RoPE; None if keys are not quantized, or have
+        no bias, or one that stays in: a norm follows it, or frequencies depend on the length of the text."""
+        if not spec.keys.enabled or graph.key is None or block.get_submodule(graph.key).bias is None:
             return None
-        if rotary.rope_type in ("dynamic", "longrope"):
+        if graph.head_norms or rotary.rope_type in ("dynamic", "longrope"):
             return None
         with torch.device("cpu"):  # the block may be on no device
             made = type(rotary)(config=rotary.config)

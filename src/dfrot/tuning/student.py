@@ -313,9 +313,7 @@ class Student:
         graph, spec = self.source.graph, self.runtime.spec
         prefix = f"{graph.blocks}.{index}."
         block = self.source.empty_block(index)
-        key_bias = None
-        if spec.keys.enabled:
-            key_bias = KeyBias.of(block, graph, self.source.skeleton.get_submodule(graph.rotary))
+        key_bias = KeyBias.of(block, graph, self.source.skeleton.get_submodule(graph.rotary), spec)
         install_block_(block, graph, self.runtime, key_bias)
         missing = {name: tensor for name, tensor in block.state_dict().items() if name not in tensors}
         assert all(name.endswith(".bias") for name in missing), "the checkpoint has everything but new biases"
