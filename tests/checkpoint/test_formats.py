@@ -37,6 +37,11 @@ def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     (path / "config.json").write_text(json.dumps(record))
 
 
+def logits(path: Path, tokens: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return dfrot.load(path, dtype=torch.float32)[0](tokens, use_cache=False).logits
+
+
 @torch.no_grad()
 def logits_with_bias_in_keys(path: Path, tokens: torch.Tensor) -> torch.Tensor:
     """As format 3 quantized keys: with their bias. Nothing else of what a checkpoint computes has changed."""
