@@ -151,8 +151,10 @@ def test_padding_on_the_left_does_not_change_what_follows(made: Made, tmp_path: 
     masks = torch.cat([mask, torch.ones_like(mask)])
     written = [model.generate(both, attention_mask=masks, use_cache=use, **settings) for use in (True, False)]
     assert torch.equal(*written)
-    static = model.generate(both, attention_mask=masks, cache_implementation="static", **settings)
-    assert torch.equal(static, written[0])
+    for tokens, mask in ((both, masks), (both[1:], masks[1:]), (both[1:, :6], masks[1:, :6])):
+        settings["attention_mask"] = mask
+        static = model.generate(tokens, cache_implementation="static", **settings)
+        assert torch.equal(static, model.generate(tokens, **settings))
 
 
 @SPECS
@@ -180,6 +182,7 @@ def test_positions_are_counted_over_the_keys_that_some_query_sees() -> None:
     added = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
     assert torch.equal(positions_of_all(torch.tensor([[2, 3]]), 8, added), found)
     assert positions_of_all(torch.tensor([[7]]), 4, None).tolist() == [[4, 5, 6, 7]]
+    assert positions_of_all(torch.tensor([[7, 9]]), 3, None)[:, :2].tolist() == [[7, 9]]  # and room
 
 
 @SPECS

@@ -84,9 +84,14 @@ class KeyBias:
 
 def positions_of_all(new: Int[Tensor, "#batch tokens"], length: int, mask: Tensor | None) -> Positions:
     """Positions of all keys from those of the new tokens, for a cache that keeps none: counted back over the keys at
-    which a query looks (mask (batch, 1, tokens, length), None: at all), as `generate` counts them."""
-    if new.shape[-1] == length:
-        return new
+    which a query looks, as `generate` counts them.
+
+    Args:
+        mask: (batch, 1, tokens, length); None: one query looks at all keys, the i-th of several at the first i.
+    """
+    tokens = new.shape[-1]
+    if tokens == length or (mask is None and tokens > 1):  # no key before, and maybe room behind
+        return nn.functional.pad(new, (0, length - tokens))
     if mask is None:
         return new[:, -1:] + torch.arange(1 - length, 1, device=new.device)
     looked = (mask if mask.dtype == torch.bool else mask == 0).flatten(1, 2).any(1)  # (batch, length)
