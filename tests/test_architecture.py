@@ -33,8 +33,8 @@ FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 # kernels and tuning, which it has room for but could do without.
 CORE = ("linalg", "quant", "models", "transform", "methods", "rounding", "checkpoint", "runtime", "pipeline", "system")
 # From here on the whole grows by whole capabilities only, each of which names its lines in the CHANGELOG.
-CORE_BUDGET = 6_653
-BUDGET = 13_097
+CORE_BUDGET = 6_654
+BUDGET = 13_101
 
 
 def modules() -> Iterator[tuple[str, Path, ast.Module]]:

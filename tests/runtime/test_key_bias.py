@@ -307,3 +307,17 @@ def test_copies_pickles_and_saved_models_compute_the_same(made: Made, tmp_path: 
     for block, bias in zip(model.model.layers, before, strict=True):
         block.self_attn.k_proj.bias.copy_(bias)
     assert torch.equal(steps(model), expected)
+
+
+def test_a_layer_may_be_wrapped_or_replaced_by_one_that_adds_its_bias(made: Made, tmp_path: Path) -> None:
+    model = checkpoint(made(head_dim=32), tmp_path / "out")
+    expected = steps(model)
+    attention = model.model.layers[0].self_attn
+    layer = attention.k_proj
+    attention.k_proj = nn.Sequential(layer)
+    close(steps(model), expected)
+    attention.k_proj = nn.Linear(layer.in_features, layer.out_features)
+    attention.k_proj.weight, attention.k_proj.bias = layer.weight, layer.bias
+    within = logits(model, use_cache=False)
+    layer.adds_bias, attention.kv_quantizer.key_bias, attention.k_proj = True, None, layer
+    close(logits(model, use_cache=False), within)

@@ -24,6 +24,7 @@ from dfrot.kernels.lowering import NO_PASSES, Lowered
 from dfrot.kernels.structures import Block, Grid, Norm, Tokens, Transform, Weights, machine, native, pointer
 from dfrot.models.graph import Config, ModelGraph, head_dim
 from dfrot.quant.spec import UNQUANTIZED
+from dfrot.runtime.key_bias import left_out
 from dfrot.runtime.kv import ATTENTION, KVQuantizer, QuantizedCacheLayer
 from dfrot.runtime.linear import QuantLinear
 from dfrot.runtime.norms import RotatedNorm, differentiated
@@ -185,15 +186,16 @@ class _NativeBlock:
         x = x.contiguous()
         cos, sin = (each.expand(batch, -1, -1).to(x.dtype).contiguous() for each in angles)
         tokens = Tokens(x.data_ptr(), structures.DTYPES[x.dtype], batch, count, cos.data_ptr(), sin.data_ptr())
-        packed, quantizer, scaling = isinstance(layer, QuantizedCacheLayer), self.quantizer, self.attention.scaling
+        packed, scaling = isinstance(layer, QuantizedCacheLayer), self.attention.scaling
+        quantizer: Any = self.quantizer
         few = packed and (count == 1 or (mask is not None and count <= attention.FEW))
-        key_bias = None if quantizer is None else quantizer.key_bias
-        if few and key_bias is None:
+        bias = None if quantizer is None or quantizer.key_bias is None else left_out(self.attention)
+        if few and bias is None:
             return self._whole(tokens, x, layer, mask)
         query, keys, values = self._read(tokens, x, layer, few)
-        if quantizer is not None and key_bias is not None:
+        if bias is not None:
             at: Any = layer.positions if packed else positions
-            apart = key_bias.at(key_bias.read(self.attention), at, x.dtype)
+            apart = quantizer.key_bias.at(bias, at, x.dtype)
             if few:
                 more, bits = scaling * apart.scores(query, quantizer.rotation), self.structure.kv_bits
                 return self._write(x, attention.attend(query, keys, values, mask, more, *NO_PASSES, scaling, bits))

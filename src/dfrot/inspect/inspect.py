@@ -182,8 +182,9 @@ def _stream(
         kept = cache.layers[index]
         keys, rotary = kept.keys, source.skeleton.get_submodule(source.graph.rotary)
         if (bias := KeyBias.of(block, source.graph, rotary, grids)) is not None:  # it stays out of the cache
-            whole, positions = bias.read(block.get_submodule(source.graph.attention)), torch.arange(keys.shape[2])[None]
-            keys = (keys - bias.at(whole, positions.to(device), keys.dtype).keys(None)).float()
+            whole: Any = block.get_submodule(str(source.graph.key)).bias
+            positions = torch.arange(keys.shape[2], device=device)[None]
+            keys = (keys - bias.at(whole, positions, keys.dtype).keys(None)).float()
         for kind, x, grid in (("keys", keys, grids.keys), ("values", kept.values, grids.values)):
             for how, error in kv_errors(x, grid).items():
                 stats["kv"][kind][how].append(error)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dfrot.linalg.rotation import Rotation
 from dfrot.models.graph import ModelGraph
 from dfrot.quant.spec import Spec
+from dfrot.runtime.linear import QuantLinear
 
 Positions = Int[Tensor, "#batch length"]
 
@@ -43,9 +44,8 @@ class BiasAt(NamedTuple):
 
 @dataclass(frozen=True)
 class KeyBias:
-    """Which layer of an attention module has a bias that stays out of the keys, and how positions turn it."""
+    """How positions turn a bias that stays out of the keys."""
 
-    layer: str
     frequencies: tuple[float, ...]  # of planes, radians per position
     scaling: float  # of cos and sin
 
@@ -59,18 +59,7 @@ class KeyBias:
             return None
         with torch.device("cpu"):  # the block may be on no device
             made = type(rotary)(config=rotary.config)
-        layer = graph.key.removeprefix(f"{graph.attention}.")
-        return KeyBias(layer, tuple(made.inv_freq.tolist()), made.attention_scaling)
-
-    def read(self, attention: nn.Module) -> Float[Tensor, " channels"]:
-        """b as the attention module has it now."""
-        layer: Any = attention.get_submodule(self.layer)
-        if layer.bias.is_meta:  # accelerate has it elsewhere until the layer runs
-            from accelerate.utils import align_module_device
-
-            with align_module_device(layer):
-                return layer.bias
-        return layer.bias
+        return KeyBias(tuple(made.inv_freq.tolist()), made.attention_scaling)
 
     def at(self, bias: Float[Tensor, " channels"], positions: Positions, dtype: torch.dtype) -> BiasAt:
         """In a stream of this dtype, to which cos and sin are rounded as by transformers; all else is computed in
@@ -80,6 +69,18 @@ class KeyBias:
         angles = positions[:, None, :, None].float() * frequencies
         first, second = bias.to(wide).view(-1, 1, 2 * len(self.frequencies)).chunk(2, -1)
         return BiasAt(first, second, *((f(angles) * self.scaling).to(dtype).to(wide) for f in (torch.cos, torch.sin)))
+
+
+def left_out(attention: nn.Module) -> Float[Tensor, " channels"] | None:
+    """The bias that the layer of keys leaves out, as it is now; None if another layer has taken its place."""
+    layer: Any = next((m for m in attention.modules() if isinstance(m, QuantLinear) and not m.adds_bias), None)
+    bias = None if layer is None else layer.bias
+    if bias is None or not bias.is_meta:
+        return bias
+    from accelerate.utils import align_module_device  # which has it elsewhere until the layer runs
+
+    with align_module_device(layer):
+        return layer.bias
 
 
 def positions_of_all(new: Int[Tensor, "#batch tokens"], length: int, mask: Tensor | None) -> Positions:

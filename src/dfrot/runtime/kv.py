@@ -31,7 +31,7 @@ from dfrot.linalg.rotation import Rotation
 from dfrot.quant.affine import SCALE_DTYPE, QParams, choose_qparams, dequantize, quantize
 from dfrot.quant.packing import pack, packed_width, unpack
 from dfrot.quant.spec import UNQUANTIZED, Spec, TensorSpec
-from dfrot.runtime.key_bias import BiasAt, KeyBias, Positions, positions_of_all
+from dfrot.runtime.key_bias import BiasAt, KeyBias, Positions, left_out, positions_of_all
 from dfrot.runtime.norms import differentiated, in_float64, straight_through
 
 Heads = Float[Tensor, "batch heads tokens head_dim"]
@@ -290,11 +290,11 @@ def quantized_attention(
         raise ValueError(f"the attention '{ATTENTION}' belongs to checkpoints of dfrot that quantize keys and values")
     keys, values = GradedKV.of(key, quantizer.pack_keys), GradedKV.of(value, quantizer.pack_values)
     apart: BiasAt | None = None
-    if quantizer.key_bias is not None:
+    if quantizer.key_bias is not None and (bias := left_out(module)) is not None:
         positions, length = keys.positions, keys.packed.codes.shape[2]
         if positions is None:
             positions = positions_of_all(arguments["position_ids"], length, attention_mask)
-        apart = quantizer.key_bias.at(quantizer.key_bias.read(module), positions, query.dtype)
+        apart = quantizer.key_bias.at(bias, positions, query.dtype)
     tokens = query.shape[-2]
     fits = not output_attentions and (tokens == 1 if attention_mask is None else attention_mask.dtype == torch.bool)
     graded = keys.new is not None or values.new is not None or (apart is not None and differentiated(apart.first))

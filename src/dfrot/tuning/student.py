@@ -225,9 +225,9 @@ class StudentLinear(nn.Module):
 class _Heads(nn.Module):
     """How an attention module treats its heads: R3 on queries and keys, the grids, the bias that stays out of keys."""
 
-    def __init__(self, spec: Spec, rotation: Rotation | None, key_bias: KeyBias | None) -> None:
+    def __init__(self, spec: Spec, rotation: Rotation | None, key_bias: KeyBias | None, bias: Trained | None) -> None:
         super().__init__()
-        self.spec, self.rotation, self.key_bias = spec, rotation, key_bias
+        self.spec, self.rotation, self.key_bias, self.bias = spec, rotation, key_bias, bias
 
 
 def _attention(
@@ -238,9 +238,8 @@ def _attention(
     spec = heads.spec
     query = quantized(rotated(query, heads.rotation), spec.queries)
     key = quantized(rotated(key, heads.rotation), spec.keys, SCALE_DTYPE)
-    if heads.key_bias is not None:
-        bias = module.get_submodule(heads.key_bias.layer).bias()  # type: ignore[operator]
-        apart = heads.key_bias.at(bias, arguments["position_ids"], key.dtype)
+    if heads.key_bias is not None and heads.bias is not None:
+        apart = heads.key_bias.at(heads.bias(), arguments["position_ids"], key.dtype)
         key = (key + apart.keys(heads.rotation)).to(key.dtype)
     return sdpa_attention_forward(module, query, key, quantized(value, spec.values, SCALE_DTYPE), mask, **arguments)
 
@@ -344,7 +343,8 @@ class Student:
                 block.set_submodule(name, self._linear(module, name, grid, trained))
         attention = block.get_submodule(graph.attention)
         attention.config._attn_implementation = _ATTENTION  # type: ignore[union-attr]
-        attention.student_heads = _Heads(spec, self.runtime.keys if spec.keys.enabled else None, key_bias)
+        bias: Any = None if key_bias is None else block.get_submodule(str(graph.key)).bias
+        attention.student_heads = _Heads(spec, self.runtime.keys if spec.keys.enabled else None, key_bias, bias)
         return block
 
     def _linear(self, module: nn.Module, name: str, grid: TensorSpec, trained: Callable[..., Trained]) -> nn.Module:
