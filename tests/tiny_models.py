@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -79,6 +80,17 @@ def write_tiny_model(
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<pad>").save_pretrained(folder)
+    return folder
+
+
+def write_biased_model(name: str, folder: Path, norm: float = 300.0, **words: Any) -> Path:
+    """Write the tiny model `name`, its keys' biases as large as some of Qwen2.5's; without them keys are near 1."""
+    write_tiny_model(name, folder, **words)
+    tensors = load_file(folder / "model.safetensors")
+    for key, tensor in tensors.items():
+        if key.endswith("k_proj.bias"):
+            tensors[key] = tensor * (norm / tensor.norm())
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 

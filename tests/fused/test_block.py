@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 import dfrot
 from dfrot.fused.block import FusedBlock
 from dfrot.kernels.library import backend, instruction_set
-from tests.tiny_models import CONFIGS, write_tiny_model
+from tests.tiny_models import CONFIGS, write_biased_model, write_tiny_model
 
 TOKENS = torch.randint(1, 96, (2, 20), generator=torch.Generator().manual_seed(3))
 # Between the two ways, relative to the largest logit. What quantizers are handed is equal to the last bit; only float32
@@ -76,6 +76,15 @@ def test_a_step_is_the_block_layer_by_layer(
 ) -> None:
     """Padding is not compared: it attends to nothing."""
     model = checkpoint(wide(name), tmp_path / "out", text_file, **{"spec": "w4a4kv4", **METHODS[method]})
+    assert_the_short_way_is_the_long_way(model, monkeypatch)
+
+
+@pytest.mark.parametrize("words", [{"spec": "w4a4kv4"}, {"spec": "w8a8kv8", "quantize_queries": True}])
+@pytest.mark.parametrize("name", ["qwen2", "llama"])
+def test_keys_with_large_biases_take_the_short_way_too(
+    tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch, name: str, words: dict[str, Any]
+) -> None:
+    model = checkpoint(write_biased_model(name, tmp_path / "model", head_dim=32), tmp_path / "out", text_file, **words)
     assert_the_short_way_is_the_long_way(model, monkeypatch)
 
 

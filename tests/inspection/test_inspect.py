@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
+from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 
 import dfrot
 from dfrot.cli import main
@@ -251,8 +252,11 @@ def test_kv_errors_are_those_of_the_models_own_cache(found: dict[str, Any], mode
     cache = DynamicCache()
     model(token_ids, past_key_values=cache)
     for block, layer in enumerate(cache.layers):
-        for kind in ("keys", "values"):
-            x = getattr(layer, kind)[0].numpy()  # (heads, tokens, head_dim)
+        own = model.model.layers[block].self_attn.k_proj.bias.view(1, -1, 1, layer.keys.shape[-1])
+        angles = model.model.rotary_emb(own, torch.arange(layer.keys.shape[2])[None])
+        _, turned = apply_rotary_pos_emb(own, own, *angles)  # which stays out of the cache
+        for kind, states in (("keys", layer.keys - turned), ("values", layer.values)):
+            x = states[0].detach().numpy()  # (heads, tokens, head_dim)
             views = {"plain": x, "rotated": x @ Hadamard(x.shape[-1]).as_matrix().numpy()}
             expected = {name: relative(y, 0.95, kept=True).mean() for name, y in views.items()}
             assert {how: found["kv"][kind][how][block] for how in views} == pytest.approx(expected, rel=1e-4)

@@ -17,7 +17,7 @@ void dfrot_append(int isa, int threads, const void *x, int dtype, int64_t batch,
 void dfrot_unpack_cache(int threads, const cache_t *cache, int64_t batch, int64_t tokens, void *to, int dtype);
 int dfrot_attend(int isa, int threads, const void *q, int dtype, int64_t batch, int64_t heads, int64_t tokens,
                  int64_t length, const transform_t *transform, double scaling, const uint8_t *mask, int64_t mask_batch,
-                 int64_t mask_stride, const cache_t *keys, const cache_t *values, void *y);
+                 int64_t mask_stride, const double *more, const cache_t *keys, const cache_t *values, void *y);
 
 static uint64_t state = 1;
 static float uniform(void) { /* −1 … 1 */
@@ -131,8 +131,10 @@ static void check_attention(int isa, int bits, int64_t dim, int64_t length, int6
     dfrot_unpack_cache(2, &values, BATCH, length, v, FLOAT32);
     uint8_t *mask = exact((size_t)(BATCH * tokens * length));
     for (int64_t i = 0; i < BATCH * tokens * length; i++) mask[i] = uniform() > -0.5f;
-    CHECK(dfrot_attend(isa, 2, q, FLOAT32, BATCH, HEADS, tokens, length, &none, 0.3, mask, tokens * length, length, &keys,
-                       &values, y) == 0, "attend: no memory\n");
+    double *more = exact((size_t)(BATCH * HEADS * tokens * length) * sizeof *more);
+    for (int64_t i = 0; i < BATCH * HEADS * tokens * length; i++) more[i] = uniform();
+    CHECK(dfrot_attend(isa, 2, q, FLOAT32, BATCH, HEADS, tokens, length, &none, 0.3, mask, tokens * length, length, more,
+                       &keys, &values, y) == 0, "attend: no memory\n");
     double *p = exact((size_t)length * sizeof *p);
     for (int64_t at = 0; at < BATCH * HEADS * tokens; at++) {
         int64_t sequence = at / (HEADS * tokens), head = at / tokens % HEADS, token = at % tokens;
@@ -141,7 +143,7 @@ static void check_attention(int isa, int bits, int64_t dim, int64_t length, int6
         for (int64_t t = 0; t < length; t++) {
             double score = 0;
             for (int64_t j = 0; j < dim; j++) score += q[at * dim + j] * k[(group * length + t) * dim + j];
-            p[t] = mask[(sequence * tokens + token) * length + t] ? exp(0.3 * score) : 0;
+            p[t] = mask[(sequence * tokens + token) * length + t] ? exp(0.3 * score + more[at * length + t]) : 0;
             sum += p[t];
         }
         for (int64_t j = 0; j < dim; j++) {
@@ -152,7 +154,7 @@ static void check_attention(int isa, int bits, int64_t dim, int64_t length, int6
         }
     }
     free(keys.codes), free(keys.scale), free(keys.zero), free(values.codes), free(values.scale), free(values.zero);
-    free(k), free(v), free(q), free(y), free(mask), free(p);
+    free(k), free(v), free(q), free(y), free(mask), free(p), free(more);
 }
 
 int main(void) {

@@ -70,7 +70,7 @@ def test_attention_over_the_cache_is_sdpa_over_what_it_stands_for(
     mask = None if tokens == 1 else torch.rand(BATCH, 1, tokens, LENGTH, generator=generator) > 0.3
     passes = lower(rotation)
     assert passes is not None
-    y = attention.attend(query, *map(list, packed), mask, *passes, head_dim**-0.5, spec.bits)
+    y = attention.attend(query, *map(list, packed), mask, None, *passes, head_dim**-0.5, spec.bits)
     rotated = query.double() @ rotation.as_matrix()
     expected = torch.nn.functional.scaled_dot_product_attention(rotated, k, v, attn_mask=mask).transpose(1, 2)
     # scores are sums of head_dim products, and the output a mean of values
@@ -85,7 +85,7 @@ def test_a_query_that_may_look_nowhere_gets_zeros_and_nan_is_not_hidden(isa: int
     mask = torch.ones(BATCH, 1, 2, LENGTH, dtype=torch.bool)
     mask[0, 0, 0] = False
     query = torch.randn(BATCH, HEADS, 2, 32, generator=generator)
-    y = attention.attend(query, *map(list, packed), mask, *NO_PASSES, 1.0, spec.bits)
+    y = attention.attend(query, *map(list, packed), mask, None, *NO_PASSES, 1.0, spec.bits)
     assert (y[0, 0] == 0).all()
     assert y[1, :, 1].isnan().all()
     assert y[0, 1].isfinite().all()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import dfrot
 from dfrot.linalg.rotation import Hadamard
 from dfrot.quant.affine import choose_qparams, quantize
-from dfrot.quant.spec import TensorSpec
+from dfrot.quant.spec import UNQUANTIZED, TensorSpec
 from dfrot.runtime.kv import KVQuantizer, QuantizedCacheLayer, quantized_attention
 from dfrot.runtime.linear import QuantLinear, packed_tensors
 
@@ -37,7 +37,7 @@ def test_the_gradient_of_attention_is_that_at_the_quantized_keys_and_values(
     head_dim: int, bits: int, cached: int, queries: bool, generator: torch.Generator
 ) -> None:
     spec, rotation = TensorSpec(bits, symmetric=False, clip_ratio=0.95), Hadamard(head_dim)
-    quantizer = KVQuantizer(spec, spec, rotation, head_dim, *([spec] if queries else []))
+    quantizer = KVQuantizer(spec, spec, rotation, head_dim, spec if queries else UNQUANTIZED)
     query = torch.randn(1, 4, 4, head_dim, generator=generator, requires_grad=True)
     keys, values = (torch.randn(1, 2, cached + 4, head_dim, generator=generator) for _ in range(2))
     new_keys, new_values = (states[:, :, cached:].clone().requires_grad_() for states in (keys, values))

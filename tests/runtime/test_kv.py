@@ -79,6 +79,9 @@ def test_the_bytes_of_a_cached_token_are_those_of_the_record(model: Any) -> None
     assert all(isinstance(layer, QuantizedCacheLayer) for layer in cache.layers)
     stored = sum(packed.nbytes for layer in cache.layers for packed in layer._packed)
     assert stored == TOKENS.numel() * kv_bytes_per_token(read_config(Path(model.name_or_path)), SPEC)
+    layer = cache.layers[0]
+    layer._room = layer._packed
+    assert layer.nbytes == stored / 2 + 4 * TOKENS.numel()  # the positions at which the keys' bias is turned
 
 
 def test_a_step_with_the_packed_cache_equals_the_whole_pass(model: Any) -> None:

@@ -192,5 +192,5 @@ def _passing_by(mask: Bool[Tensor, " tokens"], layer: QuantLinear, args: tuple[T
     """A forward hook: the layer's outputs (1, tokens, out), of masked tokens from inputs that are not quantized."""
     massive = mask.to(output.device)
     x = layer.rotated(args[0][:, massive])
-    output[:, massive] = nn.functional.linear(x, layer.dense_weight(x.dtype), layer.bias)
+    output[:, massive] = nn.functional.linear(x, layer.dense_weight(x.dtype), layer.added)
     return output

@@ -239,6 +239,6 @@ def model_size(path: Path) -> dict[str, int | float]:
 
 
 def kv_bytes_per_token(config: Any, spec: TensorSpec) -> int:
-    """Bytes that one token takes in the cache of all layers."""
+    """Bytes that keys and values of one token take in the cache of all layers, without its position."""
     per_head = packed_width(head_dim(config), spec.bits) + _QPARAM_BYTES if spec.enabled else 2 * head_dim(config)
     return 2 * config.num_hidden_layers * config.num_key_value_heads * per_head

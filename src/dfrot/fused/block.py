@@ -24,6 +24,7 @@ from dfrot.kernels.lowering import NO_PASSES, Lowered
 from dfrot.kernels.structures import Block, Grid, Norm, Tokens, Transform, Weights, machine, native, pointer
 from dfrot.models.graph import Config, ModelGraph, head_dim
 from dfrot.quant.spec import UNQUANTIZED
+from dfrot.runtime.key_bias import left_out
 from dfrot.runtime.kv import ATTENTION, KVQuantizer, QuantizedCacheLayer
 from dfrot.runtime.linear import QuantLinear
 from dfrot.runtime.norms import RotatedNorm, differentiated
@@ -89,6 +90,7 @@ class FusedBlock:
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
+        position_ids: Tensor | None = None,
         output_attentions: bool | None = False,
         **_: Any,
     ) -> Tensor | None:
@@ -99,7 +101,7 @@ class FusedBlock:
             return None
         if (made := self._current(block, x)) is None or (layer := made.cache(past_key_values)) is None:
             return None
-        return made(x, layer, attention_mask, position_embeddings)
+        return made(x, layer, attention_mask, position_embeddings, position_ids)
 
     def _current(self, block: nn.Module, x: Tensor) -> "_NativeBlock | None":
         """The block as the kernels take it; None if they cannot compute what it is now, or not for such an input."""
@@ -177,20 +179,29 @@ class _NativeBlock:
         return getattr(self.attention, "kv_quantizer", None)
 
     def __call__(
-        self, x: Tensor, layer: Any, mask: Tensor | None, position_embeddings: tuple[Tensor, Tensor]
+        self, x: Tensor, layer: Any, mask: Tensor | None, angles: tuple[Tensor, Tensor], positions: Tensor | None
     ) -> Tensor:
-        """The block's output; `layer` is what `cache` has found."""
+        """The block's output; `layer` is what `cache` has found, `angles` are the cosines and sines of `positions`."""
         batch, count = x.shape[:2]
         x = x.contiguous()
-        cos, sin = (each.expand(batch, -1, -1).to(x.dtype).contiguous() for each in position_embeddings)
+        cos, sin = (each.expand(batch, -1, -1).to(x.dtype).contiguous() for each in angles)
         tokens = Tokens(x.data_ptr(), structures.DTYPES[x.dtype], batch, count, cos.data_ptr(), sin.data_ptr())
-        few = count == 1 or (mask is not None and count <= attention.FEW)
-        if few and isinstance(layer, QuantizedCacheLayer):
+        packed, scaling = isinstance(layer, QuantizedCacheLayer), self.attention.scaling
+        quantizer: Any = self.quantizer
+        few = packed and (count == 1 or (mask is not None and count <= attention.FEW))
+        bias = None if quantizer is None or quantizer.key_bias is None else left_out(self.attention)
+        if few and bias is None:
             return self._whole(tokens, x, layer, mask)
-        query, keys, values = self._read(tokens, x, layer)
+        query, keys, values = self._read(tokens, x, layer, few)
+        if bias is not None:
+            at: Any = layer.positions if packed else positions
+            apart = quantizer.key_bias.at(bias, at, x.dtype)
+            if few:
+                more, bits = scaling * apart.scores(query, quantizer.rotation), self.structure.kv_bits
+                return self._write(x, attention.attend(query, keys, values, mask, more, *NO_PASSES, scaling, bits))
+            keys = (keys + apart.keys(quantizer.rotation)).to(x.dtype)
         if isinstance(layer, Cache):
             keys, values = layer.update(keys, values, self.attention.layer_idx)
-        scaling = self.attention.scaling
         attended, _nothing = sdpa_attention_forward(self.attention, query, keys, values, mask, scaling=scaling)
         return self._write(x, attended)
 
@@ -215,21 +226,23 @@ class _NativeBlock:
         layer.advance(x.shape[1])
         return y
 
-    def _read(self, tokens: Tokens, x: Tensor, layer: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, and keys and values of the new tokens, or of all if the cache is packed."""
+    def _read(self, tokens: Tokens, x: Tensor, layer: Any, packed: bool) -> Any:
+        """Queries, and keys and values of the new tokens, or of all if the cache is packed, as tensors or `packed`."""
         (batch, count), block = x.shape[:2], self.structure
         query = x.new_empty(batch, block.heads, count, block.dim)
         keys, values = (x.new_empty(batch, block.kv_heads, count, block.dim) for _ in range(2))
-        packed: list[Any] = [None, None]
+        room: list[Any] = [None, None]
         length = 0
         if isinstance(layer, QuantizedCacheLayer):
-            *packed, length = self._room(layer, x)
-        native().dfrot_block_read(*machine(), block, tokens, *packed, length, *map(pointer, (query, keys, values)))
+            *room, length = self._room(layer, x)
+        native().dfrot_block_read(*machine(), block, tokens, *room, length, *map(pointer, (query, keys, values)))
         if isinstance(layer, QuantizedCacheLayer):
-            whole = layer.advance(count)
+            whole = [[*part] for part in layer.advance(count)]
+            if packed:
+                return query, *whole
             if length:
                 bits = self.structure.kv_bits
-                keys, values = (attention.unpack([*part], bits, x.dtype) for part in whole)
+                keys, values = (attention.unpack(part, bits, x.dtype) for part in whole)
         return query, keys, values
 
     def _write(self, x: Tensor, attended: Tensor) -> Tensor:

@@ -38,6 +38,7 @@ from dfrot.pipeline.run import calibration_tokens
 from dfrot.quant.affine import dequantize
 from dfrot.quant.spec import Spec, TensorSpec
 from dfrot.rounding.rtn import rtn
+from dfrot.runtime.key_bias import KeyBias
 from dfrot.runtime.kv import KVQuantizer
 from dfrot.system.errors import UserError
 from dfrot.system.files import translate_io_errors, write_json, write_tensors
@@ -179,7 +180,12 @@ def _stream(
                 stats["surface"] = stats["norms"][-1]
         stats["weights"] += weight_errors(block, index, source, fitted, grids.weights)
         kept = cache.layers[index]
-        for kind, x, grid in (("keys", kept.keys, grids.keys), ("values", kept.values, grids.values)):
+        keys, rotary = kept.keys, source.skeleton.get_submodule(source.graph.rotary)
+        if (bias := KeyBias.of(block, source.graph, rotary, grids)) is not None:  # it stays out of the cache
+            whole: Any = block.get_submodule(str(source.graph.key)).bias
+            positions = torch.arange(keys.shape[2], device=device)[None]
+            keys = (keys - bias.at(whole, positions, keys.dtype).keys(None)).float()
+        for kind, x, grid in (("keys", keys, grids.keys), ("values", kept.values, grids.values)):
             for how, error in kv_errors(x, grid).items():
                 stats["kv"][kind][how].append(error)
     massive = torch.stack(masks)  # (norms, tokens)

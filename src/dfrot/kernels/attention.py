@@ -63,27 +63,29 @@ def attend(
     keys: Sequence[Tensor],
     values: Sequence[Tensor],
     mask: Tensor | None,
+    more: Tensor | None,
     passes: Sequence[int],
     data: Sequence[Tensor],
     square: int,
     scaling: float,
     bits: int,
 ) -> Tensor:
-    """softmax(scaling · (q R) kᵀ) v over all tokens of a cache.
+    """softmax(scaling · (q R) kᵀ + more) v over all tokens of a cache.
 
     Args:
         query: (batch, heads, tokens, head_dim).
         mask: bool (batch, 1, tokens, length), where a query looks.
+        more: float64 (batch, heads, tokens, length).
 
     Returns:
         (batch, tokens, heads, head_dim).
     """
     query, y = query.contiguous(), _attended(query)
-    mask = None if mask is None else mask.contiguous()
+    mask, more = (part if part is None else part.contiguous() for part in (mask, more))
     sizes = *query.shape[:3], keys[0].shape[2]
     native().dfrot_attend(
         *(*machine(), pointer(query), DTYPES[query.dtype], *sizes, transform(passes, data, square), scaling),
-        *(*looks(mask), cache(keys, bits), cache(values, bits), pointer(y)),
+        *(*looks(mask), pointer(more), cache(keys, bits), cache(values, bits), pointer(y)),
     )
     return y
 

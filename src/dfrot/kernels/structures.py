@@ -73,7 +73,7 @@ _VOID = {
     "code_sums": (c_void_p, c_int64, c_int64, c_int, c_int64, c_void_p),
 }
 _FALLIBLE = {
-    "attend": (*_ROWS, *[c_int64] * 3, POINTER(Transform), c_double, *_MASK, *_CACHES, c_void_p),
+    "attend": (*_ROWS, *[c_int64] * 3, POINTER(Transform), c_double, *_MASK, c_void_p, *_CACHES, c_void_p),
     "linear": (*_ROWS, POINTER(Transform), POINTER(Grid), c_int, POINTER(Weights), POINTER(c_void_p)),
     "rotate": (c_int, c_int, c_void_p, c_void_p, c_int, c_int64, c_int64, POINTER(Transform)),
     "block": (*_BLOCK, POINTER(Tokens), *_CACHES, c_int64, *_MASK, c_void_p),

@@ -21,6 +21,7 @@ class ModelGraph:
     norms: Mapping[str, tuple[str, ...]]  # each norm of a block, with the linear layers that read its output
     writers: tuple[str, ...] = ("self_attn.o_proj", "mlp.down_proj")  # linear layers that write the residual stream
     attention: str = "self_attn"
+    key: str | None = "self_attn.k_proj"  # computes the keys and nothing else; None: q, k and v are fused
     value: str = "self_attn.v_proj"  # its last rows (all unless q, k and v are fused) compute the values
     output: str = "self_attn.o_proj"  # reads the heads' outputs
     up: str = "mlp.up_proj"  # its last rows (all unless gate and up are fused) are multiplied by the gate
@@ -61,7 +62,7 @@ GRAPHS: dict[str, ModelGraph] = {
     "mistral": ModelGraph("Mistral", _SEPARATE),
     "qwen2": ModelGraph("Qwen2, Qwen2.5", _SEPARATE),
     "qwen3": ModelGraph("Qwen3", _SEPARATE, head_norms=("self_attn.q_norm", "self_attn.k_norm")),
-    "phi3": ModelGraph("Phi-3, Phi-4-mini", _FUSED, value="self_attn.qkv_proj", up="mlp.gate_up_proj"),
+    "phi3": ModelGraph("Phi-3, Phi-4-mini", _FUSED, key=None, value="self_attn.qkv_proj", up="mlp.gate_up_proj"),
 }
 
 

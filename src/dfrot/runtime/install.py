@@ -12,6 +12,7 @@ from dfrot.linalg.rotation import Rotation
 from dfrot.models.graph import Config, ModelGraph, graph_for, head_dim
 from dfrot.models.source import use_torch_norms_
 from dfrot.runtime.config import RuntimeConfig
+from dfrot.runtime.key_bias import KeyBias
 from dfrot.runtime.kv import install_kv_
 from dfrot.runtime.linear import QuantLinear
 from dfrot.runtime.norms import BlockRotation, Float64RMSNorm, Float64SiLU, RotatedNorm
@@ -31,15 +32,16 @@ def install_(model: Any, runtime: RuntimeConfig) -> None:
     root = nn.ModuleDict({graph.decoder: decoder})  # the names of a language model, whatever the head
     use_torch_norms_(root, graph)
     blocks = list(root.get_submodule(graph.blocks).children())
+    key_bias = KeyBias.of(blocks[0], graph, root.get_submodule(graph.rotary), runtime.spec) if blocks else None
     for block in blocks:
-        install_block_(block, graph, runtime)
+        install_block_(block, graph, runtime, key_bias)
     if runtime.spec.keys.enabled:
         if runtime.keys is not None and runtime.keys.size != head_dim(config):
             raise UserError(
                 f"this checkpoint's config rotates keys of {runtime.keys.size}, not {head_dim(config)} channels."
             )
         attentions = [block.get_submodule(graph.attention) for block in blocks]
-        install_kv_(decoder, attentions, runtime.spec, runtime.keys)
+        install_kv_(decoder, attentions, runtime.spec, runtime.keys, key_bias)
     for block, hook in itertools.product(blocks, BLOCK_HOOKS):
         hook(block, graph, config)
 
@@ -62,8 +64,11 @@ def _width(block: nn.Module, name: str) -> int:
     return block.get_submodule(name).weight.shape[-1]  # type: ignore[index,return-value]
 
 
-def install_block_(block: nn.Module, graph: ModelGraph, runtime: RuntimeConfig) -> None:
-    """Replace norms, activations and linear layers of a decoder block by the runtime's."""
+def install_block_(
+    block: nn.Module, graph: ModelGraph, runtime: RuntimeConfig, key_bias: KeyBias | None = None
+) -> None:
+    """Replace norms, activations and linear layers of a decoder block by the runtime's; with a `key_bias` the layer of
+    keys leaves its bias to attention."""
     _check_sizes(block, graph, runtime)
     rotations: dict[str, Rotation | BlockRotation] = dict(runtime.online)
     for site, (size, count) in runtime.rotation_blocks.items():
@@ -82,7 +87,8 @@ def install_block_(block: nn.Module, graph: ModelGraph, runtime: RuntimeConfig) 
     for name in graph.linears:
         rotation = rotations.get(name)
         quantizes = runtime.spec.weights.enabled or runtime.spec.activations.enabled
-        if rotation is None and not quantizes and name not in runtime.biases:
+        apart = key_bias is not None and name == graph.key
+        if rotation is None and not quantizes and name not in runtime.biases and not apart:
             continue
         linear = block.get_submodule(name)
         assert isinstance(linear, nn.Linear), f"{name} is a {type(linear).__name__}"
@@ -95,5 +101,6 @@ def install_block_(block: nn.Module, graph: ModelGraph, runtime: RuntimeConfig) 
                 activations=runtime.spec.activations,
                 rotation=rotation,
                 dtype=linear.weight.dtype,
+                adds_bias=not apart,
             )
         block.set_submodule(name, quantized)

@@ -1,9 +1,9 @@
 """Keys and values in few bits: the quantizer, the cache, and the attention that reads it.
 
-Keys are rotated (R3) and quantized after RoPE, values as v_proj makes them (R2 is folded into it); each head of each
-token has its own scale and zero point. Queries are rotated too, so that scores are unchanged, and on demand quantized
-on the same grid, as DuQuant has it: then both inputs of Q Kᵀ are in few bits. Three of transformers' extension points
-carry this, and nothing is patched:
+Keys are rotated (R3) and quantized after RoPE, without a bias that the model gives them (key_bias.py), values as v_proj
+makes them (R2 is folded into it); each head of each token has its own scale and zero point. Queries are rotated too, so
+that scores are unchanged, and on demand quantized on the same grid, as DuQuant has it: then both inputs of Q Kᵀ are in
+few bits. Three of transformers' extension points carry this, and nothing is patched:
 
 * an attention function, registered as "dfrot", which quantizes keys and values that arrive as plain tensors, and leaves
   a few new tokens to the kernels, and many, for which it unpacks them, to SDPA;
@@ -31,6 +31,7 @@ from dfrot.linalg.rotation import Rotation
 from dfrot.quant.affine import SCALE_DTYPE, QParams, choose_qparams, dequantize, quantize
 from dfrot.quant.packing import pack, packed_width, unpack
 from dfrot.quant.spec import UNQUANTIZED, Spec, TensorSpec
+from dfrot.runtime.key_bias import BiasAt, KeyBias, Positions, left_out, positions_of_all
 from dfrot.runtime.norms import differentiated, in_float64, straight_through
 
 Heads = Float[Tensor, "batch heads tokens head_dim"]
@@ -60,10 +61,11 @@ class PackedKV(NamedTuple):
 
 
 class GradedKV(NamedTuple):
-    """Quantized keys or values, of which the last tokens may have to get a gradient."""
+    """Quantized keys or values with what they are read by: the last tokens may have to get a gradient."""
 
     packed: PackedKV
     new: Tensor | None = None  # these tokens before they were quantized
+    positions: Positions | None = None  # of cached keys whose bias stays out of them
 
     @staticmethod
     def of(states: "Tensor | PackedKV | GradedKV", pack: Callable[[Tensor], PackedKV]) -> "GradedKV":
@@ -79,6 +81,7 @@ class KVQuantizer(nn.Module):
         keys, values, queries: the grids, asymmetric, one group per head; keys and values have the same bits.
         rotation: R3, or None.
         head_dim: channels of a head.
+        key_bias: what stays out of the keys, if they have a bias.
     """
 
     def __init__(
@@ -88,8 +91,10 @@ class KVQuantizer(nn.Module):
         rotation: Rotation | None,
         head_dim: int,
         queries: TensorSpec = UNQUANTIZED,
+        key_bias: KeyBias | None = None,
     ) -> None:
         super().__init__()
+        self.key_bias = key_bias
         self.keys, self.values, self.queries = keys, values, queries
         self.rotation, self.head_dim = rotation, head_dim
         # now: what torch.compile traces finds it made
@@ -161,14 +166,17 @@ class QuantizedCacheLayer(DynamicLayer):
 
     def __init__(self, quantizer: KVQuantizer) -> None:  # the base class would set keys and values
         self._quantizer = quantizer
+        self.coming: Positions | None = None  # positions of the next tokens; None: those after the last one
         self._room: tuple[PackedKV, PackedKV] | None = None  # of which the first tokens are used
         self._packed: tuple[PackedKV, PackedKV] | None = None
+        self._positions: Tensor | None = None  # int32 (batch, 1, tokens, 1), as `_map` wants it
 
     keys = property(lambda self: self._shown(0))
     values = property(lambda self: self._shown(1))
 
     def _shown(self, which: int) -> Heads | None:
-        """Keys (0) or values as other caches show them, unpacked and not rotated; None before the first token."""
+        """Keys (0) or values as other caches show them, unpacked, not rotated, without a bias that stays out of them;
+        None before the first token."""
         if self._packed is None:
             return None
         shown, rotation = self._quantizer.unpack(self._packed[which], self.dtype), self._quantizer.rotation
@@ -185,9 +193,10 @@ class QuantizedCacheLayer(DynamicLayer):
         with torch.no_grad():
             self._quantizer.write(key_states, value_states, room, self.get_seq_length())
         packed = self.advance(key_states.shape[2])
-        if not differentiated(key_states, value_states):
+        new = (key_states, value_states) if differentiated(key_states, value_states) else (None, None)
+        if new[0] is None and self.positions is None:
             return packed
-        return tuple(GradedKV(*each) for each in zip(packed, (key_states, value_states), strict=True))
+        return GradedKV(packed[0], new[0], self.positions), GradedKV(packed[1], new[1])
 
     def reserve(self, batch: int, heads: int, tokens: int) -> tuple[PackedKV, PackedKV]:
         """The cache with room for so many more tokens, and a sixteenth beyond, so that appending seldom copies it."""
@@ -214,12 +223,23 @@ class QuantizedCacheLayer(DynamicLayer):
         assert self._room is not None, "reserve comes first"
         keys, values = self._room
         length = self.get_seq_length() + tokens
+        if self._quantizer.key_bias is not None:
+            new = torch.arange(length - tokens, length)[None] if self.coming is None else self.coming
+            new = new.to(keys.codes.device, torch.int32).expand(len(keys.codes), -1)[:, None, :, None]
+            self._positions = new if self._positions is None else torch.cat([self._positions, new], dim=2)
+            self.coming = None
         self._packed = keys.first(length), values.first(length)
         return self._packed
 
     def _map(self, change: Any) -> None:
+        self._positions = None if self._positions is None else change(self._positions)
         if self._packed is not None:
             self._packed = self._room = tuple(PackedKV(*map(change, packed)) for packed in self._packed)  # type: ignore[assignment]
+
+    @property
+    def positions(self) -> Positions | None:
+        """Of all tokens; kept only where the bias of keys stays out of them."""
+        return None if self._positions is None else self._positions[:, 0, :, 0]
 
     def get_seq_length(self) -> int:
         return 0 if self._packed is None else self._packed[0].codes.shape[-2]
@@ -227,7 +247,8 @@ class QuantizedCacheLayer(DynamicLayer):
     @property
     def nbytes(self) -> int:
         """With the room for tokens to come."""
-        return 0 if self._room is None else sum(packed.nbytes for packed in self._room)
+        parts = [*self._room, self._positions] if self._room is not None else []
+        return sum(part.nbytes for part in parts if part is not None)
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove > 0:
@@ -236,7 +257,7 @@ class QuantizedCacheLayer(DynamicLayer):
             self._map(lambda part: part[..., :tokens_to_remove, :])
 
     def reset(self) -> None:
-        self._packed, self._room, self.is_initialized = None, None, False
+        self._packed, self._room, self._positions, self.is_initialized = None, None, None, False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._map(lambda part: part.index_select(0, beam_idx.to(part.device)))
@@ -268,27 +289,37 @@ def quantized_attention(
     if not isinstance(quantizer, KVQuantizer):
         raise ValueError(f"the attention '{ATTENTION}' belongs to checkpoints of dfrot that quantize keys and values")
     keys, values = GradedKV.of(key, quantizer.pack_keys), GradedKV.of(value, quantizer.pack_values)
+    apart: BiasAt | None = None
+    if quantizer.key_bias is not None and (bias := left_out(module)) is not None:
+        positions, length = keys.positions, keys.packed.codes.shape[2]
+        if positions is None:
+            positions = positions_of_all(arguments["position_ids"], length, attention_mask)
+        apart = quantizer.key_bias.at(bias, positions, query.dtype)
     tokens = query.shape[-2]
     fits = not output_attentions and (tokens == 1 if attention_mask is None else attention_mask.dtype == torch.bool)
-    if tokens <= attention.FEW and fits and quantizer.native(query) and keys.new is values.new is None:
-        rotated = quantizer.queries.enabled
-        passes = NO_PASSES if rotated else quantizer.passes
+    graded = keys.new is not None or values.new is not None or (apart is not None and differentiated(apart.first))
+    if tokens <= attention.FEW and fits and quantizer.native(query) and not graded:
+        prepared = quantizer.queries.enabled or apart is not None
+        passes = NO_PASSES if prepared else quantizer.passes
         assert passes is not None, "native() has seen to it"
         scaling = arguments.get("scaling") or quantizer.head_dim**-0.5
-        query = quantizer.quantize_queries(query) if rotated else query
+        query = quantizer.quantize_queries(query) if prepared else query
+        more = None if apart is None else scaling * apart.scores(query, quantizer.rotation)
         both = [*keys.packed], [*values.packed]
-        return attention.attend(query, *both, attention_mask, *passes, scaling, quantizer.keys.bits), None
+        return attention.attend(query, *both, attention_mask, more, *passes, scaling, quantizer.keys.bits), None
+    dtype = query.dtype
     new_keys = None if keys.new is None else quantizer.rotate(keys.new)
-    read_keys = _graded(quantizer.unpack(keys.packed, query.dtype), new_keys)
-    read_values = _graded(quantizer.unpack(values.packed, query.dtype), values.new)
+    read_keys = _graded(quantizer.unpack(keys.packed, dtype), new_keys)
+    read_values = _graded(quantizer.unpack(values.packed, dtype), values.new)
     parts = quantizer.quantize_queries(query), read_keys, read_values
-    weights = attention.weights(*parts[:2], attention_mask, arguments.get("scaling")) if output_attentions else None
-    if tokens <= attention.FEW and query.dtype == torch.float32:  # as a block computes between its products
-        adds = attention_mask is not None and attention_mask.dtype == torch.float32
-        mask = attention_mask.double() if adds else attention_mask  # type: ignore[union-attr]
-        attended, _ = sdpa_attention_forward(module, *(x.double() for x in parts), mask, **arguments)
-        return attended.float(), weights
-    return sdpa_attention_forward(module, *parts, attention_mask, **arguments)[0], weights
+    mask = attention_mask
+    if tokens <= attention.FEW and dtype == torch.float32:  # as a block computes between its products
+        parts = parts[0].double(), parts[1].double(), parts[2].double()
+        mask = mask.double() if mask is not None and mask.dtype == torch.float32 else mask
+    if apart is not None:
+        parts = parts[0], (parts[1] + apart.keys(quantizer.rotation)).to(parts[1].dtype), parts[2]
+    weights = attention.weights(*parts[:2], mask, arguments.get("scaling")).to(dtype) if output_attentions else None
+    return sdpa_attention_forward(module, *parts, mask, **arguments)[0].to(dtype), weights
 
 
 def _graded(unpacked: Tensor, new: Tensor | None) -> Tensor:
@@ -306,19 +337,26 @@ def _quantize_empty_cache(decoder: nn.Module, args: tuple[Any, ...], kwargs: dic
             f"this checkpoint quantizes keys and values, which the attention '{chosen}' cannot do: "
             f"set_attn_implementation('{ATTENTION}')"
         )
-    cache, wanted = kwargs.get("past_key_values"), kwargs.get("use_cache")
+    given = dict(zip(("input_ids", "attention_mask", "position_ids", "past_key_values"), args, strict=False)) | kwargs
+    cache, wanted = given.get("past_key_values"), given.get("use_cache")
     if cache is None and (decoder.config.use_cache if wanted is None else wanted):  # type: ignore[union-attr]
         cache = kwargs["past_key_values"] = DynamicCache()
     if isinstance(cache, DynamicCache) and cache.get_seq_length() == 0:
         quantizers = [module for module in decoder.modules() if isinstance(module, KVQuantizer)]
         cache.layers = [QuantizedCacheLayer(quantizer) for quantizer in quantizers]
+    for layer in cache.layers if isinstance(cache, DynamicCache) else ():
+        if isinstance(layer, QuantizedCacheLayer):
+            layer.coming = given.get("position_ids")
     return args, kwargs
 
 
-def install_kv_(decoder: nn.Module, attentions: list[nn.Module], spec: Spec, rotation: Rotation | None) -> None:
+def install_kv_(
+    decoder: nn.Module, attentions: list[nn.Module], spec: Spec, rotation: Rotation | None, key_bias: KeyBias | None
+) -> None:
     """Give every attention module its quantizer, with `rotation` for R3, and `generate` its cache."""
     for module in attentions:
-        module.kv_quantizer = KVQuantizer(spec.keys, spec.values, rotation, module.head_dim, spec.queries)  # type: ignore[arg-type]
+        size: Any = module.head_dim
+        module.kv_quantizer = KVQuantizer(spec.keys, spec.values, rotation, size, spec.queries, key_bias)
     decoder.register_forward_pre_hook(_quantize_empty_cache, with_kwargs=True)
 
 

@@ -34,6 +34,8 @@ class QuantLinear(nn.Module):
     (out, groups). Codes of symmetric grids are stored with an offset of 2^(bits−1). With 16-bit weights there is a
     plain `weight` (out, in) instead.
 
+    A layer that does not add its bias (`adds_bias`) leaves that to others: see runtime/key_bias.py.
+
     The kernels leave the weight packed. The reference unpacks it on first use and keeps it, trading memory for a
     readable product.
     """
@@ -52,8 +54,10 @@ class QuantLinear(nn.Module):
         activations: TensorSpec,
         rotation: Rotation | BlockRotation | None,
         dtype: torch.dtype,
+        adds_bias: bool = True,
     ) -> None:
         super().__init__()
+        self.adds_bias = adds_bias
         self.in_features, self.out_features = in_features, out_features
         self.weights, self.activations, self.rotation = weights, activations, rotation
         self.weight: nn.Parameter | None = None
@@ -81,11 +85,11 @@ class QuantLinear(nn.Module):
         if not self.exact(x):
             return self.float_product(x)
         y = self.integer_product(x.detach())
-        return straight_through(y, self.float_product(x)) if differentiated(x, self.scales, self.bias) else y
+        return straight_through(y, self.float_product(x)) if differentiated(x, self.scales, self.added) else y
 
     def float_product(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         """Q(x R) Ŵᵀ + b, a product of what the integers stand for; gradients pass straight through Q."""
-        return nn.functional.linear(self.quantize_input(x), self.dense_weight(x.dtype), self.bias)
+        return nn.functional.linear(self.quantize_input(x), self.dense_weight(x.dtype), self.added)
 
     def exact(self, x: Tensor) -> bool:
         """Whether the reference multiplies integers; in 16 bits a product of floats is faster on a GPU."""
@@ -102,17 +106,22 @@ class QuantLinear(nn.Module):
         centred = codes.to(weight.dtype) - (0 if qparams.zero is None else qparams.zero.to(weight.dtype))
         sums = nn.functional.linear(centred, weight).to(x.dtype)
         y = sums * self.scales[:, 0].to(x.dtype) * qparams.scale
-        return y if self.bias is None else y + self.bias
+        return y if self.added is None else y + self.added
 
     def native(self, x: Tensor) -> bool:
         """Whether the kernels can compute the layer for such an input."""
         fits = self.weight is None and supported(x, self.weights, self.activations)
-        return fits and not self.qweight.is_meta and not differentiated(self.scales, self.bias)
+        return fits and not self.qweight.is_meta and not differentiated(self.scales, self.added)
+
+    @property
+    def added(self) -> Float[Tensor, " out"] | None:
+        """b, unless others add it."""
+        return self.bias if self.adds_bias else None
 
     @property
     def packed(self) -> PackedWeight:
         """The weight as the kernels take it."""
-        return PackedWeight(self.qweight, self.scales, None if self.weights.symmetric else self.zeros, self.bias)
+        return PackedWeight(self.qweight, self.scales, None if self.weights.symmetric else self.zeros, self.added)
 
     @property
     def passes(self) -> Lowered | None:

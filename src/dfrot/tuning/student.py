@@ -29,6 +29,7 @@ from dfrot.quant.affine import SCALE_DTYPE
 from dfrot.quant.spec import UNQUANTIZED, Spec, TensorSpec
 from dfrot.runtime.config import RuntimeConfig
 from dfrot.runtime.install import install_block_
+from dfrot.runtime.key_bias import KeyBias
 from dfrot.runtime.linear import QuantLinear
 from dfrot.runtime.norms import Float64SiLU, RotatedNorm
 from dfrot.training.trained import Trained, quantized, rotated
@@ -128,7 +129,7 @@ class StudentLinear(nn.Module):
             y = (x.to(self.product) @ self.layer.dense_weight(x.dtype).to(self.product).T).to(x.dtype)
         else:
             y = PackedProduct.apply(x, self.scales(), self, self.product)
-        return y if self.bias is None else y + self.bias()
+        return y if self.bias is None or not self.layer.adds_bias else y + self.bias()
 
     def integers(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
         """w − v."""
@@ -136,11 +137,11 @@ class StudentLinear(nn.Module):
 
 
 class _Heads(nn.Module):
-    """How an attention module treats its heads: R3 on queries and keys, and the grids."""
+    """How an attention module treats its heads: R3 on queries and keys, the grids, the bias that stays out of keys."""
 
-    def __init__(self, spec: Spec, rotation: Rotation | None) -> None:
+    def __init__(self, spec: Spec, rotation: Rotation | None, key_bias: KeyBias | None, bias: Trained | None) -> None:
         super().__init__()
-        self.spec, self.rotation = spec, rotation
+        self.spec, self.rotation, self.key_bias, self.bias = spec, rotation, key_bias, bias
 
 
 def _attention(
@@ -151,6 +152,9 @@ def _attention(
     spec = heads.spec
     query = quantized(rotated(query, heads.rotation), spec.queries)
     key = quantized(rotated(key, heads.rotation), spec.keys, SCALE_DTYPE)
+    if heads.key_bias is not None and heads.bias is not None:
+        apart = heads.key_bias.at(heads.bias(), arguments["position_ids"], key.dtype)
+        key = (key + apart.keys(heads.rotation)).to(key.dtype)
     return sdpa_attention_forward(module, query, key, quantized(value, spec.values, SCALE_DTYPE), mask, **arguments)
 
 
@@ -222,7 +226,8 @@ class Student:
         graph, spec = self.source.graph, self.runtime.spec
         prefix = f"{graph.blocks}.{index}."
         block = self.source.empty_block(index)
-        install_block_(block, graph, self.runtime)
+        key_bias = KeyBias.of(block, graph, self.source.skeleton.get_submodule(graph.rotary), spec)
+        install_block_(block, graph, self.runtime, key_bias)
         missing = {name: tensor for name, tensor in block.state_dict().items() if name not in tensors}
         assert all(name.endswith(".bias") for name in missing), "the checkpoint has everything but new biases"
         made = {name: torch.zeros(tensor.shape, dtype=self.stored_dtype) for name, tensor in missing.items()}
@@ -252,7 +257,8 @@ class Student:
                 block.set_submodule(name, self._linear(module, name, grid, trained))
         attention = block.get_submodule(graph.attention)
         attention.config._attn_implementation = _ATTENTION  # type: ignore[union-attr]
-        attention.student_heads = _Heads(spec, self.runtime.keys if spec.keys.enabled else None)
+        bias: Any = None if key_bias is None else block.get_submodule(str(graph.key)).bias
+        attention.student_heads = _Heads(spec, self.runtime.keys if spec.keys.enabled else None, key_bias, bias)
         return block
 
     def _linear(self, module: nn.Module, name: str, grid: TensorSpec, trained: Callable[..., Trained]) -> nn.Module:

@@ -33,10 +33,12 @@ INLINE void add_values(int vectors, const float *weights, const float *values, i
 }
 
 /* Queries (rows, dim), channels by `place` and scaled, over tokens `from` … `to` − 1 of a head of the cache that begins
- * at `head`. mask (tokens of all queries, stride) says with 1 where they look; NULL everywhere. */
+ * at `head`. mask (tokens of all queries, stride) says with 1 where they look; NULL everywhere.
+ * more (rows, length) is added to scores; NULL: nothing is. */
 INLINE void attend_part(const float *queries, int64_t rows, int64_t queries_per_head, const uint8_t *mask,
-                        int64_t mask_stride, const cache_t *keys, const cache_t *values, int64_t head, int64_t from,
-                        int64_t to, float *block, void *parts, int64_t first_part) {
+                        int64_t mask_stride, const double *more, int64_t length, const cache_t *keys,
+                        const cache_t *values, int64_t head, int64_t from, int64_t to, float *block, void *parts,
+                        int64_t first_part) {
     int64_t dim = keys->dim;
     float *scores = block + TOKENS * dim;
     for (; from < to; from += TOKENS) {
@@ -48,6 +50,8 @@ INLINE void attend_part(const float *queries, int64_t rows, int64_t queries_per_
             int64_t scored = 0;
             for (; scored + 4 <= count; scored += 4) score(4, queries + r * dim, block + scored * dim, dim, of_row + scored);
             for (; scored < count; scored++) score(1, queries + r * dim, block + scored * dim, dim, of_row + scored);
+            if (more)
+                for (int64_t t = 0; t < count; t++) of_row[t] += (float)more[r * length + from + t];
             if (mask)
                 for (int64_t t = 0; t < count; t++)
                     if (!mask[r % queries_per_head * mask_stride + from + t]) of_row[t] = -INFINITY;
@@ -75,8 +79,9 @@ INLINE void attend_part(const float *queries, int64_t rows, int64_t queries_per_
 
 /* The same in float64; queries are not scaled. */
 INLINE void attend_wide(const float *queries, int64_t rows, int64_t queries_per_head, double scaling, const uint8_t *mask,
-                        int64_t mask_stride, const cache_t *keys, const cache_t *values, int64_t head, int64_t from,
-                        int64_t to, float *block, void *parts, int64_t first_part) {
+                        int64_t mask_stride, const double *more, int64_t length, const cache_t *keys,
+                        const cache_t *values, int64_t head, int64_t from, int64_t to, float *block, void *parts,
+                        int64_t first_part) {
     int64_t dim = keys->dim;
     double *scores = (double *)(block + TOKENS * dim);
     for (; from < to; from += TOKENS) {
@@ -89,7 +94,7 @@ INLINE void attend_wide(const float *queries, int64_t rows, int64_t queries_per_
                 double score = 0;
 #pragma omp simd reduction(+ : score)
                 for (int64_t j = 0; j < dim; j++) score += (double)queries[r * dim + j] * block[t * dim + j];
-                score *= scaling;
+                score = score * scaling + (more ? more[r * length + from + t] : 0);
                 if (mask && !mask[r % queries_per_head * mask_stride + from + t]) score = -INFINITY;
                 of_row[t] = score;
                 largest = score > largest || score != score ? score : largest;
@@ -118,6 +123,7 @@ INLINE void attend_wide(const float *queries, int64_t rows, int64_t queries_per_
 INLINE void attend_span(const plan_t *plan, const float *queries, int64_t group, int64_t from, const uint8_t *mask,
                         int64_t mask_stride, const cache_t *keys, const cache_t *values, void *parts, int64_t first) {
     int64_t head = group * keys->capacity, to = from + plan->span < plan->length ? from + plan->span : plan->length;
+    const double *more = plan->more ? plan->more + group * plan->rows * plan->length : NULL;
     queries += group * plan->rows * plan->dim;
     float *block = scratch(SLOT_BLOCK, 0);
     for (int64_t r = 0; r < plan->rows; r++) {
@@ -126,10 +132,11 @@ INLINE void attend_span(const plan_t *plan, const float *queries, int64_t group,
         memset(part->values, 0, (size_t)plan->dim * sizeof(double));
     }
     if (plan->wide)
-        attend_wide(queries, plan->rows, plan->tokens, plan->scaling, mask, mask_stride, keys, values, head, from, to,
-                    block, parts, first);
+        attend_wide(queries, plan->rows, plan->tokens, plan->scaling, mask, mask_stride, more, plan->length, keys, values,
+                    head, from, to, block, parts, first);
     else
-        attend_part(queries, plan->rows, plan->tokens, mask, mask_stride, keys, values, head, from, to, block, parts, first);
+        attend_part(queries, plan->rows, plan->tokens, mask, mask_stride, more, plan->length, keys, values, head, from, to,
+                    block, parts, first);
 }
 
 TARGET_AVX512 static void span_avx512(const plan_t *plan, const float *queries, int64_t group, int64_t from,
@@ -215,16 +222,19 @@ void attend(int isa, const plan_t *plan, void *memory, const uint8_t *mask, int6
     }
 }
 
-/* y (batch, tokens, heads, dim) = softmax(scaling · (q R) kᵀ) v over the first `length` tokens of the cache, for
+/* y (batch, tokens, heads, dim) = softmax(scaling · (q R) kᵀ + more) v over the first `length` tokens of the cache, for
  * q (batch, heads, tokens, dim) of element type `dtype`, as y.
  *
  * `heads` is a multiple of the cache's; dim is a multiple of 32 and at most MOST_CHANNELS. mask (batch, tokens, length),
  * its rows `mask_stride` and its batches `mask_batch` apart, says with 1 where a query looks; NULL: everywhere.
+ * more (batch, heads, tokens, length) is added to scores; NULL: nothing is.
  * Returns 0, or −1 if there was no memory. */
 EXPORT int dfrot_attend(int isa, int threads, const void *q, int dtype, int64_t batch, int64_t heads, int64_t tokens,
                         int64_t length, const transform_t *transform, double scaling, const uint8_t *mask,
-                        int64_t mask_batch, int64_t mask_stride, const cache_t *keys, const cache_t *values, void *y) {
+                        int64_t mask_batch, int64_t mask_stride, const double *more, const cache_t *keys,
+                        const cache_t *values, void *y) {
     plan_t plan = plan_attention(threads, dtype, batch, heads, tokens, length, scaling, keys);
+    plan.more = more;
     float *memory = scratch(SLOT_PARTS, (size_t)plan.bytes);
     if (!memory) return -1;
     int failed = 0;

@@ -22,6 +22,7 @@ typedef struct {
     int64_t batch, heads, tokens, length, dim;
     int wide;       /* computed in float64, for streams of FLOAT32, as the reference does */
     double scaling; /* of scores */
+    const double *more; /* (batch, heads, tokens, length), added to scaled scores; NULL: nothing */
     int64_t groups, rows;  /* rows: queries of a group */
     int64_t splits, span;  /* parts of the cache that are worked on apart, and their tokens */
     int64_t query_floats;  /* that the memory of `attend` begins with: queries times `query_scaling`, channels by `place` */
