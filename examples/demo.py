@@ -10,6 +10,7 @@ again after an interruption, it goes on.
 import argparse
 import time
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -25,14 +26,13 @@ from dfrot.system.memory import keep_freed_memory
 
 MODEL, TEXT = "smollm2-135m", "pydoc"
 CALIBRATION_TOKENS = 8192  # for the weights; rotations take the first sequence of 2048
-RECIPES = [
-    ("none", "rtn", "w16a4kv16"),
-    ("quarot", "rtn", "w16a4kv16"),
-    ("rangerot", "rtn", "w16a4kv16"),
-    ("none", "rtn", "w4a4kv4"),
-    ("quarot", "rtn", "w4a4kv4"),
-    ("quarot", "gptq", "w4a4kv4"),
-    ("rangerot", "gptq", "w4a4kv4"),
+RECIPES: list[tuple[str, str, str, dict[str, Any]]] = [
+    ("none", "rtn", "w16a4kv16", {}),
+    ("none", "rtn", "w4a4kv4", {}),
+    ("quarot", "rtn", "w4a4kv4", {}),
+    ("quarot", "gptq", "w4a4kv4", {}),
+    ("rangerot", "gptq", "w4a4kv4", {}),
+    ("rangerot", "gptq", "w4a4kv4", {"tune": "biases", "tune_steps": 40, "tune_tokens": 512}),
 ]
 PROMPT = "The documentation of a function should"
 
@@ -46,6 +46,7 @@ def table_of(records: list[Record]) -> Table:
     previous = None
     for record in records:
         recipe = record.recipe or {"spec": "—", "method": "unquantized", "weights": None}
+        tuned = ", tuned" if recipe.get("tune", {}).get("parts") else ""
         weights = "" if recipe["weights"] is None or recipe["spec"].startswith("w16") else f" {recipe['weights']}"
         if previous not in (None, recipe["spec"]):
             table.add_section()
@@ -53,7 +54,7 @@ def table_of(records: list[Record]) -> Table:
         perplexity = record.metrics[f"ppl/{TEXT}"]
         table.add_row(
             recipe["spec"],
-            recipe["method"] + weights,
+            recipe["method"] + weights + tuned,
             f"{perplexity:.2f}" if perplexity < 1000 else f"{perplexity:.0f}",
             f"{record.size['weight_bytes'] / 1e6:.0f}",
             f"{record.size['decoder_bits_per_weight']:.2f}",
@@ -70,7 +71,10 @@ def main() -> None:
     arguments = parser.parse_args()
     keep_freed_memory()
     started = time.perf_counter()
-    recipes = [dfrot.Recipe.parse(*words, calib=TEXT, calib_tokens=CALIBRATION_TOKENS) for words in RECIPES]
+    calibration: Any = {"calib": TEXT, "calib_tokens": CALIBRATION_TOKENS}
+    recipes = [
+        dfrot.Recipe.parse(method, weights, spec, **calibration, **tuning) for method, weights, spec, tuning in RECIPES
+    ]
     measurement = Measurement((TEXT,), max_tokens=arguments.max_tokens)
     with LiveTable([None, *recipes], console) as table:
         records = compare(MODEL, [None, *recipes], measurement, arguments.out, on_trial=table.on_trial)
