@@ -227,6 +227,18 @@ def test_the_gradient_reaches_the_bias(made: Made, tmp_path: Path) -> None:
     torch.testing.assert_close(float(layer.bias.grad @ along), (sums[0] - sums[1]) / (2 * step), rtol=1e-6, atol=0)
 
 
+def test_the_gradient_reaches_the_bias_where_few_tokens_would_go_to_the_kernel(made: Made, tmp_path: Path) -> None:
+    model = checkpoint(made(head_dim=32), tmp_path / "out")
+    mask, gradients = torch.tensor([[0, 1, 1], [1, 1, 1]]), []
+    for dtype in (torch.float32, torch.float64):
+        bias = model.to(dtype).model.layers[1].self_attn.k_proj.bias.requires_grad_()
+        model(TOKENS[:, :3], attention_mask=mask, use_cache=True).logits[:, 1:, 5].sum().backward()
+        gradients.append(bias.grad.double())
+        bias.grad = None
+    assert float(gradients[1].abs().max()) > 0
+    close(*gradients)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("quantize_queries", [False, True])
 def test_attention_of_few_and_of_many_queries_is_that_over_keys_with_the_bias(
