@@ -26,7 +26,7 @@ from tyro.conf import Positional, Suppress, arg
 
 from dfrot.evaluation.record import log_records, model_size
 from dfrot.evaluation.run import Measurement, evaluate
-from dfrot.methods import METHODS, variants
+from dfrot.methods import METHODS, ROTATIONS
 from dfrot.models.source import open_source
 from dfrot.pipeline.estimate import Estimate
 from dfrot.pipeline.recipe import Recipe
@@ -298,7 +298,7 @@ class Inspect:
 
     model: Model  # Hub id, directory with safetensors weights, .gguf file, or smollm2-135m; not a checkpoint.
     out: Out  # Directory for inspect.json and inspect.safetensors.
-    rotations: tuple[Literal[tuple(variants())], ...] = tuple(variants())  # type: ignore[valid-type]
+    rotations: tuple[Literal[tuple(ROTATIONS)], ...] = tuple(ROTATIONS)  # type: ignore[valid-type]
     """What is compared: no rotation, random orthogonal, randomized Hadamard, refined (two ways), DuQuant."""
     text: str = "wikitext2"
     """wikitext2, c4, pydoc, or a path; rotations are fitted to its train part, statistics are of its test part."""

@@ -91,7 +91,7 @@ def test_a_recipe_with_tuning_survives_json_and_has_a_digest_of_its_own(text: st
 
 
 def test_a_text_of_one_window_is_refused_before_the_work(tiny: Tiny, tmp_path: Path, text: str) -> None:
-    with pytest.raises(UserError, match="tuning needs two windows, of 512 tokens"):
+    with pytest.raises(UserError, match="training needs two windows, of 512 tokens"):
         dfrot.quantize(tiny("llama"), recipe(text, tune_tokens=512, tune_seq_len=512), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

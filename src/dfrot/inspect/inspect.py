@@ -25,7 +25,7 @@ from dfrot.evaluation.perplexity import token_windows
 from dfrot.evaluation.record import conditions, text_label
 from dfrot.inspect.inspection import SCHEMA, STATS_FILE, TENSORS_FILE, LayerErrors, NormChannels, Stats
 from dfrot.linalg.rotation import Identity, Rotation
-from dfrot.methods import variants
+from dfrot.methods import ROTATIONS
 from dfrot.methods.massive import describe_massive, massive_tokens
 from dfrot.methods.method import FitContext
 from dfrot.methods.quarot import hadamard
@@ -46,7 +46,6 @@ from dfrot.system.progress import track
 from dfrot.transform.transforms import Transforms
 
 # What is compared: the papers' names, the method and its options.
-ROTATIONS = variants()
 SENSITIVITY_TOKENS = 256  # the cost of the sensitivities grows with the square of the number of blocks
 SURFACE_TOKENS = 64  # as many as the papers' surfaces, token × channel, show
 LISTED_TOKENS = 5  # massive ones, on the terminal

@@ -20,3 +20,7 @@ def variants() -> dict[str, tuple[str, dict[str, Any]]]:
         for name, kind in METHODS.items()
         for word, options in (kind.variants or {name: {}}).items()
     }
+
+
+# Those whose rotations one sample of text shows; the others have scales too, and learn them from a whole text.
+ROTATIONS = {word: of for word, of in variants().items() if not METHODS[of[0]].reads_all_text}

@@ -46,7 +46,9 @@ class Windows:
         """
         whole = ids[: len(ids) // seq_len * seq_len].view(-1, seq_len)
         if len(whole) < 2:
-            raise UserError(f"the text '{name}' has {len(ids)} tokens; tuning needs two windows, of {seq_len} tokens.")
+            raise UserError(
+                f"the text '{name}' has {len(ids)} tokens; training needs two windows, of {seq_len} tokens."
+            )
         held = max(1, min(HELD_TOKENS // seq_len, len(whole) // 4))
         trained = len(whole) - held
         drawn = torch.randperm(trained, generator=torch.Generator().manual_seed(seed))[: steps * per_step]
