@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config
 
 import dfrot
+from dfrot.models import source as models_source
 from dfrot.models.graph import GRAPHS
 from dfrot.models.source import Source, open_source, use_torch_norms_
 from dfrot.models.stream import BlockRunner, captured_inputs
@@ -120,6 +121,15 @@ def test_truncated_weights_are_refused(broken: Path) -> None:
     whole = (broken / "model.safetensors").read_bytes()
     (broken / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     refused(broken, "is not a complete safetensors file")
+
+
+def test_a_file_too_large_to_be_mapped_is_said(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room(*_: Any, **__: Any) -> None:
+        raise RuntimeError("unable to mmap 137953388012 bytes: Cannot allocate memory (12)")
+
+    monkeypatch.setattr(models_source, "safe_open", no_room)
+    with pytest.raises(SetupError, match="cannot be opened: unable to mmap.* A model in shards"):
+        open_source(str(tiny("llama")))
 
 
 def test_weights_that_are_not_safetensors_are_refused(broken: Path) -> None:

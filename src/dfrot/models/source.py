@@ -171,7 +171,7 @@ def tensors_in(path: Path) -> dict[str, StoredTensor]:
 
 
 def open_safetensors(path: Path) -> Any:
-    """`safetensors.safe_open`, raising UserError for a broken file and SetupError for one that has vanished."""
+    """`safetensors.safe_open`, raising UserError for a broken file, SetupError if it has vanished or cannot be mapped."""
     if not path.is_file():
         raise SetupError(f"{path} is not there, or not any more: has it been moved, or a disk been taken away?")
     try:
@@ -180,6 +180,8 @@ def open_safetensors(path: Path) -> Any:
         raise UserError(
             f"{path} is not a complete safetensors file ({error}). It may be truncated: fetch it again."
         ) from error
+    except RuntimeError as error:  # files are mapped whole, and the system may not promise so much at a time
+        raise SetupError(f"{path} cannot be opened: {error}. A model in shards of some gigabytes can.") from error
 
 
 @dataclass(frozen=True)
