@@ -128,7 +128,7 @@ def test_a_file_too_large_to_be_mapped_is_said(tiny: Tiny, monkeypatch: pytest.M
         raise RuntimeError("unable to mmap 137953388012 bytes: Cannot allocate memory (12)")
 
     monkeypatch.setattr(models_source, "safe_open", no_room)
-    with pytest.raises(SetupError, match="cannot be opened: unable to mmap.* A model in shards"):
+    with pytest.raises(SetupError, match=r"cannot be opened: unable to mmap.* A model in shards"):
         open_source(str(tiny("llama")))
 
 

@@ -171,7 +171,7 @@ def tensors_in(path: Path) -> dict[str, StoredTensor]:
 
 
 def open_safetensors(path: Path) -> Any:
-    """`safetensors.safe_open`, raising UserError for a broken file, SetupError if it has vanished or cannot be mapped."""
+    """`safetensors.safe_open`, raising UserError for a broken file, SetupError for one that cannot be opened."""
     if not path.is_file():
         raise SetupError(f"{path} is not there, or not any more: has it been moved, or a disk been taken away?")
     try:
