@@ -9,6 +9,7 @@ import torch
 
 import dfrot
 from dfrot.methods import learned
+from dfrot.system.errors import UserError
 from dfrot.training.trained import TrainedRotation
 from dfrot.transform.transforms import Transforms
 from tests.tiny_models import CONFIGS
@@ -105,3 +106,12 @@ def test_scales_survive_being_written_down(generator: torch.Generator) -> None:
     tensors: dict[str, torch.Tensor] = {}
     again = Transforms.from_description(Transforms(scales=scales).describe(tensors), tensors)
     assert [dict(block) for block in again.scales] == list(scales)
+
+
+def test_too_short_a_text_is_refused_before_the_work(
+    tiny: Tiny, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(learned.RangeRot, "fit", None)
+    recipe = dfrot.Recipe.parse("learned", "rtn", "w16a4kv16", calib=str(text_file), calib_tokens=600)
+    with pytest.raises(UserError, match=r"training needs two windows, of 512 tokens"):
+        dfrot.quantize(tiny("llama"), recipe, tmp_path / "out")

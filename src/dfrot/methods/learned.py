@@ -76,11 +76,10 @@ class Learned(RangeRot):
             )
 
     def fit(self, on: FitContext) -> Fit:
+        text, length = on.calibration().flatten(), min(WINDOW, self.learn_tokens)
+        windows = Windows.of(text, "calibration", length, self.learn_tokens // length, self.learn_steps, on.seed)
         start, notes = super().fit(on)
         source, device = on.source, on.device
-        text = on.calibration().flatten()
-        length = min(WINDOW, self.learn_tokens)
-        windows = Windows.of(text, "calibration", length, self.learn_tokens // length, self.learn_steps, on.seed)
         dtype = torch.float64 if source.dtype == torch.float64 else torch.float32
         product = product_dtype(dtype, device)
         how: Any = {"dtype": dtype, "product": product, "device": device, "batch": windows.per_step}
