@@ -46,7 +46,7 @@ def table_of(records: list[Record]) -> Table:
     previous = None
     for record in records:
         recipe = record.recipe or {"spec": "—", "method": "unquantized", "weights": None}
-        tuned = ", tuned" if recipe.get("tune", {}).get("parts") else ""
+        tuned = bool(recipe.get("tune", {}).get("parts"))  # it follows the same one that is not
         weights = "" if recipe["weights"] is None or recipe["spec"].startswith("w16") else f" {recipe['weights']}"
         if previous not in (None, recipe["spec"]):
             table.add_section()
@@ -54,7 +54,7 @@ def table_of(records: list[Record]) -> Table:
         perplexity = record.metrics[f"ppl/{TEXT}"]
         table.add_row(
             recipe["spec"],
-            recipe["method"] + weights + tuned,
+            "… then tuned" if tuned else recipe["method"] + weights,
             f"{perplexity:.2f}" if perplexity < 1000 else f"{perplexity:.0f}",
             f"{record.size['weight_bytes'] / 1e6:.0f}",
             f"{record.size['decoder_bits_per_weight']:.2f}",
