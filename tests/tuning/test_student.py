@@ -162,7 +162,7 @@ def test_a_loaded_checkpoint_computes_what_its_student_did(
 
     def made(run: TuningRun) -> Student:
         students.append(build(run))
-        students[-1].recompute = recompute
+        students[-1].through_blocks.recompute = recompute
         return students[-1]
 
     build = TuningRun._student

@@ -23,7 +23,6 @@ from typing import Any, ClassVar
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from dfrot.linalg.procrustes import polar_factor
 from dfrot.linalg.rotation import Dense, Rotation, block_diagonal
@@ -32,14 +31,13 @@ from dfrot.methods.method import Fit, FitContext, Look
 from dfrot.methods.quarot import QUAROT
 from dfrot.methods.rangerot import SPINQUANT, RangeRot
 from dfrot.models.source import ModelSizes
-from dfrot.models.stream import BlockRunner
 from dfrot.quant.spec import TensorSpec
 from dfrot.system.errors import UserError
 from dfrot.system.papers import Paper
 from dfrot.system.progress import track
 from dfrot.training.descent import Descent
 from dfrot.training.teacher import Distillation, ProductLinear, Teacher, Windows, product_dtype, teacher_states
-from dfrot.training.trained import Trained, TrainedRotation, quantized, rotated, rotated_back
+from dfrot.training.trained import ThroughBlocks, Trained, TrainedRotation, quantized, rotated, rotated_back
 from dfrot.transform.transforms import Transforms
 
 OSTQUANT = Paper(
@@ -182,8 +180,7 @@ class Student:
         config = source.config
         heads = self.scales[0][source.graph.output].divisor().numel()
         kept, _ = _kept_bytes(config.hidden_size, heads, config.intermediate_size, tokens)
-        self.recompute = source.num_blocks * kept > KEPT_BYTES
-        self._runners: dict[int, BlockRunner] = {}  # by the length of windows
+        self.through_blocks = ThroughBlocks(source, recompute=source.num_blocks * kept > KEPT_BYTES)
 
     @property
     def trained(self) -> list[Trained | TrainedRotation]:
@@ -193,13 +190,7 @@ class Student:
         """What the head reads."""
         self.rotation.refresh()
         hidden = self.embedding[tokens.to(self.device)].to(self.dtype)
-        run = self._runners.setdefault(hidden.shape[1], BlockRunner(self.source, hidden[:1]))
-        for index, block in enumerate(self.blocks):
-            if self.recompute and torch.is_grad_enabled():
-                hidden = checkpoint(run, block, index, hidden, use_reentrant=False)
-            else:
-                hidden = run(block, index, hidden)
-        return self.norm(hidden)
+        return self.norm(self.through_blocks(hidden, self.blocks))
 
     @torch.no_grad()
     def transforms(self) -> Transforms:

@@ -1,11 +1,16 @@
 """What training is made of: quantizers and rotations that let gradients through, and tensors that may move."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dfrot.linalg.rotation import Rotation
+from dfrot.models.source import Source
+from dfrot.models.stream import BlockRunner
 from dfrot.quant.affine import fake_quantize, grouped
 from dfrot.quant.spec import TensorSpec
 from dfrot.runtime.norms import straight_through
@@ -124,3 +129,25 @@ def rotated_back(x: Tensor, rotation: TrainedRotation | Rotation | None) -> Tens
     if isinstance(rotation, TrainedRotation):
         return x @ rotation.matrix.T
     return x if rotation is None else _Rotated.apply(x, rotation.T)
+
+
+class ThroughBlocks:
+    """Hidden states through the blocks of a decoder; with `recompute` what a block computes is not kept, and computed
+    again backward."""
+
+    def __init__(self, source: Source, recompute: bool) -> None:
+        self._source, self.recompute = source, recompute
+        self._runners: dict[int, BlockRunner] = {}  # by the length of windows
+
+    def __call__(
+        self, hidden: Float[Tensor, "windows seq_len hidden"], blocks: Sequence[nn.Module]
+    ) -> Float[Tensor, "windows seq_len hidden"]:
+        if (length := hidden.shape[1]) not in self._runners:
+            self._runners[length] = BlockRunner(self._source, hidden[:1])
+        run = self._runners[length]
+        for index, block in enumerate(blocks):
+            if self.recompute and torch.is_grad_enabled():
+                hidden = checkpoint(run, block, index, hidden, use_reentrant=False)
+            else:
+                hidden = run(block, index, hidden)
+        return hidden

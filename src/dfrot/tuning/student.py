@@ -18,13 +18,11 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from dfrot.linalg.rotation import Rotation
 from dfrot.models.source import Source, loaded
-from dfrot.models.stream import BlockRunner
 from dfrot.quant.affine import SCALE_DTYPE
 from dfrot.quant.spec import UNQUANTIZED, Spec, TensorSpec
 from dfrot.runtime.config import RuntimeConfig
@@ -32,7 +30,7 @@ from dfrot.runtime.install import install_block_
 from dfrot.runtime.key_bias import KeyBias
 from dfrot.runtime.linear import QuantLinear
 from dfrot.runtime.norms import Float64SiLU, RotatedNorm
-from dfrot.training.trained import Trained, quantized, rotated
+from dfrot.training.trained import ThroughBlocks, Trained, quantized, rotated
 
 _ATTENTION = "dfrot-student"
 
@@ -197,22 +195,17 @@ class Student:
     ) -> None:
         self.source, self.runtime, self.parts = source, runtime, parts
         self.stored_dtype, self.dtype, self.product, self.device = stored, dtype, product, device
-        self.keep, self.recompute = keep, recompute
+        self.keep = keep
         self.embedding = embedding.to(device)
         self.norm = norm.to(device, dtype)
         self.trained: dict[str, Trained] = {}  # by name in the model, in order
         self.blocks = [self._block(index, tensors) for index, tensors in enumerate(blocks)]
-        self._runners: dict[int, BlockRunner] = {}  # by the length of windows
+        self.through_blocks = ThroughBlocks(source, recompute)
 
     def __call__(self, tokens: Int[Tensor, "windows seq_len"]) -> Float[Tensor, "windows seq_len hidden"]:
         """What the head reads."""
         hidden = self.embedding[tokens.to(self.device)].to(self.dtype)
-        run = self._runners.setdefault(hidden.shape[1], BlockRunner(self.source, hidden[:1]))
-        for index, block in enumerate(self.blocks):
-            if self.recompute and torch.is_grad_enabled():
-                hidden = checkpoint(run, block, index, hidden, use_reentrant=False)
-            else:
-                hidden = run(block, index, hidden)
+        hidden = self.through_blocks(hidden, self.blocks)
         return nn.functional.rms_norm(hidden, self.norm.shape, self.norm, self.source.config.rms_norm_eps)
 
     def stored(self, index: int) -> dict[str, Tensor]:
