@@ -19,7 +19,7 @@ import dfrot
 from dfrot.kernels.library import backend
 from dfrot.runtime.kv import KVQuantizer
 from dfrot.runtime.linear import QuantLinear
-from dfrot.runtime.norms import RotatedNorm
+from dfrot.runtime.norms import TransformedNorm
 from dfrot.system.memory import keep_freed_memory
 
 
@@ -27,7 +27,7 @@ def load(checkpoint: str, *, rotates: bool) -> Any:
     """A checkpoint, or what is left of it when nothing is rotated at run time."""
     model, _ = dfrot.load(checkpoint)
     for module in list(model.modules()):
-        if not rotates and isinstance(module, (QuantLinear, RotatedNorm, KVQuantizer)):
+        if not rotates and isinstance(module, (QuantLinear, TransformedNorm, KVQuantizer)):
             module.rotation = None
     return model
 

@@ -19,7 +19,7 @@ import dfrot
 from dfrot.fused.block import FusedBlock
 from dfrot.quant.spec import TensorSpec
 from dfrot.runtime.linear import QuantLinear
-from dfrot.runtime.norms import RotatedNorm
+from dfrot.runtime.norms import TransformedNorm
 from tests.tiny_models import CONFIGS, write_tiny_model
 
 TOKENS = torch.randint(1, 96, (2, 12), generator=torch.Generator().manual_seed(7))
@@ -147,7 +147,7 @@ def specified(model: Any, seed: int) -> Any:
 
 def unrotated(model: Any, seed: int) -> Any:
     """An online rotation taken away."""
-    _, module = part(model, seed, QuantLinear, RotatedNorm)
+    _, module = part(model, seed, QuantLinear, TransformedNorm)
     module.rotation = None  # type: ignore[assignment]
     return model
 

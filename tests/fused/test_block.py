@@ -59,6 +59,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "quarot": {"method": "quarot"},
     "heads": {"method": "quarot", "head_mixing": True},
     "duquant": {"method": "duquant", "preset": "duquant", "block": 16, "greedy_steps": 4},
+    "learned": {"method": "learned", "calib_seq_len": 16, "steps": 2, "learn_steps": 2, "learn_tokens": 16},  # offsets
     "none": {"method": "none"},
     "16-bit cache": {"method": "quarot", "spec": "w8a8kv16"},
 }

@@ -90,10 +90,12 @@ static void check_linear(int isa, int64_t rows, int64_t in, int64_t out, int bit
 static void check_rotate(int isa) {
     enum { N = 96 };
     float *matrix = random_floats(12 * 12), *x = random_floats(3 * N), *y = exact(3 * N * sizeof *y);
+    float *offset = random_floats(N);
     int32_t *order = exact(N * sizeof *order);
     for (int i = 0; i < N; i++) order[i] = (i * 5 + 3) % N;
-    pass_t passes[] = {{PERMUTE, N, 1, order}, {DENSE, 12, 8, matrix}, {BUTTERFLIES, 8, 1, NULL}, {DENSE, 12, 1, matrix}};
-    transform_t transform = {4, passes, 4};
+    pass_t passes[] = {{PERMUTE, N, 1, order}, {DENSE, 12, 8, matrix}, {BUTTERFLIES, 8, 1, NULL}, {DENSE, 12, 1, matrix},
+                       {SUBTRACT, N, 1, offset}};
+    transform_t transform = {5, passes, 4};
     CHECK(dfrot_rotate(isa, 2, x, y, FLOAT32, 3, N, &transform) == 0, "rotate: no memory\n");
     for (int row = 0; row < 3; row++) {
         double a[N], b[N] = {0}, c[N] = {0};
@@ -105,10 +107,11 @@ static void check_rotate(int isa) {
         for (int i = 0; i < N; i++) {
             double sum = 0;
             for (int k = 0; k < 12; k++) sum += c[i / 12 * 12 + k] * matrix[k * 12 + i % 12];
-            CHECK(fabs(sum / 2 - y[row * N + i]) < 1e-3, "rotate: isa %d, entry %d: %g, not %g\n", isa, i, y[row * N + i], sum / 2);
+            sum = sum / 2 - offset[i];
+            CHECK(fabs(sum - y[row * N + i]) < 1e-3, "rotate: isa %d, entry %d: %g, not %g\n", isa, i, y[row * N + i], sum);
         }
     }
-    free(matrix), free(x), free(y), free(order);
+    free(matrix), free(x), free(y), free(order), free(offset);
 }
 
 static cache_t new_cache(int64_t batch, int64_t heads, int64_t capacity, int64_t dim, int bits) {

@@ -158,11 +158,13 @@ ROTATIONS: list[Rotation] = [
 
 @pytest.mark.parametrize("rotation", ROTATIONS, ids=lambda rotation: f"{type(rotation).__name__}{rotation.size}")
 def test_passes_are_the_rotation(isa: int, rotation: Rotation, generator: torch.Generator) -> None:
-    x = torch.randn(3, rotation.size, generator=generator)
+    x, offset = torch.randn(3, rotation.size, generator=generator), torch.randn(rotation.size, generator=generator)
     passes = lower(rotation)
     assert passes is not None
     expected = x.double() @ rotation.as_matrix()
     error = (rotate(x, *passes).double() - expected).abs().amax(-1)
+    shifted = rotate(x, *passes.less(offset)).double() + offset.double()
+    error = torch.maximum(error, (shifted - expected).abs().amax(-1))
     # log2 n rounded sums, or one of n terms, of a vector of this length
     assert (error <= rotation.size**0.5 * EPS[torch.float32] * x.double().norm(dim=-1)).all()
 

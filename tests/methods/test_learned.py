@@ -1,16 +1,23 @@
 """Learned transforms: the student that learns them computes what the checkpoint will."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import dfrot
+from dfrot.checkpoint.load import read_checkpoint
+from dfrot.export import export
 from dfrot.methods import learned
+from dfrot.models.source import open_source
+from dfrot.pipeline.estimate import Estimate
+from dfrot.runtime.config import RuntimeConfig
 from dfrot.system.errors import UserError
-from dfrot.training.trained import TrainedRotation
+from dfrot.training.trained import Trained, TrainedRotation
 from dfrot.transform.transforms import Transforms
 from tests.tiny_models import CONFIGS
 
@@ -44,9 +51,11 @@ def in_float64(student: learned.Student) -> learned.Student:
     """The same with what it has learned as a start: in float32 codes flip at ties."""
     how: Any = (student.spec, torch.float64, torch.float64, student.device, 32)
     wide = learned.Student(student.source, student.transforms(), *how)
-    for block, of_student in zip(wide.scales, student.scales, strict=True):
+    for block, of_student in zip(wide.inputs, student.inputs, strict=True):
         for name, through in block.items():
-            through.scale.start = of_student[name].scale().detach().double()
+            for part in ("scale", "offset", "clip"):
+                if (learned_part := getattr(of_student[name], part)) is not None:
+                    setattr(through, part, Trained(learned_part().detach().double(), torch.float64, None, None))
     return wide
 
 
@@ -106,6 +115,49 @@ def test_scales_survive_being_written_down(generator: torch.Generator) -> None:
     tensors: dict[str, torch.Tensor] = {}
     again = Transforms.from_description(Transforms(scales=scales).describe(tensors), tensors)
     assert [dict(block) for block in again.scales] == list(scales)
+
+
+def test_offsets_and_clip_ratios_are_part_of_the_checkpoint_and_known_to_the_plan(
+    tiny: Tiny, tmp_path: Path, text_file: Path
+) -> None:
+    recipe = dfrot.Recipe.parse("learned", "rtn", "w4a4kv4", calib=str(text_file), **WORDS)
+    source = open_source(str(tiny("qwen3")))
+    path = dfrot.quantize(tiny("qwen3"), recipe, tmp_path / "out").path
+    found = read_checkpoint(path)
+    assert found is not None
+    sites = {*source.graph.norms, "mlp.down_proj"}
+    assert set(found.runtime.offsets) == sites
+    assert {site: len(clips) for site, clips in found.runtime.clips.items()} == dict.fromkeys(
+        sites | {"self_attn.o_proj"}, 2
+    )
+    assert RuntimeConfig.from_json(found.runtime.to_json()).to_json() == found.runtime.to_json()
+    assert set(found.runtime.biases) == set(source.graph.linears)
+    tensors = {name: tensor for shard in path.glob("*.safetensors") for name, tensor in load_file(shard).items()}
+    assert Estimate.of(source, recipe).checkpoint == sum(tensor.nbytes for tensor in tensors.values())
+    assert all(tensors[f"model.layers.1.{site}.offset"].any() for site in sites)
+    for engine in ("huggingface", "gguf"):
+        with pytest.raises(UserError, match=r"subtracts an offset at input_layernorm, .*--fold-only"):
+            export(path, engine, tmp_path / engine)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("offsets", ["self_attn.q_proj"], "'self_attn.q_proj' is no norm and no linear layer without one"),
+        ("clips", {"lm_head": [0.5, 0.5]}, "'lm_head' is no norm and no linear layer without one"),
+        ("clips", {"mlp.down_proj": [0.5]}, "other than 2 clip ratios for 'mlp.down_proj'"),
+        ("clips", {"mlp.down_proj": [0.5, 1.5]}, "a clip ratio is above 0 and at most 1, got 1.5"),
+        ("clips", {"mlp.down_proj": ["0.5", 0.5]}, "clip_ratio is a number or left out, got '0.5'"),
+        ("offsets", 3, "this is not the runtime record"),
+    ],
+)
+def test_a_record_with_other_sites_is_refused(tiny: Tiny, tmp_path: Path, name: str, value: Any, message: str) -> None:
+    path = dfrot.quantize(tiny("llama"), dfrot.Recipe.parse("none", "rtn", "w4a4kv4"), tmp_path / "out").path
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"]["runtime"][name] = value
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=message):
+        dfrot.load(path)
 
 
 def test_too_short_a_text_is_refused_before_the_work(

@@ -14,7 +14,11 @@ from dfrot.runtime.linear import QuantLinear, packed_tensors
 
 
 def layer(
-    weight: torch.Tensor, weights: TensorSpec, activations: TensorSpec = UNQUANTIZED, rotation: Rotation | None = None
+    weight: torch.Tensor,
+    weights: TensorSpec,
+    activations: TensorSpec = UNQUANTIZED,
+    rotation: Rotation | None = None,
+    offset: torch.Tensor | None = None,
 ) -> QuantLinear:
     made = QuantLinear(
         weight.shape[1],
@@ -24,9 +28,10 @@ def layer(
         activations=activations,
         rotation=rotation,
         dtype=weight.dtype,
+        offset=offset is not None,
     )
     tensors = packed_tensors(*rtn(weight, weights), weights) if weights.enabled else {"weight": weight}
-    made.load_state_dict(tensors)
+    made.load_state_dict(tensors | ({} if offset is None else {"offset": offset}))
     return made
 
 
@@ -48,6 +53,22 @@ def test_the_forward_pass_is_rotate_quantize_multiply() -> None:
     rotated = x @ Hadamard(12).as_matrix()
     expected = fake_quantize(rotated, IntGrid(4, False), PerToken(), 0.9) @ quantized.dense_weight(x.dtype).T
     torch.testing.assert_close(quantized(x), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("rotation", [None, Hadamard(64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # the kernels and the reference
+def test_an_offset_is_subtracted_behind_the_rotation(
+    rotation: Rotation | None, dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    weight, offset, x = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((5, 64), (64,), (3, 64)))
+    quantized = layer(weight, TensorSpec(4, True, None), TensorSpec(8, False, 1.0), rotation, 3 * offset)
+    shifted = (x if rotation is None else x @ rotation.as_matrix().to(dtype)) - 3 * offset
+    expected = fake_quantize(shifted, IntGrid(8, False), PerToken()) @ quantized.dense_weight(dtype).T
+    # in float32 an integer of 8 bits may fall on the other side of a tie
+    tolerance = 1e-12 if dtype == torch.float64 else float(shifted.abs().max() * weight.abs().max()) / 100
+    torch.testing.assert_close(quantized(x), expected, rtol=0, atol=tolerance)
+    graded = x.clone().requires_grad_()
+    torch.testing.assert_close(quantized(graded), expected, rtol=0, atol=tolerance)
 
 
 def test_a_pass_with_gradients_has_the_value_of_one_without_and_the_gradient_of_the_weight() -> None:

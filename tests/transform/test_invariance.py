@@ -46,8 +46,16 @@ def gain_left_in_the_norm(fold: Fold, gain: torch.Tensor) -> torch.Tensor:
     return NORM_GAIN(replace(fold, gain=None), gain)
 
 
-def bias_not_rotated(fold: Fold, bias: torch.Tensor) -> torch.Tensor:
-    return BIAS(replace(fold, output_rotation=None), bias)
+def bias_not_rotated(fold: Fold, *given: Any) -> torch.Tensor | None:
+    return BIAS(replace(fold, output_rotation=None), *given)
+
+
+def offset_forgotten(fold: Fold, *given: Any) -> torch.Tensor | None:
+    return BIAS(replace(fold, offset=None), *given)
+
+
+def offset_of_values_forgotten(fold: Fold, *given: Any) -> torch.Tensor | None:
+    return BIAS(replace(fold, output_offset=None), *given)
 
 
 @pytest.mark.parametrize(
@@ -58,6 +66,8 @@ def bias_not_rotated(fold: Fold, bias: torch.Tensor) -> torch.Tensor:
         ("quarot", "weight", output_not_rotated, "block 0"),
         ("quarot", "norm_gain", gain_left_in_the_norm, "block 0"),
         ("quarot", "bias", bias_not_rotated, "block 0"),
+        ("learned", "bias", offset_forgotten, "block 0"),
+        ("learned", "bias", offset_of_values_forgotten, "block 0"),
         ("duquant", "weight", smoothing_forgotten, "block 0"),
     ],
 )
@@ -68,11 +78,11 @@ def test_a_wrong_fold_ends_the_run_and_nothing_looks_finished(
     monkeypatch: pytest.MonkeyPatch,
     method: str,
     part: str,
-    wrong: Callable[..., torch.Tensor],
+    wrong: Callable[..., torch.Tensor | None],
     where: str,
 ) -> None:
     monkeypatch.setattr(Fold, part, wrong)
-    words: dict[str, Any] = {"block": 8, "greedy_steps": 4} if method == "duquant" else {}
+    words: dict[str, Any] = _WORDS.get(method, {})
     recipe = dfrot.Recipe.parse(method, "rtn", calib=str(text_file), calib_tokens=64, **words)
     with pytest.raises(InvarianceError, match=f"what {where} computes") as raised:
         dfrot.quantize(tiny("llama"), recipe, tmp_path / "out")
@@ -82,6 +92,12 @@ def test_a_wrong_fold_ends_the_run_and_nothing_looks_finished(
     assert in_float64 > 1e-3
     assert in_float64 == pytest.approx(in_float32, rel=0.1)  # a mistake is as large in both
     assert looks_unfinished(tmp_path / "out", "model.layers.0." if where == "block 0" else "lm_head.")
+
+
+_WORDS: dict[str, dict[str, Any]] = {
+    "duquant": {"block": 8, "greedy_steps": 4},
+    "learned": {"calib_seq_len": 16, "steps": 2, "learn_steps": 1, "learn_tokens": 16},
+}
 
 
 def looks_unfinished(out: Path, unproved: str) -> bool:

@@ -15,7 +15,7 @@ from dfrot.quant.spec import UNQUANTIZED, TensorSpec
 from dfrot.runtime.linear import QuantLinear, packed_tensors
 from dfrot.training.descent import Descent
 from dfrot.training.teacher import Teacher
-from dfrot.training.trained import Trained
+from dfrot.training.trained import Trained, quantized
 from dfrot.tuning.run import TuningRun
 from dfrot.tuning.student import Student, StudentLinear
 
@@ -36,9 +36,9 @@ def quant_linear(weights: TensorSpec, activations: TensorSpec, generator: torch.
     return layer.double()
 
 
-def on_grid(x: Tensor, spec: TensorSpec) -> Tensor:
+def on_grid(x: Tensor, spec: TensorSpec, clip: Tensor | None = None) -> Tensor:
     """x on a token's grid, for autograd: rounding passes gradients, a clipped entry is the end of the range."""
-    ratio = spec.fixed_clip
+    ratio = spec.fixed_clip if clip is None else clip
     if spec.symmetric:
         high = x.abs().amax(-1, keepdim=True) * ratio
         step, low = high / spec.grid.highest, high * spec.grid.lowest / spec.grid.highest
@@ -50,7 +50,22 @@ def on_grid(x: Tensor, spec: TensorSpec) -> Tensor:
     rounded = x / step + (codes - zero - x / step).detach()
     clipped = torch.where(codes > spec.grid.highest, high, low)
     value = torch.where((codes >= spec.grid.lowest) & (codes <= spec.grid.highest), rounded * step, clipped)
+    ratio = ratio if clip is None else clip.detach()
     return fake_quantize(x.detach(), spec.grid, spec.token_granularity, ratio) + value - value.detach()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_gradient_of_a_clip_ratio_is_that_of_what_is_clipped(symmetric: bool, generator: torch.Generator) -> None:
+    spec = TensorSpec(4, symmetric=symmetric, clip_ratio=0.9)
+    x = torch.randn(3, 5, 64, generator=generator, dtype=torch.float64, requires_grad=True)
+    clip = torch.tensor([0.7], dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn(3, 5, 64, generator=generator, dtype=torch.float64)
+    found, expected = quantized(x, spec, clip=clip), on_grid(x, spec, clip)
+    torch.testing.assert_close(found, expected)
+    for got, wanted in zip(
+        torch.autograd.grad(found, [x, clip], upstream), torch.autograd.grad(expected, [x, clip], upstream), strict=True
+    ):
+        torch.testing.assert_close(got, wanted)
 
 
 @pytest.mark.parametrize("keep", [True, False])
@@ -76,7 +91,7 @@ def test_gradients_are_those_of_the_plain_float_path(
 
     layer.scales = layer.scales.detach().requires_grad_()
     layer.bias.requires_grad_()
-    rotated = layer.rotated(x)
+    rotated = layer.transformed(x)
     read = on_grid(rotated, activations) if activations.enabled else rotated
     wanted = nn.functional.linear(read, layer.dense_weight(x.dtype), layer.bias)
     of_x, of_scales, of_bias = torch.autograd.grad(wanted, [x, layer.scales, layer.bias], upstream)
@@ -145,6 +160,10 @@ def test_divergence_and_its_gradient_are_those_of_autograd(
         ("qwen2", {"method": "duquant", "preset": "duquant", "block": 16}),  # rotated norms, quantized queries
         ("qwen3", {"method": "quarot", "spec": "w4a4kv4"}),  # norms over heads
         ("phi3", {"method": "quarot", "spec": "w4a16kv3"}),  # fused layers
+        (
+            "llama",
+            {"method": "learned", "spec": "w4a4kv4", "steps": 2, "learn_steps": 2, "learn_tokens": 16},
+        ),  # offsets
         ("qwen2", {"method": "none", "spec": "w16a16kv4", "tune": "biases"}),
     ],
 )

@@ -191,6 +191,6 @@ def massive_unquantized(checkpoint: Any, original: Any, tokens: Int[Tensor, " se
 def _passing_by(mask: Bool[Tensor, " tokens"], layer: QuantLinear, args: tuple[Tensor], output: Tensor) -> Tensor:
     """A forward hook: the layer's outputs (1, tokens, out), of masked tokens from inputs that are not quantized."""
     massive = mask.to(output.device)
-    x = layer.rotated(args[0][:, massive])
+    x = layer.transformed(args[0][:, massive])
     output[:, massive] = nn.functional.linear(x, layer.dense_weight(x.dtype), layer.added)
     return output

@@ -37,5 +37,6 @@ def export(checkpoint: str | Path, to: str, out: str | Path, **options: Any) -> 
             option = "type" if name == "kind" else name.replace("_", "-")
             raise UserError(f"--{option} is for {engine}, and means nothing to {to}. Leave it out.")
     opened = Checkpoint.open(Path(checkpoint))
+    opened.refuse_offsets()
     opened.ask_for_biases()
     return EXPORTERS[to](opened, Path(out).expanduser(), **given)

@@ -66,6 +66,14 @@ class Checkpoint:
         config.__dict__.pop("fusion_config", None)  # which says that dfrot is needed
         return Checkpoint(path, config, found.recipe, found.runtime, graph_for(config), stored_tensors(path))
 
+    def refuse_offsets(self) -> None:
+        """Raise UserError if an offset is subtracted while the model runs, as no other engine does."""
+        if offsets := ", ".join(self.runtime.offsets):
+            raise UserError(
+                f"{self.path} subtracts an offset at {offsets} while the model runs; no other engine does. Quantize "
+                "with --fold-only, which leaves out offsets and online rotations."
+            )
+
     def ask_for_biases(self) -> None:
         """Let the config ask for the biases that tuning made; raises UserError where it cannot."""
         left = {name.rpartition(".")[2] for name in self.runtime.biases}

@@ -107,8 +107,10 @@ def _problems(checkpoint: Checkpoint, device: str, plugin: bool, gpus: int) -> I
         yield "weights are asymmetric, and vLLM's are symmetric. Quantize with --weight-symmetric True."
     if activations.enabled and not activations.symmetric:
         yield "activations are asymmetric, and vLLM's are symmetric. Quantize with --preset deploy."
-    if activations.enabled and activations.clip_ratio != 1:
-        clip = activations.clip_ratio
+    clip = min(
+        [activations.clip_ratio or 1, *(ratio for ratios in checkpoint.runtime.clips.values() for ratio in ratios)]
+    )
+    if activations.enabled and clip != 1:
         yield f"activations are clipped at {clip:g} of the range, and vLLM cannot. Quantize with --act-clip 1."
     if activations.bits == 8 and weights.group is not None:
         yield "vLLM multiplies 8-bit activations by weights with one scale per channel. Quantize without a group."

@@ -27,7 +27,7 @@ from dfrot.quant.spec import UNQUANTIZED
 from dfrot.runtime.key_bias import left_out
 from dfrot.runtime.kv import ATTENTION, KVQuantizer, QuantizedCacheLayer
 from dfrot.runtime.linear import QuantLinear
-from dfrot.runtime.norms import RotatedNorm, differentiated
+from dfrot.runtime.norms import TransformedNorm, differentiated
 from dfrot.system.kept import lasting
 
 
@@ -267,10 +267,10 @@ class _NativeBlock:
         attention_module = modules[graph.attention]
         config: Config = attention_module.config
         quantizer: KVQuantizer | None = getattr(attention_module, "kv_quantizer", None)
-        activations = linears[0].activations
-        if any(
-            layer.activations != activations or not layer.native(x.new_empty(1, layer.in_features)) for layer in linears
-        ):
+        grids = [{modules[name].activations for name in stage} for stage in graph.stages]
+        if any(len(each) > 1 for each in grids):  # layers that read one input quantize it in different ways
+            return None
+        if not all(layer.native(x.new_empty(1, layer.in_features)) for layer in linears):
             return None
         if quantizer is not None and not quantizer.native(x.new_empty(1, quantizer.head_dim)):
             return None
@@ -278,8 +278,7 @@ class _NativeBlock:
             return None
         before = {name: modules[name].passes for name in graph.linears}
         for name in graph.norms:
-            rotation = modules[name].rotation if isinstance(modules[name], RotatedNorm) else None
-            before[name] = NO_PASSES if rotation is None else rotation.passes
+            before[name] = modules[name].passes if isinstance(modules[name], TransformedNorm) else NO_PASSES
         before["keys"] = NO_PASSES if quantizer is None else quantizer.passes
         if any(passes is None for passes in before.values()):
             return None
@@ -315,7 +314,7 @@ class _NativeBlock:
             *(norm(attention_norm), norm(mlp_norm), norm(query_norm), norm(key_norm)),
             *(weights(readers), len(readers), weights([output]), weights(gates), weights([down]), len(gates)),
             *map(transform, (attention_norm, "keys", output, mlp_norm, down)),
-            Grid(activations.bits, activations.symmetric, activations.fixed_clip),
+            *(Grid(grid.bits, grid.symmetric, grid.fixed_clip) for (grid,) in grids),
             Grid(queries.bits, queries.symmetric, queries.fixed_clip),
             *(keys.bits, keys.fixed_clip, values.fixed_clip, attention_module.scaling),
         )

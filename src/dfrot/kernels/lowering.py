@@ -1,21 +1,29 @@
-"""Online rotations as the kernels take them: a sequence of passes over a row."""
+"""What happens to an input before it is quantized, as the kernels take it: a sequence of passes over a row."""
 
 from typing import NamedTuple
 
+from jaxtyping import Float
 from torch import Tensor
 
 from dfrot.linalg.hadamard import hadamard_matrix
 from dfrot.linalg.rotation import Compose, Dense, Hadamard, Identity, Kronecker, Permutation, Rotation
 
-BUTTERFLIES, DENSE, PERMUTE = range(3)  # of native/dfrot.h
+BUTTERFLIES, DENSE, PERMUTE, SUBTRACT = range(4)  # of native/dfrot.h
 
 
 class Lowered(NamedTuple):
-    """A rotation: passes one after the other, then division by the root of `square`."""
+    """A rotation, and an offset: passes one after the other, then division by the root of `square`."""
 
     passes: tuple[int, ...]  # three numbers each: the kind, and `size` and `after` of a row seen as (…, size, after)
-    data: tuple[Tensor, ...]  # the matrices and orders of the passes that have one
+    data: tuple[Tensor, ...]  # the matrices, orders and offsets of the passes that have one
     square: int
+
+    def less(self, offset: Float[Tensor, " n"] | None) -> "Lowered":
+        """The same, and then an offset subtracted."""
+        if offset is None:
+            return self
+        data = offset.detach().float().contiguous()
+        return Lowered((*self.passes, SUBTRACT, len(offset), 1), (*self.data, data), self.square)
 
 
 NO_PASSES = Lowered((), (), 1)

@@ -54,7 +54,7 @@ class Block(ctypes.Structure):
         *(("readers", POINTER(Weights)), ("num_readers", c_int64)),
         *(*_all(POINTER(Weights), "output gates down"), ("num_gates", c_int64)),
         *_all(Transform, "before_readers keys before_output before_mlp before_down"),
-        *_all(Grid, "grid query_grid"),
+        *_all(Grid, "readers_grid output_grid gates_grid down_grid query_grid"),
         *(("kv_bits", c_int), *_all(c_float, "key_clip value_clip"), ("scaling", c_double)),
     )
 

@@ -227,6 +227,12 @@ class Source:
         """Decoder block `index` on the meta device."""
         return copy.deepcopy(self.skeleton.get_submodule(f"{self.graph.blocks}.{index}"))
 
+    @property
+    def without_bias(self) -> tuple[str, ...]:
+        """The linear layers of a block that have no bias."""
+        block = self.empty_block(0)
+        return tuple(name for name in self.graph.linears if block.get_submodule(name).bias is None)
+
     def embedding(self) -> Tensor:
         """The embedding matrix, (vocabulary, hidden)."""
         return self.tensor(f"{self.graph.embedding}.weight")

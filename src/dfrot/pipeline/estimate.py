@@ -87,7 +87,7 @@ class Estimate:
             block_bytes=sizes.block * sizes.source,
             resident=int(_SLACK * (_PROCESS + max(stages))),
             states=sequences * wanted.seq_len * state if recipe.fits_weights else 0,
-            checkpoint=_checkpoint_bytes(sizes, source, recipe, outline) + tuning.biases,
+            checkpoint=_checkpoint_bytes(sizes, source, recipe, outline),
             budget=budget,
             processes=processes.local,
             warning=recipe.rounding.warning(sizes) if recipe.fits_weights else None,
@@ -186,6 +186,8 @@ def _checkpoint_bytes(sizes: ModelSizes, source: Source, recipe: Recipe, outline
         groups = 1 if spec.group is None else width // spec.group
         packed = packed_width(width, spec.bits) + groups * (2 if spec.symmetric else 3)  # scale and zero point
         block += rows * (packed - width * sizes.stored)
+    if outline.offsets or "biases" in recipe.tuning.parts:
+        block += sizes.unbiased * sizes.stored
     block += sum(tensor.nbytes for tensor in outline.online_tensors(0, source.graph, working).values())
     matrices = 1 if source.tied and not outline.unties_head else 2
     return block * sizes.num_blocks + (matrices * sizes.vocabulary + 1) * sizes.hidden * sizes.stored

@@ -208,7 +208,10 @@ class _Loop:
         graph, config = self.source.graph, self.source.config
         keys = transforms.keys if recipe.spec.keys.enabled else None
         blocks = transforms.rotation_blocks(graph)
-        self.runtime = RuntimeConfig(recipe.spec, transforms.online(graph, config), keys, blocks)
+        made = self.source.without_bias if transforms.offsets else ()
+        of_inputs = tuple(transforms.offset_sites(graph)), transforms.clip_sites(graph)
+        online = transforms.online(graph, config)
+        self.runtime = RuntimeConfig(recipe.spec, online, keys, blocks, made, *of_inputs)
         self.tied = self.source.tied and not transforms.unties_head
 
     def run(self) -> float:

@@ -181,5 +181,5 @@ def _read(layer: nn.Module, x: Tensor) -> Float[Tensor, "tokens in"]:
 def runtime_block(source: Source, index: int, tensors: dict[str, Tensor], runtime: RuntimeConfig) -> nn.Module:
     """Block `index` with the runtime's modules."""
     block = source.empty_block(index)
-    install_block_(block, source.graph, runtime)
+    install_block_(block, index, source.graph, runtime)
     return loaded(block, tensors)

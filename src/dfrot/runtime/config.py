@@ -5,7 +5,7 @@ It lies in `quantization_config` beside the recipe, which says how the checkpoin
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import Tensor
@@ -28,11 +28,19 @@ class RuntimeConfig:
     # rotations differ between blocks of the model, and are tensors of the checkpoint.
     rotation_blocks: Mapping[str, tuple[int, int]]
     biases: tuple[str, ...] = ()  # linear layers of a block with a bias that the model's own config does not give them
+    # Norms whose output, and linear layers whose rotated input, is taken less an offset, a tensor of the checkpoint.
+    offsets: tuple[str, ...] = ()
+    clips: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # such a norm or layer → clip ratio by block
+
+    def activations(self, site: str, index: int) -> TensorSpec:
+        """The grid of a norm's output or a linear layer's input in block `index`."""
+        grid = self.spec.activations
+        return replace(grid, clip_ratio=self.clips[site][index]) if site in self.clips and grid.enabled else grid
 
     def without(self, *kinds: Literal["weights", "activations"]) -> "RuntimeConfig":
         """The same, leaving these kinds of tensors alone."""
         alone: dict[str, Any] = dict.fromkeys(kinds, UNQUANTIZED)
-        return dataclasses.replace(self, spec=dataclasses.replace(self.spec, **alone))
+        return replace(self, spec=replace(self.spec, **alone))
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON; `from_json` is its inverse."""
@@ -44,6 +52,10 @@ class RuntimeConfig:
             "rotation_blocks": {site: list(sizes) for site, sizes in self.rotation_blocks.items()},
             "biases": list(self.biases),
         }
+        if self.offsets:  # where there are none, older versions read the record
+            record["offsets"] = list(self.offsets)
+        if self.clips:
+            record["clips"] = {site: list(clips) for site, clips in self.clips.items()}
         assert not tensors, f"format {FORMAT} has no place for the tensors of online rotations: {sorted(tensors)}"
         return record
 
@@ -51,8 +63,9 @@ class RuntimeConfig:
     def from_json(record: Any) -> "RuntimeConfig":
         """Raises UserError if the record is not complete, or says something that this version does not know."""
         wrong = "this is not the runtime record of a dfrot checkpoint"
-        names = {"grids", "online", "keys", "rotation_blocks", "biases"}
-        record = {"biases": []} | record if isinstance(record, dict) else {}  # the first of format 4 had none
+        names = {"grids", "online", "keys", "rotation_blocks", "biases", "offsets", "clips"}
+        left_out: dict[str, Any] = {"biases": [], "offsets": [], "clips": {}}  # in records of earlier versions
+        record = left_out | record if isinstance(record, dict) else {}
         if differing := names ^ record.keys():
             raise UserError(f"{wrong}: {min(differing)!r} is unknown or missing.")
         try:
@@ -62,10 +75,14 @@ class RuntimeConfig:
             blocks = {site: (size, count) for site, (size, count) in record["rotation_blocks"].items()}
             if bad := [sizes for sizes in blocks.values() if not all(type(n) is int and n > 0 for n in sizes)]:
                 raise ValueError(f"the sizes of block rotations are two positive integers, got {bad[0]}")
-            ",".join(biases := tuple(record["biases"]))  # a TypeError unless all of them are names
+            biases, offsets = tuple(record["biases"]), tuple(record["offsets"])
+            ",".join(biases + offsets)  # a TypeError unless all of them are names
+            clips = {site: tuple(ratios) for site, ratios in record["clips"].items()}
+            for ratio in (ratio for ratios in clips.values() for ratio in ratios):
+                TensorSpec.checked(**vars(spec.activations) | {"clip_ratio": ratio})
         except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
             raise UserError(f"{wrong}: {error}") from error
-        return RuntimeConfig(spec, online, keys, blocks, biases)
+        return RuntimeConfig(spec, online, keys, blocks, biases, offsets, clips)
 
     @staticmethod
     def of_checkpoint(record: Mapping[str, Any]) -> "RuntimeConfig":

@@ -15,7 +15,7 @@ from dfrot.runtime.config import RuntimeConfig
 from dfrot.runtime.key_bias import KeyBias
 from dfrot.runtime.kv import install_kv_
 from dfrot.runtime.linear import QuantLinear
-from dfrot.runtime.norms import BlockRotation, Float64RMSNorm, Float64SiLU, RotatedNorm
+from dfrot.runtime.norms import BlockRotation, Float64RMSNorm, Float64SiLU, TransformedNorm
 from dfrot.system.errors import UserError
 
 # Called with every block that has the runtime's modules. A ring that computes blocks faster registers here, so that the
@@ -33,8 +33,10 @@ def install_(model: Any, runtime: RuntimeConfig) -> None:
     use_torch_norms_(root, graph)
     blocks = list(root.get_submodule(graph.blocks).children())
     key_bias = KeyBias.of(blocks[0], graph, root.get_submodule(graph.rotary), runtime.spec) if blocks else None
-    for block in blocks:
-        install_block_(block, graph, runtime, key_bias)
+    if wrong := [site for site, clips in runtime.clips.items() if len(clips) != len(blocks)]:
+        raise UserError(f"this checkpoint's config has other than {len(blocks)} clip ratios for '{wrong[0]}'.")
+    for index, block in enumerate(blocks):
+        install_block_(block, index, graph, runtime, key_bias)
     if runtime.spec.keys.enabled:
         if runtime.keys is not None and runtime.keys.size != head_dim(config):
             raise UserError(
@@ -50,12 +52,17 @@ def _check_sizes(block: nn.Module, graph: ModelGraph, runtime: RuntimeConfig) ->
     """Raise UserError if the runtime is one for another model."""
     wrong = "this checkpoint's config does not fit its model"
     for name, rotation in runtime.online.items():
-        if name not in graph.linears or rotation.size != _width(block, name):
+        if name not in graph.linears or graph.norm_before(name) or rotation.size != _width(block, name):
             raise UserError(f"{wrong}: '{name}' has no input of {rotation.size} channels, which are to be rotated.")
     if unknown := [name for name in runtime.biases if name not in graph.linears]:
         raise UserError(f"{wrong}: there is no linear layer {unknown[0]!r}, which is to have a bias.")
+    sites = {graph.norm_before(name) or name for name in graph.linears}
+    if unknown := [site for site in (*runtime.offsets, *runtime.clips) if site not in sites]:
+        raise UserError(
+            f"{wrong}: {unknown[0]!r} is no norm and no linear layer without one, as offsets and clips need."
+        )
     for site, (size, _) in runtime.rotation_blocks.items():
-        if site not in {*graph.norms, *graph.linears} or _width(block, site) % size:
+        if site not in sites or _width(block, site) % size:
             raise UserError(f"{wrong}: '{site}' has no channels that blocks of {size} divide.")
 
 
@@ -65,30 +72,32 @@ def _width(block: nn.Module, name: str) -> int:
 
 
 def install_block_(
-    block: nn.Module, graph: ModelGraph, runtime: RuntimeConfig, key_bias: KeyBias | None = None
+    block: nn.Module, index: int, graph: ModelGraph, runtime: RuntimeConfig, key_bias: KeyBias | None = None
 ) -> None:
-    """Replace norms, activations and linear layers of a decoder block by the runtime's; with a `key_bias` the layer of
-    keys leaves its bias to attention."""
+    """Replace norms, activations and linear layers of decoder block `index` by the runtime's; with a `key_bias` the
+    layer of keys leaves its bias to attention."""
     _check_sizes(block, graph, runtime)
     rotations: dict[str, Rotation | BlockRotation] = dict(runtime.online)
     for site, (size, count) in runtime.rotation_blocks.items():
-        module = block.get_submodule(site)
+        weight: Any = block.get_submodule(site).weight
         with torch.device("meta"):
-            blocks = BlockRotation(module.weight.shape[-1], size, count, module.weight.dtype)  # type: ignore
-        if isinstance(module, nn.RMSNorm):
-            block.set_submodule(site, RotatedNorm(module, blocks))
-        else:
-            rotations[site] = blocks
+            rotations[site] = BlockRotation(weight.shape[-1], size, count, weight.dtype)
+    for site in graph.norms:
+        if site in rotations or site in runtime.offsets:
+            norm: Any = block.get_submodule(site)
+            with torch.device("meta"):
+                block.set_submodule(site, TransformedNorm(norm, rotations.get(site), site in runtime.offsets))  # type: ignore[arg-type]
     for name, module in list(block.named_modules()):
         if type(module) is nn.RMSNorm:
             block.set_submodule(name, Float64RMSNorm(module))
         elif isinstance(module, SiLUActivation):
             block.set_submodule(name, Float64SiLU())
     for name in graph.linears:
-        rotation = rotations.get(name)
+        rotation, grid = rotations.get(name), runtime.activations(graph.norm_before(name) or name, index)
         quantizes = runtime.spec.weights.enabled or runtime.spec.activations.enabled
         apart = key_bias is not None and name == graph.key
-        if rotation is None and not quantizes and name not in runtime.biases and not apart:
+        own = rotation is not None or name in runtime.biases or name in runtime.offsets or apart
+        if not own and not quantizes:
             continue
         linear = block.get_submodule(name)
         assert isinstance(linear, nn.Linear), f"{name} is a {type(linear).__name__}"
@@ -98,9 +107,10 @@ def install_block_(
                 linear.out_features,
                 bias=linear.bias is not None or name in runtime.biases,
                 weights=runtime.spec.weights,
-                activations=runtime.spec.activations,
+                activations=grid,
                 rotation=rotation,
                 dtype=linear.weight.dtype,
                 adds_bias=not apart,
+                offset=name in runtime.offsets,
             )
         block.set_submodule(name, quantized)

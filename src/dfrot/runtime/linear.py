@@ -1,4 +1,4 @@
-"""A linear layer with an online rotation, a quantized input and a packed weight, each of them optional.
+"""A linear layer with an online rotation and an offset, a quantized input and a packed weight, each of them optional.
 
 A product is computed in one of four ways. In float32 the first three agree, nearly always to the last bit; the fourth
 sums floats:
@@ -23,16 +23,16 @@ from dfrot.linalg.rotation import Rotation
 from dfrot.quant.affine import SCALE_DTYPE, QParams, choose_qparams, dequantize, quantize
 from dfrot.quant.packing import pack, packed_width, unpack
 from dfrot.quant.spec import TensorSpec
-from dfrot.runtime.norms import BlockRotation, differentiated, in_float64, straight_through
+from dfrot.runtime.norms import BlockRotation, differentiated, empty_offset, straight_through, transformed
 from dfrot.system.kept import Kept
 
 
 class QuantLinear(nn.Module):
-    """y = Q_a(x R) Ŵᵀ + b: rotate, quantize every token, multiply by the dequantized weight.
+    """y = Q_a(x R − o) Ŵᵀ + b: rotate, quantize every token, multiply by the dequantized weight.
 
     Buffers: `qweight` uint8 (out, ⌈in · bits / 8⌉), `scales` bfloat16 (out, groups), for asymmetric grids `zeros` uint8
-    (out, groups). Codes of symmetric grids are stored with an offset of 2^(bits−1). With 16-bit weights there is a
-    plain `weight` (out, in) instead.
+    (out, groups), and if there is one the `offset` o, float32 (float64 in a float64 model) (in,). Codes of symmetric
+    grids are stored with 2^(bits−1) added. With 16-bit weights there is a plain `weight` (out, in) instead.
 
     A layer that does not add its bias (`adds_bias`) leaves that to others: see runtime/key_bias.py.
 
@@ -43,6 +43,7 @@ class QuantLinear(nn.Module):
     qweight: Tensor
     scales: Tensor
     zeros: Tensor
+    offset: Tensor | None
 
     def __init__(
         self,
@@ -55,6 +56,7 @@ class QuantLinear(nn.Module):
         rotation: Rotation | BlockRotation | None,
         dtype: torch.dtype,
         adds_bias: bool = True,
+        offset: bool = False,
     ) -> None:
         super().__init__()
         self.adds_bias = adds_bias
@@ -71,6 +73,7 @@ class QuantLinear(nn.Module):
         else:
             self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=dtype), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype), requires_grad=False) if bias else None
+        self.register_buffer("offset", empty_offset(torch.empty(in_features, dtype=dtype)) if offset else None)
         self._dense: Kept[Tensor] = Kept()
         self._integers: Kept[Tensor] = Kept()
         self._lowered: tuple[Any, Lowered | None] = None, NO_PASSES
@@ -80,15 +83,15 @@ class QuantLinear(nn.Module):
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         if self.native(x):
             if (passes := self.passes) is None:
-                x, passes = self.rotated(x), NO_PASSES
+                x, passes = self.transformed(x), NO_PASSES
             return linear(x, [self.packed], passes, self.weights, self.activations)[0]
         if not self.exact(x):
             return self.float_product(x)
         y = self.integer_product(x.detach())
-        return straight_through(y, self.float_product(x)) if differentiated(x, self.scales, self.added) else y
+        return straight_through(y, self.float_product(x)) if differentiated(x, *self._graded) else y
 
     def float_product(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        """Q(x R) Ŵᵀ + b, a product of what the integers stand for; gradients pass straight through Q."""
+        """Q(x R − o) Ŵᵀ + b, a product of what the integers stand for; gradients pass straight through Q."""
         return nn.functional.linear(self.quantize_input(x), self.dense_weight(x.dtype), self.added)
 
     def exact(self, x: Tensor) -> bool:
@@ -98,7 +101,7 @@ class QuantLinear(nn.Module):
 
     def integer_product(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         """s t Σ (a − z)(w − v) + b as the kernels compute it: an exact sum of integers, then the scales."""
-        x, spec = self.rotated(x), self.activations
+        x, spec = self.transformed(x), self.activations
         qparams = choose_qparams(x, spec.grid, spec.token_granularity, spec.fixed_clip)
         codes = quantize(x, spec.grid, spec.token_granularity, qparams)
         fits = self.in_features * 2 ** (spec.bits + self.weights.bits) <= 2**24  # integers that float32 has
@@ -111,7 +114,12 @@ class QuantLinear(nn.Module):
     def native(self, x: Tensor) -> bool:
         """Whether the kernels can compute the layer for such an input."""
         fits = self.weight is None and supported(x, self.weights, self.activations)
-        return fits and not self.qweight.is_meta and not differentiated(self.scales, self.added)
+        return fits and not self.qweight.is_meta and not differentiated(*self._graded)
+
+    @property
+    def _graded(self) -> tuple[Tensor | None, ...]:
+        """What gradients may be asked for of, beside the input."""
+        return self.scales, self.added, self.offset
 
     @property
     def added(self) -> Float[Tensor, " out"] | None:
@@ -125,23 +133,22 @@ class QuantLinear(nn.Module):
 
     @property
     def passes(self) -> Lowered | None:
-        """The rotation as the kernels take it, if they can."""
+        """Rotation and offset as the kernels take them, if they can."""
         if isinstance(self.rotation, BlockRotation):
-            return self.rotation.passes
+            return self.rotation.passes.less(self.offset)
         if self._lowered[0] is not self.rotation:
             self._lowered = self.rotation, NO_PASSES if self.rotation is None else lower(self.rotation)
-        return self._lowered[1]
+        passes = self._lowered[1]
+        return None if passes is None else passes.less(self.offset)
 
     def quantize_input(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch in"]:
-        """What the weight is multiplied by: the input rotated and quantized."""
-        x = self.rotated(x)
+        """What the weight is multiplied by: the input rotated, less the offset, and quantized."""
+        x = self.transformed(x)
         return straight_through(self.activations.fake_quantize(x.detach()), x) if self.activations.enabled else x
 
-    def rotated(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch in"]:
-        """The input in the basis of the weight."""
-        if self.rotation is None:
-            return x
-        return self.rotation(x) if isinstance(self.rotation, BlockRotation) else in_float64(self.rotation.apply, x)
+    def transformed(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch in"]:
+        """The input in the basis of the weight, less the offset."""
+        return transformed(x, self.rotation, self.offset)
 
     def dense_weight(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
         """The weight that the integers stand for."""

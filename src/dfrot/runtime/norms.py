@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dfrot.kernels import linear, structures
-from dfrot.kernels.lowering import DENSE, PERMUTE, Lowered
+from dfrot.kernels.lowering import DENSE, NO_PASSES, PERMUTE, Lowered
 from dfrot.linalg.rotation import Rotation, block_rotation
 
 
@@ -24,6 +24,12 @@ def in_float64(compute: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 def differentiated(*tensors: Tensor | None) -> bool:
     """Whether a gradient may be asked for of one of the tensors."""
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def empty_offset(like: Tensor) -> Float[Tensor, " size"]:
+    """Room for an offset of the last axis of `like`."""
+    wide = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return torch.empty(like.shape[-1], dtype=wide, device=like.device)
 
 
 def straight_through(value: Tensor, graded: Tensor) -> Tensor:
@@ -84,13 +90,43 @@ class BlockRotation(nn.Module):
         return in_float64(self.as_rotation.apply, x)
 
 
-class RotatedNorm(Float64RMSNorm):
-    """A norm that hands its output out rotated, once for all layers that read it."""
+def transformed(
+    x: Float[Tensor, "*batch size"],
+    rotation: Rotation | BlockRotation | None,
+    offset: Float[Tensor, " size"] | None,
+) -> Float[Tensor, "*batch size"]:
+    """x R − o, which is then quantized."""
+    if isinstance(rotation, BlockRotation):
+        if offset is None:
+            return rotation(x)
+        rotation = rotation.as_rotation
+    if rotation is None and offset is None:
+        return x
 
-    def __init__(self, norm: nn.RMSNorm, rotation: BlockRotation | None) -> None:
+    def compute(y: Tensor) -> Tensor:
+        y = y if rotation is None else rotation.apply(y)
+        return y if offset is None else y - offset.to(y)
+
+    return in_float64(compute, x)
+
+
+class TransformedNorm(Float64RMSNorm):
+    """A norm that hands its output out rotated, and less an offset, once for all layers that read it.
+
+    Buffer, if there is an offset: `offset` float32 (float64 in a float64 model) (size,).
+    """
+
+    offset: Tensor | None
+
+    def __init__(self, norm: nn.RMSNorm, rotation: BlockRotation | None, offset: bool) -> None:
         super().__init__(norm)
         self.rotation = rotation
+        self.register_buffer("offset", empty_offset(norm.weight) if offset else None)
+
+    @property
+    def passes(self) -> Lowered:
+        """What becomes of the norm's output, as the kernels take it."""
+        return (NO_PASSES if self.rotation is None else self.rotation.passes).less(self.offset)
 
     def forward(self, x: Float[Tensor, "*batch size"]) -> Float[Tensor, "*batch size"]:
-        x = super().forward(x)
-        return x if self.rotation is None else self.rotation(x)
+        return transformed(super().forward(x), self.rotation, self.offset)

@@ -21,22 +21,23 @@ class _Quantized(torch.autograd.Function):
 
     With the range [l, h] = c · [min(x, 0), max(x, 0)] and the step s = (h − l) / (2ᵇ − 1), an entry that is rounded is
     off by s r, so a longer step moves it by r; an entry that is clipped is the end of the range. Both pull on the
-    entries that span the range (as in LSQ, Esser et al. 2020, arXiv 1902.08153, whose step is a parameter).
+    entries that span the range (as in LSQ, Esser et al. 2020, arXiv 1902.08153, whose step is a parameter), and on c.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, spec: TensorSpec, scale_dtype: torch.dtype | None) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.spec = spec
-        return fake_quantize(x, spec.grid, spec.token_granularity, spec.fixed_clip, scale_dtype)
+    def forward(ctx: Any, x: Tensor, spec: TensorSpec, scale_dtype: torch.dtype | None, clip: Tensor | float) -> Tensor:
+        ctx.save_for_backward(x, *([clip] if isinstance(clip, Tensor) else []))
+        ctx.spec, ctx.clip = spec, clip if isinstance(clip, float) else None
+        return fake_quantize(x, spec.grid, spec.token_granularity, clip, scale_dtype)
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
-        (x,), spec, grid = ctx.saved_tensors, ctx.spec, ctx.spec.grid
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (x, *given), spec, grid = ctx.saved_tensors, ctx.spec, ctx.spec.grid
+        clip, of_clip = given[0] if given else ctx.clip, None
         groups, slope = grouped(x, spec.token_granularity), grouped(upstream, spec.token_granularity)
         least, low = groups.min(-1, keepdim=True)[::-1]
         most, high = (groups.abs() if grid.symmetric else groups).max(-1, keepdim=True)[::-1]
-        low, high = low.clamp(max=0) * spec.fixed_clip, high.clamp(min=0) * spec.fixed_clip
+        low, high = low.clamp(max=0) * clip, high.clamp(min=0) * clip
         step = (high if grid.symmetric else high - low) / grid.highest
         step = torch.where(step == 0, 1, step)
         first = 0 if grid.symmetric else torch.round(low / step)  # what the lowest code stands for, in steps
@@ -49,17 +50,29 @@ class _Quantized(torch.autograd.Function):
         above = clipped.clone().masked_fill_(on_grid > rounded, 0).sum(-1, keepdim=True)
         below = clipped.sum(-1, keepdim=True) - above
         if grid.symmetric:
-            pull = of_step + above + below * (grid.lowest / grid.highest)
-            inside.scatter_add_(-1, most, spec.fixed_clip * pull * groups.gather(-1, most).sign())
+            of_high, of_low = of_step + above + below * (grid.lowest / grid.highest), None
+            inside.scatter_add_(-1, most, clip * of_high * groups.gather(-1, most).sign())
         else:
-            inside.scatter_add_(-1, most, spec.fixed_clip * (of_step + above) * (high > 0))
-            inside.scatter_add_(-1, least, spec.fixed_clip * (below - of_step) * (low < 0))
-        return inside.view_as(x), None, None
+            of_high, of_low = of_step + above, below - of_step
+            inside.scatter_add_(-1, most, clip * of_high * (high > 0))
+            inside.scatter_add_(-1, least, clip * of_low * (low < 0))
+        if given:
+            of_clip = (of_high * high if of_low is None else of_high * high + of_low * low).sum().view_as(clip) / clip
+        return inside.view_as(x), None, None, of_clip
 
 
-def quantized(x: Tensor, spec: TensorSpec, scale_dtype: torch.dtype | None = None) -> Tensor:
-    """x on the grid of `spec`, its scales of a narrower dtype if one is given."""
-    return _Quantized.apply(x, spec, scale_dtype) if spec.enabled else x
+def quantized(
+    x: Tensor, spec: TensorSpec, scale_dtype: torch.dtype | None = None, clip: Float[Tensor, "1"] | None = None
+) -> Tensor:
+    """x on the grid of `spec`, its scales of a narrower dtype if one is given, with another clip ratio if one is."""
+    if not spec.enabled:
+        return x
+    return _Quantized.apply(x, spec, scale_dtype, spec.fixed_clip if clip is None else clip)
+
+
+def less(x: Tensor, offset: Tensor | None) -> Tensor:
+    """x − o."""
+    return x if offset is None else x - offset
 
 
 class _Rotated(torch.autograd.Function):

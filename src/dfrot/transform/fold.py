@@ -14,6 +14,9 @@ norm's gain, absorbs the division, and
 
     y P = ((x Q) diag(1/s) R) (Pᵀ W Q diag(s) R)ᵀ + b P.
 
+An input that arrives less an offset o, in the basis behind R, leaves the weight alone: the bias becomes b P + o Ŵᵀ, Ŵ
+the folded weight. The runtime subtracts o; or the layer before does, whose bias is shifted.
+
 Everything is computed in float64 and cast once, by the caller.
 """
 
@@ -37,6 +40,9 @@ class Fold:
     output_rotation: Rotation | None = None  # P, in whose basis the output leaves
     first_output_row: int = 0  # P acts on the rows from here on: the values are the last rows of a fused qkv
     output_divisor: Float[Tensor, " rows"] | None = None  # divides the last rotated output rows
+    output_offset: Float[Tensor, " rows"] | None = None  # is then subtracted from these
+    offset: Float[Tensor, " in"] | None = None  # o, in the basis behind R
+    offset_online: bool = True  # whether the runtime subtracts it; else the layer before
 
     def weight(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """Pᵀ W diag(g) Q diag(s) R in float64, its last rows shrunk; always a new tensor."""
@@ -55,14 +61,29 @@ class Fold:
             w[-len(self.output_divisor) :] /= self.output_divisor.to(w)[:, None]
         return w
 
-    def bias(self, bias: Float[Tensor, " out"]) -> Float[Tensor, " out"]:
-        """b P in float64; always a new tensor."""
-        b = bias.to(torch.float64, copy=True)
+    def bias(self, bias: Float[Tensor, " out"] | None, weight: Float[Tensor, "out in"]) -> Float[Tensor, " out"] | None:
+        """b P + o Ŵᵀ in float64, its last entries shrunk and shifted; always a new tensor, None if there is no bias.
+
+        Args:
+            weight: Ŵ, the folded weight in float64.
+        """
+        if bias is None and self.offset is None and self.output_offset is None:
+            return None
+        b = torch.zeros_like(weight[:, 0]) if bias is None else bias.to(torch.float64, copy=True)
         if self.output_rotation is not None:
             b[self.first_output_row :] = self.output_rotation.apply(b[self.first_output_row :])
         if self.output_divisor is not None:
             b[-len(self.output_divisor) :] /= self.output_divisor.to(b)
+        if self.offset is not None:
+            b += weight @ self.offset.to(weight)
+        if self.output_offset is not None:
+            b[-len(self.output_offset) :] -= self.output_offset.to(b)
         return b
+
+    def arriving(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch in"]:
+        """What the runtime makes of the layer's input: x R − o."""
+        x = x if self.online is None else self.online.apply(x)
+        return x if self.offset is None or not self.offset_online else x - self.offset.to(x)
 
     def norm_gain(self, gain: Float[Tensor, " in"]) -> Float[Tensor, " in"]:
         """The remaining gain of the norm before the layer, in float64: ones if it is folded; divided by s."""

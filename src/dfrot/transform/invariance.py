@@ -12,6 +12,7 @@ after; they are compared with the proved tensors once they lie in the checkpoint
 import copy
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -88,15 +89,17 @@ class InvarianceCheck:
             gain = folds[readers[0]].norm_gain(block.get_submodule(name).weight)  # type: ignore[arg-type]
             folding.get_submodule(name).weight = nn.Parameter(gain, requires_grad=False)
         float64_error = _relative(self._run[torch.float64](folding, index, start), expected)
-        norms, linear = folding.state_dict().items(), tuple(f"{name}." for name in layers)
-        state = {name: tensor.to(dtype) for name, tensor in norms if not name.startswith(linear)}
+        norms, ours = folding.state_dict().items(), tuple(f"{name}." for name in layers)
+        state = {name: tensor.to(dtype) for name, tensor in norms if not name.startswith(ours)}
         for name, layer in layers.items():
             state |= {f"{name}.{key}": tensor for key, tensor in layer.folded.items()}
 
-        folded = loaded(self._source.empty_block(index), {name: tensor.float() for name, tensor in state.items()})
+        folded = self._source.empty_block(index)
         for name, fold in folds.items():
-            if (online := fold.online) is not None:
-                folded.get_submodule(name).register_forward_pre_hook(lambda _, inputs, r=online: r.apply(*inputs))
+            linear: Any = folded.get_submodule(name)
+            linear.bias = nn.Parameter(layers[name].folded["bias"]) if "bias" in layers[name].folded else None
+            linear.register_forward_pre_hook(lambda _, inputs, fold=fold: fold.arriving(*inputs))
+        loaded(folded, {name: tensor.float() for name, tensor in state.items()})
         float32_error = _relative(self._run[torch.float32](folded, index, start.float()), expected)
         require_fall(f"block {index}", float32_error, float64_error)
         return float64_error, state
@@ -156,10 +159,10 @@ class _Folding(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.fold.weight(self.linear.weight)
-        bias = None if self.linear.bias is None else self.fold.bias(self.linear.bias)
+        bias = self.fold.bias(self.linear.bias, weight)
         if self.dtype is not None:
             self.folded = {"weight": weight.to(self.dtype)} | ({} if bias is None else {"bias": bias.to(self.dtype)})
-        return nn.functional.linear(x if self.fold.online is None else self.fold.online.apply(x), weight, bias)
+        return nn.functional.linear(self.fold.arriving(x), weight, bias)
 
 
 def _in_float64(block: nn.Module, linear: Callable[[str, nn.Linear], nn.Module]) -> nn.Module:

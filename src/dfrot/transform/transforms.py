@@ -8,6 +8,7 @@
 | input of down_proj | R4 | online | down_proj |
 | across heads before o_proj | QuaRot's only | online | o_proj |
 | input of every linear layer | DuQuant's | online; its smoothing folded | that layer; the norm or layer before |
+| input of every linear layer | scales and offsets, learned | folded; the offset online | the same |
 
 A method fits a `Transforms`; this module derives the `Fold` of each linear layer of a block.
 """
@@ -64,6 +65,10 @@ class Transforms:
     inputs: tuple[Mapping[str, InputTransform], ...] = ()
     # Likewise to s, which divides that input once it is rotated by R1 or R2, and before R4; folded. Not with `inputs`.
     scales: tuple[Mapping[str, Float[Tensor, " in"]], ...] = ()
+    # Likewise to the offset o that is subtracted behind all of these: of o_proj's input by v_proj's bias, since the
+    # weights of attention sum to 1, of the others at run time. Biases of the readers make up for it.
+    offsets: tuple[Mapping[str, Float[Tensor, " in"]], ...] = ()
+    clips: tuple[Mapping[str, float], ...] = ()  # likewise to the clip ratio of that input, where it has its own
 
     def describe(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
         """JSON that `from_description` turns back into this; tensors are put into `tensors`."""
@@ -74,10 +79,12 @@ class Transforms:
                 for part in _PARTS:
                     if (tensor := getattr(transform, part)) is not None:
                         tensors[f"{index}.{stage}.{part}"] = tensor
-        for index, scales in enumerate(self.scales):
-            tensors |= {f"{index}.{stage}.scale": scale for stage, scale in scales.items()}
-        sites = {"inputs": self.inputs, "scales": self.scales}
-        return described | {name: [list(stages) for stages in blocks] for name, blocks in sites.items()}
+        for kind, blocks in (("scale", self.scales), ("offset", self.offsets)):
+            for index, vectors in enumerate(blocks):
+                tensors |= {f"{index}.{stage}.{kind}": vector for stage, vector in vectors.items()}
+        sites = {"inputs": self.inputs, "scales": self.scales, "offsets": self.offsets}
+        listed = {name: [list(stages) for stages in blocks] for name, blocks in sites.items()}
+        return described | listed | {"clips": [dict(clips) for clips in self.clips]}
 
     @staticmethod
     def from_description(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "Transforms":
@@ -90,12 +97,15 @@ class Transforms:
             }
             for index, stages in enumerate(description["inputs"])
         )
-        scales = tuple(
-            {stage: tensors[f"{index}.{stage}.scale"] for stage in stages}
-            for index, stages in enumerate(description.get("scales", ()))
-        )
-        rotations = {site: at and rotation_from(at, tensors) for site, at in sites.items()}
-        return Transforms(**rotations, inputs=inputs, scales=scales)
+        vectors: dict[str, Any] = {
+            f"{kind}s": tuple(
+                {stage: tensors[f"{index}.{stage}.{kind}"] for stage in stages}
+                for index, stages in enumerate(description.get(f"{kind}s", ()))
+            )
+            for kind in ("scale", "offset")
+        }
+        rotations: dict[str, Any] = {site: at and rotation_from(at, tensors) for site, at in sites.items()}
+        return Transforms(**rotations, inputs=inputs, **vectors, clips=tuple(description.get("clips", ())))
 
     def rotation_blocks(self, graph: ModelGraph) -> dict[str, tuple[int, int]]:
         """Norm or layer at which the runtime applies a rotation of `inputs` → block size and count."""
@@ -105,9 +115,21 @@ class Transforms:
             for stage, transform in stages.items()
         }
 
+    def offset_sites(self, graph: ModelGraph) -> dict[str, str]:
+        """Norm or layer at which the runtime subtracts an offset → first layer of the stage that reads it."""
+        stages = self.offsets[0] if self.offsets else ()
+        return {graph.norm_before(stage) or stage: stage for stage in stages if stage != graph.output}
+
+    def clip_sites(self, graph: ModelGraph) -> dict[str, tuple[float, ...]]:
+        """Norm or layer → clip ratio by block, where it has its own."""
+        stages = self.clips[0] if self.clips else ()
+        return {graph.norm_before(stage) or stage: tuple(block[stage] for block in self.clips) for stage in stages}
+
     def online_tensors(self, index: int, graph: ModelGraph, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Tensors of one block's input rotations in the checkpoint, named after the runtime's modules."""
-        tensors = {}
+        """Tensors of one block's input rotations and offsets in the checkpoint, named after the runtime's modules."""
+        tensors = {
+            f"{site}.offset": self.offsets[index][stage].to(dtype) for site, stage in self.offset_sites(graph).items()
+        }
         for stage, transform in (self.inputs[index] if self.inputs else {}).items():
             site = f"{graph.norm_before(stage) or stage}.rotation"
             tensors[f"{site}.matrices"] = transform.matrices.to(dtype)
@@ -142,10 +164,14 @@ class Transforms:
             smooth |= dict.fromkeys(stage, transform.smooth)
         for stage in graph.stages if self.scales else ():
             smooth |= dict.fromkeys(stage, self.scales[index].get(stage[0]))
-        output_divisor = {graph.up: smooth.get(graph.down)}
-        if (of_heads := smooth.get(graph.output)) is not None:  # the same for all heads that read one value head
-            by_value_head = of_heads.view(config.num_key_value_heads, -1, head_dim(config))
-            output_divisor[graph.value] = by_value_head[:, 0].flatten()
+        offsets = self.offsets[index] if self.offsets else {}
+
+        def of_values(of_heads: Tensor | None) -> Tensor | None:  # the same for all heads that read one value head
+            shape = config.num_key_value_heads, -1, head_dim(config)
+            return None if of_heads is None else of_heads.view(shape)[:, 0].flatten()
+
+        output_divisor = {graph.up: smooth.get(graph.down), graph.value: of_values(smooth.get(graph.output))}
+        offset_of = {name: offsets.get(stage[0]) for stage in graph.stages for name in stage}
         folds = {}
         for name in graph.linears:
             norm = graph.norm_before(name)
@@ -162,6 +188,9 @@ class Transforms:
                 output_rotation=writes,
                 first_output_row=-config.num_key_value_heads * head_dim(config) if name == graph.value else 0,
                 output_divisor=output_divisor.get(name),
+                offset=offset_of[name],
+                offset_online=name != graph.output,
+                output_offset=of_values(offsets.get(graph.output)) if name == graph.value else None,
             )
         return folds
 
@@ -169,10 +198,11 @@ class Transforms:
 def fold_block_(block: nn.Module, folds: Mapping[str, Fold], graph: ModelGraph, dtype: torch.dtype) -> None:
     """Fold everything into a block's weights and norms: computed in float64, cast once to `dtype`."""
     for name, fold in folds.items():
-        linear = block.get_submodule(name)
-        linear.weight = nn.Parameter(fold.weight(linear.weight.data).to(dtype), requires_grad=False)  # type: ignore[arg-type]
-        if linear.bias is not None:
-            linear.bias = nn.Parameter(fold.bias(linear.bias.data).to(dtype), requires_grad=False)  # type: ignore[arg-type]
+        linear: Any = block.get_submodule(name)
+        weight = fold.weight(linear.weight.data)
+        bias = fold.bias(linear.bias, weight)
+        linear.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+        linear.bias = None if bias is None else nn.Parameter(bias.to(dtype), requires_grad=False)
     for name, readers in graph.norms.items():
         norm = block.get_submodule(name)
         norm.weight = nn.Parameter(folds[readers[0]].norm_gain(norm.weight), requires_grad=False)  # type: ignore[arg-type]

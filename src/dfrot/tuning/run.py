@@ -84,9 +84,7 @@ class TuningRun:
         """How the tuned checkpoint computes."""
         if "biases" not in self.tuning.parts:
             return self.runtime
-        block = self.source.empty_block(0)
-        made = tuple(name for name in self.source.graph.linears if block.get_submodule(name).bias is None)
-        return dataclasses.replace(self.runtime, biases=made)
+        return dataclasses.replace(self.runtime, biases=self.source.without_bias)
 
     def __call__(self) -> dict[str, Any]:
         """Train, and rewrite the shards of the blocks; returns notes for fit.json.

@@ -29,8 +29,8 @@ from dfrot.runtime.config import RuntimeConfig
 from dfrot.runtime.install import install_block_
 from dfrot.runtime.key_bias import KeyBias
 from dfrot.runtime.linear import QuantLinear
-from dfrot.runtime.norms import Float64SiLU, RotatedNorm
-from dfrot.training.trained import ThroughBlocks, Trained, quantized, rotated
+from dfrot.runtime.norms import Float64SiLU, TransformedNorm
+from dfrot.training.trained import ThroughBlocks, Trained, less, quantized, rotated
 
 _ATTENTION = "dfrot-student"
 
@@ -79,16 +79,19 @@ def _scaled(integers: Float[Tensor, "out in"], scales: Float[Tensor, "out groups
 
 
 class StudentNorm(nn.Module):
-    """An RMS norm whose gain may be trained; what it puts out is rotated and quantized once, for all its readers."""
+    """An RMS norm whose gain may be trained; what it puts out is rotated, taken less an offset and quantized once, for
+    all its readers."""
 
-    def __init__(self, gain: Trained, eps: float, rotation: Rotation | None, spec: TensorSpec) -> None:
+    def __init__(
+        self, gain: Trained, eps: float, rotation: Rotation | None, offset: Tensor | None, spec: TensorSpec
+    ) -> None:
         super().__init__()
-        self.gain, self.eps, self.rotation, self.spec = gain, eps, rotation, spec
+        self.gain, self.eps, self.rotation, self.offset, self.spec = gain, eps, rotation, offset, spec
 
     def forward(self, x: Float[Tensor, "*batch size"]) -> Float[Tensor, "*batch size"]:
         gain = self.gain()
         y = nn.functional.rms_norm(x, gain.shape, gain, self.eps)
-        return quantized(rotated(y, self.rotation), self.spec)
+        return quantized(less(rotated(y, self.rotation), self.offset), self.spec)
 
 
 class StudentLinear(nn.Module):
@@ -122,7 +125,7 @@ class StudentLinear(nn.Module):
         self.rotation = rotation if rotation is None or isinstance(rotation, Rotation) else rotation.as_rotation
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        x = quantized(rotated(x, self.rotation), self.spec)
+        x = quantized(less(rotated(x, self.rotation), self.layer.offset), self.spec)
         if self.scales is None:
             y = (x.to(self.product) @ self.layer.dense_weight(x.dtype).to(self.product).T).to(x.dtype)
         else:
@@ -220,7 +223,7 @@ class Student:
         prefix = f"{graph.blocks}.{index}."
         block = self.source.empty_block(index)
         key_bias = KeyBias.of(block, graph, self.source.skeleton.get_submodule(graph.rotary), spec)
-        install_block_(block, graph, self.runtime, key_bias)
+        install_block_(block, index, graph, self.runtime, key_bias)
         missing = {name: tensor for name, tensor in block.state_dict().items() if name not in tensors}
         assert all(name.endswith(".bias") for name in missing), "the checkpoint has everything but new biases"
         made = {name: torch.zeros(tensor.shape, dtype=self.stored_dtype) for name, tensor in missing.items()}
@@ -237,16 +240,17 @@ class Student:
         readers = {name for names in graph.norms.values() for name in names}
         for name, module in list(block.named_modules()):
             if isinstance(module, nn.RMSNorm):
-                rotation = module.rotation if isinstance(module, RotatedNorm) else None
-                reads = name in graph.norms
-                gain = trained(f"{name}.weight", "gains" if reads else None)
-                at = None if rotation is None else rotation.as_rotation
-                norm = StudentNorm(gain, module.eps or 0.0, at, spec.activations if reads else UNQUANTIZED)
-                block.set_submodule(name, norm)
+                blocks, offset = None, None
+                if isinstance(module, TransformedNorm):
+                    blocks, offset = module.rotation, module.offset
+                rotation = None if blocks is None else blocks.as_rotation
+                grid = self.runtime.activations(name, index) if name in graph.norms else UNQUANTIZED
+                gain = trained(f"{name}.weight", "gains" if name in graph.norms else None)
+                block.set_submodule(name, StudentNorm(gain, module.eps or 0.0, rotation, offset, grid))
             elif isinstance(module, Float64SiLU):
                 block.set_submodule(name, nn.SiLU())
             elif name in graph.linears:
-                grid = UNQUANTIZED if name in readers else spec.activations
+                grid = UNQUANTIZED if name in readers else self.runtime.activations(name, index)
                 block.set_submodule(name, self._linear(module, name, grid, trained))
         attention = block.get_submodule(graph.attention)
         attention.config._attn_implementation = _ATTENTION  # type: ignore[union-attr]

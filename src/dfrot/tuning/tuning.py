@@ -35,7 +35,6 @@ class Needs(NamedTuple):
     integers: int  # more memory, if the weights stay unpacked
     states: int  # more memory, if what the blocks compute stays for the backward pass
     disk: int  # the teacher's states, and those between blocks while they are made
-    biases: int  # of the checkpoint: those that are made
 
     def affordable(self, budget: int) -> tuple[bool, bool]:
         """Whether integers, and whether states, are to stay: if half of what is left holds them."""
@@ -48,7 +47,7 @@ class Needs(NamedTuple):
         return self.least + integers * self.integers + states * self.states
 
 
-NOTHING = Needs(0, 0, 0, 0, 0)
+NOTHING = Needs(0, 0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -145,7 +144,6 @@ class Tuning(Options):
             integers=2 * weights * sizes.num_blocks,
             states=states * (sizes.num_blocks - 1),
             disk=seen * sizes.hidden * (2 + 4),
-            biases=sizes.num_blocks * sizes.unbiased * sizes.stored * ("biases" in self.parts),
         )
 
     def summary(self, notes: dict[str, Any]) -> list[str]:

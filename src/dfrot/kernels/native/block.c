@@ -22,7 +22,7 @@ typedef struct {
     const weights_t *output, *gates, *down;
     int64_t num_gates;
     transform_t before_readers, keys, before_output, before_mlp, before_down;
-    grid_t grid, query_grid; /* query_grid.bits 16: queries are left alone */
+    grid_t readers_grid, output_grid, gates_grid, down_grid, query_grid; /* query_grid.bits 16: queries are left alone */
     int kv_bits;             /* 4 or 8; 16: keys and values are left alone */
     float key_clip, value_clip;
     double scaling;
@@ -241,7 +241,7 @@ static void read_half(int isa, const block_t *block, const tokens_t *in, const s
             }
         stream_t stream = {in->x, (int)in->dtype, first, NULL, NULL, block->attention_norm};
         fill_chunk(isa, &chunk, here, block->readers->in, normalized_rows(isa), &stream, (int)in->dtype,
-                   &block->before_readers, block->grid);
+                   &block->before_readers, block->readers_grid);
         for (int64_t i = 0; i < block->num_readers; i++)
             multiply_chunk(isa, &chunk, here, block->readers + i, (float *)starts[i], FLOAT32, 0);
 #pragma omp barrier
@@ -261,19 +261,19 @@ static void write_half(int isa, const block_t *block, const void *x, int dtype, 
         int64_t here = rows - first < memory->most ? rows - first : memory->most;
         chunk_t chunk = chunk_in(memory->codes, output, memory->most);
         rows_t heads = {attended, attended_dtype, first};
-        fill_chunk(isa, &chunk, here, output->in, given_rows(isa), &heads, dtype, &block->before_output, block->grid);
+        fill_chunk(isa, &chunk, here, output->in, given_rows(isa), &heads, dtype, &block->before_output, block->output_grid);
         multiply_chunk(isa, &chunk, here, output, memory->added, FLOAT32, 0);
 #pragma omp barrier
         chunk = chunk_in(memory->codes, gates, memory->most);
         stream_t stream = {x, dtype, first, memory->added, memory->stream, block->mlp_norm};
-        fill_chunk(isa, &chunk, here, width, normalized_rows(isa), &stream, dtype, &block->before_mlp, block->grid);
+        fill_chunk(isa, &chunk, here, width, normalized_rows(isa), &stream, dtype, &block->before_mlp, block->gates_grid);
         void *of_up = memory->hidden + (block->num_gates == 2 ? here : 1) * inner * size_of(dtype);
         multiply_chunk(isa, &chunk, here, gates, memory->hidden, dtype, 0);
         if (block->num_gates == 2) multiply_chunk(isa, &chunk, here, gates + 1, of_up, dtype, 0);
 #pragma omp barrier
         chunk = chunk_in(memory->codes, down, memory->most);
         gated_t gated = {memory->hidden, of_up, dtype, 2 * inner / block->num_gates};
-        fill_chunk(isa, &chunk, here, inner, gated_rows(isa), &gated, dtype, &block->before_down, block->grid);
+        fill_chunk(isa, &chunk, here, inner, gated_rows(isa), &gated, dtype, &block->before_down, block->down_grid);
         multiply_chunk(isa, &chunk, here, down, memory->added, FLOAT32, 0);
 #pragma omp barrier
 #pragma omp for schedule(static)

@@ -118,8 +118,9 @@ INLINE double exp_double(double x) {
  *
  * BUTTERFLIES multiplies the middle axis by Sylvester's Hadamard matrix, entries ±1; `size` is a power of two.
  * DENSE multiplies it by the matrix `data`, float (size, size).
- * PERMUTE takes y[j] = x[data[j]], int32. */
-enum { BUTTERFLIES = 0, DENSE = 1, PERMUTE = 2 };
+ * PERMUTE takes y[j] = x[data[j]], int32.
+ * SUBTRACT takes data[j] from what the division below makes of x[j], float. */
+enum { BUTTERFLIES = 0, DENSE = 1, PERMUTE = 2, SUBTRACT = 3 };
 typedef struct {
     int64_t kind, size, after;
     const void *data;

@@ -113,11 +113,15 @@ INLINE void dense(const float *x, float *y, int64_t n, int64_t size, int64_t aft
 }
 
 INLINE void body(float *x, float *spare, int64_t n, const transform_t *transform) {
-    float *at = x;
+    float *at = x, root = sqrtf(transform->square), unit = 1 / root;
     for (int64_t number = 0; number < transform->count; number++) {
         const pass_t *pass = transform->passes + number;
         if (pass->kind == BUTTERFLIES) {
             butterflies(at, n, pass->size, pass->after);
+            continue;
+        }
+        if (pass->kind == SUBTRACT) {
+            for (int64_t j = 0; j < n; j++) at[j] -= root * ((const float *)pass->data)[j];
             continue;
         }
         float *to = at == x ? spare : x;
@@ -127,7 +131,6 @@ INLINE void body(float *x, float *spare, int64_t n, const transform_t *transform
             for (int64_t j = 0; j < n; j++) to[j] = at[((const int32_t *)pass->data)[j]];
         at = to;
     }
-    float unit = 1 / sqrtf(transform->square);
     for (int64_t j = 0; j < n; j++) x[j] = at[j] * unit;
 }
 
@@ -174,12 +177,16 @@ INLINE void wide_dense(const double *x, double *y, int64_t n, int64_t size, int6
 }
 
 INLINE void wide_body(float *x, double *spare, int64_t n, const transform_t *transform) {
-    double *at = spare, *other = spare + n, unit = 1 / sqrt(transform->square);
+    double *at = spare, *other = spare + n, root = sqrt(transform->square), unit = 1 / root;
     for (int64_t j = 0; j < n; j++) at[j] = x[j];
     for (int64_t number = 0; number < transform->count; number++) {
         const pass_t *pass = transform->passes + number;
         if (pass->kind == BUTTERFLIES) {
             wide_butterflies(at, n, pass->size, pass->after);
+            continue;
+        }
+        if (pass->kind == SUBTRACT) {
+            for (int64_t j = 0; j < n; j++) at[j] -= root * ((const float *)pass->data)[j];
             continue;
         }
         if (pass->kind == DENSE)
