@@ -31,6 +31,7 @@ from dfrot.checkpoint.writer import is_ours, opened_writer, read_fit, write_fit
 from dfrot.evaluation.record import read_records
 from dfrot.gguf.reader import read_header
 from dfrot.inspect.inspection import read_inspection
+from dfrot.kernels.library import instruction_set
 from dfrot.models.source import load_tokenizer, open_safetensors, open_source, read_config, stored_tensors
 from dfrot.models.texts import read_text
 from dfrot.pipeline.recipe import Recipe
@@ -375,6 +376,7 @@ def _surroundings(scratch: Path) -> Iterator[Path]:
 
     from transformers.utils import logging as transformers_logging
 
+    instruction_set()  # compiled, where they are not, before an input is given its seconds
     scratch.mkdir()
     here, cache = Path.cwd(), os.environ.get("DFROT_CACHE")
     handler, level = signal.signal(signal.SIGALRM, hang), transformers_logging.get_verbosity()
