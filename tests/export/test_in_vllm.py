@@ -24,6 +24,7 @@ CHANGED: dict[str, dict[str, Any]] = {
     "qwen3": {"hidden_size": 64},
 }
 FOLDED: dict[str, Any] = {"fold_only": True}
+TUNED = {"tune": "biases", "tune_steps": 4, "tune_tokens": 32, "tune_seq_len": 16}
 PLUGIN: dict[str, Any] = {"plugin": True}
 
 
@@ -42,6 +43,8 @@ PLUGIN_SPECS = ("w4a16", "w4g64a16", "w4g128a16")
 SIXTEEN, THIRTY_TWO = {"dtype": "bfloat16"}, {"dtype": "float32"}
 CASES = {
     "w8a8": Case("w8a8kv16", FOLDED, {}, SIXTEEN, 1e-2),
+    "w8a8 with tuned biases": Case("w8a8kv16", FOLDED | TUNED, {}, SIXTEEN, 1e-2),
+    "w4a4 with tuned biases": Case("w4a4kv16", FOLDED | TUNED, PLUGIN, THIRTY_TWO, 1e-3),
     # in 8 bits activations are off by up to 1/254 of the largest
     "w4a16": Case("w4g32a16kv16", FOLDED, {}, SIXTEEN, 3e-2),
     **{f"{spec} by the plugin": Case(f"{spec}kv16", FOLDED, PLUGIN, SIXTEEN, 1e-2) for spec in PLUGIN_SPECS},
@@ -79,9 +82,11 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, 
         name: write_tiny_model(name, folder / name, head_dim=32, **{"intermediate_size": 96, **CHANGED.get(name, {})})
         for name in CONFIGS
     }
-    made = {}
+    made, text = {}, folder / "text"
+    text.write_text("The quick brown fox jumps over the lazy dog; 0123456789 times. " * 40)
     for number, (name, case) in enumerate(CASES.items()):
-        recipe = dfrot.Recipe.parse(method="quarot", weights="rtn", preset="deploy", spec=case.spec, **case.options)
+        words: dict[str, Any] = {"method": "quarot", "weights": "rtn", "preset": "deploy", "calib": str(text)}
+        recipe = dfrot.Recipe.parse(spec=case.spec, **words, **case.options)
         checkpoint = dfrot.quantize(sources[case.architecture], recipe, folder / f"{number}").path
         made[name] = checkpoint, folder / f"{number}-vllm"
         export(checkpoint, "vllm", made[name][1], **case.words)
