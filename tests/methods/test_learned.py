@@ -13,13 +13,14 @@ import dfrot
 from dfrot.checkpoint.load import read_checkpoint
 from dfrot.export import export
 from dfrot.methods import learned
+from dfrot.methods.learned_student import Student
 from dfrot.models.source import open_source
 from dfrot.pipeline.estimate import Estimate
 from dfrot.runtime.config import RuntimeConfig
 from dfrot.system.errors import UserError
 from dfrot.training.trained import Trained, TrainedRotation
 from dfrot.transform.transforms import Transforms
-from tests.tiny_models import CONFIGS
+from tests.tiny_models import CONFIGS, write_biased_model
 
 Tiny = Callable[[str], Path]
 WORDS: dict[str, Any] = {"calib_tokens": 128, "calib_seq_len": 32, "steps": 3, "learn_steps": 4, "learn_tokens": 32}
@@ -27,11 +28,11 @@ TOKENS = torch.randint(1, 96, (2, 24), generator=torch.Generator().manual_seed(7
 
 
 @pytest.fixture
-def students(monkeypatch: pytest.MonkeyPatch) -> list[learned.Student]:
+def students(monkeypatch: pytest.MonkeyPatch) -> list[Student]:
     """Those of the next runs; whatever they have learned, all that is trained moves at last."""
-    found: list[learned.Student] = []
+    found: list[Student] = []
 
-    class Watched(learned.Student):
+    class Watched(Student):
         def __init__(self, *args: Any) -> None:
             super().__init__(*args)
             found.append(self)
@@ -47,10 +48,10 @@ def students(monkeypatch: pytest.MonkeyPatch) -> list[learned.Student]:
     return found
 
 
-def in_float64(student: learned.Student) -> learned.Student:
+def in_float64(student: Student) -> Student:
     """The same with what it has learned as a start: in float32 codes flip at ties."""
-    how: Any = (student.spec, torch.float64, torch.float64, student.device, 32)
-    wide = learned.Student(student.source, student.transforms(), *how)
+    how: Any = (student.spec, torch.float64, torch.float64, student.device, False)
+    wide = Student(student.source, student.transforms(), *how)
     for block, of_student in zip(wide.inputs, student.inputs, strict=True):
         for name, through in block.items():
             for part in ("scale", "offset", "clip"):
@@ -59,18 +60,22 @@ def in_float64(student: learned.Student) -> learned.Student:
     return wide
 
 
-@pytest.mark.parametrize("architecture", CONFIGS)
-@pytest.mark.parametrize("fold_only", [False, True])
+@pytest.mark.parametrize("architecture", [*CONFIGS, "biased"])
+@pytest.mark.parametrize(
+    "words", [{"fold_only": True}, {"spec": "w16a4kv4"}, {"spec": "w16a16kv4"}, {"spec": "w16a4kv16"}]
+)
 def test_the_student_computes_what_the_checkpoint_computes(
     tiny: Tiny,
     tmp_path: Path,
     text_file: Path,
-    students: list[learned.Student],
+    students: list[Student],
     architecture: str,
-    fold_only: bool,
+    words: dict[str, Any],
 ) -> None:
-    words = WORDS | {"spec": "w16a4kv16", "dtype": "float64", "fold_only": fold_only, "calib": str(text_file)}
-    result = dfrot.quantize(tiny(architecture), dfrot.Recipe.parse("learned", "rtn", **words), tmp_path / "out")
+    words = WORDS | {"spec": "w16a4kv4", "dtype": "float64", "calib": str(text_file)} | words
+    biased = architecture == "biased"  # in the keys
+    model_path = write_biased_model("qwen2", tmp_path / "model") if biased else tiny(architecture)
+    result = dfrot.quantize(model_path, dfrot.Recipe.parse("learned", "rtn", **words), tmp_path / "out")
     (student,) = students
     assert min(result.notes["learned"]["held_kl"].values()) <= result.notes["learned"]["held_kl"]["0"]
     model, _ = dfrot.load(tmp_path / "out")
@@ -128,7 +133,7 @@ def test_offsets_and_clip_ratios_are_part_of_the_checkpoint_and_known_to_the_pla
     sites = {*source.graph.norms, "mlp.down_proj"}
     assert set(found.runtime.offsets) == sites
     assert {site: len(clips) for site, clips in found.runtime.clips.items()} == dict.fromkeys(
-        sites | {"self_attn.o_proj"}, 2
+        sites | {"self_attn.o_proj", "keys", "values"}, 2
     )
     assert RuntimeConfig.from_json(found.runtime.to_json()).to_json() == found.runtime.to_json()
     assert set(found.runtime.biases) == set(source.graph.linears)

@@ -15,7 +15,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from dfrot.models.source import ModelSizes, Source
-from dfrot.quant.spec import TensorSpec
+from dfrot.quant.spec import UNQUANTIZED, TensorSpec
 from dfrot.system.distributed import SINGLE_PROCESS, ProcessGroup
 from dfrot.system.options import Options
 from dfrot.system.papers import Paper
@@ -33,6 +33,8 @@ class FitContext:
     device: torch.device
     seed: int = 0
     processes: ProcessGroup = SINGLE_PROCESS  # that fit together; all get the same sums
+    keys: TensorSpec = UNQUANTIZED
+    values: TensorSpec = UNQUANTIZED
 
     def generator(self) -> torch.Generator:
         """A fresh generator with the run's seed; always on the CPU, so that every device draws the same."""
@@ -63,6 +65,7 @@ class Method(Options, abc.ABC):
     look: ClassVar[Look | None] = None  # None takes an unused one
     preset: ClassVar[str] = "paper"  # the paper's symmetry and clip ratios
     reads_all_text: ClassVar[bool] = False  # whether `fit` reads all of the calibration text
+    reads_grids: ClassVar[tuple[str, ...]] = ("activations",)  # on which grids `fit` depends
     # The names under which papers compare it, with the options of each; if empty, its own name.
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 

@@ -116,7 +116,8 @@ def quantize(
     windows = tuning_windows(source, recipe.tuning, recipe.calibration.text, recipe.seed)
     reuse = ReuseDir(None if reuse_dir is None else Path(reuse_dir))
     calibration = functools.cache(lambda: calibration_tokens(source, recipe))
-    on = FitContext(source, recipe.spec.activations, calibration, there, recipe.seed, processes)
+    spec = recipe.spec
+    on = FitContext(source, spec.activations, calibration, there, recipe.seed, processes, spec.keys, spec.values)
     run, num_shards = _identity(source, recipe), source.num_blocks + 2
     with opened_writer(path, run, num_shards, resume=resume, overwrite=overwrite, processes=processes) as writer:
         began = time.perf_counter()
@@ -156,7 +157,7 @@ def _depended_on_by_fit(on: FitContext, recipe: Recipe) -> dict[str, Any]:
     return {
         **_identity(on.source, recipe),
         "recipe": {name: record[name] for name in ("method", "options", "seed")},
-        "activations": record["grids"]["activations"],
+        "grids": {kind: record["grids"][kind] for kind in method.reads_grids},
         "text": hashlib.sha256(text).hexdigest(),
         "device": on.device.type,
     }

@@ -30,11 +30,19 @@ class RuntimeConfig:
     biases: tuple[str, ...] = ()  # linear layers of a block with a bias that the model's own config does not give them
     # Norms whose output, and linear layers whose rotated input, is taken less an offset, a tensor of the checkpoint.
     offsets: tuple[str, ...] = ()
-    clips: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # such a norm or layer → clip ratio by block
+    # Such a norm or layer, keys or values → clip ratio by block.
+    clips: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     def activations(self, site: str, index: int) -> TensorSpec:
         """The grid of a norm's output or a linear layer's input in block `index`."""
-        grid = self.spec.activations
+        return self._clipped(self.spec.activations, site, index)
+
+    def heads(self, index: int) -> Spec:
+        """The spec with the grids that keys and values have in block `index`."""
+        keys, values = (self._clipped(getattr(self.spec, kind), kind, index) for kind in ("keys", "values"))
+        return replace(self.spec, keys=keys, values=values)
+
+    def _clipped(self, grid: TensorSpec, site: str, index: int) -> TensorSpec:
         return replace(grid, clip_ratio=self.clips[site][index]) if site in self.clips and grid.enabled else grid
 
     def without(self, *kinds: Literal["weights", "activations"]) -> "RuntimeConfig":

@@ -43,7 +43,8 @@ def install_(model: Any, runtime: RuntimeConfig) -> None:
                 f"this checkpoint's config rotates keys of {runtime.keys.size}, not {head_dim(config)} channels."
             )
         attentions = [block.get_submodule(graph.attention) for block in blocks]
-        install_kv_(decoder, attentions, runtime.spec, runtime.keys, key_bias)
+        specs = [runtime.heads(index) for index in range(len(blocks))]
+        install_kv_(decoder, attentions, specs, runtime.keys, key_bias)
     for block, hook in itertools.product(blocks, BLOCK_HOOKS):
         hook(block, graph, config)
 
@@ -57,7 +58,7 @@ def _check_sizes(block: nn.Module, graph: ModelGraph, runtime: RuntimeConfig) ->
     if unknown := [name for name in runtime.biases if name not in graph.linears]:
         raise UserError(f"{wrong}: there is no linear layer {unknown[0]!r}, which is to have a bias.")
     sites = {graph.norm_before(name) or name for name in graph.linears}
-    if unknown := [site for site in (*runtime.offsets, *runtime.clips) if site not in sites]:
+    if unknown := [*(set(runtime.offsets) - sites), *(set(runtime.clips) - sites - {"keys", "values"})]:
         raise UserError(
             f"{wrong}: {unknown[0]!r} is no norm and no linear layer without one, as offsets and clips need."
         )

@@ -351,10 +351,14 @@ def _quantize_empty_cache(decoder: nn.Module, args: tuple[Any, ...], kwargs: dic
 
 
 def install_kv_(
-    decoder: nn.Module, attentions: list[nn.Module], spec: Spec, rotation: Rotation | None, key_bias: KeyBias | None
+    decoder: nn.Module,
+    attentions: list[nn.Module],
+    specs: list[Spec],
+    rotation: Rotation | None,
+    key_bias: KeyBias | None,
 ) -> None:
     """Give every attention module its quantizer, with `rotation` for R3, and `generate` its cache."""
-    for module in attentions:
+    for module, spec in zip(attentions, specs, strict=True):
         size: Any = module.head_dim
         module.kv_quantizer = KVQuantizer(spec.keys, spec.values, rotation, size, spec.queries, key_bias)
     decoder.register_forward_pre_hook(_quantize_empty_cache, with_kwargs=True)

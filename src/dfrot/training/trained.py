@@ -131,16 +131,16 @@ class TrainedRotation(nn.Module):
 
 
 def rotated(x: Tensor, rotation: TrainedRotation | Rotation | None) -> Tensor:
-    """x R."""
+    """x R, or of each of x's heads, if R has the size of one and is trained."""
     if isinstance(rotation, TrainedRotation):
-        return x @ rotation.matrix
+        return (x.unflatten(-1, (-1, len(rotation.matrix))) @ rotation.matrix).flatten(-2)
     return x if rotation is None else _Rotated.apply(x, rotation)
 
 
 def rotated_back(x: Tensor, rotation: TrainedRotation | Rotation | None) -> Tensor:
-    """x Rᵀ."""
+    """x Rᵀ, likewise."""
     if isinstance(rotation, TrainedRotation):
-        return x @ rotation.matrix.T
+        return (x.unflatten(-1, (-1, len(rotation.matrix))) @ rotation.matrix.T).flatten(-2)
     return x if rotation is None else _Rotated.apply(x, rotation.T)
 
 

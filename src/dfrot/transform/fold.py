@@ -40,7 +40,7 @@ class Fold:
     output_rotation: Rotation | None = None  # P, in whose basis the output leaves
     first_output_row: int = 0  # P acts on the rows from here on: the values are the last rows of a fused qkv
     output_divisor: Float[Tensor, " rows"] | None = None  # divides the last rotated output rows
-    output_offset: Float[Tensor, " rows"] | None = None  # is then subtracted from these
+    output_offset: Float[Tensor, " shifted_rows"] | None = None  # is then subtracted from these
     offset: Float[Tensor, " in"] | None = None  # o, in the basis behind R
     offset_online: bool = True  # whether the runtime subtracts it; else the layer before
 

@@ -27,6 +27,7 @@ from dfrot.transform.fold import Fold
 
 SITES = ("residual", "values", "keys", "ffn", "heads")
 _PARTS = ("smooth", "matrices", "orders")
+KEYS, VALUES = "keys", "values"  # where a stage is named, these stand for keys and values
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,11 +65,13 @@ class Transforms:
     # One mapping per block, from the first layer of a stage to the transform of the stage's input.
     inputs: tuple[Mapping[str, InputTransform], ...] = ()
     # Likewise to s, which divides that input once it is rotated by R1 or R2, and before R4; folded. Not with `inputs`.
+    # Keys may be divided too, the planes of RoPE as a whole, and queries are multiplied then.
     scales: tuple[Mapping[str, Float[Tensor, " in"]], ...] = ()
     # Likewise to the offset o that is subtracted behind all of these: of o_proj's input by v_proj's bias, since the
     # weights of attention sum to 1, of the others at run time. Biases of the readers make up for it.
     offsets: tuple[Mapping[str, Float[Tensor, " in"]], ...] = ()
-    clips: tuple[Mapping[str, float], ...] = ()  # likewise to the clip ratio of that input, where it has its own
+    # Likewise to the clip ratio of that input, or of keys or values, where they have their own.
+    clips: tuple[Mapping[str, float], ...] = ()
 
     def describe(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
         """JSON that `from_description` turns back into this; tensors are put into `tensors`."""
@@ -121,8 +124,8 @@ class Transforms:
         return {graph.norm_before(stage) or stage: stage for stage in stages if stage != graph.output}
 
     def clip_sites(self, graph: ModelGraph) -> dict[str, tuple[float, ...]]:
-        """Norm or layer → clip ratio by block, where it has its own."""
-        stages = self.clips[0] if self.clips else ()
+        """Norm or layer, keys or values → clip ratio by block, where they have their own."""
+        stages = self.clips[0] if self.clips else {}
         return {graph.norm_before(stage) or stage: tuple(block[stage] for block in self.clips) for stage in stages}
 
     def online_tensors(self, index: int, graph: ModelGraph, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -157,7 +160,7 @@ class Transforms:
     def folds(self, index: int, graph: ModelGraph, config: Config, block: nn.Module) -> dict[str, Fold]:
         """The fold of every linear layer of block `index`, with the gains of its norms."""
         online = self.online(graph, config)
-        smooth: dict[str, Tensor | None] = {}
+        smooth: dict[str, Tensor | None] = {KEYS: self.scales[index].get(KEYS)} if self.scales else {}
         for stage in graph.stages if self.inputs else ():
             transform = self.inputs[index][stage[0]]
             online |= dict.fromkeys(stage, transform.rotation)
@@ -171,6 +174,16 @@ class Transforms:
             return None if of_heads is None else of_heads.view(shape)[:, 0].flatten()
 
         output_divisor = {graph.up: smooth.get(graph.down), graph.value: of_values(smooth.get(graph.output))}
+        if (of_keys := smooth.get(KEYS)) is not None:
+            shape = config.num_key_value_heads, 1, head_dim(config)
+            copies = config.num_attention_heads // config.num_key_value_heads
+            of_queries = (1 / of_keys).view(shape).expand(-1, copies, -1).flatten()
+            if graph.key is not None:
+                output_divisor |= {graph.stages[0][0]: of_queries, graph.key: of_keys}
+            else:
+                of_all = output_divisor[graph.value]
+                behind = torch.ones_like(of_keys) if of_all is None else of_all
+                output_divisor[graph.value] = torch.cat([of_queries, of_keys, behind])
         offset_of = {name: offsets.get(stage[0]) for stage in graph.stages for name in stage}
         folds = {}
         for name in graph.linears:

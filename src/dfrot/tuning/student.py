@@ -219,7 +219,7 @@ class Student:
             return {name: trained().to(trained.stored).cpu() for name, trained in chosen.items()}
 
     def _block(self, index: int, tensors: Mapping[str, Tensor]) -> nn.Module:
-        graph, spec = self.source.graph, self.runtime.spec
+        graph, spec = self.source.graph, self.runtime.heads(index)
         prefix = f"{graph.blocks}.{index}."
         block = self.source.empty_block(index)
         key_bias = KeyBias.of(block, graph, self.source.skeleton.get_submodule(graph.rotary), spec)
