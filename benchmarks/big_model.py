@@ -1,4 +1,4 @@
-"""A big model without a download: random weights, or a sparse file of zeros, in the shape of a LLaMA-2 model.
+"""A big model without a download: random weights, or a sparse file of zeros, in the shape of a Llama 2 or 3 model.
 
     python benchmarks/big_model.py DIR [--size 7b] [--layers 4]
     python benchmarks/quantize.py --model DIR --weights rtn --memory 4GB
@@ -22,8 +22,14 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 
 from dfrot.system.progress import track
 
-# hidden size, intermediate size, attention heads, heads of keys and values, layers (arXiv 2307.09288, and the hub)
-SIZES = {"7b": (4096, 11008, 32, 32, 32), "13b": (5120, 13824, 40, 40, 40), "70b": (8192, 28672, 64, 8, 80)}
+# hidden size, intermediate size, attention heads, heads of keys and values, layers, vocabulary (arXiv 2307.09288,
+# 2407.21783, and the hub)
+SIZES = {
+    "7b": (4096, 11008, 32, 32, 32, 32000),
+    "8b": (4096, 14336, 32, 8, 32, 128256),
+    "13b": (5120, 13824, 40, 40, 40, 32000),
+    "70b": (8192, 28672, 64, 8, 80, 32000),
+}
 
 
 def shapes(config: LlamaConfig) -> list[dict[str, torch.Size]]:
@@ -62,9 +68,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, help="fewer than the model has")
     parser.add_argument("--sparse", action="store_true", help="zeros that take no room")
     options = parser.parse_args(arguments)
-    hidden, intermediate, heads, kv_heads, layers = SIZES[options.size]
+    hidden, intermediate, heads, kv_heads, layers, rows = SIZES[options.size]
     config = LlamaConfig(
-        vocab_size=32000,
+        vocab_size=rows,
         hidden_size=hidden,
         intermediate_size=intermediate,
         num_hidden_layers=options.layers or layers,

@@ -28,6 +28,7 @@ from rich.console import Console
 import dfrot
 from dfrot.compare.table import LiveTable
 from dfrot.compare.trials import compare
+from dfrot.evaluation.record import text_label
 from dfrot.evaluation.run import Measurement
 
 Words = dict[str, Any]

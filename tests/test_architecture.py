@@ -1,6 +1,7 @@
 """The shape of the house: who imports whom, who asks for whose type, how large it is, what an import costs."""
 
 import ast
+import builtins
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -131,6 +132,31 @@ def test_no_file_is_named_after_helpfulness() -> None:
 
 def test_four_files_stand_outside_of_folders() -> None:
     assert {path.name for path in PACKAGE.glob("*.py")} == {"__init__.py", "__main__.py", "cli.py", "version.py"}
+
+
+def defined(tree: ast.Module) -> set[str]:
+    """Every name that a module binds, in whatever scope."""
+    found = {*dir(builtins), "__file__", "__name__", "__doc__"}
+    for node in ast.walk(tree):
+        match node:
+            case ast.FunctionDef(name=name) | ast.ClassDef(name=name) | ast.arg(arg=name):
+                found.add(name)
+            case ast.alias(name=name, asname=asname):
+                found.add((asname or name).split(".")[0])
+            case ast.Name(id=name, ctx=ast.Store() | ast.Del()):
+                found.add(name)
+            case ast.ExceptHandler(name=str(name)) | ast.MatchAs(name=str(name)) | ast.MatchStar(name=str(name)):
+                found.add(name)
+    return found
+
+
+def test_every_name_is_bound_somewhere() -> None:
+    """Linters cannot tell: the names of jaxtyping's axes look the same to them, so the rule is off."""
+    for folder in ("src", "tests", "benchmarks", "examples"):
+        for path in (ROOT / folder).rglob("*.py"):
+            known = defined(tree := ast.parse(path.read_text()))
+            used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+            assert not used - known, path
 
 
 def lines(*folders: str) -> int:

@@ -181,9 +181,9 @@ def _stream(
         kept = cache.layers[index]
         keys, rotary = kept.keys, source.skeleton.get_submodule(source.graph.rotary)
         if (bias := KeyBias.of(block, source.graph, rotary, grids)) is not None:  # it stays out of the cache
-            whole: Any = block.get_submodule(str(source.graph.key)).bias
+            whole = block.get_submodule(str(source.graph.key)).bias
             positions = torch.arange(keys.shape[2], device=device)[None]
-            keys = (keys - bias.at(whole, positions, keys.dtype).keys(None)).float()
+            keys = (keys - bias.at(whole, positions, keys.dtype).keys(None)).float()  # type: ignore[arg-type]
         for kind, x, grid in (("keys", keys, grids.keys), ("values", kept.values, grids.values)):
             for how, error in kv_errors(x, grid).items():
                 stats["kv"][kind][how].append(error)
