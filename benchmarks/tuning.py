@@ -7,7 +7,7 @@ Of several seeds the table shows means, with their standard deviation. One of th
 the one that is tuned on, to show whether tuning only learned that kind. Finished rows are lines of OUT/results.jsonl
 and are not measured again.
 
-On a GPU, the full budget: --steps 170 --tokens 8192 --seq-len 1024. On two cores: --steps 100 --tokens 512.
+On a GPU, the full budget: --steps 170 --tokens 8192 --seq-len 1024. On two cores: --steps 100.
 """
 
 from rows import measure, parser, quantized, unquantized

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 import dfrot
 from dfrot.fused.block import FusedBlock
 from dfrot.kernels.library import backend, instruction_set
+from dfrot.linalg.rotation import Hadamard
 from tests.tiny_models import CONFIGS, write_biased_model, write_tiny_model
 
 TOKENS = torch.randint(1, 96, (2, 20), generator=torch.Generator().manual_seed(3))
@@ -154,6 +155,20 @@ def test_hooks_and_other_caches_take_the_long_way(wide: Callable[[str], Path], t
     with torch.no_grad():
         states = model(TOKENS, output_hidden_states=True, use_cache=True).hidden_states
     assert len(states) == 3
+
+
+@pytest.mark.parametrize("change", ["rotation", "offset"])
+def test_a_reader_of_a_norm_with_a_transform_of_its_own_takes_the_long_way(
+    wide: Callable[[str], Path], tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    model = checkpoint(wide("mistral"), tmp_path / "out", text_file, spec="w4a4kv4")
+    before, layer = stepwise(model), model.model.layers[0].self_attn.q_proj
+    setattr(layer, change, Hadamard(64) if change == "rotation" else torch.full((64,), 0.5))
+    found = stepwise(model)
+    assert not torch.allclose(found, before)
+    monkeypatch.setattr(FusedBlock, "__call__", lambda *_, **__: None)
+    expected = stepwise(model)
+    torch.testing.assert_close(found, expected, rtol=0, atol=DIFFERENCE * float(expected.abs().max()))
 
 
 def test_configurations_have_the_heads_that_they_were_given(wide: Callable[[str], Path]) -> None:

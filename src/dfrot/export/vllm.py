@@ -16,7 +16,7 @@ from dfrot.export.checkpoint import Checkpoint, Layer, write_directory
 from dfrot.linalg.rotation import Rotation
 from dfrot.quant.packing import pack
 from dfrot.system.errors import UserError
-from dfrot.transform.transforms import input_widths
+from dfrot.transform.transforms import KEYS, VALUES, input_widths
 
 # (bits of weights, of activations) → compressed-tensors' format
 FORMATS = {
@@ -107,9 +107,8 @@ def _problems(checkpoint: Checkpoint, device: str, plugin: bool, gpus: int) -> I
         yield "weights are asymmetric, and vLLM's are symmetric. Quantize with --weight-symmetric True."
     if activations.enabled and not activations.symmetric:
         yield "activations are asymmetric, and vLLM's are symmetric. Quantize with --preset deploy."
-    clip = min(
-        [activations.clip_ratio or 1, *(ratio for ratios in checkpoint.runtime.clips.values() for ratio in ratios)]
-    )
+    of_layers = [clips for site, clips in checkpoint.runtime.clips.items() if site not in (KEYS, VALUES)]
+    clip = min(activations.fixed_clip, *(min(clips) for clips in of_layers), 1.0)
     if activations.enabled and clip != 1:
         yield f"activations are clipped at {clip:g} of the range, and vLLM cannot. Quantize with --act-clip 1."
     if activations.bits == 8 and weights.group is not None:

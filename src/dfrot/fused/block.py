@@ -268,7 +268,7 @@ class _NativeBlock:
         config: Config = attention_module.config
         quantizer: KVQuantizer | None = getattr(attention_module, "kv_quantizer", None)
         grids = [{modules[name].activations for name in stage} for stage in graph.stages]
-        if any(len(each) > 1 for each in grids):  # layers that read one input quantize it in different ways
+        if any(len(each) > 1 for each in grids):  # one input is quantized once
             return None
         if not all(layer.native(x.new_empty(1, layer.in_features)) for layer in linears):
             return None
@@ -281,6 +281,8 @@ class _NativeBlock:
             before[name] = modules[name].passes if isinstance(modules[name], TransformedNorm) else NO_PASSES
         before["keys"] = NO_PASSES if quantizer is None else quantizer.passes
         if any(passes is None for passes in before.values()):
+            return None
+        if any(before[name].passes for names in graph.norms.values() for name in names):  # norms alone transform here
             return None
         kept: list[Any] = []  # what the structure points to
 

@@ -94,8 +94,8 @@ class Learned(RangeRot):
         teacher = Teacher(teacher_states(source, windows.tokens, None, norm, None, **how), head)
         activations = on.activations if on.keys.enabled else self.quantizer(on.activations)
         spec, widths = Spec(UNQUANTIZED, activations, on.keys, on.values), input_widths(source.graph, source.config)
-        sizes = [widths[stage[0]] for stage in source.graph.stages[1:]]
-        block, _ = _kept_bytes(*sizes, tokens=self.learn_tokens)  # type: ignore[misc]
+        heads, hidden, ffn = (widths[stage[0]] for stage in source.graph.stages[1:])
+        block, _ = _kept_bytes(heads, hidden, ffn, self.learn_tokens)
         recompute = source.num_blocks * block > KEPT_BYTES
         student = Student(source, start, spec, dtype, product, device, recompute)
         if self._shifts(on):

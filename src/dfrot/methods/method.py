@@ -27,7 +27,7 @@ class FitContext:
     """Everything that a method may look at."""
 
     source: Source
-    activations: TensorSpec
+    activations: TensorSpec  # the grid of activations; those of keys and values are below
     # Token ids. It may read files or the network, so methods that need no data never call it.
     calibration: Callable[[], Int[Tensor, "sequences seq_len"]]
     device: torch.device

@@ -23,7 +23,7 @@ from dfrot.linalg.rotation import Rotation
 from dfrot.quant.affine import SCALE_DTYPE, QParams, choose_qparams, dequantize, quantize
 from dfrot.quant.packing import pack, packed_width, unpack
 from dfrot.quant.spec import TensorSpec
-from dfrot.runtime.norms import BlockRotation, differentiated, empty_offset, straight_through, transformed
+from dfrot.runtime.norms import BlockRotation, differentiated, straight_through, transformed, wide
 from dfrot.system.kept import Kept
 
 
@@ -73,7 +73,7 @@ class QuantLinear(nn.Module):
         else:
             self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=dtype), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype), requires_grad=False) if bias else None
-        self.register_buffer("offset", empty_offset(torch.empty(in_features, dtype=dtype)) if offset else None)
+        self.register_buffer("offset", torch.empty(in_features, dtype=wide(dtype)) if offset else None)
         self._dense: Kept[Tensor] = Kept()
         self._integers: Kept[Tensor] = Kept()
         self._lowered: tuple[Any, Lowered | None] = None, NO_PASSES
@@ -154,10 +154,10 @@ class QuantLinear(nn.Module):
         """The weight that the integers stand for."""
         if self.weight is not None:
             return self.weight
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
 
         def dense() -> Tensor:
-            qparams = QParams(self.scales.to(wide), None if self.weights.symmetric else self.zeros.to(wide))
+            scales, zeros = self.scales.to(wide(dtype)), None if self.weights.symmetric else self.zeros.to(wide(dtype))
+            qparams = QParams(scales, zeros)
             return dequantize(self._codes(), self.weights.weight_granularity, qparams).to(dtype)
 
         return self._dense.get(dense, self.packed[:3], dtype)

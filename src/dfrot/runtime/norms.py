@@ -26,10 +26,9 @@ def differentiated(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-def empty_offset(like: Tensor) -> Float[Tensor, " size"]:
-    """Room for an offset of the last axis of `like`."""
-    wide = torch.float64 if like.dtype == torch.float64 else torch.float32
-    return torch.empty(like.shape[-1], dtype=wide, device=like.device)
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Of the tensors of online transforms in a model of a dtype."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def straight_through(value: Tensor, graded: Tensor) -> Tensor:
@@ -67,8 +66,7 @@ class BlockRotation(nn.Module):
 
     def __init__(self, size: int, block: int, count: int, dtype: torch.dtype) -> None:
         super().__init__()
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        self.register_buffer("matrices", torch.empty(count, block, block, dtype=wide))
+        self.register_buffer("matrices", torch.empty(count, block, block, dtype=wide(dtype)))
         self.register_buffer("orders", torch.empty(count - 1, size, dtype=torch.int32))
 
     @property
@@ -121,7 +119,8 @@ class TransformedNorm(Float64RMSNorm):
     def __init__(self, norm: nn.RMSNorm, rotation: BlockRotation | None, offset: bool) -> None:
         super().__init__(norm)
         self.rotation = rotation
-        self.register_buffer("offset", empty_offset(norm.weight) if offset else None)
+        weight = norm.weight
+        self.register_buffer("offset", torch.empty(len(weight), dtype=wide(weight.dtype)) if offset else None)
 
     @property
     def passes(self) -> Lowered:
