@@ -19,6 +19,9 @@ int dfrot_attend(int isa, int threads, const void *q, int dtype, int64_t batch, 
                  int64_t length, const transform_t *transform, double scaling, const uint8_t *mask, int64_t mask_batch,
                  int64_t mask_stride, const double *more, const cache_t *keys, const cache_t *values, void *y);
 
+void dfrot_quantize_backward(int isa, int threads, const float *x, const float *upstream, int64_t rows, int64_t n,
+                             const grid_t *grid, float *out, float *of_clip);
+
 static uint64_t state = 1;
 static float uniform(void) { /* −1 … 1 */
     state = state * 6364136223846793005u + 1442695040888963407u;
@@ -85,6 +88,21 @@ static void check_linear(int isa, int64_t rows, int64_t in, int64_t out, int bit
         }
     }
     free_weights(&w), free(x), free(y), free(q);
+}
+
+/* Only where it writes, and sizes: tests/kernels/test_gradient.py has the values. */
+static void check_backward(int isa, int64_t n, int symmetric) {
+    float *x = random_floats(3 * n), *upstream = random_floats(3 * n), *out = exact((size_t)(3 * n) * 4);
+    float *of_clip = exact(3 * sizeof *of_clip);
+    grid_t grid = {4, symmetric, 0.9f};
+    dfrot_quantize_backward(isa, 2, x, upstream, 3, n, &grid, out, of_clip);
+    for (int64_t i = 0; i < 3; i++) {
+        double sum = 0;
+        int64_t passed = 0;
+        for (int64_t j = 0; j < n; j++) passed += out[i * n + j] == upstream[i * n + j], sum += fabs(upstream[i * n + j]);
+        CHECK(passed >= n / 2 - 2 && fabs(of_clip[i]) <= sum, "backward: isa %d, %ld entries\n", isa, (long)n);
+    }
+    free(x), free(upstream), free(out), free(of_clip);
 }
 
 static void check_rotate(int isa) {
@@ -173,6 +191,7 @@ int main(void) {
         }
         check_linear(isa, 193, 5632, 300, 4, 5632, 0); /* wider than what stays near, and more than a run */
         check_rotate(isa);
+        for (int64_t n = 1; n < 40; n += 6) check_backward(isa, n, n % 4 == 1);
         check_attention(isa, 4, 32, 1, 1);
         check_attention(isa, 4, 64, 130, 2);
         check_attention(isa, 8, 128, 300, 1);

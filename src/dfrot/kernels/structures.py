@@ -71,6 +71,7 @@ _VOID = {
     "append": (*_ROWS, c_int64, c_int64, POINTER(Transform), c_float, POINTER(Cache)),
     "unpack_cache": (c_int, POINTER(Cache), c_int64, c_int64, c_void_p, c_int),
     "code_sums": (c_void_p, c_int64, c_int64, c_int, c_int64, c_void_p),
+    "quantize_backward": (c_int, c_int, c_void_p, c_void_p, c_int64, c_int64, POINTER(Grid), c_void_p, c_void_p),
 }
 _FALLIBLE = {
     "attend": (*_ROWS, *[c_int64] * 3, POINTER(Transform), c_double, *_MASK, c_void_p, *_CACHES, c_void_p),

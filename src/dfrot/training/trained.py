@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dfrot.kernels import gradient
 from dfrot.linalg.rotation import Rotation
 from dfrot.models.source import Source
 from dfrot.models.stream import BlockRunner
@@ -35,6 +36,9 @@ class _Quantized(torch.autograd.Function):
         (x, *given), spec, grid = ctx.saved_tensors, ctx.spec, ctx.spec.grid
         clip, of_clip = given[0] if given else ctx.clip, None
         groups, slope = grouped(x, spec.token_granularity), grouped(upstream, spec.token_granularity)
+        if gradient.supported(x, clip):
+            of_x, of_ratio = gradient.quantize_backward(groups, slope, spec, float(clip))
+            return of_x.view_as(x), None, None, of_ratio.sum().view_as(clip) if given else None
         least, low = groups.min(-1, keepdim=True)[::-1]
         most, high = (groups.abs() if grid.symmetric else groups).max(-1, keepdim=True)[::-1]
         low, high = low.clamp(max=0) * clip, high.clamp(min=0) * clip

@@ -13,6 +13,7 @@ INLINE float clamp(float value, float low, float high) {
 
 /* The grid fitted to a row; `inverse` of a scale that is neither very small nor very large, else 0. */
 typedef struct {
+    float low, high; /* the row's range, which contains 0 */
     float scale, inverse, zero, lowest, highest;
     int finite; /* whether all entries are */
 } fit_t;
@@ -32,7 +33,7 @@ INLINE fit_t fit(const float *x, int64_t n, grid_t grid) {
         finite += x[n - 1] * 0.0f;
     }
     low = low_too < low ? low_too : low, high = high_too > high ? high_too : high, finite += finite_too;
-    fit_t fit = {.highest = (float)((1 << grid.bits) - 1)};
+    fit_t fit = {.low = low, .high = high, .highest = (float)((1 << grid.bits) - 1)};
     if (grid.symmetric) {
         fit.lowest = -(float)(1 << (grid.bits - 1)), fit.highest = -fit.lowest - 1;
         fit.scale = (high > -low ? high : -low) * grid.clip / fit.highest;
@@ -117,4 +118,57 @@ TARGET_AVX2 void fake_quantize_row(float *x, int64_t n, grid_t grid) {
     fit_t of_row = fit(x, n, grid);
     for (int64_t j = 0; j < n; j++)
         x[j] = of_row.finite ? (integer(x[j], of_row) - of_row.zero) * of_row.scale : NAN;
+}
+
+/* The first entry of a row that is `value`, or `other`. */
+INLINE int64_t place(const float *x, int64_t n, float value, float other) {
+    int64_t j = 0;
+    while (j < n - 1 && x[j] != value && x[j] != other) j++;
+    return j;
+}
+
+/* The gradient through the quantization of a row, by dfrot.training.trained's rule. Returns what the clip ratio gets. */
+INLINE float backward_body(const float *x, const float *upstream, int64_t n, grid_t grid, float *out) {
+    fit_t of_row = fit(x, n, grid);
+    float bottom = of_row.lowest - of_row.zero, top = of_row.highest - of_row.zero, step = 0, above = 0, below = 0;
+    if (!of_row.finite) {
+        for (int64_t j = 0; j < n; j++) out[j] = NAN;
+        return NAN;
+    }
+#pragma omp simd reduction(+ : step, above, below)
+    for (int64_t j = 0; j < n; j++) {
+        float steps = quotient(x[j], of_row), rounded = rintf(steps), slope = upstream[j];
+        float inside = rounded < bottom || rounded > top ? 0 : slope;
+        out[j] = inside;
+        step += inside * (rounded - steps);
+        above += rounded > top ? slope : 0;
+        below += rounded < bottom ? slope : 0;
+    }
+    step /= of_row.highest;
+    if (grid.symmetric) {
+        float size = of_row.high > -of_row.low ? of_row.high : -of_row.low;
+        float of_size = step + above + below * (of_row.lowest / of_row.highest);
+        int64_t most = place(x, n, size, -size);
+        out[most] += grid.clip * (x[most] > 0 ? of_size : x[most] < 0 ? -of_size : 0);
+        return of_size * size;
+    }
+    if (of_row.high > 0) out[place(x, n, of_row.high, of_row.high)] += grid.clip * (step + above);
+    if (of_row.low < 0) out[place(x, n, of_row.low, of_row.low)] += grid.clip * (below - step);
+    return (step + above) * of_row.high + (below - step) * of_row.low;
+}
+
+TARGET_AVX512 static float backward_avx512(const float *x, const float *upstream, int64_t n, grid_t grid, float *out) {
+    return backward_body(x, upstream, n, grid, out);
+}
+
+TARGET_AVX2 static float backward_avx2(const float *x, const float *upstream, int64_t n, grid_t grid, float *out) {
+    return backward_body(x, upstream, n, grid, out);
+}
+
+/* The same of `rows` rows of n floats; `of_clip` (rows). */
+EXPORT void dfrot_quantize_backward(int isa, int threads, const float *x, const float *upstream, int64_t rows, int64_t n,
+                                    const grid_t *grid, float *out, float *of_clip) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < rows; i++)
+        of_clip[i] = (isa >= ISA_AVX512 ? backward_avx512 : backward_avx2)(x + i * n, upstream + i * n, n, *grid, out + i * n);
 }
