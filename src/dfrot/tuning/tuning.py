@@ -131,13 +131,14 @@ class Tuning(Options):
         trained = _COPIES * sum(counts[part] for part in self.parts) + sizes.block - weights + outputs + groups
         model = sizes.num_blocks * (weights * spec.weights.bits // 8 + 4 * trained)
         vocabulary = sizes.vocabulary * sizes.hidden * (sizes.stored + 2)
-        # numbers that the backward pass of a block reads: its stream, heads and activations, and on demand what scales
-        # and gains multiply
-        kept = 2 * sizes.hidden + 4 * sizes.heads + 3 * sizes.stages[-1][1]
+        # numbers that the backward pass of a block reads, as counted: what norms read and hand out, queries and what
+        # attention makes of them, keys and values before and after rounding, the gate before and behind its activation
+        # function, up, and their product; on demand what scales and gains multiply
+        kept = 4 * sizes.hidden + 3 * sizes.heads + 2 * (sizes.stages[0][0] - sizes.heads) + 4 * sizes.stages[-1][1]
         kept += outputs * ("scales" in self.parts) + 2 * sizes.hidden * ("gains" in self.parts)
         states, between = 4 * self.tokens * kept, 4 * self.tokens * sizes.hidden * sizes.num_blocks
         block = 2 * states + 10 * sizes.largest  # computed, its gradients, and a weight while it is unpacked
-        logits = 4 * 4 * max(LOGITS, sizes.vocabulary)
+        logits = 8 * 4 * max(LOGITS, sizes.vocabulary)  # theirs, the teacher's, and what their products need, as measured
         seen = self.tokens * self.steps + HELD_TOKENS
         return Needs(
             least=model + vocabulary + between + max(block, logits),
