@@ -196,5 +196,5 @@ def test_a_loaded_checkpoint_computes_what_its_student_did(
         expected = model.base_model(tokens, use_cache=False).last_hidden_state
         found = students[0](tokens)
     torch.testing.assert_close(found, expected, rtol=0, atol=2**-40 * float(expected.abs().max()))
-    moved = [each for each in students[0].trained.values() if each.parameter is not None and each.parameter.any()]
-    assert len(moved) == len(students[0].trained)
+    moved = [each for each in students[0].moving if each.parameter is not None and each.parameter.any()]
+    assert len(moved) == len(students[0].moving)

@@ -55,7 +55,8 @@ def contents(path: Path) -> dict[str, bytes]:
 
 def test_all_is_every_part_that_the_spec_has() -> None:
     assert Tuning.parse("all", SPEC).parts == PARTS
-    assert Tuning.parse("all", Spec.parse("w16a4kv4", "paper")).parts == ("biases", "gains")
+    assert Tuning.parse("all", Spec.parse("w16a4kv4", "paper")).parts == ("biases", "clips", "gains")
+    assert Tuning.parse("all", Spec.parse("w4a16kv16", "paper")).parts == ("biases", "gains", "scales")
     assert Tuning.parse("scales, biases", SPEC) == Tuning.parse("biases,scales,biases", SPEC)
     assert not Tuning.parse("none", SPEC).enabled
 
@@ -63,10 +64,11 @@ def test_all_is_every_part_that_the_spec_has() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ({"tune": "offsets"}, "there is no 'offsets' to tune. --tune is all, none, or of biases, gains, scales"),
+        ({"tune": "offsets"}, "there is no 'offsets' to tune. --tune is all, none, or of biases, clips, gains, scales"),
         ({"tune": "all,biases"}, "joined by commas, got 'all,biases'"),
         ({"tune": " , "}, "joined by commas"),
-        ({"tune": "scales", "spec": "w16a4kv4"}, "w16a4kv4 leaves weights alone"),
+        ({"tune": "scales", "spec": "w16a4kv4"}, "those of quantized weights, and w16a4kv4 has none"),
+        ({"tune": "clips", "spec": "w4a16kv16"}, "of quantized activations, keys and values, and w4a16kv16 has none"),
         ({"tune": "none"}, "--tune-seq-len needs --tune"),
         ({"tune_steps": 0}, "one step and windows of two tokens at least, got 0 steps"),
         ({"tune_seq_len": 1}, "windows of 1"),
@@ -117,7 +119,7 @@ def test_only_as_much_text_is_kept_as_the_steps_see() -> None:
 # What is changed
 
 
-@pytest.mark.parametrize("parts", ["biases", "gains", "scales", "all"])
+@pytest.mark.parametrize("parts", ["biases", "clips", "gains", "scales", "all"])
 def test_only_what_is_asked_for_changes_and_integers_never_do(
     tiny: Tiny, tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch, parts: str
 ) -> None:
@@ -129,15 +131,19 @@ def test_only_what_is_asked_for_changes_and_integers_never_do(
     path = dfrot.quantize(tiny("llama"), recipe(text, tune=parts, tune_steps=2), tmp_path / "after").path
     after = tensors_of(path)
     kinds = {"biases": ".bias", "scales": ".scales", "gains": "layernorm.weight"}
-    asked = tuple(kinds.values()) if parts == "all" else (kinds[parts],)
+    asked = tuple(kinds.values()) if parts == "all" else tuple(kinds[part] for part in (parts,) if part in kinds)
     # Llama's q, k, v and o have biases here; those of the MLP are made
     made = {name for name in after if "mlp" in name and name.endswith(".bias")} if ".bias" in asked else set()
     assert len(made) == (6 if ".bias" in asked else 0)
     assert after.keys() - made == before.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed == {name for name in before if name.endswith(asked)}
+    assert changed == {name for name in before if asked and name.endswith(asked)}
     assert all(after[name].dtype == before[name].dtype for name in before)
     runtime = json.loads((path / "config.json").read_text())["quantization_config"]["runtime"]
+    sites = {"input_layernorm", "post_attention_layernorm", "self_attn.o_proj", "mlp.down_proj", "keys", "values"}
+    ratios = runtime.get("clips", {})
+    assert ratios.keys() == (sites if parts in ("clips", "all") else set())
+    assert all(len(set(by_block)) == 2 and max(by_block) <= 1 for by_block in ratios.values())
     assert runtime["biases"] == (["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"] if made else [])
 
 

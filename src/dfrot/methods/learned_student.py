@@ -21,7 +21,16 @@ from dfrot.quant.affine import SCALE_DTYPE
 from dfrot.quant.spec import Spec, TensorSpec
 from dfrot.runtime.key_bias import KeyBias
 from dfrot.training.teacher import ProductLinear
-from dfrot.training.trained import ThroughBlocks, Trained, TrainedRotation, less, quantized, rotated, rotated_back
+from dfrot.training.trained import (
+    ThroughBlocks,
+    Trained,
+    TrainedRotation,
+    clip_ratio,
+    less,
+    quantized,
+    rotated,
+    rotated_back,
+)
 from dfrot.transform.transforms import KEYS, VALUES, Transforms, input_widths
 
 # Learning rates of Adam; measured with steps of 8 × 1024 tokens on smollm2-135m, then probed. Offsets move in units of
@@ -65,7 +74,7 @@ class Through(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch size"]) -> Float[Tensor, "*batch size"]:
         x, offset = self.transformed(x), self.shift()
-        y = quantized(less(x, offset), self.spec, self.scale_dtype, self.clip_ratio())
+        y = quantized(less(x, offset), self.spec, self.scale_dtype, clip_ratio(self.clip))
         return self.back(y if offset is None else y + offset)
 
     def transformed(self, x: Float[Tensor, "*batch size"]) -> Float[Tensor, "*batch size"]:
@@ -83,9 +92,6 @@ class Through(nn.Module):
     def shift(self) -> Float[Tensor, " size"] | None:
         """o of every channel."""
         return None if self.offset is None else self._by_channel(self.offset())
-
-    def clip_ratio(self) -> Float[Tensor, "1"] | None:
-        return None if self.clip is None else self.clip().clamp(max=1)
 
     def free_clip_(self) -> None:
         """Let the clip ratio move."""
@@ -237,7 +243,7 @@ class Student:
         found: dict[str, Any] = {"scales": by_block(lambda each: each.divisor().double().cpu(), VALUES)}
         if self.inputs[0][self.source.graph.output].offset is not None:
             found["offsets"] = by_block(lambda each: each.shift().double().cpu(), KEYS, VALUES)  # type: ignore[union-attr]
-            found["clips"] = by_block(lambda each: float(each.clip_ratio()))  # type: ignore[arg-type]
+            found["clips"] = by_block(lambda each: float(clip_ratio(each.clip)))  # type: ignore[arg-type]
         return Transforms(residual, values, self.start.keys, self.start.ffn, self.start.heads, **found)
 
     def _block(self, index: int, product: torch.dtype) -> nn.Module:

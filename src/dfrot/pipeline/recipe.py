@@ -114,7 +114,7 @@ class Recipe(Options):
             preset: paper, deploy or duquant.
             calib: wikitext2, c4, pydoc, or a path.
             calib_tokens: tokens of calibration text in total; None takes 65 536 where weights are fitted, else 2048.
-            tune: what is trained after rounding: all, none, or of biases, gains, scales, joined by commas.
+            tune: what is trained after rounding: all, none, or of biases, clips, gains, scales, joined by commas.
             options: fields of `Preset`, method and rounding, and of `Tuning` as tune_…; None means not given.
 
         Raises:

@@ -323,8 +323,8 @@ class _Loop:
         how: Any = (*self.dtypes[:2], self.on.device, self.estimate.tuning, self.estimate.budget, self.on.processes)
         model = self.source, self.runtime, self.transforms.residual, self.writer
         run = TuningRun(*model, self.recipe.tuning, windows, *how)
-        self.runtime = run.tuned_runtime
-        return run()
+        notes, self.runtime = run()
+        return notes
 
     def finish(self, notes: dict[str, Any]) -> None:
         """Write the tokenizer, the notes and, last of all, the config, which makes the directory a checkpoint."""

@@ -22,6 +22,7 @@ from dfrot.training.trained import Trained, TrainedRotation
 FACTORS = (0.3, 1.0, 3.0)
 BETAS, EPS = (0.9, 0.98), 1e-12  # a second moment that forgets in 50 steps: there are few. Gradients are tiny
 WARM_UP = 8  # steps until the rate is full: Adam's first steps have the full size whatever their gradient
+PROBE = 12  # steps of a descent that chooses the rate
 MEASUREMENTS = 8  # of the fourth descent
 _PARTS = ("values", "first", "second", "best")
 
@@ -62,7 +63,7 @@ class Descent:
         self._first, self._second = torch.zeros_like(self._values), torch.zeros_like(self._values)
         self._best = self._values.clone()
         self._loss, self._measure, self.steps, self._processes = loss, measure, steps, processes
-        self._probe = max(1, min(steps, max(WARM_UP, steps // 12)))
+        self._probe = min(steps, PROBE)
         self._every = max(1, steps // MEASUREMENTS)
         self.run, self.step = 0, 0  # which descent, and how many steps of it are done
         self.losses: list[float] = []  # of the fourth

@@ -116,6 +116,11 @@ class Trained(nn.Module):
         return straight_through(moved.to(self.stored).to(moved.dtype), moved)
 
 
+def clip_ratio(trained: Trained | None) -> Float[Tensor, "1"] | None:
+    """A clip ratio that may be trained, at most 1."""
+    return None if trained is None else trained().clamp(max=1)
+
+
 class TrainedRotation(nn.Module):
     """An orthogonal matrix that may be trained: R₀ (I − A)⁻¹ (I + A), A antisymmetric, by Cayley.
 

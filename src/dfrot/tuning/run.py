@@ -80,14 +80,14 @@ class TuningRun:
     processes: ProcessGroup = SINGLE_PROCESS
 
     @property
-    def tuned_runtime(self) -> RuntimeConfig:
-        """How the tuned checkpoint computes."""
+    def biased_runtime(self) -> RuntimeConfig:
+        """How the checkpoint computes with the biases that are to be trained."""
         if "biases" not in self.tuning.parts:
             return self.runtime
         return dataclasses.replace(self.runtime, biases=self.source.without_bias)
 
-    def __call__(self) -> dict[str, Any]:
-        """Train, and rewrite the shards of the blocks; returns notes for fit.json.
+    def __call__(self) -> tuple[dict[str, Any], RuntimeConfig]:
+        """Train, and rewrite the shards of the blocks; returns notes for fit.json, and how the checkpoint computes.
 
         Raises:
             UserError: the interrupted run that this one resumes had another text of the same name.
@@ -101,26 +101,27 @@ class TuningRun:
                 "same name. Resume with that text, choose another -o directory, or --overwrite it."
             )
         if kept is None or "notes" not in kept[0]:
-            notes, tensors = self._trained(kept)
-            kept = {"text": self.windows.digest, "notes": notes}, tensors
+            found, tensors = self._trained(kept)
+            kept = {"text": self.windows.digest, **found}, tensors
             self._write(*kept)
         record, tensors = kept
         for index in track(range(self.source.num_blocks), "writing"):
             prefix = f"{self.source.graph.blocks}.{index}."
             mine = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
             self.writer.replace(index + 1, self.writer.read(index + 1) | mine)
-        return record["notes"]
+        clips = {site: tuple(ratios) for site, ratios in record["clips"].items()}
+        return record["notes"], dataclasses.replace(self.biased_runtime, clips={**self.runtime.clips, **clips})
 
     def _trained(
         self, kept: tuple[dict[str, Any], dict[str, Tensor]] | None
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Notes and trained tensors; `kept` is the state of an interrupted run."""
+        """Notes and clip ratios, and trained tensors; `kept` is the state of an interrupted run."""
         record = kept[0] if kept is not None else {}
         teacher, made = self._teacher(record.get("teacher"))
         student = self._student()
         objective = Distillation(student, teacher, self.windows, self.processes)
         how = objective.loss, objective.measure, self.tuning.steps, self.processes
-        descent = Descent(student.trained.values(), *how)
+        descent = Descent(student.moving, *how)
         if kept is not None:
             descent.restore({name: value for name, value in record.items() if name not in ("text", "teacher")}, kept[1])
         for done in track(descent.remaining(), "tuning", total=descent.total + 1):
@@ -130,7 +131,7 @@ class TuningRun:
         tensors = {}
         for index in range(self.source.num_blocks):
             tensors |= student.stored(index)
-        return descent.notes(), tensors
+        return {"notes": descent.notes(), "clips": student.clip_ratios()}, tensors
 
     def _write(self, record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         if self.processes.is_main:
@@ -167,7 +168,7 @@ class TuningRun:
         keep, states = self.needs.affordable(budget)
         return Student(
             source,
-            self.tuned_runtime,
+            self.biased_runtime,
             writer.read(0)[f"{graph.embedding}.weight"],
             blocks,
             writer.read(source.num_blocks + 1)[f"{graph.final_norm}.weight"],

@@ -30,7 +30,8 @@ from dfrot.runtime.install import install_block_
 from dfrot.runtime.key_bias import KeyBias
 from dfrot.runtime.linear import QuantLinear
 from dfrot.runtime.norms import Float64SiLU, TransformedNorm
-from dfrot.training.trained import ThroughBlocks, Trained, less, quantized, rotated
+from dfrot.training.trained import ThroughBlocks, Trained, clip_ratio, less, quantized, rotated
+from dfrot.transform.transforms import KEYS, VALUES
 
 _ATTENTION = "dfrot-student"
 
@@ -83,22 +84,29 @@ class StudentNorm(nn.Module):
     all its readers."""
 
     def __init__(
-        self, gain: Trained, eps: float, rotation: Rotation | None, offset: Tensor | None, spec: TensorSpec
+        self,
+        gain: Trained,
+        eps: float,
+        rotation: Rotation | None,
+        offset: Tensor | None,
+        spec: TensorSpec,
+        clip: Trained | None,
     ) -> None:
         super().__init__()
         self.gain, self.eps, self.rotation, self.offset, self.spec = gain, eps, rotation, offset, spec
+        self.clip = clip
 
     def forward(self, x: Float[Tensor, "*batch size"]) -> Float[Tensor, "*batch size"]:
         gain = self.gain()
         y = nn.functional.rms_norm(x, gain.shape, gain, self.eps)
-        return quantized(less(rotated(y, self.rotation), self.offset), self.spec)
+        return quantized(less(rotated(y, self.rotation), self.offset), self.spec, clip=clip_ratio(self.clip))
 
 
 class StudentLinear(nn.Module):
     """A `QuantLinear` whose scales and bias may be trained.
 
     Args:
-        spec: the grid of its input, unless that arrives quantized.
+        spec, clip: the grid of its input, unless that arrives quantized, and its clip ratio, if that may be trained.
         product: dtype of its products.
         keep: whether its integers stay unpacked.
     """
@@ -111,6 +119,7 @@ class StudentLinear(nn.Module):
         spec: TensorSpec,
         product: torch.dtype,
         keep: bool,
+        clip: Trained | None = None,
     ) -> None:
         super().__init__()
         self.layer, self.scales, self.bias, self.spec, self.product, self.keep = (
@@ -121,11 +130,12 @@ class StudentLinear(nn.Module):
             product,
             keep,
         )
+        self.clip = clip
         rotation = layer.rotation
         self.rotation = rotation if rotation is None or isinstance(rotation, Rotation) else rotation.as_rotation
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        x = quantized(less(rotated(x, self.rotation), self.layer.offset), self.spec)
+        x = quantized(less(rotated(x, self.rotation), self.layer.offset), self.spec, clip=clip_ratio(self.clip))
         if self.scales is None:
             y = (x.to(self.product) @ self.layer.dense_weight(x.dtype).to(self.product).T).to(x.dtype)
         else:
@@ -140,9 +150,17 @@ class StudentLinear(nn.Module):
 class _Heads(nn.Module):
     """How an attention module treats its heads: R3 on queries and keys, the grids, the bias that stays out of keys."""
 
-    def __init__(self, spec: Spec, rotation: Rotation | None, key_bias: KeyBias | None, bias: Trained | None) -> None:
+    def __init__(
+        self,
+        spec: Spec,
+        rotation: Rotation | None,
+        key_bias: KeyBias | None,
+        bias: Trained | None,
+        clips: tuple[Trained | None, Trained | None],
+    ) -> None:
         super().__init__()
         self.spec, self.rotation, self.key_bias, self.bias = spec, rotation, key_bias, bias
+        self.key_clip, self.value_clip = clips
 
 
 def _attention(
@@ -152,17 +170,18 @@ def _attention(
     heads: _Heads = module.student_heads  # type: ignore[assignment]
     spec = heads.spec
     query = quantized(rotated(query, heads.rotation), spec.queries)
-    key = quantized(rotated(key, heads.rotation), spec.keys, SCALE_DTYPE)
+    key = quantized(rotated(key, heads.rotation), spec.keys, SCALE_DTYPE, clip_ratio(heads.key_clip))
+    value = quantized(value, spec.values, SCALE_DTYPE, clip_ratio(heads.value_clip))
     if heads.key_bias is not None and heads.bias is not None:
         apart = heads.key_bias.at(heads.bias(), arguments["position_ids"], key.dtype)
         key = (key + apart.keys(heads.rotation)).to(key.dtype)
-    return sdpa_attention_forward(module, query, key, quantized(value, spec.values, SCALE_DTYPE), mask, **arguments)
+    return sdpa_attention_forward(module, query, key, value, mask, **arguments)
 
 
 AttentionInterface.register(_ATTENTION, _attention)
 
 # Learning rates of p, of Adam's steps; measured with 100 steps of 8 × 1024 tokens on smollm2-135m, then probed.
-RATES = {"biases": 2e-3, "gains": 2e-3, "scales": 1e-3}
+RATES = {"biases": 2e-3, "clips": 3e-3, "gains": 2e-3, "scales": 1e-3}
 
 
 class Student:
@@ -202,6 +221,7 @@ class Student:
         self.embedding = embedding.to(device)
         self.norm = norm.to(device, dtype)
         self.trained: dict[str, Trained] = {}  # by name in the model, in order
+        self.clips: dict[str, list[Trained]] = {}  # likewise, by site of `RuntimeConfig.clips`, then block
         self.blocks = [self._block(index, tensors) for index, tensors in enumerate(blocks)]
         self.through_blocks = ThroughBlocks(source, recompute)
 
@@ -210,6 +230,16 @@ class Student:
         hidden = self.embedding[tokens.to(self.device)].to(self.dtype)
         hidden = self.through_blocks(hidden, self.blocks)
         return nn.functional.rms_norm(hidden, self.norm.shape, self.norm, self.source.config.rms_norm_eps)
+
+    @property
+    def moving(self) -> list[Trained]:
+        """All that is trained."""
+        return [*self.trained.values(), *(clip for clips in self.clips.values() for clip in clips)]
+
+    @torch.no_grad()
+    def clip_ratios(self) -> dict[str, list[float]]:
+        """The trained ones, by site and block."""
+        return {site: [float(clip().clamp(max=1)) for clip in clips] for site, clips in self.clips.items()}
 
     def stored(self, index: int) -> dict[str, Tensor]:
         """The trained tensors of a block, by their names in the model, as the checkpoint is to keep them."""
@@ -237,6 +267,13 @@ class Student:
                 self.trained[prefix + name] = found
             return found
 
+        def clip(site: str, grid: TensorSpec) -> Trained | None:
+            if "clips" not in self.parts or not grid.enabled:
+                return None
+            start = torch.tensor([grid.fixed_clip], dtype=self.dtype, device=self.device)
+            self.clips.setdefault(site, []).append(Trained(start, self.dtype, None, RATES["clips"]))
+            return self.clips[site][-1]
+
         readers = {name for names in graph.norms.values() for name in names}
         for name, module in list(block.named_modules()):
             if isinstance(module, nn.RMSNorm):
@@ -246,19 +283,29 @@ class Student:
                 rotation = None if blocks is None else blocks.as_rotation
                 grid = self.runtime.activations(name, index) if name in graph.norms else UNQUANTIZED
                 gain = trained(f"{name}.weight", "gains" if name in graph.norms else None)
-                block.set_submodule(name, StudentNorm(gain, module.eps or 0.0, rotation, offset, grid))
+                of_grid = module.eps or 0.0, rotation, offset, grid, clip(name, grid)
+                block.set_submodule(name, StudentNorm(gain, *of_grid))
             elif isinstance(module, Float64SiLU):
                 block.set_submodule(name, nn.SiLU())
             elif name in graph.linears:
                 grid = UNQUANTIZED if name in readers else self.runtime.activations(name, index)
-                block.set_submodule(name, self._linear(module, name, grid, trained))
+                block.set_submodule(name, self._linear(module, name, grid, trained, clip))
         attention = block.get_submodule(graph.attention)
         attention.config._attn_implementation = _ATTENTION  # type: ignore[union-attr]
         bias: Any = None if key_bias is None else block.get_submodule(str(graph.key)).bias
-        attention.student_heads = _Heads(spec, self.runtime.keys if spec.keys.enabled else None, key_bias, bias)
+        clips = clip(KEYS, spec.keys), clip(VALUES, spec.values)
+        rotation = self.runtime.keys if spec.keys.enabled else None
+        attention.student_heads = _Heads(spec, rotation, key_bias, bias, clips)
         return block
 
-    def _linear(self, module: nn.Module, name: str, grid: TensorSpec, trained: Callable[..., Trained]) -> nn.Module:
+    def _linear(
+        self,
+        module: nn.Module,
+        name: str,
+        grid: TensorSpec,
+        trained: Callable[..., Trained],
+        clip: Callable[[str, TensorSpec], Trained | None],
+    ) -> nn.Module:
         if not isinstance(module, QuantLinear):  # nothing of it is quantized, rotated or trained
             return module
         if module.weight is None:
@@ -270,4 +317,4 @@ class Student:
         unit = float(sizes.sum(1).mean().sqrt())
         scale = None if module.weight is not None else trained(f"{name}.scales", "scales")
         bias = None if module.bias is None else trained(f"{name}.bias", "biases", unit)
-        return StudentLinear(module, scale, bias, grid, self.product, self.keep)
+        return StudentLinear(module, scale, bias, grid, self.product, self.keep, clip(name, grid))

@@ -4,6 +4,7 @@ The objective is the KL divergence from the unquantized model's next-token distr
 the quantizers of activations, keys and values. What can be trained:
 
     biases   of all linear layers of the decoder blocks, made where there are none
+    clips    ratios by which the ranges of activations, keys and values are cut, by block
     scales   of their weights
     gains    of the blocks' norms, in the rotated basis: the norms' own weights after folding
 
@@ -24,8 +25,8 @@ from dfrot.system.options import Options
 from dfrot.training.teacher import HELD_TOKENS, LOGITS
 
 _COPIES = 8  # float32 numbers for one that is trained: start, value, gradient, Adam's two, best, and what lies between
-PARTS = ("biases", "gains", "scales")
-STEPS = 100
+PARTS = ("biases", "clips", "gains", "scales")
+STEPS = 200
 
 
 class Needs(NamedTuple):
@@ -55,7 +56,7 @@ class Tuning(Options):
     """What is trained after rounding, and for how long. Make one with `Tuning.parse`."""
 
     parts: tuple[str, ...] = ()
-    """Of biases, gains and scales, in this order; empty: nothing is trained."""
+    """Of biases, clips, gains and scales, in this order; empty: nothing is trained."""
     steps: int = STEPS
     """Steps of Adam, beside those that choose the learning rate."""
     tokens: int = 1024
@@ -96,6 +97,9 @@ class Tuning(Options):
         """
         parts = {word.strip() for word in words.split(",") if word.strip()}
         given = {name: value for name, value in given.items() if value is not None}
+        absent = {} if spec.weights.enabled else {"scales": "weights"}
+        if not any(grid.enabled for grid in (spec.activations, spec.keys, spec.values)):
+            absent["clips"] = "activations, keys and values"
         if not parts or ({"all", "none"} & parts and len(parts) > 1):
             raise UserError(f"--tune is all, none, or of {', '.join(PARTS)} joined by commas, got '{words}'.")
         if parts == {"none"}:
@@ -103,9 +107,9 @@ class Tuning(Options):
                 raise UserError(f"--tune-{min(given).replace('_', '-')} needs --tune, which says what is trained.")
             return Tuning()
         if parts == {"all"}:
-            parts = {part for part in PARTS if part != "scales" or spec.weights.enabled}
-        if "scales" in parts and not spec.weights.enabled:
-            raise UserError(f"--tune scales trains those of quantized weights, and {spec} leaves weights alone.")
+            parts = {part for part in PARTS if part not in absent}
+        if wrong := sorted(parts & absent.keys()):
+            raise UserError(f"--tune {wrong[0]} trains those of quantized {absent[wrong[0]]}, and {spec} has none.")
         if "seq_len" not in given and "tokens" in given:
             given["seq_len"] = min(Tuning.seq_len, given["tokens"])
         elif "tokens" not in given and "seq_len" in given:
@@ -127,7 +131,7 @@ class Tuning(Options):
         weights = sum(rows * columns for rows, columns in sizes.linears.values())
         outputs = sum(rows for rows, _ in sizes.linears.values())
         groups = sum(rows * (columns // (spec.weights.group or columns)) for rows, columns in sizes.linears.values())
-        counts = {"biases": outputs, "gains": 2 * sizes.hidden, "scales": groups}
+        counts = {"biases": outputs, "clips": 6, "gains": 2 * sizes.hidden, "scales": groups}
         trained = _COPIES * sum(counts[part] for part in self.parts) + sizes.block - weights + outputs + groups
         model = sizes.num_blocks * (weights * spec.weights.bits // 8 + 4 * trained)
         vocabulary = sizes.vocabulary * sizes.hidden * (sizes.stored + 2)
@@ -138,7 +142,7 @@ class Tuning(Options):
         kept += outputs * ("scales" in self.parts) + 2 * sizes.hidden * ("gains" in self.parts)
         states, between = 4 * self.tokens * kept, 4 * self.tokens * sizes.hidden * sizes.num_blocks
         block = 2 * states + 10 * sizes.largest  # computed, its gradients, and a weight while it is unpacked
-        logits = 8 * 4 * max(LOGITS, sizes.vocabulary)  # theirs, the teacher's, and what their products need, as measured
+        logits = 8 * 4 * max(LOGITS, sizes.vocabulary)  # with the teacher's and scratch, as measured
         seen = self.tokens * self.steps + HELD_TOKENS
         return Needs(
             least=model + vocabulary + between + max(block, logits),
