@@ -167,6 +167,13 @@ def test_what_vllm_would_run_otherwise_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_clip_ratios_that_were_trained_are_refused_by_that_name(tiny: Tiny, tmp_path: Path, text_file: Path) -> None:
+    words: dict[str, Any] = {"calib": str(text_file), "tune": "clips", "tune_steps": 1, "tune_tokens": 32}
+    checkpoint = made(tiny, tmp_path / "ckpt", "w8a8kv16", act_clip=0.9, **words)
+    with pytest.raises(UserError, match="--act-clip 1, and with --fold-only or without --tune clips"):
+        export(checkpoint, "vllm", tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("spec", "fold_only", "parts", "message"),
     [

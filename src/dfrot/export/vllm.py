@@ -110,7 +110,8 @@ def _problems(checkpoint: Checkpoint, device: str, plugin: bool, gpus: int) -> I
     of_layers = [clips for site, clips in checkpoint.runtime.clips.items() if site not in (KEYS, VALUES)]
     clip = min(activations.fixed_clip, *(min(clips) for clips in of_layers), 1.0)
     if activations.enabled and clip != 1:
-        yield f"activations are clipped at {clip:g} of the range, and vLLM cannot. Quantize with --act-clip 1."
+        what_to_do = "--act-clip 1" + (", and with --fold-only or without --tune clips" if of_layers else "")
+        yield f"activations are clipped at {clip:g} of the range, and vLLM cannot. Quantize with {what_to_do}."
     if activations.bits == 8 and weights.group is not None:
         yield "vLLM multiplies 8-bit activations by weights with one scale per channel. Quantize without a group."
     if activations.bits == 4 and plain_cpu:
