@@ -32,7 +32,7 @@ def test_the_gradient_is_that_of_the_reference(
     ratio = None if clip is None else torch.tensor([clip], requires_grad=True)
     leaves = [x] if ratio is None else [x, ratio]
     y = quantized(x, spec, clip=ratio)
-    assert gradient.supported(x, 0.9)
+    assert gradient.supported(x.detach())
     found = torch.autograd.grad(y, leaves, upstream, retain_graph=True)
     monkeypatch.setattr(gradient, "supported", lambda *_: False)
     for got, wanted in zip(found, torch.autograd.grad(y, leaves, upstream), strict=True):
@@ -48,3 +48,10 @@ def test_a_row_that_is_not_finite_gets_no_numbers() -> None:
     (found,) = torch.autograd.grad(y, x, torch.ones(2, 32))
     assert found[0].isfinite().all()
     assert found[1].isnan().all()
+
+
+def test_a_gradient_that_is_differentiated_again_has_a_graph() -> None:
+    x = torch.randn(2, 32, requires_grad=True)
+    y = quantized(x, TensorSpec(4, symmetric=False, clip_ratio=0.9))
+    (found,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    assert found.requires_grad

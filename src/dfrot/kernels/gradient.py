@@ -10,9 +10,9 @@ from dfrot.kernels.structures import Grid, computable, machine, native, pointer
 from dfrot.quant.spec import TensorSpec
 
 
-def supported(x: Tensor, clip: Tensor | float) -> bool:
-    """Whether there is a kernel for such a tensor and a clip ratio."""
-    return x.dtype == torch.float32 and computable(x.detach()) and (isinstance(clip, float) or clip.numel() == 1)
+def supported(x: Tensor) -> bool:
+    """Whether there is a kernel for such a tensor, of whose gradient no gradient is asked for."""
+    return x.dtype == torch.float32 and computable(x)
 
 
 def quantize_backward(

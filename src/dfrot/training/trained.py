@@ -36,7 +36,7 @@ class _Quantized(torch.autograd.Function):
         (x, *given), spec, grid = ctx.saved_tensors, ctx.spec, ctx.spec.grid
         clip, of_clip = given[0] if given else ctx.clip, None
         groups, slope = grouped(x, spec.token_granularity), grouped(upstream, spec.token_granularity)
-        if gradient.supported(x, clip):
+        if gradient.supported(x):
             of_x, of_ratio = gradient.quantize_backward(groups, slope, spec, float(clip))
             return of_x.view_as(x), None, None, of_ratio.sum().view_as(clip) if given else None
         least, low = groups.min(-1, keepdim=True)[::-1]
