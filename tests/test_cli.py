@@ -221,7 +221,7 @@ def test_interrupting_says_how_to_resume_and_resuming_finishes(tiny: Tiny, tmp_p
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # background jobs inherit that it is ignored
         "from dfrot import cli\n"
         "from dfrot.pipeline import run as pipeline\n"
-        "pipeline._Loop.quantize_block = lambda *_: time.sleep(60)\n"
+        "pipeline._Loop.quantize_block = lambda *_: time.sleep(20)\n"
         "sys.exit(cli.main(sys.argv[1:]))\n"
     )
     words = ["quantize", str(tiny("llama")), "-o", str(tmp_path / "out"), "--method", "quarot", "--weights", "rtn"]
@@ -232,7 +232,7 @@ def test_interrupting_says_how_to_resume_and_resuming_finishes(tiny: Tiny, tmp_p
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGINT
+    assert process.returncode == 128 + signal.SIGINT, err
     assert f"this continues: {shlex.join(['dfrot', *words, '--resume'])}" in " ".join(err.split())
     assert not (tmp_path / "out" / "config.json").exists()
     assert main([*words, "--resume"]) == 0

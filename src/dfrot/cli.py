@@ -35,6 +35,7 @@ from dfrot.quant.spec import PRESETS, Preset
 from dfrot.rounding import ROUNDINGS
 from dfrot.system.distributed import ProcessGroup
 from dfrot.system.errors import SetupError, UserError
+from dfrot.system.interrupt import interruptible
 from dfrot.system.memory import keep_freed_memory
 from dfrot.system.options import Options
 from dfrot.system.progress import console
@@ -505,7 +506,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if not isinstance(command, Quantize) and (count := ProcessGroup.of().count) > 1:
             raise UserError(f"only `dfrot quantize` can be shared by processes; torchrun has started {count}.")
-        command.run()
+        with interruptible():
+            command.run()
     except KeyboardInterrupt:
         hint = ""
         if isinstance(command, Compare):

@@ -8,6 +8,8 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from dfrot.system.interrupt import raise_if_interrupted
+
 T = TypeVar("T")
 
 console = Console(stderr=True)  # a process whose progress another one reports makes it quiet
@@ -19,4 +21,6 @@ def track(items: Iterable[T], description: str, total: int | None = None) -> Ite
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), *eta)
     disable = console.quiet or not sys.stderr.isatty() or "PYTEST_CURRENT_TEST" in os.environ
     with Progress(*columns, console=console, transient=True, disable=disable) as progress:
-        yield from progress.track(items, total=total, description=description)
+        for item in progress.track(items, total=total, description=description):
+            yield item
+            raise_if_interrupted()
