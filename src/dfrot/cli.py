@@ -64,7 +64,7 @@ Tune = Annotated[
     arg(
         metavar="PART,…",
         help="What is trained after rounding, towards the unquantized model's predictions: biases of all linear "
-        "layers, gains of norms, scales of weights, joined by commas; all, or none.",
+        "layers, clip ratios, gains of norms, scales of weights, joined by commas; all, or none.",
     ),
 ]
 TuneSteps = Annotated[int | None, arg(help=f"Steps of training (default {Tuning.steps}).")]

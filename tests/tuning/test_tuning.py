@@ -157,6 +157,11 @@ def test_notes_say_what_was_trained_and_how(tiny: Tiny, tmp_path: Path, text: st
     assert "KL divergence on held-out text" in "\n".join(result.summary())
 
 
+@pytest.mark.parametrize(("spec", "hints"), [("w4a4kv4", 1), ("w4a8kv4", 0), ("w4a16kv16", 0)])
+def test_tuning_is_named_where_it_was_left_out_and_would_help(spec: str, hints: int) -> None:
+    assert sum("--tune biases" in line for line in Tuning().summary({}, Spec.parse(spec))) == hints
+
+
 def test_the_start_is_kept_where_training_only_makes_it_worse() -> None:
     trained = Trained(torch.ones(3), torch.float32, None, 1.0)
     assert trained.parameter is not None

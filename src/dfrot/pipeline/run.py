@@ -56,7 +56,7 @@ class QuantizeResult:
         return [
             *self.recipe.method.summary(self.notes),
             *self.recipe.rounding.summary(self.notes.get("weights_by_block", [])),
-            *self.recipe.tuning.summary(self.notes.get("tuning", {})),
+            *self.recipe.tuning.summary(self.notes.get("tuning", {}), self.recipe.spec),
             f"folding changed the model by {self.invariance:.0e} (float64, relative)",
         ]
 

@@ -151,9 +151,10 @@ class Tuning(Options):
             disk=seen * sizes.hidden * (2 + 4),
         )
 
-    def summary(self, notes: dict[str, Any]) -> list[str]:
-        """What tuning found out, in sentences."""
+    def summary(self, notes: dict[str, Any], spec: Spec) -> list[str]:
+        """What tuning found out, or could, in sentences."""
         if not self.enabled:
-            return []
+            hint = "nothing was tuned; --tune biases gives back some of what activations in so few bits cost"
+            return [hint] if spec.activations.enabled and spec.activations.bits <= 4 else []
         before, after = notes["held_kl"]["0"], min(notes["held_kl"].values())
         return [f"tuning lowered the KL divergence on held-out text from {before:.4f} to {after:.4f} nats a token"]
