@@ -13,13 +13,12 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from dfrot.kernels import library
+from dfrot.kernels import cuda, library, structures
 from dfrot.kernels.lowering import Lowered
 from dfrot.kernels.structures import (
     DTYPES,
     Grid,
     Weights,
-    computable,
     instruction_set,
     machine,
     native,
@@ -59,6 +58,10 @@ class PackedWeight(NamedTuple):
 
         def summed() -> Tensor:
             codes, sums = self.qweight.contiguous(), torch.empty(out, groups, dtype=torch.int32)
+            if codes.device.type != "cpu":
+                low, high = (codes & 15, codes >> 4) if bits == 4 else (codes, torch.zeros_like(codes))
+                by_group = low.view(out, groups, -1).sum(-1) + high.view(out, groups, -1).sum(-1)
+                return by_group.to(torch.int32)
             width = codes.shape[1] * 8 // bits
             native().dfrot_code_sums(pointer(codes), out, width, bits, width // groups, pointer(sums))
             return sums
@@ -67,10 +70,19 @@ class PackedWeight(NamedTuple):
         return kept.get(summed, [self.qweight], bits, groups)
 
 
+def computable(x: Tensor) -> bool:
+    """Whether there are kernels for such a tensor, and nothing to differentiate."""
+    return structures.computable(x) or cuda.computable(x)
+
+
 def supported(x: Tensor, weights: TensorSpec, activations: TensorSpec) -> bool:
     """Whether there is a kernel for such grids and an input like x (…, in)."""
     if not computable(x) or not activations.enabled:
         return False
+    if x.is_cuda:
+        from dfrot.kernels.cuda.linear import supported as supported_there
+
+        return supported_there(weights, activations, x.shape[-1])
     if weights.bits not in (4, 8) or x.shape[-1] * weights.bits % 8:
         return False
     if weights.group is None:
@@ -120,6 +132,13 @@ def _linear(
     return made
 
 
+@_linear.register_kernel("cuda")
+def _(x: Tensor, *arguments: Any) -> list[Tensor]:
+    from dfrot.kernels.cuda.linear import products
+
+    return products(x, *arguments)
+
+
 @_linear.register_fake
 def _products(x: Tensor, parts: Sequence[Tensor | None], *_: Any) -> list[Tensor]:
     qweights = parts[:: len(PackedWeight._fields)]
@@ -134,6 +153,13 @@ def rotate(x: Tensor, passes: Sequence[int], data: Sequence[Tensor], square: int
     sizes = DTYPES[x.dtype], x.numel() // width, width
     native().dfrot_rotate(*machine(), pointer(x), pointer(y), *sizes, transform(passes, data, square))
     return y
+
+
+@rotate.register_kernel("cuda")
+def _(x: Tensor, *rotation: Any) -> Tensor:
+    from dfrot.kernels.cuda import linear as there
+
+    return there.rotate(x, *rotation)
 
 
 @rotate.register_fake

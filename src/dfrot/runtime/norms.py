@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dfrot.kernels import linear, structures
+from dfrot.kernels import linear
 from dfrot.kernels.lowering import DENSE, NO_PASSES, PERMUTE, Lowered
 from dfrot.linalg.rotation import Rotation, block_rotation
 
@@ -83,7 +83,7 @@ class BlockRotation(nn.Module):
         return Lowered(tuple(numbers), tuple(data), 1)
 
     def forward(self, x: Float[Tensor, "*batch size"]) -> Float[Tensor, "*batch size"]:
-        if structures.computable(x):
+        if linear.computable(x):
             return linear.rotate(x, *self.passes)
         return in_float64(self.as_rotation.apply, x)
 

@@ -1,0 +1,110 @@
+"""What the kernels share: nibbles as integers, rounding, the grid of a range, products that the interpreter can do.
+
+`NATIVE` is whether the kernel is compiled; Triton's interpreter, which the tests run, has no inline assembly, and
+multiplies bfloat16 by their bits.
+"""
+
+from typing import no_type_check
+
+import torch
+import triton
+import triton.language as tl
+
+NATIVE = not triton.knobs.runtime.interpret
+
+
+def element_type(dtype: torch.dtype) -> tl.dtype:
+    """Triton's name of a dtype of torch."""
+    return getattr(tl, str(dtype).removeprefix("torch."))
+
+
+@triton.jit
+@no_type_check
+def low_nibbles(codes, NATIVE: tl.constexpr):
+    """int8: 16 (q − 8) of the low nibbles q of bytes."""
+    if NATIVE:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 t; shl.b32 t, $1, 4; xor.b32 t, t, 0x80808080; and.b32 $0, t, 0xF0F0F0F0; }",
+            "=r,r",
+            [codes],
+            dtype=tl.int8,
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        return (((codes & 15) << 4) ^ 128).to(tl.int8, bitcast=True)
+
+
+@triton.jit
+@no_type_check
+def high_nibbles(codes, NATIVE: tl.constexpr):
+    """int8: 16 (q − 8) of the high nibbles q of bytes."""
+    if NATIVE:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 t; xor.b32 t, $1, 0x80808080; and.b32 $0, t, 0xF0F0F0F0; }",
+            "=r,r",
+            [codes],
+            dtype=tl.int8,
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        return ((codes & 240) ^ 128).to(tl.int8, bitcast=True)
+
+
+@triton.jit
+@no_type_check
+def dot(a, b, NATIVE: tl.constexpr):
+    """a b in float32, of float32 or 16 bits."""
+    if NATIVE:
+        return tl.dot(a, b, input_precision="ieee")
+    else:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+
+
+@triton.jit
+@no_type_check
+def dot_in_two(h, y, TYPE: tl.constexpr, NATIVE: tl.constexpr):
+    """h y for entries of h that 16 bits hold: y is float32, and in 16 bits the sum of two numbers."""
+    if tl.float32 == TYPE:
+        return dot(h, y, NATIVE)
+    else:
+        high = y.to(TYPE)
+        return dot(h, high, NATIVE) + dot(h, (y - high.to(tl.float32)).to(TYPE), NATIVE)
+
+
+@triton.jit
+@no_type_check
+def rounded(x):
+    """To the nearest integer, ties to even, for |x| < 2^22; NaN stays."""
+    return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+@no_type_check
+def grid_of(low, high, clip, LOWEST: tl.constexpr, HIGHEST: tl.constexpr):
+    """Scale and zero point of ranges that contain 0, bit by bit those of quant/affine.py; symmetric for LOWEST < 0."""
+    steps = low * 0 + HIGHEST
+    if LOWEST < 0:
+        scale = tl.div_rn(tl.maximum(-low, high) * clip, steps)
+        scale = tl.where(scale == 0, 1.0, scale)
+        return scale, scale * 0
+    else:
+        low = low * clip
+        scale = tl.div_rn(high * clip - low, steps)
+        scale = tl.where(scale == 0, 1.0, scale)
+        return scale, zero_of(low, scale, HIGHEST)
+
+
+@triton.jit
+@no_type_check
+def zero_of(low, scale, HIGHEST: tl.constexpr):
+    """The zero point of a range that begins at `low`."""
+    return tl.minimum(tl.maximum(rounded(tl.div_rn(-low, scale)), 0.0), HIGHEST)
+
+
+@triton.jit
+@no_type_check
+def code_of(x, scale, zero, LOWEST: tl.constexpr, HIGHEST: tl.constexpr):
+    """The code of x, still a float."""
+    return tl.minimum(tl.maximum(rounded(tl.div_rn(x, scale)) + zero, LOWEST), HIGHEST)

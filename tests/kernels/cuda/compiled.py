@@ -1,0 +1,101 @@
+"""Compile what the operators launch for processors that are not here: one line of JSON a kernel. Run as a program."""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from dfrot.kernels.cuda import linear
+from dfrot.kernels.lowering import NO_PASSES, Lowered, lower
+from dfrot.linalg.rotation import Hadamard, Identity, Kronecker
+
+TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int8: "*i8"}
+TYPES |= {torch.int32: "*i32", torch.uint8: "*u8"}
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+def launches() -> list[tuple[JITFunction, tuple[Any, ...], dict[str, Any]]]:
+    """What is launched for layers of Llama-3-8B, on tensors without contents."""
+    found: list[Any] = []
+    run = JITFunction.run
+    JITFunction.run = lambda self, *args, grid, warmup, **how: found.append((self, args, how))
+    try:
+        for width, out, rotation in [
+            (4096, 6144, NO_PASSES),
+            (14336, 4096, lower(Hadamard(14336))),
+            (4096, 4096, lower(Kronecker(Hadamard(32), Identity(128)))),
+        ]:
+            for rows in (1, 64, 2048):
+                for bits, group, varied in [((4, 4), None, False), ((4, 8), None, False), ((4, 4), 128, True)]:
+                    if group is None or width % group == 0:
+                        layer(rows, width, out, rotation, bits, group, varied)
+    finally:
+        JITFunction.run = run
+    return found
+
+
+def layer(
+    rows: int, width: int, out: int, rotation: Lowered | None, bits: tuple[int, int], group: int | None, varied: bool
+) -> None:
+    assert rotation is not None
+    with torch.device("meta"):
+        x = torch.empty(rows, width, dtype=torch.bfloat16)
+        groups = 1 if group is None else width // group
+        parts: list[Tensor | None] = [torch.empty(out, width * bits[0] // 8, dtype=torch.uint8)]
+        parts += [torch.empty(out, groups, dtype=torch.bfloat16)]
+        parts += [torch.empty(out, groups, dtype=torch.uint8) if varied else None, torch.empty(out)]
+    linear.products(x, parts, *rotation, bits[0], bits[1], False, 0.9)
+
+
+def specialized(kernel: JITFunction, args: tuple[Any, ...], how: dict[str, Any]) -> tuple[ASTSource, dict[str, Any]]:
+    """What is compiled for a launch, and with which options."""
+    signature, attributes, constants = {}, {}, {}
+    for number, (parameter, value) in enumerate(zip(kernel.params, args, strict=False)):
+        if parameter.is_constexpr:
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+        elif isinstance(value, Tensor):
+            signature[parameter.name], attributes[number,] = TYPES[value.dtype], [["tt.divisibility", 16]]
+        else:
+            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+            if isinstance(value, int) and value % 16 == 0 and not parameter.do_not_specialize:
+                attributes[number,] = [["tt.divisibility", 16]]
+    for name, value in how.items():
+        if name not in OPTIONS:
+            signature[name], constants[name] = "constexpr", value
+    source = ASTSource(kernel, signature, constants, attributes)
+    return source, {name: how[name] for name in OPTIONS if name in how}
+
+
+def compiled(source: ASTSource, options: dict[str, Any], capability: int) -> dict[str, Any]:
+    """Registers, and bytes of the stack, which is where registers are spilled to."""
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(made.asm["cubin"])
+        file.flush()
+        command = [str(TOOLS / "cuobjdump"), "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    used = {name: int(number) for name, number in re.findall(r"\b(REG|STACK):(\d+)", usage)}
+    return {"registers": used["REG"], "stack": used["STACK"]}
+
+
+if __name__ == "__main__":
+    found = {}
+    for kernel, args, how in launches():
+        source, options = specialized(kernel, args, how)
+        found[kernel.__name__, source.hash(), str(options)] = source, options
+    for (name, *_), (source, options) in found.items():
+        constants = {key: value for key, value in source.constants.items() if isinstance(value, int)}
+        for capability in map(int, sys.argv[1:]):
+            line = {"sm": capability, "kernel": name, **compiled(source, options, capability)}
+            print(json.dumps(line | options | {str(key): value for key, value in constants.items()}), flush=True)

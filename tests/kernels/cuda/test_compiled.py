@@ -1,0 +1,21 @@
+"""The kernels compile for GPUs that are not here, and nothing is spilled."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not there: pip install 'dfrot[dev]'")
+
+
+@pytest.mark.parametrize("capability", [80, 89, 90, 100])
+def test_every_kernel_compiles_and_spills_no_register(capability: int) -> None:
+    command = [sys.executable, "-m", "tests.kernels.cuda.compiled", str(capability)]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {line["kernel"] for line in lines} == {"quantize_kernel", "rotate_kernel", "product_kernel", "few_kernel"}
+    assert not [line for line in lines if line["stack"]]
