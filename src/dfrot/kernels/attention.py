@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dfrot.kernels import cuda
 from dfrot.kernels.structures import DTYPES, cache, computable, looks, machine, native, pointer, transform
 from dfrot.quant.spec import TensorSpec
 
@@ -21,6 +22,10 @@ MOST_CHANNELS = 512  # of a head, as in native/cache.h
 
 def supported(x: Tensor, spec: TensorSpec) -> bool:
     """Whether there are kernels for heads like x (…, head_dim) on such a grid."""
+    if cuda.computable(x):
+        from dfrot.kernels.cuda.attention import supported as supported_there
+
+        return supported_there(spec, x.shape[-1])
     return spec.bits in (4, 8) and x.shape[-1] % 32 == 0 and x.shape[-1] <= MOST_CHANNELS and computable(x)
 
 
@@ -41,6 +46,13 @@ def append(
     native().dfrot_append(*machine(), *rows, position, transform(passes, data, square), clip, cache(packed, bits))
 
 
+@append.register_kernel("cuda")
+def _(*arguments: Any) -> None:
+    from dfrot.kernels.cuda import attention as there
+
+    there.append(*arguments)
+
+
 @torch.library.custom_op("dfrot::unpack", mutates_args=())
 def unpack(packed: Sequence[Tensor], bits: int, dtype: torch.dtype) -> Tensor:
     """All tokens of a cache, (batch, heads, tokens, head_dim)."""
@@ -49,6 +61,13 @@ def unpack(packed: Sequence[Tensor], bits: int, dtype: torch.dtype) -> Tensor:
     rows = batch, tokens, pointer(unpacked), DTYPES[dtype]
     native().dfrot_unpack_cache(torch.get_num_threads(), cache(packed, bits), *rows)
     return unpacked
+
+
+@unpack.register_kernel("cuda")
+def _(*arguments: Any) -> Tensor:
+    from dfrot.kernels.cuda import attention as there
+
+    return there.unpack(*arguments)
 
 
 @unpack.register_fake
@@ -88,6 +107,13 @@ def attend(
         *(*looks(mask), pointer(more), cache(keys, bits), cache(values, bits), pointer(y)),
     )
     return y
+
+
+@attend.register_kernel("cuda")
+def _(*arguments: Any) -> Tensor:
+    from dfrot.kernels.cuda import attention as there
+
+    return there.attend(*arguments)
 
 
 @attend.register_fake

@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from dfrot.kernels.cuda import linear
+from dfrot.kernels.cuda import attention, linear
 from dfrot.kernels.lowering import NO_PASSES, Lowered, lower
 from dfrot.linalg.rotation import Hadamard, Identity, Kronecker
 
@@ -38,8 +38,9 @@ def launches() -> list[tuple[JITFunction, tuple[Any, ...], dict[str, Any]]]:
         ]:
             for rows in (1, 64, 2048):
                 for bits, group, varied in [((4, 4), None, False), ((4, 8), None, False), ((4, 4), 128, True)]:
-                    if group is None or width % group == 0:
-                        layer(rows, width, out, rotation, bits, group, varied)
+                    layer(rows, width, out, rotation, bits, group, varied)
+        for batch, tokens in [(1, 1), (16, 1), (1, 8)]:
+            cache(batch, tokens)
     finally:
         JITFunction.run = run
     return found
@@ -56,6 +57,21 @@ def layer(
         parts += [torch.empty(out, groups, dtype=torch.bfloat16)]
         parts += [torch.empty(out, groups, dtype=torch.uint8) if varied else None, torch.empty(out)]
     linear.products(x, parts, *rotation, bits[0], bits[1], False, 0.9)
+
+
+def cache(batch: int, tokens: int) -> None:
+    heads, query_heads, head_dim, length = 8, 32, 128, 4096
+    rotation = lower(Hadamard(head_dim))
+    assert rotation is not None
+    with torch.device("meta"):
+        keys, query = (torch.empty(batch, n, tokens, head_dim, dtype=torch.bfloat16) for n in (heads, query_heads))
+        mask = torch.empty(batch, 1, tokens, length, dtype=torch.bool) if tokens > 1 else None
+        parts = (head_dim // 2, torch.uint8), (1, torch.bfloat16), (1, torch.uint8)
+        packed = [torch.empty(batch, heads, length, width, dtype=dtype) for width, dtype in parts]
+    attention.append(keys, packed, 0, *rotation, 4, 0.95)
+    attention.append(keys, packed, 0, *NO_PASSES, 4, 0.95)
+    attention.attend(query, packed, packed, mask, None, *rotation, head_dim**-0.5, 4)
+    attention.unpack(packed, 4, torch.bfloat16)
 
 
 def specialized(kernel: JITFunction, args: tuple[Any, ...], how: dict[str, Any]) -> tuple[ASTSource, dict[str, Any]]:

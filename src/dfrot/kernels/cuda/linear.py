@@ -11,6 +11,7 @@ the checkpoint's own bytes. With codes a and zero point z of an input, q and v o
 For weights of 4 bits the codes of a row stand in order of their nibbles: even channels first, then odd ones.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, no_type_check
 
@@ -68,7 +69,7 @@ def _store_codes(
     bad = tl.max(tl.where((tl.abs(x) < float("inf")) | (inside == 0), 0, 1))
     x = tl.where(inside & (bad == 0), x, 0.0)
     low, high = tl.minimum(tl.min(x), 0.0), tl.maximum(tl.max(x), 0.0)
-    scale, zero = grid_of(low, high, clip, LOWEST, HIGHEST)
+    scale, zero = grid_of(low, high, clip, LOWEST, HIGHEST, False)
     shift = zero
     if SHIFTED:
         shift = zero * 0 + 128.0
@@ -423,13 +424,15 @@ def _quantize(
     )
 
 
-def rotate(x: Tensor, passes: Sequence[int], data: Sequence[Tensor], square: int) -> Tensor:
-    """x R in the dtype of x (…, n)."""
+def rotate(
+    x: Tensor, passes: Sequence[int], data: Sequence[Tensor], square: int, dtype: torch.dtype | None = None
+) -> Tensor:
+    """x R (…, n), in the dtype of x unless another is asked for."""
     rows, nothing = x.reshape(-1, x.shape[-1]).contiguous(), x.new_empty(0, dtype=torch.float32)
-    y = torch.empty_like(rows)
+    y = torch.empty_like(rows, dtype=dtype)
     how = {"EVENS_FIRST": False, "SUMMED": False, "LOWEST": 0, "HIGHEST": 1, "SHIFTED": False}
     if not _rotate(rows, passes, data, square, y, Codes(nothing, nothing, None, None), 1.0, how):
-        y = rotated(rows, passes, data, square).to(x.dtype)
+        y = rotated(rows, passes, data, square).to(y.dtype)
     return y.view(x.shape)
 
 
@@ -449,14 +452,18 @@ def _rotate(
     if found is None:
         return False
     (left, middle, right), rows = found[:3], len(x)
-    (lp, mp, rp), (size_l, size_m, size_r) = found.padded, found.shape
+    (lp, mp, rp), (size_l, size_m, size_r), rotates_only = found.padded, found.shape, y.dtype != torch.int8
+    if size_l == size_m == 1 and rotates_only and offset is None:  # heads: several rows are one
+        size_l = math.gcd(rows, lp)
+        rows //= size_l
+    entries = max(lp * mp * rp, rp * rp if x.dtype == torch.float32 else 0)
     rotate_kernel[(min(rows, 1 << 16),)](
         *(x, _or(left, x), _or(middle, x), _or(right, x), _or(offset, x), y, y, made.scale),
         *(_or(made.shift, made.scale), _or(made.sums, y), rows, square**-0.5, clip),
         **{"L": size_l, "LP": lp, "M": size_m, "MP": mp, "R": size_r, "RP": rp, "LEFT": left is not None},
         **{"MIDDLE": middle is not None, "RIGHT": right is not None, "TYPE": element_type(x.dtype)},
-        **{"QUANTIZED": y.dtype == torch.int8, "OFF": offset is not None, "NATIVE": NATIVE, **how},
-        num_warps=_warps(lp * mp * rp // 2),
+        **{"QUANTIZED": not rotates_only, "OFF": offset is not None, "NATIVE": NATIVE, **how},
+        num_warps=_warps(entries // 2),
         num_stages=1,
         enable_fp_fusion=False,
     )

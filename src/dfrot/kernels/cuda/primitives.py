@@ -82,8 +82,11 @@ def rounded(x):
 
 @triton.jit
 @no_type_check
-def grid_of(low, high, clip, LOWEST: tl.constexpr, HIGHEST: tl.constexpr):
-    """Scale and zero point of ranges that contain 0, bit by bit those of quant/affine.py; symmetric for LOWEST < 0."""
+def grid_of(low, high, clip, LOWEST: tl.constexpr, HIGHEST: tl.constexpr, NARROW: tl.constexpr):
+    """Scale and zero point of ranges that contain 0, bit by bit those of quant/affine.py; symmetric for LOWEST < 0.
+
+    NARROW scales are rounded up to bfloat16.
+    """
     steps = low * 0 + HIGHEST
     if LOWEST < 0:
         scale = tl.div_rn(tl.maximum(-low, high) * clip, steps)
@@ -92,6 +95,8 @@ def grid_of(low, high, clip, LOWEST: tl.constexpr, HIGHEST: tl.constexpr):
     else:
         low = low * clip
         scale = tl.div_rn(high * clip - low, steps)
+        if NARROW:
+            scale = ((scale.to(tl.int32, bitcast=True) + 0xFFFF) & -65536).to(tl.float32, bitcast=True)
         scale = tl.where(scale == 0, 1.0, scale)
         return scale, zero_of(low, scale, HIGHEST)
 
