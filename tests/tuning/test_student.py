@@ -186,7 +186,9 @@ def test_a_loaded_checkpoint_computes_what_its_student_did(
 
     build = TuningRun._student
     monkeypatch.setattr(TuningRun, "_student", made)
-    monkeypatch.setattr(Descent, "_held_out", lambda self: 1 / (1 + self.run * 10 + self.step))  # the last step is kept
+    monkeypatch.setattr(
+        Descent, "_held_out", lambda self: 1 / (1 + len(self.probes) * 10 + self.step)
+    )  # the last step is kept
     words = {"weights": "rtn", "calib": text, "tune": "all", "tune_steps": 3, **WORDS, **words}
     recipe = dfrot.Recipe.parse(dtype="float64", **words)
     path = dfrot.quantize(tiny(architecture), recipe, tmp_path / "out").path

@@ -1,8 +1,9 @@
 """Adam on what is trained, with the learning rate and the step chosen on held-out text.
 
-A run is four descents. Three short ones from the start, with the rates × 0.3, × 1 and × 3, choose the factor; the
-fourth, with a cosine decay, is measured now and then, and its best step is kept. The start itself is the first
-candidate, so the outcome is never worse than it on held-out text.
+Short descents from the start choose by what the rates are multiplied: 0.3 and 1 are tried, and then the next factor on
+the side of the better one, as long as it gets better. Then comes the descent that counts, with a cosine decay. It is
+measured now and then, and its best step is kept. The start itself is the first candidate, so the outcome is never worse
+than it on held-out text.
 
 Everything that the rest of a run depends on is in `state`: a run that continues from there equals one that was never
 interrupted, to the bit on one machine.
@@ -19,11 +20,12 @@ from torch import Tensor
 from dfrot.system.distributed import SINGLE_PROCESS, ProcessGroup
 from dfrot.training.trained import Trained, TrainedRotation
 
-FACTORS = (0.3, 1.0, 3.0)
+FACTORS = (0.03, 0.1, 0.3, 1.0, 3.0)
+FIRST_FACTORS = (0.3, 1.0)
 BETAS, EPS = (0.9, 0.98), 1e-12  # a second moment that forgets in 50 steps: there are few. Gradients are tiny
 WARM_UP = 8  # steps until the rate is full: Adam's first steps have the full size whatever their gradient
 PROBE = 12  # steps of a descent that chooses the rate
-MEASUREMENTS = 8  # of the fourth descent
+MEASUREMENTS = 8  # of the descent that counts
 _PARTS = ("values", "first", "second", "best")
 
 
@@ -47,7 +49,7 @@ class Descent:
         trained: whose parameters move.
         loss: of a step: adds the gradients of that step's loss, which it returns.
         measure: the loss on held-out text.
-        steps: of the fourth descent.
+        steps: of the descent that counts.
         processes: that each have a part of the gradients.
     """
 
@@ -65,63 +67,76 @@ class Descent:
         self._loss, self._measure, self.steps, self._processes = loss, measure, steps, processes
         self._probe = min(steps, PROBE)
         self._every = max(1, steps // MEASUREMENTS)
-        self.run, self.step = 0, 0  # which descent, and how many steps of it are done
-        self.losses: list[float] = []  # of the fourth
+        self.step = 0  # how many steps of the descent at hand are done
+        self.losses: list[float] = []  # of the descent that counts
         self.held: dict[str, float] = {}  # its number of steps → loss on held-out text
         self.probes: dict[str, float] = {}  # factor → the same after a short descent
 
     @property
     def total(self) -> int:
-        """Steps of all descents."""
-        return len(FACTORS) * self._probe + self.steps
+        """Steps of all descents, if no more factors than those at hand are tried."""
+        return max(len(FIRST_FACTORS) + 1, len(self.probes) + self.probing) * self._probe + self.steps
+
+    @property
+    def probing(self) -> bool:
+        """Whether a factor is still to be tried."""
+        return self._untried is not None
 
     @property
     def done(self) -> bool:
-        return self.run > len(FACTORS)
+        return not self.probing and self.step == self.steps
 
     @property
     def factor(self) -> float:
         """By which the rates of the descent at hand are multiplied."""
-        if self.run < len(FACTORS):
-            return FACTORS[self.run]
-        return min(FACTORS, key=lambda factor: self.probes[str(factor)])
+        untried = self._untried
+        return self._best_factor if untried is None else untried
+
+    @property
+    def _best_factor(self) -> float:
+        return min(map(float, self.probes), key=lambda factor: self.probes[str(factor)])
+
+    @property
+    def _untried(self) -> float | None:
+        """The factor to try next; None if those beside the best one have been tried."""
+        tried = {float(factor) for factor in self.probes}
+        if left := [factor for factor in FIRST_FACTORS if factor not in tried]:
+            return left[0]
+        at = FACTORS.index(self._best_factor)
+        beside = FACTORS[max(0, at - 1) : at + 2]
+        return next((factor for factor in beside if factor not in tried), None)
 
     def remaining(self) -> Iterator[int]:
         """Go on, one step at a time, to the end; yields the steps done in all after each, and once before the first."""
         if not self.held:
             self.held["0"] = self._held_out()
-        yield self.run * self._probe + self.step
+        yield len(self.probes) * self._probe + self.step
         while not self.done:
             self._advance()
-            yield self.total if self.done else self.run * self._probe + self.step
+            yield len(self.probes) * self._probe + self.step
         self._values.copy_(self._best)
 
     def _advance(self) -> None:
-        probing = self.run < len(FACTORS)
+        probing, factor = self.probing, self.factor
         self._gradients.zero_()
         loss = self._loss(self.step)
         self._processes.all_reduce_sum(self._gradients)
-        rate = self.factor * min(1.0, (self.step + 1) / WARM_UP)
+        rate = factor * min(1.0, (self.step + 1) / WARM_UP)
         if not probing:
             rate *= 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
             self.losses.append(loss)
         self.step += 1
         self._adam(rate)
         if probing and self.step == self._probe:
-            self.probes[str(self.factor)] = self._held_out()
-            self._next()
+            self.probes[str(factor)] = self._held_out()
+            self.step = 0
+            for tensor in (self._first, self._second, self._values):
+                tensor.zero_()
         elif not probing and (self.step % self._every == 0 or self.step == self.steps):
             found = self._held_out()
             if found < min(self.held.values()):
                 self._best.copy_(self._values)
             self.held[str(self.step)] = found
-            if self.step == self.steps:
-                self._next()
-
-    def _next(self) -> None:
-        self.run, self.step = self.run + 1, 0
-        for tensor in (self._first, self._second, *([] if self.done else [self._values])):
-            tensor.zero_()
 
     def _held_out(self) -> float:
         found = self._measure()
@@ -137,7 +152,7 @@ class Descent:
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """JSON and tensors from which `restore` goes on."""
-        names = ("run", "step", "losses", "held", "probes")
+        names = ("step", "losses", "held", "probes")
         return {name: getattr(self, name) for name in names}, {part: getattr(self, f"_{part}") for part in _PARTS}
 
     def notes(self) -> dict[str, Any]:
