@@ -46,13 +46,6 @@ def append(
     native().dfrot_append(*machine(), *rows, position, transform(passes, data, square), clip, cache(packed, bits))
 
 
-@append.register_kernel("cuda")
-def _(*arguments: Any) -> None:
-    from dfrot.kernels.cuda import attention as there
-
-    there.append(*arguments)
-
-
 @torch.library.custom_op("dfrot::unpack", mutates_args=())
 def unpack(packed: Sequence[Tensor], bits: int, dtype: torch.dtype) -> Tensor:
     """All tokens of a cache, (batch, heads, tokens, head_dim)."""
@@ -61,13 +54,6 @@ def unpack(packed: Sequence[Tensor], bits: int, dtype: torch.dtype) -> Tensor:
     rows = batch, tokens, pointer(unpacked), DTYPES[dtype]
     native().dfrot_unpack_cache(torch.get_num_threads(), cache(packed, bits), *rows)
     return unpacked
-
-
-@unpack.register_kernel("cuda")
-def _(*arguments: Any) -> Tensor:
-    from dfrot.kernels.cuda import attention as there
-
-    return there.unpack(*arguments)
 
 
 @unpack.register_fake
@@ -109,13 +95,6 @@ def attend(
     return y
 
 
-@attend.register_kernel("cuda")
-def _(*arguments: Any) -> Tensor:
-    from dfrot.kernels.cuda import attention as there
-
-    return there.attend(*arguments)
-
-
 @attend.register_fake
 def _attended(query: Tensor, *_: Any) -> Tensor:
     batch, heads, tokens, head_dim = query.shape
@@ -137,3 +116,7 @@ def weights(
         least = torch.finfo(scores.dtype).min
         scores = scores.masked_fill(~mask, least) if mask.dtype == torch.bool else scores + mask
     return scores.softmax(-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
+
+
+for _operator, _name in ((append, "append"), (unpack, "unpack"), (attend, "attend")):
+    cuda.register(_operator, "attention", _name)

@@ -132,13 +132,6 @@ def _linear(
     return made
 
 
-@_linear.register_kernel("cuda")
-def _(x: Tensor, *arguments: Any) -> list[Tensor]:
-    from dfrot.kernels.cuda.linear import products
-
-    return products(x, *arguments)
-
-
 @_linear.register_fake
 def _products(x: Tensor, parts: Sequence[Tensor | None], *_: Any) -> list[Tensor]:
     qweights = parts[:: len(PackedWeight._fields)]
@@ -155,13 +148,10 @@ def rotate(x: Tensor, passes: Sequence[int], data: Sequence[Tensor], square: int
     return y
 
 
-@rotate.register_kernel("cuda")
-def _(x: Tensor, *rotation: Any) -> Tensor:
-    from dfrot.kernels.cuda import linear as there
-
-    return there.rotate(x, *rotation)
-
-
 @rotate.register_fake
 def _(x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x)
+
+
+cuda.register(_linear, "linear", "products")
+cuda.register(rotate, "linear", "rotate")
