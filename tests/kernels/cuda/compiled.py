@@ -31,14 +31,13 @@ def launches() -> list[tuple[JITFunction, tuple[Any, ...], dict[str, Any]]]:
     run = JITFunction.run
     JITFunction.run = lambda self, *args, grid, warmup, **how: found.append((self, args, how))
     try:
-        for width, out, rotation in [
-            (4096, 6144, NO_PASSES),
-            (14336, 4096, lower(Hadamard(14336))),
-            (4096, 4096, lower(Kronecker(Hadamard(32), Identity(128)))),
-        ]:
-            for rows in (1, 64, 2048):
-                for bits, group, varied in [((4, 4), None, False), ((4, 8), None, False), ((4, 4), 128, True)]:
-                    layer(rows, width, out, rotation, bits, group, varied)
+        specs = [((4, 4), None, False), ((4, 8), None, False), ((4, 4), 128, True)]
+        for rows in (1, 64, 2048):
+            for bits, group, varied in specs:
+                layer(rows, 4096, 6144, NO_PASSES, bits, group, varied)
+        for bits, group, varied in specs:
+            layer(1, 14336, 4096, lower(Hadamard(14336)), bits, group, varied)
+        layer(1, 4096, 4096, lower(Kronecker(Hadamard(32), Identity(128))), *specs[0])
         for batch, tokens in [(1, 1), (16, 1), (1, 8)]:
             cache(batch, tokens)
     finally:
