@@ -33,6 +33,7 @@ from dfrot.pipeline.recipe import Recipe
 from dfrot.pipeline.run import quantize
 from dfrot.quant.spec import PRESETS, Preset
 from dfrot.rounding import ROUNDINGS
+from dfrot.system.devices import chosen_device
 from dfrot.system.distributed import ProcessGroup
 from dfrot.system.errors import SetupError, UserError
 from dfrot.system.interrupt import interruptible
@@ -51,8 +52,8 @@ Model = Annotated[str, Positional, arg(metavar="MODEL")]
 Source = Annotated[Model, arg(help="Hub id, directory with safetensors weights, .gguf file, or smollm2-135m.")]
 Checkpoint = Annotated[Path, Positional, arg(metavar="CKPT", help="Directory written by `dfrot quantize`.")]
 Out = Annotated[Path, arg(aliases=["-o"])]
-Device = Annotated[str, arg(help="Where to compute: cpu, cuda.")]
-Devices = Annotated[str, arg(help="Where to compute: cpu, cuda, or auto to spread the model over all GPUs.")]
+Device = Annotated[str, arg(help="Where to compute: cpu, cuda, or auto: on a GPU where torch sees one.")]
+Devices = Annotated[str, arg(help="Where to compute: cpu, cuda, or auto: spread over all GPUs that torch sees.")]
 Seed = Annotated[int, arg(help="Of everything random.")]
 Calib = Annotated[str, arg(help="Calibration text: wikitext2, c4, pydoc, or a path.")]
 CalibTokens = Annotated[
@@ -93,6 +94,14 @@ def parse_size(text: str) -> int:
 
 def _separated(words: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in words.split(",") if word.strip())
+
+
+def _device(name: str, *, spread: bool = False, quiet: bool = False) -> str:
+    """The device that `--device` means; says so if it is a GPU that nobody asked for."""
+    device, why = chosen_device(name, spread=spread)
+    if why is not None and not quiet:
+        err.print(f"computing on {why}; --device cpu if that is not wanted", style="dim", highlight=False)
+    return device
 
 
 def _options() -> list[tuple[str, Any, Any]]:
@@ -146,7 +155,7 @@ class Quantize:
     seed: Seed = 0
     dtype: Literal["auto", "float16", "bfloat16", "float32", "float64"] = "auto"
     """Of unquantized tensors (auto: the model's own; float16 beside quantized weights if that is wider)."""
-    device: Device = "cpu"
+    device: Device = "auto"
     resume: bool = False  # Continue an interrupted run.
     overwrite: bool = False  # Replace a checkpoint that is there.
     memory: str | None = None
@@ -165,7 +174,7 @@ class Quantize:
 
     def run(self) -> None:
         processes = ProcessGroup.of()
-        device = processes.device(self.device)
+        device = processes.device(_device(self.device, quiet=not processes.is_main))
         if not processes.is_main:
             out.quiet = console.quiet = True
         with processes.joined(device):
@@ -220,13 +229,13 @@ class Eval:
     per_token: Path | None = None  # Also write what --against measures on every token to this safetensors file.
     json: Path | None = None  # Also write the result record to this file.
     log_to: LogTo = None
-    device: Devices = "cpu"
+    device: Devices = "auto"
 
     def run(self) -> None:
         if self.json is not None and not self.json.parent.is_dir():
             raise UserError(f"the directory of --json {self.json} does not exist.")
         measurement = self.measured.measurement(self.against)
-        record = evaluate(self.model, measurement, device=self.device, per_token=self.per_token)
+        record = evaluate(self.model, measurement, device=_device(self.device, spread=True), per_token=self.per_token)
         errors = record.conditions.get("standard_errors", {})
         for metric, value in record.metrics.items():
             shown = f"{value:.4f}" if value < 1e5 else f"{value:.3e}"
@@ -266,7 +275,7 @@ class Compare:
     """Address of a Ray cluster that takes the trials in place of jobs; auto for the one that runs here."""
     memory: str | None = None
     """Memory that quantizing may take, such as 8GB, divided among the jobs (default: what is available)."""
-    device: Device = "cpu"
+    device: Device = "auto"
     log_to: LogTo = None
 
     def run(self) -> None:
@@ -282,7 +291,8 @@ class Compare:
         trials += recipes(methods, weights, specs, seeds, self.preset, tunes, tuning, **calibration)
         model = _absolute(self.model)
         against = model if self.divergence or self.measured.massive_unquantized else None
-        how: Any = {name: getattr(self, name) for name in ("device", "jobs", "threads", "ray")}
+        how: Any = {name: getattr(self, name) for name in ("jobs", "threads", "ray")}
+        how["device"] = _device(self.device)
         how["memory"] = None if self.memory is None else parse_size(self.memory)
         with LiveTable(trials, out) as table:
             measurement = self.measured.measurement(against)
@@ -307,14 +317,14 @@ class Inspect:
     spec: str = "w4a4kv4"  # w<bits>[g<group>]a<bits>kv<bits>.
     preset: PresetName = "paper"  # Symmetry and clip ratios.
     seed: Seed = 0
-    device: Device = "cpu"
+    device: Device = "auto"
 
     def run(self) -> None:
         from dfrot.inspect.inspect import inspect, summary
         from dfrot.inspect.inspection import STATS_FILE
         from dfrot.system.files import read_json
 
-        stats: Any = read_json(inspect(**vars(self)) / STATS_FILE)
+        stats: Any = read_json(inspect(**vars(self) | {"device": _device(self.device)}) / STATS_FILE)
         out.print(summary(stats))
 
 
@@ -388,7 +398,7 @@ class Generate:
     max_new_tokens: int = 50  # Tokens to add at most.
     sample: bool = False  # Sample instead of taking the likeliest token.
     seed: int = 0  # Of sampling.
-    device: Devices = "cpu"
+    device: Devices = "auto"
 
     def run(self) -> None:
         import torch
@@ -400,7 +410,7 @@ class Generate:
 
         if self.max_new_tokens < 1:
             raise UserError(f"max-new-tokens is at least 1, got {self.max_new_tokens}.")
-        model, tokenizer = load(self.model, device=self.device)
+        model, tokenizer = load(self.model, device=_device(self.device, spread=True))
         ids = token_ids(tokenizer, self.prompt, model.get_input_embeddings().num_embeddings)[None].to(model.device)
         if ids.numel() == 0:
             raise UserError("the prompt has no tokens. Give some text to continue.")
