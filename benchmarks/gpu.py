@@ -34,6 +34,7 @@ import dfrot
 from dfrot.evaluation.bench import random_block
 from dfrot.evaluation.run import Measurement, evaluate
 from dfrot.kernels.cuda import attention, linear
+from dfrot.kernels.cuda.rows import quantize_rows, rotate
 from dfrot.kernels.linear import PackedWeight
 from dfrot.kernels.lowering import NO_PASSES, Lowered, lower
 from dfrot.linalg.rotation import Hadamard, Identity, Kronecker, Rotation
@@ -133,7 +134,7 @@ def checks(run: Run) -> None:
     for name, rotation in rotations(run).items():
         for dtype, bound in ((torch.bfloat16, ROUNDING), (torch.float32, 2**-16)):
             x = run.randn(7, rotation.size, dtype=dtype)
-            error = (linear.rotate(x, *lowered(rotation)).double() - rotation.apply(x.double())).norm() / x.norm()
+            error = (rotate(x, *lowered(rotation)).double() - rotation.apply(x.double())).norm() / x.norm()
             run.check(f"rotation of {name}, {dtype}", float(error), bound * (2 if run.tiny else 1))
     x = run.randn(3, width)
     x[1, 5] = torch.nan
@@ -208,7 +209,7 @@ def quantizers(run: Run) -> None:
         passes = NO_PASSES if size is None else lowered(Hadamard(size))
         for rows in (1, 2) if run.tiny else (1, 2048):
             x = run.randn(rows, width)
-            call = partial(linear.quantize_rows, x, *passes, ACTIVATIONS.grid, 0.9, **how)
+            call = partial(quantize_rows, x, *passes, ACTIVATIONS.grid, 0.9, **how)
             run.note("quantizer", f"{name}, {rows} rows", run.microseconds([call]), "µs")
             copied = torch.empty(rows, width + width // 2, dtype=torch.bfloat16, device=run.device)
             run.note("quantizer", f"{name}, {rows} rows, bytes alone", run.microseconds([copied.zero_]), "µs")

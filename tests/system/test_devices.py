@@ -33,3 +33,9 @@ def test_a_gpu_is_taken_where_torch_sees_one(gpus: None, spread: bool, device: s
 def test_what_is_said_is_done_without_a_word(gpus: None) -> None:
     assert chosen_device("cpu") == ("cpu", None)
     assert chosen_device("cuda:1", spread=True) == ("cuda:1", None)
+
+
+@pytest.mark.parametrize("gpus", [1], indirect=True)
+def test_without_accelerate_a_model_stays_on_one_gpu(gpus: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert chosen_device("auto", spread=True) == ("cuda", "NVIDIA H100")

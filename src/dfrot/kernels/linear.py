@@ -25,6 +25,7 @@ from dfrot.kernels.structures import (
     pointer,
     transform,
 )
+from dfrot.quant.packing import unpack
 from dfrot.quant.spec import TensorSpec
 from dfrot.system.kept import Kept
 
@@ -57,12 +58,10 @@ class PackedWeight(NamedTuple):
         out, groups = self.scales.shape
 
         def summed() -> Tensor:
-            codes, sums = self.qweight.contiguous(), torch.empty(out, groups, dtype=torch.int32)
+            codes, width = self.qweight.contiguous(), self.qweight.shape[1] * 8 // bits
             if codes.device.type != "cpu":
-                low, high = (codes & 15, codes >> 4) if bits == 4 else (codes, torch.zeros_like(codes))
-                by_group = low.view(out, groups, -1).sum(-1) + high.view(out, groups, -1).sum(-1)
-                return by_group.to(torch.int32)
-            width = codes.shape[1] * 8 // bits
+                return unpack(codes, bits, width).view(out, groups, -1).sum(-1, dtype=torch.int32)
+            sums = torch.empty(out, groups, dtype=torch.int32)
             native().dfrot_code_sums(pointer(codes), out, width, bits, width // groups, pointer(sums))
             return sums
 
@@ -154,4 +153,4 @@ def _(x: Tensor, *_: Any) -> Tensor:
 
 
 cuda.register(_linear, "linear", "products")
-cuda.register(rotate, "linear", "rotate")
+cuda.register(rotate, "rows", "rotate")

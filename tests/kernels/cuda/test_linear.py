@@ -11,7 +11,8 @@ from tests.kernels.test_linear import quantized, random_weight
 
 pytest.importorskip("triton", reason="Triton is not there: pip install 'dfrot[dev]'")
 
-from dfrot.kernels.cuda.linear import products, rotate
+from dfrot.kernels.cuda.linear import products
+from dfrot.kernels.cuda.rows import rotate
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = {torch.float32: 2**-23, torch.bfloat16: 2**-8, torch.float16: 2**-11}

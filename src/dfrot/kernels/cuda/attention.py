@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dfrot.kernels.cuda.linear import rotate
 from dfrot.kernels.cuda.primitives import NATIVE, code_of, dot, element_type, grid_of
+from dfrot.kernels.cuda.rows import rotate
 from dfrot.kernels.structures import looks
 from dfrot.quant.spec import TensorSpec
 

@@ -12,6 +12,10 @@ import triton.language as tl
 
 NATIVE = not triton.knobs.runtime.interpret
 
+# Four bytes at a time: the nibbles' highest bits are flipped where they stand highest.
+_LOW = tl.constexpr("{ .reg .b32 t; shl.b32 t, $1, 4; xor.b32 t, t, 0x80808080; and.b32 $0, t, 0xF0F0F0F0; }")
+_HIGH = tl.constexpr("{ .reg .b32 t; xor.b32 t, $1, 0x80808080; and.b32 $0, t, 0xF0F0F0F0; }")
+
 
 def element_type(dtype: torch.dtype) -> tl.dtype:
     """Triton's name of a dtype of torch."""
@@ -20,36 +24,12 @@ def element_type(dtype: torch.dtype) -> tl.dtype:
 
 @triton.jit
 @no_type_check
-def low_nibbles(codes, NATIVE: tl.constexpr):
-    """int8: 16 (q − 8) of the low nibbles q of bytes."""
+def nibbles(codes, HIGH: tl.constexpr, NATIVE: tl.constexpr):
+    """int8: 16 (q − 8) of the low or high nibbles q of bytes."""
     if NATIVE:
-        return tl.inline_asm_elementwise(
-            "{ .reg .b32 t; shl.b32 t, $1, 4; xor.b32 t, t, 0x80808080; and.b32 $0, t, 0xF0F0F0F0; }",
-            "=r,r",
-            [codes],
-            dtype=tl.int8,
-            is_pure=True,
-            pack=4,
-        )
+        return tl.inline_asm_elementwise(_HIGH if HIGH else _LOW, "=r,r", [codes], dtype=tl.int8, is_pure=True, pack=4)
     else:
-        return (((codes & 15) << 4) ^ 128).to(tl.int8, bitcast=True)
-
-
-@triton.jit
-@no_type_check
-def high_nibbles(codes, NATIVE: tl.constexpr):
-    """int8: 16 (q − 8) of the high nibbles q of bytes."""
-    if NATIVE:
-        return tl.inline_asm_elementwise(
-            "{ .reg .b32 t; xor.b32 t, $1, 0x80808080; and.b32 $0, t, 0xF0F0F0F0; }",
-            "=r,r",
-            [codes],
-            dtype=tl.int8,
-            is_pure=True,
-            pack=4,
-        )
-    else:
-        return ((codes & 240) ^ 128).to(tl.int8, bitcast=True)
+        return ((codes & 240 if HIGH else (codes & 15) << 4) ^ 128).to(tl.int8, bitcast=True)
 
 
 @triton.jit
