@@ -14,8 +14,10 @@ from dfrot.checkpoint.load import read_checkpoint
 from dfrot.export import export
 from dfrot.methods import learned
 from dfrot.methods.learned_student import Student
+from dfrot.methods.method import FitContext
 from dfrot.models.source import open_source
 from dfrot.pipeline.estimate import Estimate
+from dfrot.pipeline.run import calibration_tokens
 from dfrot.runtime.config import RuntimeConfig
 from dfrot.system.errors import UserError
 from dfrot.training.trained import Trained, TrainedRotation
@@ -24,6 +26,7 @@ from tests.tiny_models import CONFIGS, write_biased_model
 
 Tiny = Callable[[str], Path]
 WORDS: dict[str, Any] = {"calib_tokens": 128, "calib_seq_len": 32, "steps": 3, "learn_steps": 4, "learn_tokens": 32}
+CPU = torch.device("cpu")
 TOKENS = torch.randint(1, 96, (2, 24), generator=torch.Generator().manual_seed(7))
 
 
@@ -86,14 +89,16 @@ def test_the_student_computes_what_the_checkpoint_computes(
 
 
 def test_what_is_computed_again_backward_changes_nothing(
-    tiny: Tiny, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Tiny, tmp_path: Path, text_file: Path, students: list[Student]
 ) -> None:
-    recipe = dfrot.Recipe.parse("learned", "rtn", spec="w16a4kv16", dtype="float64", **WORDS, calib=str(text_file))
-    notes = []
-    for kept in (0, 1 << 40):
-        monkeypatch.setattr(learned, "KEPT_BYTES", kept)
-        notes.append(dfrot.quantize(tiny("llama"), recipe, tmp_path / str(kept)).notes["learned"])
-    assert notes[0] == notes[1]
+    words: dict[str, Any] = {"spec": "w16a4kv16", "dtype": "float64"} | WORDS | {"calib": str(text_file)}
+    recipe = dfrot.Recipe.parse("learned", "rtn", **words)
+    source, outcomes = open_source(str(tiny("llama"))), []
+    for budget in (0, 1 << 40):
+        on = FitContext(source, recipe.spec.activations, lambda: calibration_tokens(source, recipe), CPU, budget=budget)
+        outcomes.append(recipe.method.fit(on).notes["learned"])
+    assert [student.through_blocks.recompute for student in students] == [True, False]
+    assert outcomes[0] == outcomes[1]
 
 
 def test_a_trained_rotation_is_one_wherever_it_goes(generator: torch.Generator) -> None:

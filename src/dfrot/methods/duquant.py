@@ -131,7 +131,7 @@ class DuQuant(Method):
             inputs.append(transforms)
         return Fit(replace(base, inputs=tuple(inputs)), {"peaks": peaks})
 
-    def peak_bytes(self, sizes: ModelSizes) -> int:
+    def peak_bytes(self, sizes: ModelSizes, budget: int) -> int:
         block = sizes.block * (sizes.source + 4) + 4 * sizes.sequence
         outputs = 4 * sizes.seq_len * sum(width for _, width in sizes.stages)
         # rows are searched in float64 beside the layers that read them

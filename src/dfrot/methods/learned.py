@@ -48,7 +48,6 @@ OSTQUANT = Paper(
     "OSTQuant: Refining Large Language Model Quantization with Orthogonal and Scaling Transformations",
 )
 WINDOW = 512  # tokens
-KEPT_BYTES = 2 << 30  # of what blocks compute; what would be more is computed again backward
 
 
 @dataclass(frozen=True)
@@ -96,8 +95,8 @@ class Learned(RangeRot):
         spec, widths = Spec(UNQUANTIZED, activations, on.keys, on.values), input_widths(source.graph, source.config)
         heads, hidden, ffn = (widths[stage[0]] for stage in source.graph.stages[1:])
         block, _ = _kept_bytes(heads, hidden, ffn, self.learn_tokens)
-        recompute = source.num_blocks * block > KEPT_BYTES
-        student = Student(source, start, spec, dtype, product, device, recompute)
+        keep = _affordable(source.num_blocks * block, on.budget)
+        student = Student(source, start, spec, dtype, product, device, not keep)
         if self._shifts(on):
             student.free_offsets_and_clips_(windows.tokens[windows.step(0)])
         objective = Distillation(student, teacher, windows, on.processes)
@@ -110,12 +109,12 @@ class Learned(RangeRot):
         """Whether there are offsets and clip ratios of inputs."""
         return not self.fold_only and on.activations.enabled
 
-    def peak_bytes(self, sizes: ModelSizes) -> int:
+    def peak_bytes(self, sizes: ModelSizes, budget: int) -> int:
         model = 2 * sizes.num_blocks * sizes.block + sizes.vocabulary * sizes.hidden * (sizes.source + 2)
         block, streams = _kept_bytes(sizes.heads, sizes.hidden, sizes.stages[-1][1], self.learn_tokens)
-        blocks = sizes.num_blocks * block if sizes.num_blocks * block <= KEPT_BYTES else block
+        blocks = sizes.num_blocks * block if _affordable(sizes.num_blocks * block, budget) else block
         text = (4 + 2) * sizes.tokens * sizes.hidden
-        return max(super().peak_bytes(sizes), model + text + 2 * blocks + sizes.num_blocks * streams)
+        return max(super().peak_bytes(sizes, budget), model + text + 2 * blocks + sizes.num_blocks * streams)
 
     def summary(self, notes: Mapping[str, Any]) -> list[str]:
         held = notes["learned"]["held_kl"]
@@ -126,3 +125,8 @@ class Learned(RangeRot):
 def _kept_bytes(heads: int, hidden: int, ffn: int, tokens: int) -> tuple[int, int]:
     """What the backward pass of a block reads, in bytes, and its input alone."""
     return 4 * tokens * (10 * hidden + 12 * heads + 8 * ffn), 4 * tokens * hidden
+
+
+def _affordable(blocks: int, budget: int) -> bool:
+    """Whether what the backward pass reads of all blocks is kept; if not, it is computed again."""
+    return blocks <= budget // 4

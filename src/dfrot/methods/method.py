@@ -35,6 +35,7 @@ class FitContext:
     processes: ProcessGroup = SINGLE_PROCESS  # that fit together; all get the same sums
     keys: TensorSpec = UNQUANTIZED
     values: TensorSpec = UNQUANTIZED
+    budget: int = 0  # bytes of memory that fitting may take if that makes it faster
 
     def generator(self) -> torch.Generator:
         """A fresh generator with the run's seed; always on the CPU, so that every device draws the same."""
@@ -89,8 +90,8 @@ class Method(Options, abc.ABC):
         """The method with every default filled in; `learned_clipping` tells whether the rounding learns clip ratios."""
         return self
 
-    def peak_bytes(self, sizes: ModelSizes) -> int:
-        """The peak memory of `fit`."""
+    def peak_bytes(self, sizes: ModelSizes, budget: int) -> int:
+        """The peak memory of `fit`, if so much may be taken."""
         return 0
 
     def summary(self, notes: Mapping[str, Any]) -> list[str]:

@@ -142,7 +142,7 @@ class Refined(Method):
         # a hundred products in float32 leave R orthogonal to about 1e-5; the nearest orthogonal matrix mends that
         return Dense(start.as_matrix() if best is first else polar_factor(best).cpu()), steps
 
-    def peak_bytes(self, sizes: ModelSizes) -> int:
+    def peak_bytes(self, sizes: ModelSizes, budget: int) -> int:
         tokens = self.sequences * sizes.seq_len
         block = sizes.block * (sizes.source + 4) + 4 * sizes.sequence
         outputs = 4 * tokens * sum(width for _, width in sizes.stages)

@@ -77,7 +77,7 @@ class Estimate:
         vocabulary += _FOLD64 * min(sizes.vocabulary, VOCABULARY_ROWS) * sizes.hidden
         budget = (available_memory() if memory is None else memory) // processes.local
         tuning = recipe.tuning.needs(sizes, recipe.spec)
-        stages = recipe.method.peak_bytes(sizes), vocabulary, _block_bytes(sizes, recipe), tuning.memory(budget)
+        stages = recipe.method.peak_bytes(sizes, budget), vocabulary, _block_bytes(sizes, recipe), tuning.memory(budget)
         state = sizes.working * sizes.hidden + recipe.rounding.state_bytes(sizes)
         # the whole model in float32, and its files, which are mapped
         check = int(_SLACK * (_PROCESS + sum(4 * each.shape.numel() + each.nbytes for each in source.stored.values())))

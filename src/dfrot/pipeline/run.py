@@ -29,6 +29,7 @@ from dfrot.rounding.rounding import BlockTask
 from dfrot.rounding.stream import CalibrationStream, runtime_block
 from dfrot.runtime.config import RuntimeConfig
 from dfrot.runtime.linear import packed_tensors
+from dfrot.system.devices import memory_on
 from dfrot.system.distributed import SINGLE_PROCESS, ProcessGroup
 from dfrot.system.errors import UserError
 from dfrot.system.memory import give_freed_memory_back
@@ -116,8 +117,9 @@ def quantize(
     windows = tuning_windows(source, recipe.tuning, recipe.calibration.text, recipe.seed)
     reuse = ReuseDir(None if reuse_dir is None else Path(reuse_dir))
     calibration = functools.cache(lambda: calibration_tokens(source, recipe))
-    spec = recipe.spec
-    on = FitContext(source, spec.activations, calibration, there, recipe.seed, processes, spec.keys, spec.values)
+    spec, budget = recipe.spec, memory_on(there, estimate.budget)
+    how: Any = there, recipe.seed, processes, spec.keys, spec.values, budget
+    on = FitContext(source, spec.activations, calibration, *how)
     run, num_shards = _identity(source, recipe), source.num_blocks + 2
     with opened_writer(path, run, num_shards, resume=resume, overwrite=overwrite, processes=processes) as writer:
         began = time.perf_counter()

@@ -17,6 +17,7 @@ from dfrot.linalg.rotation import Rotation
 from dfrot.models.source import Source, load_tokenizer
 from dfrot.models.texts import read_text, token_ids
 from dfrot.runtime.config import RuntimeConfig
+from dfrot.system.devices import memory_on
 from dfrot.system.distributed import SINGLE_PROCESS, ProcessGroup
 from dfrot.system.errors import UserError
 from dfrot.system.progress import track
@@ -164,8 +165,7 @@ class TuningRun:
         for index in range(source.num_blocks):
             prefix = f"{graph.blocks}.{index}."
             blocks.append({name.removeprefix(prefix): tensor for name, tensor in writer.read(index + 1).items()})
-        budget = self.budget if self.device.type == "cpu" else torch.cuda.mem_get_info(self.device)[0]
-        keep, states = self.needs.affordable(budget)
+        keep, states = self.needs.affordable(memory_on(self.device, self.budget))
         return Student(
             source,
             self.biased_runtime,
