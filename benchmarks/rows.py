@@ -69,7 +69,7 @@ def quantized(given: argparse.Namespace) -> Rows:
         method, rounding, *options = recipe.split()
         given_options = dict(option.split("=") for option in options)
         for steps in [None] if parts == "none" else map(int, given.steps.split(",")):
-            tuning: dict[str, Any] = {}
+            tuning: dict[str, Any] = {"tune": "none"}
             if steps is not None:
                 tuning = {"tune": parts.replace("+", ","), "tune_steps": steps, "tune_text": given.tune_text}
                 tuning |= {"tune_tokens": given.tokens, "tune_seq_len": given.seq_len}

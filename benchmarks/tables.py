@@ -222,7 +222,7 @@ def main() -> None:
         rows = {name: row for name, row in rows.items() if not arguments.only or name in arguments.only}
         recipes: dict[str, list[dfrot.Recipe]] = {}
         for name, row in rows.items():
-            words = {"spec": "w16a4kv16", **row.words, "calib": arguments.calib}
+            words = {"spec": "w16a4kv16", "tune": "none", **row.words, "calib": arguments.calib}
             recipes[name] = [dfrot.Recipe.parse(**words, seed=seed) for seed in range(min(row.seeds, arguments.seeds))]
         every = list(dict.fromkeys(recipe for of_row in recipes.values() for recipe in of_row))
         measurement = Measurement(tuple(arguments.ppl), max_tokens=max_tokens)

@@ -26,12 +26,13 @@ from dfrot.system.memory import keep_freed_memory
 
 MODEL, TEXT = "smollm2-135m", "pydoc"
 CALIBRATION_TOKENS = 8192  # for the weights; rotations take the first sequence of 2048
+UNTUNED = {"tune": "none"}
 RECIPES: list[tuple[str, str, str, dict[str, Any]]] = [
     ("none", "rtn", "w16a4kv16", {}),
     ("none", "rtn", "w4a4kv4", {}),
     ("quarot", "rtn", "w4a4kv4", {}),
-    ("quarot", "gptq", "w4a4kv4", {}),
-    ("rangerot", "gptq", "w4a4kv4", {}),
+    ("quarot", "gptq", "w4a4kv4", UNTUNED),
+    ("rangerot", "gptq", "w4a4kv4", UNTUNED),
     ("rangerot", "gptq", "w4a4kv4", {"tune": "biases", "tune_steps": 40, "tune_tokens": 512}),
 ]
 PROMPT = "The documentation of a function should"

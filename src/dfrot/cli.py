@@ -65,12 +65,15 @@ Tune = Annotated[
     arg(
         metavar="PART,…",
         help="What is trained after rounding, towards the unquantized model's predictions: biases of all linear "
-        "layers, clip ratios, gains of norms, scales of weights, joined by commas; all, or none.",
+        "layers, clip ratios, gains of norms, scales of weights, joined by commas; all, none, or auto: biases where "
+        "activations have at most 4 bits and weights are fitted to data.",
     ),
 ]
 TuneSteps = Annotated[int | None, arg(help=f"Steps of training (default {Tuning.steps}).")]
 TuneTokens = Annotated[int | None, arg(help=f"Tokens of one step (default {Tuning.tokens}).")]
-TuneSeqLen = Annotated[int | None, arg(help=f"Tokens of one window of text (default {Tuning.seq_len}).")]
+TuneSeqLen = Annotated[
+    int | None, arg(help=f"Tokens of one window of text (default {Tuning.seq_len}, at most calib-seq-len).")
+]
 TuneText = Annotated[str | None, arg(help="Text for training (default: that of the calibration).")]
 LogTo = Annotated[
     str | None,
@@ -147,7 +150,7 @@ class Quantize:
     calib: Calib = "wikitext2"
     calib_tokens: CalibTokens = None
     calib_seq_len: int | None = None  # Tokens of one calibration sequence (default 2048, or calib-tokens if fewer).
-    tune: Tune = "none"
+    tune: Tune = "auto"
     tune_steps: TuneSteps = None
     tune_tokens: TuneTokens = None
     tune_seq_len: TuneSeqLen = None

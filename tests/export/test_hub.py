@@ -23,7 +23,7 @@ Tiny = Callable[[str], Path]
 
 @pytest.fixture(scope="module")
 def checkpoint(tiny: Tiny, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    recipe = dfrot.Recipe.parse("quarot", "gptq", calib=str(text_file), calib_tokens=96, calib_seq_len=24)
+    recipe = dfrot.Recipe.parse("quarot", "gptq", tune="none", calib=str(text_file), calib_tokens=96, calib_seq_len=24)
     return dfrot.quantize(tiny("llama"), recipe, tmp_path_factory.mktemp("hub") / "ckpt").path
 
 

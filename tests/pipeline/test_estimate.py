@@ -51,7 +51,7 @@ def test_sizes_are_those_counted_by_hand(tiny: Tiny) -> None:
 
 
 def test_states_are_spilled_when_the_budget_does_not_hold_them(tiny: Tiny) -> None:
-    plan = planned(tiny("llama"), weights="gptq")
+    plan = planned(tiny("llama"), weights="gptq", tune="none")
     assert plan.budget > 0
     assert replace(plan, budget=plan.resident + plan.states).offloads is False
     offloaded = replace(plan, budget=plan.resident + plan.states - 1)

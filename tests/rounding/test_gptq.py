@@ -153,7 +153,7 @@ def test_a_singular_hessian_raises_the_damping_and_says_so(generator: torch.Gene
 def test_losses_on_a_model_are_those_of_its_own_inputs(
     tiny: Callable[[str], Path], text_file: Path, tmp_path: Path
 ) -> None:
-    recipe = Recipe.parse("quarot", "gptq", calib=str(text_file), calib_tokens=96, calib_seq_len=32)
+    recipe = Recipe.parse("quarot", "gptq", tune="none", calib=str(text_file), calib_tokens=96, calib_seq_len=32)
     report = dfrot.quantize(tiny("qwen2"), recipe, tmp_path / "out")
     blocks = report.notes["weights_by_block"]
     assert len(blocks) == 2
@@ -164,6 +164,6 @@ def test_losses_on_a_model_are_those_of_its_own_inputs(
 
 
 def test_fewer_tokens_than_channels_are_warned_of(tiny: Callable[[str], Path], text_file: Path, tmp_path: Path) -> None:
-    recipe = Recipe.parse("none", "gptq", calib=str(text_file), calib_tokens=70, calib_seq_len=35)
+    recipe = Recipe.parse("none", "gptq", tune="none", calib=str(text_file), calib_tokens=70, calib_seq_len=35)
     with pytest.warns(UserWarning, match=r"70 calibration tokens are few .* mlp.down_proj has 80 inputs.* 640"):
         dfrot.quantize(tiny("llama"), recipe, tmp_path / "out")

@@ -81,7 +81,7 @@ def test_refining_together_takes_the_same_steps(found: Path) -> None:
 def test_torchrun_goes_on_with_what_one_process_began(
     tiny: Tiny, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = ["quantize", str(tiny("llama")), "--method", "dfrot", "--weights", "gptq", "--steps", "3"]
+    words = ["quantize", str(tiny("llama")), "--method", "dfrot", "--weights", "gptq", "--steps", "3", "--tune", "none"]
     words += ["--calib", str(text_file), "--calib-tokens", "96", "--calib-seq-len", "24", "-o", str(tmp_path / "out")]
 
     def dies(loop: Any, index: int, *rest: Any) -> Any:

@@ -29,6 +29,7 @@ from dfrot.tuning.tuning import PARTS, Tuning
 from tests.tiny_models import write_tiny_model
 
 Tiny = Callable[[str], Path]
+AUTO = (("gptq", "w4a4kv4"), ("rtn", "w4a4kv16"), ("gptq", "w4a8kv4"), ("gptq", "w16a4kv4"))
 SPEC = Spec.parse("w4a4kv4", "paper")
 
 
@@ -59,6 +60,8 @@ def test_all_is_every_part_that_the_spec_has() -> None:
     assert Tuning.parse("all", Spec.parse("w4a16kv16", "paper")).parts == ("biases", "gains", "scales")
     assert Tuning.parse("scales, biases", SPEC) == Tuning.parse("biases,scales,biases", SPEC)
     assert not Tuning.parse("none", SPEC).enabled
+    auto = {spec: dfrot.Recipe.parse("none", rounding, spec).tuning.parts for rounding, spec in AUTO}
+    assert auto == {"w4a4kv4": ("biases",), "w4a4kv16": (), "w4a8kv4": (), "w16a4kv4": ()}
 
 
 @pytest.mark.parametrize(

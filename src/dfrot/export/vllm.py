@@ -122,7 +122,8 @@ def _problems(checkpoint: Checkpoint, device: str, plugin: bool, gpus: int) -> I
     if online and gpus > 1:
         yield f"{rotated}, which vLLM supports on one GPU only. Quantize with --fold-only to split layers."
     if biased := [name for name in online if f"{checkpoint.graph.blocks}.0.{name}.bias" in checkpoint.stored]:
-        yield f"{rotated}, and {biased[0]} has a bias, which vLLM cannot add then. Quantize with --fold-only."
+        without = "Quantize with --tune none, or --fold-only."
+        yield f"{rotated}, and {biased[0]} has a bias, which vLLM cannot add then. {without}"
     if not weights.enabled:
         return
     if weights.group not in (None, *GROUPS):

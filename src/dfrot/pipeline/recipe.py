@@ -102,7 +102,7 @@ class Recipe(Options):
         calib_seq_len: int | None = None,
         dtype: str = "auto",
         seed: int = 0,
-        tune: str = "none",
+        tune: str = "auto",
         **options: Any,
     ) -> "Recipe":
         """A recipe from the words of the command line.
@@ -114,7 +114,8 @@ class Recipe(Options):
             preset: paper, deploy or duquant.
             calib: wikitext2, c4, pydoc, or a path.
             calib_tokens: tokens of calibration text in total; None takes 65 536 where weights are fitted, else 2048.
-            tune: what is trained after rounding: all, none, or of biases, clips, gains, scales, joined by commas.
+            tune: what is trained after rounding: all, none, or of biases, clips, gains, scales, joined by commas. auto
+                takes biases where activations have at most 4 bits and weights are fitted, else none.
             options: fields of `Preset`, method and rounding, and of `Tuning` as tune_…; None means not given.
 
         Raises:
@@ -137,13 +138,14 @@ class Recipe(Options):
                 f"'{method}' with '{weights}' weights has no option {', '.join(sorted(given))}; "
                 f"it takes {', '.join(known) or 'no options'}."
             )
+        fits_weights = grids.weights.enabled and rounding.needs_data
         if (tokens := calib_tokens) is None:
-            fits = fitted.reads_all_text or (grids.weights.enabled and rounding.needs_data)
+            fits = fitted.reads_all_text or fits_weights
             least = max(1, fitted.sequences_read) * (calib_seq_len or ROTATION_TOKENS)
             tokens = max(WEIGHT_TOKENS if fits else ROTATION_TOKENS, least)
         seq_len = calib_seq_len if calib_seq_len is not None else min(tokens, 2048)
         calibration = Calibration.checked(text=calib, tokens=tokens, seq_len=seq_len)
-        how: Any = {"calibration": calibration, "tuning": Tuning.parse(tune, grids, **tuned)}
+        how: Any = {"calibration": calibration, "tuning": Tuning.parse(tune, grids, fits_weights, seq_len, **tuned)}
         return Recipe.checked(method=fitted, rounding=rounding, spec=grids, dtype=dtype, seed=seed, **how)
 
     def to_json(self) -> dict[str, Any]:

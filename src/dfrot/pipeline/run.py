@@ -114,7 +114,6 @@ def quantize(
         require_same_logits(source)
         give_freed_memory_back()
 
-    windows = tuning_windows(source, recipe.tuning, recipe.calibration.text, recipe.seed)
     reuse = ReuseDir(None if reuse_dir is None else Path(reuse_dir))
     calibration = functools.cache(lambda: calibration_tokens(source, recipe))
     spec, budget = recipe.spec, memory_on(there, estimate.budget)
@@ -122,6 +121,9 @@ def quantize(
     on = FitContext(source, spec.activations, calibration, *how)
     run, num_shards = _identity(source, recipe), source.num_blocks + 2
     with opened_writer(path, run, num_shards, resume=resume, overwrite=overwrite, processes=processes) as writer:
+        if recipe.fits_weights:
+            calibration()
+        windows = tuning_windows(source, recipe.tuning, recipe.calibration.text, recipe.seed)
         began = time.perf_counter()
         transforms, notes = _fitted(on, recipe, writer, reuse)
         fitted = time.perf_counter()

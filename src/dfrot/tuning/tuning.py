@@ -85,11 +85,13 @@ class Tuning(Options):
         return bool(self.parts)
 
     @staticmethod
-    def parse(words: str, spec: Spec, **given: Any) -> "Tuning":
+    def parse(words: str, spec: Spec, fitted: bool = False, window: int = seq_len, **given: Any) -> "Tuning":
         """From the words of the command line.
 
         Args:
-            words: all, none, or parts joined by commas.
+            words: all, none, parts joined by commas, or auto: biases where activations have at most 4 bits and weights
+                are `fitted` to calibration data, else none.
+            window: tokens of one, if that is not given and it is less than the default.
             given: the other fields; None means not given.
 
         Raises:
@@ -100,8 +102,10 @@ class Tuning(Options):
         absent = {} if spec.weights.enabled else {"scales": "weights"}
         if not any(grid.enabled for grid in (spec.activations, spec.keys, spec.values)):
             absent["clips"] = "activations, keys and values"
-        if not parts or ({"all", "none"} & parts and len(parts) > 1):
-            raise UserError(f"--tune is all, none, or of {', '.join(PARTS)} joined by commas, got '{words}'.")
+        if not parts or ({"all", "auto", "none"} & parts and len(parts) > 1):
+            raise UserError(f"--tune is auto, all, none, or of {', '.join(PARTS)} joined by commas, got '{words}'.")
+        if parts == {"auto"}:
+            parts = {"biases" if fitted and spec.activations.bits <= 4 else "none"}
         if parts == {"none"}:
             if given:
                 raise UserError(f"--tune-{min(given).replace('_', '-')} needs --tune, which says what is trained.")
@@ -110,10 +114,8 @@ class Tuning(Options):
             parts = {part for part in PARTS if part not in absent}
         if wrong := sorted(parts & absent.keys()):
             raise UserError(f"--tune {wrong[0]} trains those of quantized {absent[wrong[0]]}, and {spec} has none.")
-        if "seq_len" not in given and "tokens" in given:
-            given["seq_len"] = min(Tuning.seq_len, given["tokens"])
-        elif "tokens" not in given and "seq_len" in given:
-            given["tokens"] = max(1, Tuning.tokens // given["seq_len"]) * given["seq_len"]
+        length = given.setdefault("seq_len", min(Tuning.seq_len, window, given.get("tokens", window)))
+        given.setdefault("tokens", max(1, Tuning.tokens // max(1, length)) * length)
         return Tuning.checked(parts=tuple(sorted(parts)), **given)
 
     def to_json(self) -> dict[str, Any]:
