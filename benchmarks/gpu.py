@@ -33,15 +33,19 @@ from torch import Tensor
 import dfrot
 from dfrot.evaluation.bench import random_block
 from dfrot.evaluation.run import Measurement, evaluate
-from dfrot.kernels.cuda import attention, linear
+from dfrot.kernels.cuda import attention, gptq, linear, training
 from dfrot.kernels.cuda.rows import quantize_rows, rotate
 from dfrot.kernels.linear import PackedWeight
 from dfrot.kernels.lowering import NO_PASSES, Lowered, lower
 from dfrot.linalg.rotation import Hadamard, Identity, Kronecker, Rotation
-from dfrot.quant.affine import QParams, dequantize
+from dfrot.quant.affine import QParams, choose_qparams, dequantize, fake_quantize
+from dfrot.quant.grids import IntGrid
 from dfrot.quant.packing import pack, unpack
 from dfrot.quant.spec import TensorSpec
+from dfrot.rounding.gptq import factorize, round_columns
+from dfrot.rounding.gptq import gptq as rounded
 from dfrot.runtime.kv import KVQuantizer, PackedKV
+from dfrot.training.trained import quantized
 
 Row = tuple[str, str, float, str]  # section, what, number, unit
 INT4, ACTIVATIONS = TensorSpec(4, True), TensorSpec(4, False, 0.9)
@@ -142,6 +146,41 @@ def checks(run: Run) -> None:
     run.check("NaN stays in its row", float(not (y[1].isnan().all() and y[[0, 2]].isfinite().all())), 0.5)
     for bits in (4, 8):
         check_attention(run, TensorSpec(bits, False, 0.95))
+    for symmetric in (True, False):
+        check_training(run, TensorSpec(4, symmetric, 0.9))
+        check_columns(run, IntGrid(4, symmetric))
+
+
+def check_training(run: Run, spec: TensorSpec) -> None:
+    """Tokens on their grid, and the gradient behind it, for a slope that has no structure."""
+    x, slope = (run.randn(9, 128 if run.tiny else 14336, dtype=torch.float32) for _ in range(2))
+    kind = "symmetric" if spec.symmetric else "asymmetric"
+    wanted = fake_quantize(x, spec.grid, spec.token_granularity, 0.9)
+    error = (training.on_grid(x, spec, 0.9, narrow=False) - wanted).abs().max()
+    run.check(f"tokens on a grid, {kind}", float(error), 2**-20)
+    wide = x.double().requires_grad_()
+    quantized(wide, spec).backward(slope.double())
+    assert wide.grad is not None, "it was asked for"
+    error = (training.quantize_backward(x, slope, spec, 0.9)[0] - wide.grad).norm() / wide.grad.norm()
+    run.check(f"gradient of tokens, {kind}", float(error), 2**-12)
+
+
+def check_columns(run: Run, grid: IntGrid) -> None:
+    """GPTQ's columns, of numbers whose sums float32 holds."""
+    width, out = gptq.COLUMNS, 40 if run.tiny else 6144
+
+    def drawn(low: int, high: int, step: float, *shape: int) -> Tensor:
+        return torch.randint(low, high, shape, generator=run.generator, device=run.device) * step
+
+    error, upper = drawn(-64, 65, 1 / 16, width, out), drawn(-8, 9, 1 / 8, width, width).triu(1)
+    scale, zero = torch.full((1, out), 0.5, device=run.device), drawn(0, 16, 1.0, 1, out)
+    arguments: list[Any] = [upper, torch.zeros(width, dtype=torch.int64, device=run.device), scale]
+    arguments += [None if grid.symmetric else zero, slice(0, width), grid]
+    made = [[error.clone(), error.clone(), torch.empty_like(error)] for _ in range(2)]
+    for function, arrays in zip((gptq.round_columns, round_columns), made, strict=True):
+        function(*[*arrays, *arguments])
+    differ = sum(int((ours != theirs).sum()) for ours, theirs in zip(*made, strict=True))
+    run.check(f"columns of GPTQ, {'symmetric' if grid.symmetric else 'asymmetric'}, entries", differ, 0.5)
 
 
 def check_attention(run: Run, spec: TensorSpec) -> None:
@@ -215,6 +254,34 @@ def quantizers(run: Run) -> None:
             run.note("quantizer", f"{name}, {rows} rows, bytes alone", run.microseconds([copied.zero_]), "µs")
 
 
+def calibration(run: Run) -> None:
+    """What quantizing waits for: GPTQ of a layer, and quantization forward and backward as tuning meets it."""
+    width, out = (128, 64) if run.tiny else (4096, 4096)
+    hessian = run.randn(2 * width, width, dtype=torch.float32)
+    factor = factorize(hessian.T @ hessian, 0.01, act_order=True)
+    matrix = run.randn(out, width, dtype=torch.float32)
+    qparams = choose_qparams(matrix, INT4.grid, INT4.weight_granularity)
+    for _ in range(2):  # the first compiles
+        taken = elapsed(run, partial(rounded, matrix, factor, qparams, INT4))
+    run.note("calibration", f"gptq of {out} × {width}", 1e3 * taken, "ms")
+    for size in (64,) if run.tiny else (128, 4096, 14336):
+        x, spec = run.randn(1 if run.tiny else 2048 * 4096 // size, size, dtype=torch.float32), ACTIVATIONS
+        taken = run.microseconds([partial(training.on_grid, x, spec, 0.9, narrow=False)])
+        run.note("calibration", f"rows of {size} on their grid", taken, "µs")
+        taken = run.microseconds([partial(training.quantize_backward, x, x, spec, 0.9)])
+        run.note("calibration", f"rows of {size}, gradient", taken, "µs")
+        run.note("calibration", f"rows of {size}, one copied", run.microseconds([x.clone]), "µs")
+
+
+def elapsed(run: Run, call: Callable[[], Any]) -> float:
+    """Seconds, the launches in it."""
+    began = time.perf_counter()
+    call()
+    if not run.tiny:
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
 def cache(run: Run, batch: int, heads: int, length: int, head_dim: int, bits: int) -> PackedKV:
     parts = (head_dim * bits // 8, torch.uint8), (1, torch.bfloat16), (1, torch.uint8)
     return PackedKV(*(torch.ones(batch, heads, length, n, dtype=dtype, device=run.device) for n, dtype in parts))
@@ -265,7 +332,7 @@ def milliseconds(call: Callable[[], Any]) -> float:
 def model(run: Run) -> None:
     """Quantizing, measuring and generating with a real model."""
     given, out = run.given, run.given.out / "checkpoint"
-    recipe = dfrot.Recipe.parse("rangerot", "gptq", "w4a4kv4", calib=given.calib, calib_tokens=16384)
+    recipe = dfrot.Recipe.parse("rangerot", "gptq", "w4a4kv4", calib=given.calib, calib_tokens=16384, tune=given.tune)
     began = time.perf_counter()
     result = dfrot.quantize(given.model, recipe, out, device=run.device, overwrite=True, check_source="never")
     run.note("model", "quantize", time.perf_counter() - began, "s")
@@ -278,7 +345,8 @@ def model(run: Run) -> None:
         run.note("model", f"pydoc, {name}", measured.metrics["ppl/pydoc"], "perplexity")
 
 
-SECTIONS = {"checks": checks, "products": products, "quantizers": quantizers, "attention": attentions, "block": block}
+SECTIONS = {"checks": checks, "products": products, "quantizers": quantizers, "attention": attentions}
+SECTIONS |= {"calibration": calibration, "block": block}
 
 
 def sections(run: Run) -> Iterator[tuple[str, Callable[[Run], None]]]:
@@ -294,6 +362,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=240)
     parser.add_argument("--model")
     parser.add_argument("--calib", default="pydoc", help="calibration text of --model")
+    parser.add_argument("--tune", default="none", help="what is tuned of --model")
     parser.add_argument("--tiny", action="store_true")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)

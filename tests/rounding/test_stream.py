@@ -14,7 +14,7 @@ from dfrot.models.graph import ModelGraph
 from dfrot.models.source import open_source
 from dfrot.pipeline import run as pipeline
 from dfrot.pipeline.estimate import Estimate
-from dfrot.rounding.stream import CalibrationStream
+from dfrot.rounding.stream import TOGETHER, CalibrationStream
 from dfrot.runtime.linear import QuantLinear
 from dfrot.system.errors import SetupError, UserError
 from dfrot.system.files import read_json
@@ -44,8 +44,11 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return found
 
 
+SEQUENCES: dict[str, Any] = {"calib_tokens": 144, "calib_seq_len": 24}
+
+
 def run(tiny: Tiny, text: Path, out: Path, architecture: str, **words: Any) -> dfrot.Recipe:
-    recipe = dfrot.Recipe.parse(**{"calib": str(text), "calib_tokens": 144, "calib_seq_len": 24, **words})
+    recipe = dfrot.Recipe.parse(**{"tune": "none", "calib": str(text), **SEQUENCES, **words})
     dfrot.quantize(tiny(architecture), recipe, out)
     return recipe
 
@@ -84,9 +87,17 @@ def test_the_stream_ends_where_the_checkpoint_does(
 
 
 @pytest.mark.parametrize("architecture", ["llama", "phi3"])
+@pytest.mark.parametrize("together", [1, 5 * 24])
 def test_hessians_are_those_of_the_inputs_that_the_checkpoint_computes(
-    tiny: Tiny, tmp_path: Path, text_file: Path, seen: dict[str, Any], architecture: str
+    tiny: Tiny,
+    tmp_path: Path,
+    text_file: Path,
+    seen: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    architecture: str,
+    together: int,
 ) -> None:
+    monkeypatch.setitem(TOGETHER, "cpu", together)
     run(
         tiny,
         text_file,
@@ -111,10 +122,18 @@ def test_hessians_are_those_of_the_inputs_that_the_checkpoint_computes(
 
 
 @pytest.mark.parametrize("architecture", ["llama", "phi3"])
+@pytest.mark.parametrize("together", [1, 5 * 24])
 def test_the_teachers_inputs_are_those_of_the_original_model(
-    tiny: Tiny, tmp_path: Path, text_file: Path, seen: dict[str, Any], architecture: str
+    tiny: Tiny,
+    tmp_path: Path,
+    text_file: Path,
+    seen: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    architecture: str,
+    together: int,
 ) -> None:
     """Without rotations its layers read what transformers' do, up to the norm's gain, which is not folded."""
+    monkeypatch.setitem(TOGETHER, "cpu", together)
     words = {"method": "none", "weights": "gptq", "spec": "w4a16kv16", "target": "original", "dtype": "float32"}
     run(tiny, text_file, tmp_path / "out", architecture, **words)
     original = AutoModelForCausalLM.from_pretrained(tiny(architecture), dtype=torch.float32)
@@ -163,7 +182,7 @@ def test_a_full_disk_is_a_message_when_states_are_spilled(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.posix_fallocate", full)
-    recipe = dfrot.Recipe.parse("none", "gptq", calib=str(text_file), calib_tokens=96)
+    recipe = dfrot.Recipe.parse("none", "gptq", tune="none", calib=str(text_file), calib_tokens=96)
     without_states = Estimate.of(open_source(str(tiny("llama"))), recipe).resident
     with pytest.raises(SetupError, match=r"hidden states, 0\.0 GB, cannot be put into"):
         dfrot.quantize(tiny("llama"), recipe, tmp_path / "out", memory=without_states)
@@ -174,7 +193,7 @@ def test_resuming_with_another_calibration_text_is_refused(
 ) -> None:
     text = tmp_path / "text.txt"
     text.write_text(text_file.read_text())
-    recipe = dfrot.Recipe.parse("none", "gptq", calib=str(text), calib_tokens=96)
+    recipe = dfrot.Recipe.parse("none", "gptq", tune="none", calib=str(text), calib_tokens=96)
     monkeypatch.setattr(pipeline._Loop, "quantize_block", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         dfrot.quantize(tiny("llama"), recipe, tmp_path / "out")

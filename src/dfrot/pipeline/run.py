@@ -249,7 +249,9 @@ class _Loop:
         on, spill = self.on, self.writer.path if self.estimate.offloads else None
         text, working, rounding = on.calibration(), self.dtypes.working, self.recipe.rounding
         how = rounding.needs_teacher, rounding.quantizes_activations, on.processes
-        return CalibrationStream(self.source, self.runtime, embedding, text, working, on.device, spill, *how)
+        fits = on.device.type == "cuda" and self.estimate.states <= on.budget // 2  # of what is free there
+        home = on.device if fits else torch.device("cpu")
+        return CalibrationStream(self.source, self.runtime, embedding, text, working, on.device, home, spill, *how)
 
     def _block(self, index: int, check: InvarianceCheck, stream: CalibrationStream | None) -> float:
         """Prove, quantize and write one block; returns the float64 error. Nothing of the block outlives the call."""

@@ -34,9 +34,10 @@ import torch
 from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
+from dfrot.kernels import cuda
 from dfrot.models.source import ModelSizes
 from dfrot.quant.affine import QParams, dequantize, quantize
-from dfrot.quant.grids import PerGroup
+from dfrot.quant.grids import IntGrid, PerGroup
 from dfrot.quant.spec import TensorSpec
 from dfrot.rounding.rounding import BlockTask, Rounded, Rounding
 from dfrot.rounding.rtn import weight_qparams
@@ -233,32 +234,58 @@ def gptq(
     grid, granularity = spec.grid, spec.weight_granularity
     in_features = weight.shape[1]
     size = granularity.size if isinstance(granularity, PerGroup) else in_features
-    group = (factor.order // size).tolist()
+    group = factor.order // size
     scale = qparams.scale.T.contiguous()  # (groups, out): all that follows has a column of the weight as one row
     zero = None if qparams.zero is None else qparams.zero.T.contiguous()
     error = weight.T[factor.order]  # w, and from the top w − ŵ; (in, out)
     wanted = error.clone()  # w + Σ (w − ŵ) M, and from the top e
     codes = torch.empty_like(error)
+    inner, together = _INNER, round_columns
+    if weight.dtype == torch.float32 and cuda.computable(weight):
+        from dfrot.kernels.cuda.gptq import COLUMNS as inner
+        from dfrot.kernels.cuda.gptq import round_columns as together
     for start in range(0, in_features, _OUTER):
         stop = min(start + _OUTER, in_features)
-        for first in range(start, stop, _INNER):
-            last = min(first + _INNER, stop)
-            for j in range(first, last):
-                step = scale[group[j]]
-                code = torch.div(wanted[j], step, out=codes[j]).round_()
-                if zero is None:
-                    rounded = code.clamp_(grid.lowest, grid.highest) * step
-                else:
-                    shift = zero[group[j]]
-                    rounded = (code.add_(shift).clamp_(grid.lowest, grid.highest) - shift).mul_(step)
-                error[j] -= rounded
-                wanted[j] -= rounded
-                wanted[j + 1 : last].addr_(factor.upper[j, j + 1 : last], error[j])
+        for first in range(start, stop, inner):
+            last = min(first + inner, stop)
+            together(wanted, error, codes, factor.upper, group, scale, zero, slice(first, last), grid)
             wanted[last:stop].addmm_(factor.upper[first:last, last:stop].T, error[first:last])
         wanted[stop:].addmm_(factor.upper[start:stop, stop:].T, error[start:stop])
     loss = factor.diagonal @ wanted.square_() - factor.added * error.square_().sum(0)
     loss.clamp_(min=0)  # a difference of rounded sums
     return codes[torch.argsort(factor.order)].T.to(torch.int8 if grid.symmetric else torch.uint8), loss
+
+
+def round_columns(
+    wanted: Float[Tensor, "in out"],
+    error: Float[Tensor, "in out"],
+    codes: Float[Tensor, "in out"],
+    upper: Float[Tensor, "in in"],
+    group: Int[Tensor, " in"],
+    scale: Float[Tensor, "groups out"],
+    zero: Float[Tensor, "groups out"] | None,
+    columns: slice,
+    grid: IntGrid,
+) -> None:
+    """Round columns one after the other, into `codes`; each changes what is wanted of those after it among them.
+
+    Args:
+        wanted: w + Σ (w − ŵ) M; becomes e.
+        error: w; becomes w − ŵ.
+        upper: M.
+    """
+    for j, of_group in zip(range(columns.start, columns.stop), group[columns].tolist(), strict=True):
+        step = scale[of_group]
+        code = torch.div(wanted[j], step, out=codes[j]).round_()
+        if zero is None:
+            rounded = code.clamp_(grid.lowest, grid.highest) * step
+        else:
+            shift = zero[of_group]
+            rounded = (code.add_(shift).clamp_(grid.lowest, grid.highest) - shift).mul_(step)
+        error[j] -= rounded
+        wanted[j] -= rounded
+        after = slice(j + 1, columns.stop)
+        wanted[after].addr_(upper[j, after], error[j])
 
 
 def layer_loss(error: Float[Tensor, "out in"], hessian: Float[Tensor, "in in"]) -> Float[Tensor, " out"]:

@@ -146,7 +146,7 @@ class LWC(Rounding):
             total = 0.0
             for number in torch.randperm(len(stream), generator=generator).tolist():
                 weights = {f"{name}.weight": weight() for name, weight in clipped.items()}
-                output = stream.run(partial(_call, student, weights), task.index, stream[number])
+                output = stream.run(partial(_call, student, weights), task.index, stream[number : number + 1])
                 loss = (output - targets[number].to(stream.device)).square().mean() / unit
                 optimizer.zero_grad()
                 loss.backward()

@@ -24,13 +24,16 @@ from dfrot.system.distributed import ProcessGroup
 from dfrot.system.errors import SetupError
 from dfrot.system.files import SCRATCH
 
+TOGETHER = {"cpu": 1, "cuda": 8192}  # tokens that go through a block at a time, but one sequence at least
+
 
 class CalibrationStream:
     """Hidden states of the calibration text before one block after the other.
 
     Args:
         runtime, embedding: the checkpoint's.
-        offload: a directory for a memory-mapped file that holds the states; None keeps them in memory.
+        home: where the states lie.
+        offload: a directory for a memory-mapped file that holds them instead.
         with_teacher: also carry what the original model computes, the teacher.
         quantizes_activations: whether blocks of the checkpoint that it goes through quantize theirs. GPTQ's do not, as
             in the papers, and those of LWC, which learns with them, do.
@@ -45,6 +48,7 @@ class CalibrationStream:
         token_ids: Int[Tensor, "sequences seq_len"],
         dtype: torch.dtype,
         device: torch.device,
+        home: torch.device,
         offload: Path | None,
         with_teacher: bool,
         quantizes_activations: bool,
@@ -54,11 +58,13 @@ class CalibrationStream:
         token_ids = token_ids[processes.shard]
         shape = (*token_ids.shape, embedding.shape[1])
         self._passed = runtime if quantizes_activations else runtime.without("activations")
-        self._offload = offload
+        self._home, self._offload = home, offload
         self._mapped: list[mmap.mmap] = []  # the offloaded states
         self.hidden_states = self._allocated(shape, dtype)
         for state, ids in zip(self.hidden_states, token_ids, strict=True):
             state.copy_(embedding[ids])
+        together = max(1, TOGETHER[device.type] // shape[1])
+        self._parts = [slice(start, start + together) for start in range(0, len(token_ids), together)]
         self.teacher_states = self._allocated(shape, dtype).copy_(self.hidden_states) if with_teacher else None
         self._teacher: tuple[int, nn.Module] | None = None  # the block at hand, until its states have gone through
         self._heads: Tensor | None = None  # the heads' outputs in the block at hand, (sequences, seq_len, channels)
@@ -68,9 +74,9 @@ class CalibrationStream:
     def __len__(self) -> int:
         return len(self.hidden_states)
 
-    def __getitem__(self, number: int) -> Float[Tensor, "1 seq_len hidden"]:
-        """The input that one sequence makes for the block at hand."""
-        return self.hidden_states[number : number + 1].to(self.device)
+    def __getitem__(self, part: slice) -> Float[Tensor, "sequences seq_len hidden"]:
+        """The inputs that some sequences make for the block at hand."""
+        return self.hidden_states[part].to(self.device)
 
     def block(self, index: int, tensors: dict[str, Tensor], runtime: RuntimeConfig) -> nn.Module:
         """Block `index` as `runtime` computes it."""
@@ -89,17 +95,17 @@ class CalibrationStream:
         layer, reads_heads = block.get_submodule(linear), linear == self.source.graph.output
         total: Tensor | None = None
         cross: Tensor | None = None
-        for number in range(len(self)):
-            with self._attention_kept(block, number):
-                x = self.run.until(layer, block, index, self[number])
+        for part in self._parts:
+            with self._attention_kept(block, part):
+                x = self.run.until(layer, block, index, self[part])
             if reads_heads:
                 if self._heads is None:
                     self._heads = self._allocated((*self.hidden_states.shape[:2], x.shape[-1]), x.dtype)
-                self._heads[number] = x[0]
+                self._heads[part] = x
             x = _read(layer, x)
             total = x.T @ x if total is None else total.addmm_(x.T, x)
             if self._teacher is not None and self.teacher_states is not None:
-                teacher, state = self._teacher[1], self.teacher_states[number : number + 1].to(self.device)
+                teacher, state = self._teacher[1], self.teacher_states[part].to(self.device)
                 its = teacher.get_submodule(linear)
                 x0 = _read(its, self.run.until(its, teacher, index, state))
                 cross = x0.T @ x if cross is None else cross.addmm_(x0.T, x)
@@ -113,9 +119,9 @@ class CalibrationStream:
         if self._teacher is not None:
             self.advance_teacher()
         block = self.block(index, tensors, self._passed)
-        for number in range(len(self)):
-            with self._attention_kept(block, number):
-                self.hidden_states[number] = self.run(block, index, self[number])[0]
+        for part in self._parts:
+            with self._attention_kept(block, part):
+                self.hidden_states[part] = self.run(block, index, self[part])
         self._attended = False
         self._leave_to_disk()
 
@@ -129,14 +135,14 @@ class CalibrationStream:
         assert self._teacher is not None, "meet comes first"
         assert self.teacher_states is not None, "a rounding that needs a teacher has one"
         (index, block), self._teacher = self._teacher, None
-        for state in self.teacher_states.split(1):
-            state.copy_(self.run(block, index, state.to(self.device)))
+        for part in self._parts:
+            self.teacher_states[part] = self.run(block, index, self.teacher_states[part].to(self.device))
         self._leave_to_disk()
         return self.teacher_states
 
     def _allocated(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         if self._offload is None:
-            return torch.empty(shape, dtype=dtype)
+            return torch.empty(shape, dtype=dtype, device=self._home)
         size = torch.Size(shape).numel() * dtype.itemsize
         try:
             # the file has no name, and lives as long as the tensor: nothing is left behind by a kill
@@ -158,14 +164,14 @@ class CalibrationStream:
             mapped.madvise(mmap.MADV_DONTNEED)
 
     @contextlib.contextmanager
-    def _attention_kept(self, block: nn.Module, number: int) -> Iterator[None]:
+    def _attention_kept(self, block: nn.Module, part: slice) -> Iterator[None]:
         """While open, the block takes the kept outputs of its heads, if they are there, and does not compute them."""
         if self._heads is None or not self._attended:
             yield
             return
         graph = self.source.graph
         attention, output = block.get_submodule(graph.attention), block.get_submodule(graph.output)
-        heads = self._heads[number : number + 1].to(self.device)
+        heads = self._heads[part].to(self.device)
         attention.forward = lambda **_: (output(heads), None)
         try:
             yield

@@ -12,7 +12,7 @@ from dfrot.kernels import gradient
 from dfrot.linalg.rotation import Rotation
 from dfrot.models.source import Source
 from dfrot.models.stream import BlockRunner
-from dfrot.quant.affine import fake_quantize, grouped
+from dfrot.quant.affine import grouped
 from dfrot.quant.spec import TensorSpec
 from dfrot.runtime.norms import straight_through
 
@@ -29,7 +29,7 @@ class _Quantized(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, spec: TensorSpec, scale_dtype: torch.dtype | None, clip: Tensor | float) -> Tensor:
         ctx.save_for_backward(x, *([clip] if isinstance(clip, Tensor) else []))
         ctx.spec, ctx.clip = spec, clip if isinstance(clip, float) else None
-        return fake_quantize(x, spec.grid, spec.token_granularity, clip, scale_dtype)
+        return gradient.fake_quantize(x, spec, clip, scale_dtype)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -37,7 +37,7 @@ class _Quantized(torch.autograd.Function):
         clip, of_clip = given[0] if given else ctx.clip, None
         groups, slope = grouped(x, spec.token_granularity), grouped(upstream, spec.token_granularity)
         if gradient.supported(x):
-            of_x, of_ratio = gradient.quantize_backward(groups, slope, spec, float(clip))
+            of_x, of_ratio = gradient.quantize_backward(groups, slope, spec, clip)
             return of_x.view_as(x), None, None, of_ratio.sum().view_as(clip) if given else None
         least, low = groups.min(-1, keepdim=True)[::-1]
         most, high = (groups.abs() if grid.symmetric else groups).max(-1, keepdim=True)[::-1]

@@ -15,12 +15,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from dfrot.kernels.cuda import attention, linear
+from dfrot.kernels.cuda import attention, gptq, linear, training
 from dfrot.kernels.lowering import NO_PASSES, Lowered, lower
 from dfrot.linalg.rotation import Hadamard, Identity, Kronecker
+from dfrot.quant.grids import IntGrid
+from dfrot.quant.spec import TensorSpec
 
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int8: "*i8"}
-TYPES |= {torch.int32: "*i32", torch.uint8: "*u8"}
+TYPES |= {torch.int32: "*i32", torch.uint8: "*u8", torch.int64: "*i64"}
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -40,6 +42,10 @@ def launches() -> list[tuple[JITFunction, tuple[Any, ...], dict[str, Any]]]:
         layer(1, 4096, 4096, lower(Kronecker(Hadamard(32), Identity(128))), *specs[0])
         for batch, tokens in [(1, 1), (16, 1), (1, 8)]:
             cache(batch, tokens)
+        for width, symmetric in [(4096, False), (14336, False), (128, False), (4096, True)]:
+            tokens_on_a_grid(width, symmetric)
+        for symmetric in (True, False):
+            columns(4096, 6144, symmetric)
     finally:
         JITFunction.run = run
     return found
@@ -71,6 +77,25 @@ def cache(batch: int, tokens: int) -> None:
     attention.append(keys, packed, 0, *NO_PASSES, 4, 0.95)
     attention.attend(query, packed, packed, mask, None, *rotation, head_dim**-0.5, 4)
     attention.unpack(packed, 4, torch.bfloat16)
+
+
+def tokens_on_a_grid(width: int, symmetric: bool) -> None:
+    with torch.device("meta"):
+        x, clip = torch.empty(2048, width), torch.empty(1)
+    spec = TensorSpec(4, symmetric)
+    for ratio in (0.9, clip):
+        training.on_grid(x, spec, ratio, narrow=width == 128)
+        training.quantize_backward(x, x, spec, ratio)
+
+
+def columns(width: int, out: int, symmetric: bool) -> None:
+    with torch.device("meta"):
+        arrays: list[Any] = [torch.empty(width, out) for _ in range(3)]
+        scale, group = torch.empty(1, out), torch.empty(width, dtype=torch.int64)
+        upper = torch.empty(width, width)
+    zero = None if symmetric else scale
+    arrays += [upper, group, scale, zero, slice(0, gptq.COLUMNS), IntGrid(4, symmetric)]
+    gptq.round_columns(*arrays)
 
 
 def specialized(kernel: JITFunction, args: tuple[Any, ...], how: dict[str, Any]) -> tuple[ASTSource, dict[str, Any]]:

@@ -19,4 +19,4 @@ def test_the_benchmark_checks_every_kernel_and_finds_nothing_wrong(tmp_path: Pat
     assert done.returncode == 0, done.stdout + done.stderr
     record = json.loads((tmp_path / "gpu.json").read_text())
     assert not record["wrong"]
-    assert {row[0] for row in record["rows"]} == {"check", "product", "quantizer", "attention"}
+    assert {row[0] for row in record["rows"]} == {"check", "product", "quantizer", "attention", "calibration"}

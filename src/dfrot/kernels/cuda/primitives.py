@@ -67,17 +67,15 @@ def grid_of(low, high, clip, LOWEST: tl.constexpr, HIGHEST: tl.constexpr, NARROW
 
     NARROW scales are rounded up to bfloat16.
     """
-    steps = low * 0 + HIGHEST
+    low = low * clip
+    length = tl.maximum(-low, high * clip) if LOWEST < 0 else high * clip - low
+    scale = tl.div_rn(length, low * 0 + HIGHEST)
+    if NARROW:
+        scale = ((scale.to(tl.int32, bitcast=True) + 0xFFFF) & -65536).to(tl.float32, bitcast=True)
+    scale = tl.where(scale == 0, 1.0, scale)
     if LOWEST < 0:
-        scale = tl.div_rn(tl.maximum(-low, high) * clip, steps)
-        scale = tl.where(scale == 0, 1.0, scale)
         return scale, scale * 0
     else:
-        low = low * clip
-        scale = tl.div_rn(high * clip - low, steps)
-        if NARROW:
-            scale = ((scale.to(tl.int32, bitcast=True) + 0xFFFF) & -65536).to(tl.float32, bitcast=True)
-        scale = tl.where(scale == 0, 1.0, scale)
         return scale, zero_of(low, scale, HIGHEST)
 
 
