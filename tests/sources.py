@@ -191,7 +191,7 @@ def change_config(folder: Path, rng: random.Random) -> Changed:
     config = json.loads((folder / "config.json").read_text())
     key = rng.choice(sorted(set(config) | set(KEYS)))
     # what transformers cannot load it says in words
-    names = [key, "transformers can load", "transformers can make", "is not known. Known", "model.", "lm_head."]
+    names = [key, "transformers can load", "transformers can make", "has no table", "model.", "lm_head."]
     match rng.randrange(4):
         case 0:
             config.pop(key, None)

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    CONFIG_MAPPING,
     AutoModelForCausalLM,
     LlamaConfig,
     MistralConfig,
@@ -47,6 +48,26 @@ CONFIGS: dict[str, PreTrainedConfig] = {
 }
 
 
+def _traced() -> dict[str, PreTrainedConfig]:
+    """Architectures without a table, which are traced."""
+    narrow = {"head_dim": 16, "hidden_size": 64}  # helium's attention is as wide as the stream
+    other: dict[str, dict[str, Any]] = {
+        "ernie4_5": {"use_bias": True},
+        "glm": {"partial_rotary_factor": 0.5},
+        "granite": {"embedding_multiplier": 12.0, "logits_scaling": 8.0, "residual_multiplier": 0.22}
+        | {"attention_multiplier": 0.1, "tie_word_embeddings": True},
+        "helium": narrow,
+        "hunyuan_v1_dense": {},
+        "ministral": {"sliding_window": 8},
+        "seed_oss": {"attention_bias": True},
+        "smollm3": {"no_rope_layers": [1, 0]},
+    }
+    return {name: CONFIG_MAPPING[name](**{**_WIDE, **words}) for name, words in other.items()}
+
+
+TRACED = _traced()
+
+
 def write_tiny_model(
     name: str, folder: Path, dtype: torch.dtype = torch.float32, head_dim: int | None = None, **changed: Any
 ) -> Path:
@@ -57,7 +78,7 @@ def write_tiny_model(
         changed: of its config.
     """
     generator = torch.Generator().manual_seed(1)
-    config = CONFIGS[name]
+    config = (CONFIGS | TRACED)[name]
     kind = type(config)
     if head_dim is not None:
         width = {"hidden_size": 4 * head_dim} if kind in (Qwen2Config, Phi3Config) else {}

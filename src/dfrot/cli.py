@@ -183,6 +183,9 @@ class Quantize:
         with processes.joined(device):
             recipe, memory = self.recipe(), None if self.memory is None else parse_size(self.memory)
             source = open_source(self.model, unpack=False)
+            if source.graph.traced:
+                told = f"'{source.config.model_type}' has no table; what was traced of its blocks is proved on the way"
+                err.print(told, style="dim", highlight=False)
             expected = Estimate.of(source, recipe, memory, processes, self.check_source)
             if expected.tight:
                 keep_freed_memory(largest=1 << 27)  # half the peak for twice the time, as measured
@@ -483,11 +486,18 @@ class Info:
 
 @dataclass(frozen=True)
 class Models:
-    """List the known architectures."""
+    """List the known architectures, or show what is traced of a model whose architecture is not among them."""
+
+    model: Positional[str | None] = None  # A model, as for quantize.
 
     def run(self) -> None:
         from dfrot.models.graph import GRAPHS
 
+        if self.model is not None:
+            from dfrot.models.tracing import table_of
+
+            source = open_source(self.model, unpack=False)
+            return out.print(table_of(source.graph, source.config.model_type), markup=False, soft_wrap=True)
         table = Table("model_type", "models", "linear layers of a block")
         for model_type, graph in GRAPHS.items():
             table.add_row(model_type, graph.name, ", ".join(name.rpartition(".")[2] for name in graph.linears))

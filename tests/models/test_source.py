@@ -104,9 +104,9 @@ def test_a_hub_that_cannot_be_reached_is_the_environments_fault(monkeypatch: pyt
         open_source("nobody/nothing")
 
 
-def test_an_unknown_architecture_lists_the_known_ones(tmp_path: Path) -> None:
+def test_an_architecture_that_cannot_be_read_says_why(tmp_path: Path) -> None:
     GPT2Config().save_pretrained(tmp_path)
-    refused(tmp_path, "the architecture 'gpt2' is not known. Known: llama (Llama 1, 2, 3.x; Vicuna; SmolLM2)")
+    refused(tmp_path, "the architecture 'gpt2' has no table, and none could be found out: its positions are not RoPE's")
 
 
 def test_a_config_that_needs_remote_code_is_refused(broken: Path) -> None:

@@ -66,6 +66,14 @@ class Checkpoint:
         config.__dict__.pop("fusion_config", None)  # which says that dfrot is needed
         return Checkpoint(path, config, found.recipe, found.runtime, graph_for(config), stored_tensors(path))
 
+    def require_table(self, engine: str) -> None:
+        """Raise UserError for an architecture that was traced: what `engine` makes of it has not been looked at."""
+        if self.graph.traced:
+            raise UserError(
+                f"exports for {engine} are made for architectures with a table (`dfrot models`), and "
+                f"{self.config.model_type} has none. --to huggingface writes plain weights."
+            )
+
     def refuse_offsets(self) -> None:
         """Raise UserError if an offset is subtracted while the model runs, as no other engine does."""
         if offsets := ", ".join(self.runtime.offsets):

@@ -48,6 +48,7 @@ def to_gguf(checkpoint: Checkpoint, out: Path, kind: str | None = None) -> list[
         raise SetupError("writing GGUF files needs the package gguf. Install it: pip install 'dfrot[gguf]'")
     from gguf import GGMLQuantizationType, GGUFWriter
 
+    checkpoint.require_table("llama.cpp")
     checkpoint.refuse_rotations("llama.cpp")
     if problem := next(_problems(checkpoint.config), None):
         raise UserError(f"{problem} dfrot export --to huggingface keeps it.")

@@ -42,6 +42,7 @@ def to_vllm(
         plugin: dfrot will be installed beside vLLM. Without it vLLM then refuses the model.
         tensor_parallel: GPUs that share every layer.
     """
+    checkpoint.require_table("vLLM")
     if problem := next(_problems(checkpoint, device, plugin, tensor_parallel), None):
         raise UserError(problem)
     bits, online = checkpoint.runtime.spec.weights.bits, checkpoint.runtime.online

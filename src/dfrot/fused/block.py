@@ -57,8 +57,10 @@ def _unfilled(kind: type[nn.Module]) -> nn.Module:
 
 def fuse_block_(block: nn.Module, graph: ModelGraph, config: Config) -> None:
     """Let a block that has the runtime's modules take the short way where it can."""
-    if config.hidden_act == "silu" and all(
-        isinstance(block.get_submodule(name), QuantLinear) for name in graph.linears
+    if (
+        not graph.traced
+        and config.hidden_act == "silu"
+        and all(isinstance(block.get_submodule(name), QuantLinear) for name in graph.linears)
     ):
         kinds = {name: type(module) for name, module in block.named_modules() if name}
         block.fused = FusedBlock(graph, kinds)  # type: ignore[assignment]

@@ -271,8 +271,9 @@ class Student:
         if spec.keys.enabled:
             rotary = self.source.skeleton.get_submodule(graph.rotary)
             planes = rotary.inv_freq.numel()  # type: ignore[operator]
-            # a norm over the head follows the projection: nothing folds into it
-            of_keys = scales(heads, size - planes, rate=None if graph.head_norms else SCALE_RATE)
+            # where a norm over the head follows the projection, or RoPE has other planes, nothing folds into it
+            stay = graph.head_norms or not graph.rope_in_halves
+            of_keys = scales(heads, size - planes, rate=None if stay else SCALE_RATE)
             behind = start.keys and block_diagonal(start.keys, heads)
             keys, values = (dataclasses.replace(grid, group=size) for grid in (spec.keys, spec.values))
             throughs[KEYS] = Through(None, of_keys, behind, keys, planes=planes, scale_dtype=SCALE_DTYPE)

@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dfrot.system.errors import UserError
-
 Config = Any  # transformers' PreTrainedConfig: its fields differ from model to model
 
 
@@ -33,6 +31,8 @@ class ModelGraph:
     rotary: str = "model.rotary_emb"
     final_norm: str = "model.norm"
     head: str = "lm_head"
+    traced: bool = False  # found out by models/tracing.py, not known from tests
+    rope_in_halves: bool = True  # RoPE turns channel j with channel j + half, in every block
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -67,15 +67,12 @@ GRAPHS: dict[str, ModelGraph] = {
 
 
 def graph_for(config: Config) -> ModelGraph:
-    """The table of a config's architecture. Raises UserError for an unknown one."""
-    if (graph := GRAPHS.get(config.model_type)) is None:
-        known = ", ".join(f"{model_type} ({graph.name})" for model_type, graph in GRAPHS.items())
-        raise UserError(
-            f"the architecture '{config.model_type}' is not known. Known: {known}. "
-            "To add one, write its table in dfrot/models/graph.py and a row in tests/tiny_models.py "
-            "(CONTRIBUTING.md, 'A new architecture')."
-        )
-    return graph
+    """The table of a config's architecture, or else what tracing proposes. Raises UserError if that is nothing."""
+    if (graph := GRAPHS.get(config.model_type)) is not None:
+        return graph
+    from dfrot.models.tracing import traced_graph  # which needs transformers, and names from here
+
+    return traced_graph(config)
 
 
 def head_dim(config: Config) -> int:

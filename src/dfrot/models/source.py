@@ -194,6 +194,10 @@ class Source:
     stored: dict[str, StoredTensor]
     skeleton: nn.Module  # the transformers model on the meta device, with SDPA attention and torch.nn.RMSNorm norms
     unpacking: int = 0  # bytes that a GGUF file takes once it is unpacked, which is to come
+    # Granite's factors, of what the embedding and the head put out. In the matrices as they are read here they are in
+    # already, and in `config` they are 1.
+    embedding_factor: float = 1.0
+    head_factor: float = 1.0
 
     @property
     def num_blocks(self) -> int:
@@ -202,7 +206,7 @@ class Source:
     @property
     def tied(self) -> bool:
         """Whether the head is the embedding."""
-        return bool(self.config.tie_word_embeddings)
+        return bool(self.config.tie_word_embeddings) and self.embedding_factor == self.head_factor
 
     @property
     def dtype(self) -> torch.dtype:
@@ -235,11 +239,12 @@ class Source:
 
     def embedding(self) -> Tensor:
         """The embedding matrix, (vocabulary, hidden)."""
-        return self.tensor(f"{self.graph.embedding}.weight")
+        return _times(self.tensor(f"{self.graph.embedding}.weight"), self.embedding_factor)
 
     def head(self) -> Tensor:
         """The matrix of the language-model head, (vocabulary, hidden); the embedding if they are tied."""
-        return self.embedding() if self.tied else self.tensor(f"{self.graph.head}.weight")
+        name = self.graph.embedding if self.config.tie_word_embeddings else self.graph.head
+        return _times(self.tensor(f"{name}.weight"), self.head_factor)
 
     def final_norm(self) -> nn.RMSNorm:
         norm = copy.deepcopy(self.skeleton.get_submodule(self.graph.final_norm))
@@ -341,7 +346,8 @@ def use_torch_norms_(model: nn.Module, graph: ModelGraph) -> None:
     for name, module in list(model.named_modules()):
         block = name.removeprefix(graph.blocks + ".").partition(".")[2]
         if name == graph.final_norm or (name.startswith(graph.blocks + ".") and block in within):
-            norm = nn.RMSNorm(module.weight.shape, eps=module.variance_epsilon)
+            eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
+            norm = nn.RMSNorm(module.weight.shape, eps=eps)
             norm.weight = module.weight
             model.set_submodule(name, norm)
 
@@ -364,7 +370,7 @@ def open_source(model: str, *, unpack: bool = True) -> Source:
         return replace(_described(packed.path, config, stored), unpacking=nbytes)
     path = locate(model)
     config = read_config(path)
-    graph_for(config)  # an architecture that is not known is refused whatever its weights are
+    graph_for(config)  # an architecture that cannot be read is refused whatever its weights are
     return _described(path, config, stored_tensors(path))
 
 
@@ -397,7 +403,22 @@ def _described(path: Path, config: Config, stored: dict[str, StoredTensor]) -> S
         skeleton = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", trust_remote_code=False)
     use_torch_norms_(skeleton, graph)
     _check_tensors(path, skeleton, graph, stored)
-    return Source(path, config, graph, stored, skeleton.eval())
+    factors = _without_factors_(config)
+    return Source(path, config, graph, stored, skeleton.eval(), 0, *factors)
+
+
+def _times(matrix: Tensor, factor: float) -> Tensor:
+    """The product, in a wider dtype: the matrix's own would round it."""
+    return matrix if factor == 1 else matrix.to(torch.float32 if matrix.itemsize == 2 else torch.float64) * factor
+
+
+def _without_factors_(config: Config) -> tuple[float, float]:
+    """Granite's factors of the embedding and the head, which become 1 in the config."""
+    if not hasattr(config, "embedding_multiplier") or not hasattr(config, "logits_scaling"):
+        return 1.0, 1.0
+    factors = float(config.embedding_multiplier), 1 / float(config.logits_scaling)
+    config.embedding_multiplier = config.logits_scaling = 1.0
+    return factors
 
 
 @contextlib.contextmanager

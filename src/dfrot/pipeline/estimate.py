@@ -68,6 +68,8 @@ class Estimate:
             UserError: the model has no place for the method's rotations.
         """
         dtypes, wanted = recipe.dtypes(source.dtype), recipe.calibration
+        if source.graph.traced and check_source == "auto":  # nothing else has proved that it is read rightly
+            check_source = "always"
         sizes = ModelSizes(source, dtypes.working, dtypes.stored, wanted.seq_len, wanted.tokens)
         sequences = -(-(wanted.tokens // wanted.seq_len) // processes.count)  # of one process
         on = FitContext(source, recipe.spec.activations, _no_text, torch.device("cpu"), recipe.seed)

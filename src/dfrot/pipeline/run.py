@@ -36,7 +36,7 @@ from dfrot.system.memory import give_freed_memory_back
 from dfrot.system.progress import track
 from dfrot.training.teacher import Windows
 from dfrot.transform.fold import Fold
-from dfrot.transform.invariance import InvarianceCheck
+from dfrot.transform.invariance import InvarianceCheck, InvarianceError
 from dfrot.transform.transforms import Transforms, input_widths
 from dfrot.tuning.run import TuningRun, require_whole, tuning_windows
 from dfrot.version import __version__
@@ -132,7 +132,15 @@ def quantize(
             writer.reuse(other)
         require_whole(writer, num_shards)
         loop = _Loop(on, recipe, transforms, writer, estimate)
-        invariance = loop.run()
+        try:
+            invariance = loop.run()
+        except InvarianceError as error:
+            if not source.graph.traced:
+                raise
+            raise UserError(
+                f"the architecture '{source.config.model_type}' has no table, and the one that was traced is wrong: "
+                f"{error} `dfrot models {model}` shows it."
+            ) from error
         if by_block := writer.shard_notes():
             notes["weights_by_block"] = by_block
         rounded = time.perf_counter()

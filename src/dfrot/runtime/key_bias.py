@@ -52,10 +52,10 @@ class KeyBias:
     @staticmethod
     def of(block: nn.Module, graph: ModelGraph, rotary: Any, spec: Spec) -> "KeyBias | None":
         """For a block as its model's config makes it, and the decoder's RoPE; None if keys are not quantized, or have
-        no bias, or one that stays in: a norm follows it, or frequencies depend on the length of the text."""
+        no bias, or one that stays in: a norm follows it, RoPE is another, or its frequencies change with the text."""
         if not spec.keys.enabled or graph.key is None or block.get_submodule(graph.key).bias is None:
             return None
-        if graph.head_norms or rotary.rope_type in ("dynamic", "longrope"):
+        if graph.head_norms or not graph.rope_in_halves or rotary.rope_type in ("dynamic", "longrope"):
             return None
         with torch.device("cpu"):  # the block may be on no device
             made = type(rotary)(config=rotary.config)

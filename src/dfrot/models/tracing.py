@@ -1,0 +1,246 @@
+"""Architectures without a table: one block is run without numbers, and what reads what becomes a proposal.
+
+A proposal is the `ModelGraph` that someone would write for the architecture. It is proved as a table is: logits of the
+source, read by it, are compared with those of transformers, and every fold of every block with the original. What does
+not fit is refused, and the module that stands in the way is named.
+
+A block has to have two norms that read the residual stream, multiply by a gain and subtract no mean; linear layers that
+read them; attention, whose heads one layer reads; a gated feed-forward network; and nothing else with parameters.
+"""
+
+import contextlib
+import copy
+import functools
+import inspect
+import json
+import sys
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from dfrot.models.graph import Config, ModelGraph, head_dim
+from dfrot.system.errors import UserError
+
+_TOKENS = 3
+_FIELDS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "rms_norm_eps")
+_FEW = 8  # channels of what is tried out with numbers
+
+
+class _Call(NamedTuple):
+    """What a module without children read and made."""
+
+    name: str
+    module: Any
+    read: Tensor
+    made: Tensor
+
+
+class _Refusal(Exception):
+    """Why there is no proposal, as the end of a sentence."""
+
+
+def traced_graph(config: Config) -> ModelGraph:
+    """A proposal for an architecture. Raises UserError, which names what is in the way, if there is none."""
+    try:
+        with torch.device("cpu"):  # it may be called where a model is being made on another
+            return _of_record(json.dumps(config.to_dict(), sort_keys=True, default=str), config.model_type)
+    except _Refusal as refusal:
+        raise UserError(
+            f"the architecture '{config.model_type}' has no table, and none could be found out: {refusal}. "
+            "See 'A new architecture' in CONTRIBUTING.md; `dfrot models` lists those that are known."
+        ) from None
+
+
+@functools.lru_cache(maxsize=8)
+def _of_record(record: str, model_type: str) -> ModelGraph:
+    """The proposal for a config, which its JSON stands for."""
+    try:
+        config = AutoConfig.for_model(model_type, **{"num_hidden_layers": 1} | _of_one_layer(json.loads(record)))
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", trust_remote_code=False)
+    except Exception as error:  # there is no end to the errors that a config can cause
+        raise _Refusal(f"transformers makes no model of it ({error!r})") from error
+    names = {id(module): name for name, module in model.named_modules()}
+    decoder: Any = model.base_model
+    blocks = next((module for module in decoder.children() if isinstance(module, nn.ModuleList)), None)
+    rotary = next((module for name, module in decoder.named_children() if "rotary" in name), None)
+    if blocks is None or decoder is model:
+        raise _Refusal("its model has no list of blocks")
+    if rotary is None:
+        raise _Refusal("its positions are not RoPE's, computed once for all blocks")
+    final = [name for name, module in decoder.named_children() if _gains(module) == config.hidden_size]
+    if len(final) != 1:
+        raise _Refusal(f"its decoder has {len(final)} norms behind the blocks")
+    _require_plain_norm(decoder.get_submodule(final[0]), f"{names[id(decoder)]}.{final[0]}")
+    if missing := [name for name in _FIELDS if not hasattr(config, name)]:
+        raise _Refusal(f"its config has no {missing[0]}")
+    parts = _block_parts(blocks[0], rotary, config)
+    return ModelGraph(
+        name=f"{type(model).__name__}, traced",
+        embedding=names[id(model.get_input_embeddings())],
+        decoder=names[id(decoder)],
+        blocks=names[id(blocks)],
+        rotary=names[id(rotary)],
+        final_norm=f"{names[id(decoder)]}.{final[0]}",
+        head=names[id(model.get_output_embeddings())],
+        traced=True,
+        **parts,
+    )
+
+
+def _of_one_layer(record: dict[str, Any]) -> dict[str, Any]:
+    """A config's fields for one block: lists by block have their first entry alone."""
+    layers = record.get("num_hidden_layers")
+    cut = {name: value[:1] for name, value in record.items() if isinstance(value, list) and len(value) == layers}
+    dropped = ("model_type", "num_hidden_layers", "dtype", "architectures", "transformers_version")
+    return {name: value for name, value in (record | cut).items() if name not in dropped}
+
+
+def _block_parts(block: nn.Module, rotary: Any, config: Config) -> dict[str, Any]:
+    """What of the graph lies within a block."""
+    for name, module in block.named_modules():
+        if next(module.parameters(recurse=False), None) is not None and not (
+            isinstance(module, nn.Linear) or _gains(module)
+        ):
+            raise _Refusal(f"'{name}' is a {type(module).__name__}, with weights of its own")
+    calls = _calls(block, rotary, config)
+    linears = {call.name: call for call in calls if isinstance(call.module, nn.Linear)}
+    norms: dict[str, tuple[str, ...]] = {}
+    head_norms = []
+    for norm in (call for call in calls if _gains(call.module)):
+        before = next((each.name for each in linears.values() if each.made is norm.read), None)
+        if "." in norm.name:  # within attention
+            head_norms.append(norm.name)
+            continue
+        if before is not None:
+            raise _Refusal(f"the norm '{norm.name}' stands between '{before}' and the residual stream")
+        _require_plain_norm(norm.module, norm.name)
+        norms[norm.name] = tuple(name for name, call in linears.items() if call.read is norm.made)
+        if not norms[norm.name]:
+            raise _Refusal(f"no linear layer reads the norm '{norm.name}'")
+    if len(norms) != 2:
+        raise _Refusal(f"a block has {len(norms)} norms of the residual stream, {', '.join(norms)}, and not two")
+    of_heads, of_ffn = norms.values()
+    rest = [name for name in linears if name not in (*of_heads, *of_ffn)]
+    if len(rest) != 2:
+        raise _Refusal(f"{', '.join(rest) or 'no layer'} read neither of its norms, where the two writers should")
+    output, down = rest
+    attention = output.rpartition(".")[0]
+    queries = config.num_attention_heads * head_dim(config)
+    values = config.num_key_value_heads * head_dim(config)
+    return {
+        "norms": norms,
+        "writers": (output, down),
+        "attention": attention,
+        **_head_layers(of_heads, linears, queries, values),
+        "output": output,
+        "up": _up(of_ffn, calls, linears, linears[down].module.in_features),
+        "down": down,
+        "head_norms": tuple(head_norms),
+        "rope_in_halves": _turns_halves(block.get_submodule(attention), config),
+    }
+
+
+def _calls(block: nn.Module, rotary: Any, config: Config) -> list[_Call]:
+    """What the modules of a block read and make, in the order in which they run."""
+    calls: list[_Call] = []
+
+    def note(module: nn.Module, args: Any, words: Any, made: Any, name: str) -> None:
+        read = next((each for each in (*args, *words.values()) if isinstance(each, Tensor)), None)
+        if isinstance(read, Tensor) and isinstance(made, Tensor):
+            calls.append(_Call(name, module, read, made))
+
+    with torch.device("meta"), torch.no_grad(), contextlib.ExitStack() as hooks:
+        for name, module in block.named_modules():
+            if name and next(module.children(), None) is None and not isinstance(module, nn.Dropout):
+                hook = functools.partial(note, name=name)
+                hooks.enter_context(module.register_forward_hook(hook, with_kwargs=True))
+        hidden, positions = torch.empty(1, _TOKENS, config.hidden_size), torch.arange(_TOKENS)[None]
+        try:
+            embeddings = type(rotary)(config=config)(hidden, position_ids=positions)
+            how = {"position_ids": positions, "position_embeddings": embeddings}
+            block.eval()(hidden, attention_mask=None, past_key_values=None, **how)
+        except Exception as error:  # whatever such a block expects
+            raise _Refusal(f"its block does not run on a stream and positions alone ({error!r})") from error
+    return calls
+
+
+def _drawn() -> torch.Generator:
+    return torch.Generator("cpu").manual_seed(0)
+
+
+def _gains(module: nn.Module) -> int:
+    """How many gains a module has that has nothing else but, maybe, biases for them; 0 if it is no such module."""
+    parameters = dict(module.named_parameters(recurse=False))
+    weight = parameters.pop("weight", None)
+    alike = weight is not None and weight.ndim == 1 and all(each.shape == weight.shape for each in parameters.values())
+    return len(weight) if alike and weight is not None else 0
+
+
+def _require_plain_norm(norm: Any, name: str) -> None:
+    """Raise _Refusal unless it computes x / √(mean x² + ε) · weight, for a few channels in place of all."""
+    x, (weight,) = torch.rand(5, _FEW, generator=_drawn(), dtype=torch.float32).add_(0.5).tensor_split([4])
+    made = copy.deepcopy(norm)
+    for part, _ in list(made.named_parameters()):
+        setattr(made, part, nn.Parameter(torch.full_like(weight, 0.25)))
+    made.weight = nn.Parameter(weight)
+    found = torch.zeros_like(x)
+    with torch.no_grad(), contextlib.suppress(Exception):  # LayerNorm knows how many channels there are
+        found = made(x)
+    for gain in (weight, 1 + weight):
+        if found.isclose(nn.functional.rms_norm(x, gain.shape, gain, 1e-6), rtol=1e-3).all():
+            if gain is weight:
+                return
+            raise _Refusal(f"the norm '{name}' multiplies by 1 + its weight")
+    raise _Refusal(f"the norm '{name}' is a {type(norm).__name__}, which does more than to multiply by gains")
+
+
+def _head_layers(
+    readers: tuple[str, ...], linears: dict[str, _Call], queries: int, values: int
+) -> dict[str, str | None]:
+    """Which layers make keys and values."""
+    rows = {name: linears[name].module.out_features for name in readers}
+    if list(rows.values()) == [queries + 2 * values]:
+        return {"key": None, "value": readers[0]}
+    found = {name.rpartition(".")[2][:1]: name for name in readers}
+    if len(rows) != 3 or found.keys() != {"q", "k", "v"} or [rows[found[kind]] for kind in "kv"] != [values] * 2:
+        raise _Refusal(f"{', '.join(readers)} are not layers of queries, keys and values")
+    return {"key": found["k"], "value": found["v"]}
+
+
+def _up(readers: tuple[str, ...], calls: list[_Call], linears: dict[str, _Call], channels: int) -> str:
+    """The layer whose outputs the gate multiplies."""
+    rows = [linears[name].module.out_features for name in readers]
+    if rows == [2 * channels]:
+        return readers[0]
+    gates = [name for name in readers if any(call.read is linears[name].made for call in calls)]
+    if rows != [channels] * 2 or len(gates) != 1:
+        raise _Refusal(f"{', '.join(readers)} are not a gate and what it multiplies")
+    return next(name for name in readers if name not in gates)
+
+
+def _turns_halves(attention: nn.Module, config: Config) -> bool:
+    """Whether RoPE turns channel j with channel j + half, in every block: as `runtime.key_bias` does it."""
+    turn = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
+    if turn is None or not all(getattr(config, "no_rope_layers", None) or [1]):
+        return False
+    drawn = torch.rand(1, 2, 3 * _FEW // 2, generator=_drawn(), dtype=torch.float32)
+    x, angles = drawn[None, :, :, :_FEW], drawn[:, :, _FEW:]
+    cos, sin = (torch.cat([each, each], -1) for each in (angles.cos(), angles.sin()))
+    first, second = x.chunk(2, -1)
+    expected = torch.cat([first, second], -1) * cos[:, None] + torch.cat([-second, first], -1) * sin[:, None]
+    try:
+        found = turn(x, x, cos, sin)[1]
+    except Exception:  # another function of that name
+        return False
+    return bool(found.shape == expected.shape and found.isclose(expected, rtol=1e-5, atol=1e-5).all())
+
+
+def table_of(graph: ModelGraph, model_type: str) -> str:
+    """The row of `GRAPHS` that would make a proposal a known architecture."""
+    defaults = {name: field.default for name, field in inspect.signature(ModelGraph).parameters.items()}
+    given = {name: value for name, value in vars(graph).items() if value != defaults[name] and name != "traced"}
+    words = ", ".join(f"{name}={value!r}" for name, value in given.items())
+    return f'"{model_type}": ModelGraph({words}),'

@@ -1,0 +1,170 @@
+"""Architectures without a table: what is traced of them is proved, or refused by name."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+import dfrot
+from dfrot.cli import main
+from dfrot.export import export
+from dfrot.models import graph as graphs
+from dfrot.models import tracing
+from dfrot.models.graph import GRAPHS, graph_for
+from dfrot.models.source import open_source, use_torch_norms_
+from dfrot.models.tracing import table_of, traced_graph
+from dfrot.pipeline.estimate import Estimate
+from dfrot.system.errors import UserError
+from tests.tiny_models import CONFIGS, TRACED
+
+Tiny = Callable[[str], Path]
+TOKENS = torch.randint(1, 96, (2, 24), generator=torch.Generator().manual_seed(7))
+SIZES = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+
+every_traced = pytest.mark.parametrize("architecture", TRACED)
+
+# What stands in the way, where nothing is read wrongly but nothing is supported either.
+REFUSED = {
+    "apertus": r"'mlp\.act_fn' is a XIELUActivation, with weights of its own",
+    "arcee": r"mlp\.up_proj are not a gate and what it multiplies",
+    "cohere": r"'model\.norm' is a CohereLayerNorm, which does more",
+    "exaone4": r"'post_attention_layernorm' stands between 'self_attn\.o_proj' and the residual stream",
+    "falcon": r"'transformer\.ln_f' is a LayerNorm",
+    "gemma": r"'model\.norm' multiplies by 1 \+ its weight",
+    "gemma3_text": r"'model\.norm' multiplies by 1 \+ its weight",
+    "glm4": r"'post_self_attn_layernorm' stands between 'self_attn\.o_proj' and the residual stream",
+    "gpt2": r"positions are not RoPE's",
+    "gpt_neox": r"'gpt_neox\.final_layer_norm' is a LayerNorm",
+    "mixtral": r"'mlp\.gate' is a MixtralTopKRouter, with weights of its own",
+    "nemotron": r"'model\.norm' is a NemotronLayerNorm1P",
+    "olmo": r"0 norms behind the blocks",
+    "olmo2": r"'post_attention_layernorm' stands between 'self_attn\.o_proj' and the residual stream",
+    "opt": r"no list of blocks",
+    "phi": r"'model\.final_layernorm' is a LayerNorm",
+    "qwen3_moe": r"'mlp\.experts' is a Qwen3MoeExperts, with weights of its own",
+    "stablelm": r"'model\.norm' is a LayerNorm",
+    "starcoder2": r"'model\.norm' is a LayerNorm",
+}
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_tracing_proposes_the_table_of_every_known_architecture(architecture: str) -> None:
+    known = GRAPHS[architecture]
+    assert replace(traced_graph(CONFIGS[architecture]), name=known.name, traced=False) == known
+
+
+@pytest.mark.parametrize("architecture", REFUSED)
+def test_what_is_not_supported_is_refused_by_the_module_in_the_way(architecture: str) -> None:
+    with pytest.raises(UserError, match=REFUSED[architecture]):
+        graph_for(CONFIG_MAPPING[architecture](**SIZES))
+
+
+@every_traced
+def test_a_traced_architecture_is_refused_by_no_one(architecture: str) -> None:
+    graph = graph_for(TRACED[architecture])
+    assert graph.traced
+    row = eval("{" + table_of(graph, architecture) + "}", {"ModelGraph": graphs.ModelGraph})
+    assert replace(row[architecture], traced=True) == graph
+
+
+def original_logits(path: Path) -> torch.Tensor:
+    """transformers in float64, its norms computed in float64 too."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
+    use_torch_norms_(model, graph_for(model.config))
+    with torch.no_grad():
+        return model(TOKENS, use_cache=False).logits
+
+
+def made(tiny: Tiny, out: Path, architecture: str, text: Path, **words: Any) -> Path:
+    calibration = {"calib": str(text), "calib_tokens": 64, "calib_seq_len": 32}
+    recipe = dfrot.Recipe.parse(**{"method": "quarot", "weights": "rtn", **calibration, **words})
+    return dfrot.quantize(tiny(architecture), recipe, out, check_source="auto").path
+
+
+@every_traced
+@pytest.mark.parametrize(
+    "words",
+    [
+        {"method": "quarot", "head_mixing": True},
+        {"method": "duquant", "block": 8, "greedy_steps": 4},
+        {"method": "learned", "steps": 3, "learn_steps": 3, "learn_tokens": 32, "calib_tokens": 128},
+        {"method": "none"},
+    ],
+    ids=lambda words: words["method"],
+)
+def test_folding_leaves_the_logits_of_transformers(
+    tiny: Tiny, tmp_path: Path, text_file: Path, architecture: str, words: dict[str, Any]
+) -> None:
+    path = made(tiny, tmp_path / "out", architecture, text_file, spec="w16a16kv16", dtype="float64", **words)
+    model, _ = dfrot.load(path)
+    with torch.no_grad():
+        found, expected = model(TOKENS, use_cache=False).logits, original_logits(tiny(architecture))
+    assert (found - expected).norm() <= 1e-10 * expected.norm()
+
+
+@every_traced
+def test_it_generates_with_a_packed_cache_as_without_one(
+    tiny: Tiny, tmp_path: Path, text_file: Path, architecture: str
+) -> None:
+    path = made(tiny, tmp_path / "out", architecture, text_file, dtype="float64")
+    model, _ = dfrot.load(path)
+    how: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    assert torch.equal(model.generate(TOKENS, **how), model.generate(TOKENS, use_cache=False, **how))
+
+
+@every_traced
+def test_kernels_compute_what_the_reference_computes(
+    tiny: Tiny, tmp_path: Path, text_file: Path, architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = made(tiny, tmp_path / "out", architecture, text_file, dtype="float32")
+    found = []
+    for kernels in ("native", "torch"):
+        monkeypatch.setenv("DFROT_KERNELS", kernels)
+        model, _ = dfrot.load(path)
+        with torch.no_grad():
+            found.append(model(TOKENS).logits)
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5 * float(found[1].abs().max()))
+
+
+@every_traced
+def test_tuning_takes_it(tiny: Tiny, tmp_path: Path, text_file: Path, architecture: str) -> None:
+    words = {"tune": "all", "tune_steps": 2, "tune_tokens": 32, "tune_seq_len": 16}
+    path = made(tiny, tmp_path / "out", architecture, text_file, **words)
+    model, _ = dfrot.load(path)
+    assert model(TOKENS).logits.isfinite().all()
+
+
+def test_a_wrong_proposal_is_refused(
+    tiny: Tiny, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(config: Any) -> graphs.ModelGraph:
+        return replace(traced_graph(config), value="self_attn.k_proj", key="self_attn.v_proj")
+
+    monkeypatch.setattr(tracing, "traced_graph", wrong)
+    with pytest.raises(UserError, match=r"'seed_oss' has no table, and the one that was traced is wrong"):
+        made(tiny, tmp_path / "out", "seed_oss", text_file)
+
+
+def test_a_traced_source_is_compared_with_transformers_wherever_that_was_not_declined(tiny: Tiny) -> None:
+    source, recipe = open_source(str(tiny("granite"))), dfrot.Recipe.parse("none", "rtn")
+    checks = [Estimate.of(source, recipe, 1 << 20, check_source=asked).check > 0 for asked in ("auto", "never")]
+    assert checks == [True, False]
+
+
+def test_models_shows_what_was_traced(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models", str(tiny("granite"))]) == 0
+    assert capsys.readouterr().out.startswith('"granite": ModelGraph(')
+
+
+@pytest.mark.parametrize("to", ["vllm", "gguf"])
+def test_engines_get_no_architecture_that_nobody_looked_at(
+    tiny: Tiny, tmp_path: Path, text_file: Path, to: str
+) -> None:
+    path = made(tiny, tmp_path / "ckpt", "seed_oss", text_file, spec="w8a16kv16", preset="deploy", fold_only=True)
+    with pytest.raises(UserError, match="seed_oss has none"):
+        export(path, to, tmp_path / "out")
