@@ -83,6 +83,11 @@ class Recipe(Options):
         """Whether weights are rounded with calibration data."""
         return self.spec.weights.enabled and self.rounding.needs_data
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether anything is fitted to calibration text."""
+        return self.fits_weights or self.method.reads_all_text or self.method.sequences_read > 0
+
     def dtypes(self, source: torch.dtype) -> Dtypes:
         """The dtypes of a run on a model whose weights are stored in `source`."""
         asked = None if self.dtype == "auto" else getattr(torch, self.dtype)

@@ -22,6 +22,7 @@ from dfrot.methods.method import Fit, FitContext
 from dfrot.models.source import Source, copy_tokenizer, load_tokenizer, open_source
 from dfrot.models.stream import require_same_logits
 from dfrot.models.texts import calibration_windows, read_text
+from dfrot.pipeline import cache
 from dfrot.pipeline.estimate import VOCABULARY_ROWS, Estimate
 from dfrot.pipeline.recipe import Recipe
 from dfrot.quant.affine import grouped
@@ -58,6 +59,7 @@ class QuantizeResult:
             *self.recipe.method.summary(self.notes),
             *self.recipe.rounding.summary(self.notes.get("weights_by_block", [])),
             *self.recipe.tuning.summary(self.notes.get("tuning", {}), self.recipe.spec),
+            *cache.summary(self.notes.get("cache", {})),
             f"folding changed the model by {self.invariance:.0e} (float64, relative)",
         ]
 
@@ -149,6 +151,9 @@ def quantize(
             notes["tuning"] = loop.tune(windows)
             timings["tune"] = time.perf_counter() - rounded
         if processes.is_main:
+            if recipe.spec.keys.enabled and recipe.reads_text:
+                notes["cache"] = loop.cache_cost()
+                cache.warn_if_dear(notes["cache"], recipe.spec)
             loop.finish(notes)
         writer.sync()
         if not recipe.tuning.enabled:
@@ -339,6 +344,13 @@ class _Loop:
         run = TuningRun(*model, self.recipe.tuning, windows, *how)
         notes, self.runtime = run()
         return notes
+
+    def cache_cost(self) -> dict[str, Any]:
+        """What quantized keys and values cost on the first calibration sequence; returns notes."""
+        tokens = self.on.calibration()[:1, : cache.TOKENS]
+        model = self.source, self.runtime, self.transforms.residual, self.writer
+        found = cache.cache_cost(*model, tokens, self.dtypes.working, self.on.device)
+        return found.notes(tokens.shape[1])
 
     def finish(self, notes: dict[str, Any]) -> None:
         """Write the tokenizer, the notes and, last of all, the config, which makes the directory a checkpoint."""

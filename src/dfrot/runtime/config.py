@@ -45,7 +45,7 @@ class RuntimeConfig:
     def _clipped(self, grid: TensorSpec, site: str, index: int) -> TensorSpec:
         return replace(grid, clip_ratio=self.clips[site][index]) if site in self.clips and grid.enabled else grid
 
-    def without(self, *kinds: Literal["weights", "activations"]) -> "RuntimeConfig":
+    def without(self, *kinds: Literal["weights", "activations", "keys", "values"]) -> "RuntimeConfig":
         """The same, leaving these kinds of tensors alone."""
         alone: dict[str, Any] = dict.fromkeys(kinds, UNQUANTIZED)
         return replace(self, spec=replace(self.spec, **alone))

@@ -55,6 +55,15 @@ def require_whole(writer: CheckpointWriter, shards: int) -> None:
         )
 
 
+def written_head(source: Source, writer: CheckpointWriter) -> tuple[Tensor, Tensor]:
+    """The gain of the last norm, and the head: the embedding where they are tied."""
+    graph, tail = source.graph, writer.read(source.num_blocks + 1)
+    head = tail.get(f"{graph.head}.weight")
+    if head is None:
+        head = writer.read(0)[f"{graph.embedding}.weight"]
+    return tail[f"{graph.final_norm}.weight"], head
+
+
 @dataclass(frozen=True)
 class TuningRun:
     """A checkpoint that is to be tuned, and how.
@@ -140,13 +149,8 @@ class TuningRun:
 
     def _teacher(self, made: str | None) -> tuple[Teacher, str]:
         """The teacher, and the digest of its file, which is kept if it has the one of the interrupted run."""
-        source, writer, path = self.source, self.writer, self.writer.path / TEACHER_FILE.format(self.processes.rank)
-        graph, last = source.graph, source.num_blocks + 1
-        tail = writer.read(last)
-        norm = tail[f"{graph.final_norm}.weight"]
-        head = tail.get(f"{graph.head}.weight")
-        if head is None:
-            head = writer.read(0)[f"{graph.embedding}.weight"]
+        source, path = self.source, self.writer.path / TEACHER_FILE.format(self.processes.rank)
+        norm, head = written_head(source, self.writer)
         head = head.to(self.device, self.product)
         if made is not None and path.is_file() and digest(path) == made:
             states = mapped(path, (*self.windows.tokens.shape, source.config.hidden_size))
