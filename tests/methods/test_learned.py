@@ -15,14 +15,17 @@ from dfrot.export import export
 from dfrot.methods import learned
 from dfrot.methods.learned_student import Student
 from dfrot.methods.method import FitContext
+from dfrot.methods.rangerot import RangeRot
 from dfrot.models.source import open_source
 from dfrot.pipeline.estimate import Estimate
 from dfrot.pipeline.run import calibration_tokens
 from dfrot.runtime.config import RuntimeConfig
 from dfrot.system.errors import UserError
+from dfrot.training.descent import Descent
 from dfrot.training.trained import Trained, TrainedRotation
 from dfrot.transform.transforms import Transforms
 from tests.tiny_models import CONFIGS, write_biased_model
+from tests.tuning.test_tuning import contents, kill
 
 Tiny = Callable[[str], Path]
 WORDS: dict[str, Any] = {"calib_tokens": 128, "calib_seq_len": 32, "steps": 3, "learn_steps": 4, "learn_tokens": 32}
@@ -177,3 +180,15 @@ def test_too_short_a_text_is_refused_before_the_work(
     recipe = dfrot.Recipe.parse("learned", "rtn", "w16a4kv16", calib=str(text_file), calib_tokens=600)
     with pytest.raises(UserError, match=r"training needs two windows, of 512 tokens"):
         dfrot.quantize(tiny("llama"), recipe, tmp_path / "out")
+
+
+@pytest.mark.parametrize("number", [3, 12, 17, 24])
+def test_a_killed_run_that_is_resumed_equals_one_that_was_not(
+    tiny: Tiny, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    words = WORDS | {"spec": "w16a4kv4", "calib": str(text_file), "learn_steps": 20}
+    recipe = dfrot.Recipe.parse("learned", "rtn", **words)
+    whole = contents(dfrot.quantize(tiny("llama"), recipe, tmp_path / "whole").path)
+    kill(monkeypatch, Descent, "_advance", number, of=lambda: dfrot.quantize(tiny("llama"), recipe, tmp_path / "out"))
+    monkeypatch.setattr(RangeRot, "fit", None)  # what it found is kept, too
+    assert contents(dfrot.quantize(tiny("llama"), recipe, tmp_path / "out", resume=True).path) == whole

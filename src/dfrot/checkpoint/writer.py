@@ -39,6 +39,7 @@ from dfrot.system.files import (
 FIT_FILE = "dfrot-run.safetensors"
 NOTES_FILE = "fit.json"
 TUNE_PREFIX = "dfrot-tune"  # of what tuning keeps until a run is done
+PROGRESS_FILE = f"{TUNE_PREFIX}-fit.safetensors"
 
 
 @contextlib.contextmanager
@@ -196,6 +197,16 @@ class CheckpointWriter:
     def load_fit(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         """The rotations of `save_fit`, if this run or the one that it resumes got so far."""
         return read_fit(self.path / FIT_FILE) if FIT_FILE in self._files else None
+
+    def save_progress(self, record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Keep what an interrupted fit goes on from, until the run is done."""
+        if self._processes.is_main:
+            self._begin()
+            write_fit(self.path / PROGRESS_FILE, record, tensors)
+
+    def load_progress(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """What `save_progress` kept of the run that this one resumes."""
+        return read_fit(self.path / PROGRESS_FILE) if self._begun else None
 
     def reuse(self, other: Path) -> None:
         """Take all shards, as links if possible, and their notes from a finished checkpoint with the same blocks."""

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from dfrot.methods.dfrot import DFROT
 from dfrot.methods.learned_student import Student
@@ -48,6 +49,8 @@ OSTQUANT = Paper(
     "OSTQuant: Refining Large Language Model Quantization with Orthogonal and Scaling Transformations",
 )
 WINDOW = 512  # tokens
+SAVE_EVERY = 10  # steps
+_MOVING = "moving."  # before the names of the descent's tensors in what is kept
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,11 @@ class Learned(RangeRot):
     def fit(self, on: FitContext) -> Fit:
         text, length = on.calibration().flatten(), min(WINDOW, self.learn_tokens)
         windows = Windows.of(text, "calibration", length, self.learn_tokens // length, self.learn_steps, on.seed)
-        start, notes = super().fit(on)
+        kept = on.progress.load()
+        if kept is not None and kept[0]["text"] == windows.digest:
+            start, notes = Transforms.from_description(kept[0]["start"], kept[1]), kept[0]["notes"]
+        else:
+            (start, notes), kept = super().fit(on), None
         source, device = on.source, on.device
         dtype = torch.float64 if source.dtype == torch.float64 else torch.float32
         product = product_dtype(dtype, device)
@@ -101,8 +108,16 @@ class Learned(RangeRot):
             student.free_offsets_and_clips_(windows.tokens[windows.step(0)])
         objective = Distillation(student, teacher, windows, on.processes)
         descent = Descent(student.trained, objective.loss, objective.measure, self.learn_steps, on.processes)
-        for _ in track(descent.remaining(), "learning", descent.total + 1):
-            pass
+        started: dict[str, Tensor] = {}
+        record = {"text": windows.digest, "start": start.describe(started), "notes": notes}
+        if kept is not None:
+            names = [name for name in kept[1] if name.startswith(_MOVING)]
+            descent.restore(kept[0]["descent"], {name.removeprefix(_MOVING): kept[1][name] for name in names})
+        for done in track(descent.remaining(), "learning", descent.total + 1):
+            if done % SAVE_EVERY == 0 and not descent.done:
+                state, moving = descent.state()
+                renamed = {_MOVING + name: tensor for name, tensor in moving.items()}
+                on.progress.save({**record, "descent": state}, started | renamed)
         return Fit(student.transforms(), notes | {"learned": descent.notes()})
 
     def _shifts(self, on: FitContext) -> bool:

@@ -21,6 +21,18 @@ from dfrot.system.options import Options
 from dfrot.system.papers import Paper
 from dfrot.transform.transforms import Transforms
 
+Kept = tuple[dict[str, Any], dict[str, Tensor]]  # JSON and tensors
+
+
+class FitProgress(NamedTuple):
+    """Where a fit that takes long keeps what an interrupted one goes on from; nowhere unless told."""
+
+    load: Callable[[], Kept | None] = lambda: None
+    save: Callable[[dict[str, Any], dict[str, Tensor]], None] = lambda record, tensors: None
+
+
+NOWHERE = FitProgress()
+
 
 @dataclass(frozen=True)
 class FitContext:
@@ -36,6 +48,7 @@ class FitContext:
     keys: TensorSpec = UNQUANTIZED
     values: TensorSpec = UNQUANTIZED
     budget: int = 0  # bytes of memory that fitting may take if that makes it faster
+    progress: FitProgress = NOWHERE
 
     def generator(self) -> torch.Generator:
         """A fresh generator with the run's seed; always on the CPU, so that every device draws the same."""

@@ -8,7 +8,7 @@ import functools
 import hashlib
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dfrot.checkpoint.load import DfrotConfig, usable_device
 from dfrot.checkpoint.writer import CheckpointWriter, ReuseDir, opened_writer
-from dfrot.methods.method import Fit, FitContext
+from dfrot.methods.method import Fit, FitContext, FitProgress
 from dfrot.models.source import Source, copy_tokenizer, load_tokenizer, open_source
 from dfrot.models.stream import require_same_logits
 from dfrot.models.texts import calibration_windows, read_text
@@ -199,7 +199,8 @@ def _fitted(on: FitContext, recipe: Recipe, writer: CheckpointWriter, reuse: Reu
     if (kept := writer.load_fit()) is None:
         depends_on = _depended_on_by_fit(on, recipe)
         if (kept := reuse.fit(depends_on)) is None:
-            fit, fitted = recipe.method.fit(on), dict[str, Tensor]()
+            progress = FitProgress(writer.load_progress, writer.save_progress)
+            fit, fitted = recipe.method.fit(replace(on, progress=progress)), dict[str, Tensor]()
             kept = {"transforms": fit.transforms.describe(fitted), "notes": fit.notes}, fitted
             reuse.keep_fit(depends_on, *kept)
         record, tensors = kept
