@@ -51,7 +51,9 @@ def hessians(
     words: dict[str, Any] = {"calib": text, "calib_tokens": 120, "calib_seq_len": 24}  # five sequences
     CalibrationStream.hessian = watched  # type: ignore[assignment, method-assign]
     try:
-        dfrot.quantize(model, dfrot.Recipe.parse("quarot", "gptq", dtype=dtype, **words), out, processes=processes)
+        dfrot.quantize(
+            model, dfrot.Recipe.parse("quarot", "gptq", dtype=dtype, tune="none", **words), out, processes=processes
+        )
     finally:
         CalibrationStream.hessian = original  # type: ignore[method-assign]
     return found

@@ -149,7 +149,7 @@ FITTED: dict[str, dict[str, Any]] = {
 def test_weights_that_are_fitted_to_data_resume_to_the_same_bytes(
     tiny: Tiny, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch, weights: str, after: int
 ) -> None:
-    text: dict[str, Any] = {"calib": str(text_file), "calib_tokens": 96, "calib_seq_len": 32}
+    text: dict[str, Any] = {"calib": str(text_file), "calib_tokens": 96, "calib_seq_len": 32, "tune": "none"}
     recipe = dfrot.Recipe.parse("quarot", weights, **text, **FITTED[weights])
     interrupted(tiny, tmp_path / "out", monkeypatch, after, recipe)
     dfrot.quantize(tiny("llama"), recipe, tmp_path / "out", resume=True)
@@ -160,7 +160,7 @@ def test_weights_that_are_fitted_to_data_resume_to_the_same_bytes(
 
 def test_resuming_another_recipe_says_what_differs(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupted(tiny, tmp_path / "out", monkeypatch)
-    other = dfrot.Recipe.parse("quarot", "gptq", calib_tokens=2048, seed=1)
+    other = dfrot.Recipe.parse("quarot", "gptq", calib_tokens=2048, seed=1, tune="none")
     with pytest.raises(UserError, match=r"another: weights: rtn, not gptq; seed: 0, not 1\. Resume with the same"):
         dfrot.quantize(tiny("llama"), other, tmp_path / "out", resume=True)
     with pytest.raises(UserError, match="another: model: "):

@@ -40,7 +40,7 @@ every_method = pytest.mark.parametrize("method", METHODS)
 
 
 def make(tiny: Tiny, out: Path, architecture: str, method: str, text: Path, **options: Any) -> Path:
-    recipe = dfrot.Recipe.parse(**{"weights": "rtn", **METHODS[method], "calib": str(text), **options})
+    recipe = dfrot.Recipe.parse(**{"weights": "rtn", "tune": "none", **METHODS[method], "calib": str(text), **options})
     return dfrot.quantize(tiny(architecture), recipe, out).path
 
 

@@ -96,7 +96,7 @@ def test_beside_learned_clipping_smoothing_is_milder(
     text = tmp_path / "text.txt"
     text.write_text("a" * 200)  # every sequence of it is the same
     words: dict[str, Any] = {"calib": str(text), "calib_tokens": 128, "calib_seq_len": 32, "block": 16, "alpha": given}
-    words |= {"epochs": 1} if weights == "lwc" else {}
+    words |= {"tune": "none"} | ({"epochs": 1} if weights == "lwc" else {})
     recipe = Recipe.parse("duquant", weights, greedy_steps=2, dtype="float32", **words)
     made = safetensors_of(dfrot.quantize(tiny("qwen2"), recipe, tmp_path / "out").path)
 

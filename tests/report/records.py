@@ -72,8 +72,8 @@ def records() -> list[Record]:
             more: dict[str, Any] = (
                 published if (method, weights, seed) == ("dfrot", "gptq", 0) and spec == "w4a4kv4" else {}
             )
-            made.append(record(Recipe.parse(method, weights, spec, seed=seed), value, **more))
-    made.append(record(Recipe.parse("dfrot", "gptq", "w4a4kv4", gamma=1.0, steps=50), 35.1))
+            made.append(record(Recipe.parse(method, weights, spec, tune="none", seed=seed), value, **more))
+    made.append(record(Recipe.parse("dfrot", "gptq", "w4a4kv4", tune="none", gamma=1.0, steps=50), 35.1))
     return made
 
 

@@ -147,8 +147,11 @@ def test_seeds_are_folded_only_where_all_else_is_equal() -> None:
 
 
 def test_deviations_are_the_options_that_are_not_default() -> None:
-    assert deviations(Recipe.parse("dfrot", "gptq").to_json()) == ""
-    assert deviations(Recipe.parse("dfrot", "gptq", gamma=10.0, percdamp=0.1).to_json()) == "gamma 10, percdamp 0.1"
+    assert deviations(Recipe.parse("dfrot", "gptq", tune="none").to_json()) == ""
+    assert (
+        deviations(Recipe.parse("dfrot", "gptq", tune="none", gamma=10.0, percdamp=0.1).to_json())
+        == "gamma 10, percdamp 0.1"
+    )
     assert deviations(Recipe.parse("none", "rtn", tune="biases,scales").to_json()) == "biases scales tuned"
     assert deviations({"method": "of tomorrow", "options": {"depth": 3}}) == "depth 3"
 

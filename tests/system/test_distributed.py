@@ -129,7 +129,7 @@ def test_torchrun_says_which_process_this_is() -> None:
 
 
 def test_each_process_plans_for_its_part(tiny: Tiny) -> None:
-    recipe = dfrot.Recipe.parse("quarot", "gptq", calib_tokens=160, calib_seq_len=32)  # five sequences
+    recipe = dfrot.Recipe.parse("quarot", "gptq", tune="none", calib_tokens=160, calib_seq_len=32)  # five sequences
     source = open_source(str(tiny("llama")))
     alone, shared = (
         Estimate.of(source, recipe, 8 * 10**9),
@@ -141,7 +141,7 @@ def test_each_process_plans_for_its_part(tiny: Tiny) -> None:
 
 
 def test_what_cannot_be_shared_is_refused(tiny: Tiny, text_file: Path, tmp_path: Path) -> None:
-    words: dict[str, Any] = {"calib": str(text_file), "calib_tokens": 48, "calib_seq_len": 24}
+    words: dict[str, Any] = {"calib": str(text_file), "calib_tokens": 48, "calib_seq_len": 24, "tune": "none"}
     for weights, message in {
         "lwc": "one sequence after the other",
         "gptq": r"and there are 2.*--calib-tokens 72",

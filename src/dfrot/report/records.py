@@ -73,8 +73,9 @@ def deviations(recipe: Mapping[str, Any]) -> str:
         for option, value in given.items() if isinstance(given, dict) else ():
             if getattr(defaults, option, ...) != value:
                 found.append(f"{option.replace('_', ' ')} {f'{value:g}' if isinstance(value, float) else value}")
-    if parts := recipe.get("tune", {}).get("parts"):
-        found.append(f"{' '.join(parts)} tuned")
+    tuned = recipe.get("tune")
+    if isinstance(tuned, dict) and isinstance(parts := tuned.get("parts"), list) and parts:
+        found.append(f"{' '.join(map(str, parts))} tuned")
     return shorten(", ".join(found))
 
 
