@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import dfrot
 from dfrot.evaluation import perplexity as module
@@ -18,12 +18,32 @@ Tiny = Callable[[str], Path]
 BLOCKS = torch.randint(1, 96, (3, 40), generator=torch.Generator().manual_seed(11))
 
 
-def test_perplexity_is_the_exponential_of_transformers_own_loss(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = AutoModelForCausalLM.from_pretrained(tiny("qwen2"))
+SIZES = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "words"),
+    [
+        ("qwen2", {}),
+        ("granite", {"logits_scaling": 0.05}),  # what follows the head: a divisor,
+        ("cohere", {"logit_scale": 20.0}),  # a factor,
+        ("nanochat", {"final_logit_softcapping": 0.05}),  # a soft cap
+    ],
+)
+def test_perplexity_is_the_exponential_of_transformers_own_loss(
+    architecture: str, words: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[architecture](**SIZES, **words)).eval()
+    model.get_output_embeddings().weight.data *= 5
     with torch.no_grad():
         losses = [model(block[None], labels=block[None]).loss.item() for block in BLOCKS]
     monkeypatch.setattr(module, "_LOGIT_POSITIONS", 16)  # more than one slice
     assert dfrot.perplexity(model, BLOCKS) == pytest.approx(math.exp(sum(losses) / 3), rel=1e-5)
+    found = module.divergence(model, model, BLOCKS)
+    assert float(found["nll"].mean()) == pytest.approx(sum(losses) / 3, rel=1e-5)
+    assert not found["kl"].any()
 
 
 def test_a_uniform_model_has_the_vocabulary_as_perplexity(tiny: Tiny) -> None:

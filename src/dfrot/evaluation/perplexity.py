@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from dfrot.methods.massive import massive_tokens
 from dfrot.models.graph import graph_for
@@ -144,12 +145,25 @@ def _logits_by_piece(
     model: Any, tokens: Int[Tensor, " seq_len"]
 ) -> Iterator[tuple[Float[Tensor, "positions vocabulary"], Int[Tensor, " positions"]]]:
     """Logits of the seq_len − 1 predictions of one sequence, in float32 or float64, and the tokens that came."""
-    tokens, head = tokens.to(model.device), model.get_output_embeddings()
+    tokens = tokens.to(model.device)
     with checked(model):
         hidden = model.base_model(tokens[None], use_cache=False).last_hidden_state[0, :-1]  # (seq_len − 1, hidden)
         for states, targets in zip(hidden.split(_LOGIT_POSITIONS), tokens[1:].split(_LOGIT_POSITIONS), strict=True):
-            logits = head(states)
+            logits = _logits_of(model, states)
             yield logits if logits.dtype == torch.float64 else logits.float(), targets
+
+
+def _logits_of(model: Any, states: Float[Tensor, "positions hidden"]) -> Float[Tensor, "positions vocabulary"]:
+    """What the model makes of last hidden states, by the head and by what follows it, such as a factor or a soft cap."""
+    decoder, made = model.base_model, BaseModelOutputWithPast(last_hidden_state=states[None])
+    own = decoder.__dict__.get("forward")  # accelerate's, if it spreads the model
+    decoder.forward = lambda *_, **__: made
+    try:
+        return model(torch.zeros(1, len(states), dtype=torch.long, device=model.device), use_cache=False).logits[0]
+    finally:
+        del decoder.forward
+        if own is not None:
+            decoder.forward = own
 
 
 @torch.no_grad()
