@@ -21,13 +21,11 @@ from dfrot.system.options import Options
 from dfrot.system.papers import Paper
 from dfrot.transform.transforms import Transforms
 
-Kept = tuple[dict[str, Any], dict[str, Tensor]]  # JSON and tensors
-
 
 class FitProgress(NamedTuple):
-    """Where a fit that takes long keeps what an interrupted one goes on from; nowhere unless told."""
+    """Where a fit that takes long keeps what an interrupted one goes on from, JSON and tensors; nowhere unless told."""
 
-    load: Callable[[], Kept | None] = lambda: None
+    load: Callable[[], tuple[dict[str, Any], dict[str, Tensor]] | None] = lambda: None
     save: Callable[[dict[str, Any], dict[str, Tensor]], None] = lambda record, tensors: None
 
 

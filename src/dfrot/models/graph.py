@@ -1,7 +1,7 @@
 """The known architectures, each a table: which layers read and write the residual stream, and where the heads are.
 
 Names are those of the Hugging Face modules. The rest of the package knows nothing else about an architecture: adding
-one takes a row in `GRAPHS` and a row in tests/tiny_models.py.
+one takes a row in `GRAPHS` and a row in tests/tiny_models.py. What has none is traced (models/tracing.py).
 """
 
 from collections.abc import Mapping

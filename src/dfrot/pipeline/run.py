@@ -91,7 +91,8 @@ def quantize(
         reuse_dir: a folder in which runs leave what others can take: fitted rotations, and blocks if recipes differ in
             the cache alone.
         check_source: whether logits of a few tokens are compared with those of transformers on the same source before
-            the work: "never", "always", or "auto", where the whole model in float32 fits into the memory.
+            the work: "never", "always", or "auto", where the whole model in float32 fits into the memory; for an
+            architecture that was traced "auto" is "always".
         processes: that make this checkpoint together, and have joined. Its numbers are those of one process but for the
             order in which sums over tokens are rounded.
 

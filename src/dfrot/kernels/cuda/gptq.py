@@ -1,4 +1,4 @@
-"""GPTQ's columns on a GPU: a hundred of them in one launch, where torch takes ten for every column."""
+"""GPTQ's columns on a GPU: `COLUMNS` of them in one launch, where torch takes ten launches for every column."""
 
 from typing import no_type_check
 
