@@ -2,11 +2,11 @@
 
     python benchmarks/real_models.py MODEL… --out OUT --calib TEXT --ppl TEXT TEXT [--specs w4a4kv4,w4a8kv4]
 
-For each model and spec: none, quarot, dfrot and duquant with gptq, then rangerot towards the original outputs, untuned
-and tuned; and quarot with nothing but the cache quantized. Perplexity on each text and KL divergence from the original
-model, what the cache costs by the measure of `quantize`, seconds, and the largest memory. Begun again it goes on where
-it was: each model has a folder in OUT with the records and checkpoints of `dfrot compare`. The table is printed last,
-with the machine, and is OUT/table.md.
+For each model and spec: none, quarot, dfrot and duquant with gptq, then rangerot (quarot, where no rotation of the
+stream can be folded) towards the original outputs, untuned and tuned; and quarot with nothing but the cache quantized.
+Perplexity on each text and KL divergence from the original model, what the cache costs by the measure of `quantize`,
+seconds, and the largest memory. Begun again it goes on where it was: each model has a folder in OUT with the records
+and checkpoints of `dfrot compare`. The table is printed last, with the machine, and is OUT/table.md.
 """
 
 import argparse
@@ -23,24 +23,25 @@ from dfrot.compare.table import LiveTable
 from dfrot.compare.trials import compare
 from dfrot.evaluation.record import Record, text_label
 from dfrot.evaluation.run import Measurement
+from dfrot.models.source import open_source
 from dfrot.system.memory import keep_freed_memory
 
 PAPERS = ("none", "quarot", "dfrot", "duquant")
-OURS: dict[str, Any] = {"method": "rangerot", "weights": "gptq", "target": "original"}
 
 
-def recipes(given: argparse.Namespace) -> dict[str, dfrot.Recipe | None]:
-    """Row → recipe; None is the model itself."""
+def recipes(given: argparse.Namespace, rotates_stream: bool) -> dict[str, dfrot.Recipe | None]:
+    """Row → recipe; None is the model itself. Where R1 cannot be folded there is none to refine."""
+    best: dict[str, Any] = {"method": "rangerot" if rotates_stream else "quarot", "weights": "gptq"}
     calibration: dict[str, Any] = {"calib": given.calib, "calib_tokens": given.calib_tokens, "seed": given.seed}
     tuning = {"tune": given.tune, "tune_steps": given.tune_steps, "tune_tokens": given.tune_tokens}
     rows: dict[str, dfrot.Recipe | None] = {"unquantized": None}
     rows["w16a16kv4 quarot"] = dfrot.Recipe.parse("quarot", spec="w16a16kv4", seed=given.seed)
     for spec in given.specs.split(","):
-        for method in PAPERS:
+        for method in (name for name in PAPERS if rotates_stream or name != "dfrot"):
             words = calibration | {"preset": "duquant" if method == "duquant" else "paper"}
             rows[f"{spec} {method} gptq"] = dfrot.Recipe.parse(method, "gptq", spec, tune="none", **words)
-        best = {"spec": spec, **OURS, **calibration}
-        rows[f"{spec} rangerot gptq, target original"] = dfrot.Recipe.parse(**best, tune="none")
+        best |= {"spec": spec, "target": "original", **calibration}
+        rows[f"{spec} {best['method']} gptq, target original"] = dfrot.Recipe.parse(**best, tune="none")
         rows[f"{spec} … then {given.tune} tuned"] = dfrot.Recipe.parse(**best, **tuning)
     return rows
 
@@ -77,11 +78,12 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     given = parser.parse_args()
     keep_freed_memory()
-    rows, labels, console = recipes(given), [text_label(text) for text in given.ppl], Console()
+    labels, console = [text_label(text) for text in given.ppl], Console()
     heads = ["recipe", *(head for label in labels for head in (label, "KL")), "KL by the cache", "s", "GB"]
     lines = []
     for model in given.models:
         out = given.out / Path(model).stem
+        rows = recipes(given, open_source(model, unpack=False).graph.rotates_stream)
         measurement = Measurement(tuple(given.ppl), max_tokens=given.max_tokens, against=model)
         with LiveTable(list(rows.values()), console) as table:
             how: dict[str, Any] = {"device": given.device, "on_trial": table.on_trial}

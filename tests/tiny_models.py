@@ -51,14 +51,22 @@ CONFIGS: dict[str, PreTrainedConfig] = {
 def _traced() -> dict[str, PreTrainedConfig]:
     """Architectures without a table, which are traced."""
     narrow = {"head_dim": 16, "hidden_size": 64}  # helium's attention is as wide as the stream
+    hybrid = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
     other: dict[str, dict[str, Any]] = {
+        "cwm": {"sliding_window": 8},
         "ernie4_5": {"use_bias": True},
+        "exaone4": hybrid,
+        "gemma": {"tie_word_embeddings": True},
+        "gemma3_text": {**hybrid, "tie_word_embeddings": True, "query_pre_attn_scalar": 32},
         "glm": {"partial_rotary_factor": 0.5},
+        "glm4": {"partial_rotary_factor": 0.5},
         "granite": {"embedding_multiplier": 12.0, "logits_scaling": 8.0, "residual_multiplier": 0.22}
         | {"attention_multiplier": 0.1, "tie_word_embeddings": True},
         "helium": narrow,
         "hunyuan_v1_dense": {},
         "ministral": {"sliding_window": 8},
+        "olmo2": {},
+        "olmo3": hybrid,
         "seed_oss": {"attention_bias": True},
         "smollm3": {"no_rope_layers": [1, 0]},
     }

@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from gguf import MODEL_ARCH, GGUFWriter, get_tensor_name_map
+from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import dfrot
 from dfrot.cli import main
 from dfrot.export import export
+from dfrot.gguf.reader import GgufModel
 from dfrot.models import graph as graphs
 from dfrot.models import tracing
 from dfrot.models.graph import GRAPHS, graph_for
@@ -26,6 +29,17 @@ TOKENS = torch.randint(1, 96, (2, 24), generator=torch.Generator().manual_seed(7
 SIZES = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 
+# Of the tiny Gemma 3 as llama.cpp has them.
+GEMMA_KEYS: dict[str, float] = {
+    "block_count": 2,
+    "context_length": 128,
+    "embedding_length": 64,
+    "feed_forward_length": 96,
+}
+GEMMA_KEYS |= {"attention.head_count": 4, "attention.head_count_kv": 2, "attention.key_length": 32}
+GEMMA_KEYS |= {"attention.sliding_window": 8, "attention.sliding_window_pattern": 2, "rope.freq_base": 1e6}
+GEMMA_KEYS |= {"attention.layer_norm_rms_epsilon": 1e-6, "attention.value_length": 32}
+
 every_traced = pytest.mark.parametrize("architecture", TRACED)
 
 # What stands in the way, where nothing is read wrongly but nothing is supported either.
@@ -33,17 +47,12 @@ REFUSED = {
     "apertus": r"'mlp\.act_fn' is a XIELUActivation, with weights of its own",
     "arcee": r"mlp\.up_proj are not a gate and what it multiplies",
     "cohere": r"'model\.norm' is a CohereLayerNorm, which does more",
-    "exaone4": r"'post_attention_layernorm' stands between 'self_attn\.o_proj' and the residual stream",
     "falcon": r"'transformer\.ln_f' is a LayerNorm",
-    "gemma": r"'model\.norm' multiplies by 1 \+ its weight",
-    "gemma3_text": r"'model\.norm' multiplies by 1 \+ its weight",
-    "glm4": r"'post_self_attn_layernorm' stands between 'self_attn\.o_proj' and the residual stream",
     "gpt2": r"positions are not RoPE's",
     "gpt_neox": r"'gpt_neox\.final_layer_norm' is a LayerNorm",
     "mixtral": r"'mlp\.gate' is a MixtralTopKRouter, with weights of its own",
     "nemotron": r"'model\.norm' is a NemotronLayerNorm1P",
     "olmo": r"0 norms behind the blocks",
-    "olmo2": r"'post_attention_layernorm' stands between 'self_attn\.o_proj' and the residual stream",
     "opt": r"no list of blocks",
     "phi": r"'model\.final_layernorm' is a LayerNorm",
     "qwen3_moe": r"'mlp\.experts' is a Qwen3MoeExperts, with weights of its own",
@@ -100,6 +109,10 @@ def made(tiny: Tiny, out: Path, architecture: str, text: Path, **words: Any) -> 
 def test_folding_leaves_the_logits_of_transformers(
     tiny: Tiny, tmp_path: Path, text_file: Path, architecture: str, words: dict[str, Any]
 ) -> None:
+    if words["method"] == "learned" and not graph_for(TRACED[architecture]).rotates_stream:
+        with pytest.raises(UserError, match=r"the norm 'post_\w+norm' stands between layers and the residual stream"):
+            made(tiny, tmp_path / "out", architecture, text_file, **words)
+        return
     path = made(tiny, tmp_path / "out", architecture, text_file, spec="w16a16kv16", dtype="float64", **words)
     model, _ = dfrot.load(path)
     with torch.no_grad():
@@ -137,6 +150,43 @@ def test_tuning_takes_it(tiny: Tiny, tmp_path: Path, text_file: Path, architectu
     path = made(tiny, tmp_path / "out", architecture, text_file, **words)
     model, _ = dfrot.load(path)
     assert model(TOKENS).logits.isfinite().all()
+
+
+@every_traced
+def test_its_plain_weights_compute_the_same_in_transformers(
+    tiny: Tiny, tmp_path: Path, text_file: Path, architecture: str
+) -> None:
+    path = made(tiny, tmp_path / "out", architecture, text_file, spec="w4a16kv16", dtype="float32", fold_only=True)
+    export(path, "huggingface", tmp_path / "plain")
+    model, plain = dfrot.load(path)[0], AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32)
+    with torch.no_grad():
+        found, expected = plain(TOKENS).logits, model(TOKENS).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_gemma_is_read_from_gguf_as_from_safetensors(tiny: Tiny, tmp_path: Path) -> None:
+    path = tiny("gemma3_text")
+    names, writer = get_tensor_name_map(MODEL_ARCH.GEMMA3, 2), GGUFWriter(tmp_path / "gemma.gguf", "gemma3")
+    for key, value in GEMMA_KEYS.items():
+        (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(f"gemma3.{key}", value)
+    for name, tensor in load_file(path / "model.safetensors").items():
+        found = names.get_name(name.removesuffix(".weight"))
+        writer.add_tensor(f"{found}.weight", (tensor + ("norm" in name)).numpy())
+    for write in (
+        writer.write_header_to_file,
+        writer.write_kv_data_to_file,
+        writer.write_tensors_to_file,
+        writer.close,
+    ):
+        write()
+    config, tensors = GgufModel(tmp_path / "gemma.gguf").read
+    source = open_source(str(path))
+    same = ("layer_types", "sliding_window", "rope_parameters", "head_dim", "hidden_size", "query_pre_attn_scalar")
+    assert all(getattr(config, name) == getattr(source.config, name) for name in same)
+    assert tensors.keys() == source.stored.keys()
+    for name in tensors:
+        read = GgufModel(tmp_path / "gemma.gguf")._tensor(name)
+        torch.testing.assert_close(read, source.tensor(name), rtol=0, atol=2**-22)
 
 
 def test_a_wrong_proposal_is_refused(

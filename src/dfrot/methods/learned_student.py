@@ -207,7 +207,7 @@ class Student:
         """What the head reads."""
         self.rotation.refresh()
         self.value_rotation.refresh()
-        hidden = self.embedding[tokens.to(self.device)].to(self.dtype)
+        hidden = self.source.embedded(tokens, self.embedding).to(self.dtype)
         return self.norm(self.through_blocks(hidden, self.blocks))
 
     @torch.no_grad()

@@ -108,7 +108,7 @@ def sample_norm_outputs(
     per_piece = None if kept is None else max(1, kept // (len(source.graph.norms) * source.num_blocks))
     samples: list[Sample] = []
     found: list[dict[str, Any]] = []
-    hidden = source.embedding()[token_ids].float().to(device)  # (sequences, seq_len, hidden)
+    hidden = source.embedded(token_ids).float().to(device)  # (sequences, seq_len, hidden)
     run = BlockRunner(source, hidden[:1])
     for index in track(range(source.num_blocks), "calibrating"):
         block = source.block(index).float().to(device)

@@ -7,6 +7,8 @@ after RoPE the keys ("Stage 1d", R3).
 
 Divergences. The released code mixes the heads by an online Hadamard matrix before o_proj; DFRot leaves that out, and
 so do we unless `head_mixing` is set. It computes head_dim as hidden_size / num_attention_heads; we read the config.
+Where a norm stands between a writer and the stream (Gemma 3, OLMo 2) no R1 can be folded past its gain: there what
+reads the stream is rotated online, by a plain Hadamard matrix.
 """
 
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ from typing import ClassVar, Literal
 
 from dfrot.linalg.rotation import Hadamard, Identity, Rotation, random_hadamard, random_orthogonal
 from dfrot.methods.method import Fit, FitContext, Look, Method
-from dfrot.models.graph import head_dim
+from dfrot.models.graph import ModelGraph, head_dim
 from dfrot.system.errors import UserError
 from dfrot.system.papers import Paper
 from dfrot.transform.transforms import Transforms
@@ -45,10 +47,12 @@ class QuaRot(Method):
             raise UserError("head-mixing is an online rotation and --fold-only excludes those. Drop one of the two.")
 
     def fit(self, on: FitContext) -> Fit:
-        return Fit(around(random_rotation(on, self.rotation), on, self.fold_only, self.head_mixing), {})
+        residual = random_rotation(on, self.rotation) if on.source.graph.rotates_stream else None
+        return Fit(around(residual, on, self.fold_only, self.head_mixing), {})
 
     def outline(self, on: FitContext) -> Transforms:
-        return around(Identity(on.source.config.hidden_size), on, self.fold_only, self.head_mixing)
+        residual = Identity(on.source.config.hidden_size) if on.source.graph.rotates_stream else None
+        return around(residual, on, self.fold_only, self.head_mixing)
 
 
 def random_rotation(on: FitContext, kind: str, instead: str = "--rotation orthogonal") -> Rotation:
@@ -62,13 +66,31 @@ def random_rotation(on: FitContext, kind: str, instead: str = "--rotation orthog
         raise UserError(f"the residual stream has {width} channels: {error} Use {instead}.") from error
 
 
-def around(residual: Rotation, on: FitContext, fold_only: bool, head_mixing: bool = False) -> Transforms:
-    """A given R1 with QuaRot's other rotations; with `fold_only` just those that cost nothing at run time."""
+def require_foldable(graph: ModelGraph, instead: str) -> None:
+    """Raise UserError if R1 cannot be folded into the model's weights."""
+    if not graph.rotates_stream:
+        raise UserError(
+            f"in {graph.name} the norm '{graph.norms_behind[0]}' stands between layers and the residual stream, whose "
+            f"rotation (R1) cannot be folded past its gain. Use {instead}."
+        )
+
+
+def around(residual: Rotation | None, on: FitContext, fold_only: bool, head_mixing: bool = False) -> Transforms:
+    """A given R1 with QuaRot's other rotations; with `fold_only` just those that cost nothing at run time.
+
+    Without R1 what reads the stream is rotated at run time. Raises UserError if R1 cannot be folded.
+    """
     config = on.source.config
+    if residual is not None:
+        require_foldable(
+            on.source.graph, "--method quarot, which rotates what reads the stream at run time, or duquant"
+        )
+    online = residual is None and not fold_only
+    readers = hadamard("the residual stream", config.hidden_size) if online else None
     head = hadamard("one head", head_dim(config))
     mixing = hadamard("head mixing", config.num_attention_heads, "Leave out --head-mixing.") if head_mixing else None
     ffn = None if fold_only else hadamard("the input of down_proj", config.intermediate_size, "Use --fold-only.")
-    return Transforms(residual, values=head, keys=None if fold_only else head, ffn=ffn, heads=mixing)
+    return Transforms(residual, head, None if fold_only else head, ffn, mixing, readers)
 
 
 def hadamard(site: str, size: int, instead: str = "Use --method none, which rotates nothing.") -> Hadamard:

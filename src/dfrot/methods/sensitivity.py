@@ -35,7 +35,7 @@ def kl_divergences(
     A candidate is a basis, and the blocks whose norm outputs are quantized in it.
     """
     source, device = on.source, on.device
-    original = source.embedding()[token_ids].float().to(device)
+    original = source.embedded(token_ids).float().to(device)
     states: dict[int, Tensor] = {}  # (sequences, seq_len, hidden), of the candidates whose first block was reached
     run = BlockRunner(source, original[:1])
     for index in track(range(source.num_blocks), "comparing rotations"):

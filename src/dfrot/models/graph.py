@@ -16,7 +16,9 @@ class ModelGraph:
     """Where the rotations act in one architecture. Names above `embedding` are relative to their block."""
 
     name: str  # of the family, for messages
-    norms: Mapping[str, tuple[str, ...]]  # each norm of a block, with the linear layers that read its output
+    norms: Mapping[str, tuple[str, ...]]  # each norm before linear layers of a block, with those that read its output
+    unnormed: tuple[tuple[str, ...], ...] = ()  # the layers that read the stream itself, if no norm stands before them
+    norms_behind: tuple[str, ...] = ()  # norms between the writers and the stream
     writers: tuple[str, ...] = ("self_attn.o_proj", "mlp.down_proj")  # linear layers that write the residual stream
     attention: str = "self_attn"
     key: str | None = "self_attn.k_proj"  # computes the keys and nothing else; None: q, k and v are fused
@@ -24,7 +26,8 @@ class ModelGraph:
     output: str = "self_attn.o_proj"  # reads the heads' outputs
     up: str = "mlp.up_proj"  # its last rows (all unless gate and up are fused) are multiplied by the gate
     down: str = "mlp.down_proj"  # reads the feed-forward activations
-    head_norms: tuple[str, ...] = ()  # norms over head_dim (QK-norm); no rotation touches them
+    head_norms: tuple[str, ...] = ()  # norms of queries and keys (QK-norm); no rotation touches them
+    unit_gains: bool = False  # norms multiply by 1 + their weight, as Gemma's
     embedding: str = "model.embed_tokens"
     decoder: str = "model"
     blocks: str = "model.layers"
@@ -42,12 +45,27 @@ class ModelGraph:
     @property
     def stages(self) -> tuple[tuple[str, ...], ...]:
         """The linear layers in execution order, grouped by their input."""
-        attention_readers, ffn_readers = self.norms.values()
+        attention_readers, ffn_readers = self.readers
         return (attention_readers, (self.output,), ffn_readers, (self.down,))
+
+    @property
+    def readers(self) -> tuple[tuple[str, ...], ...]:
+        """The linear layers that read the residual stream: attention's, then those of the feed-forward network."""
+        return (*self.norms.values(), *self.unnormed)
+
+    @property
+    def rotates_stream(self) -> bool:
+        """Whether R1 can be folded. The gain of a norm behind a writer stands in the stream's own basis."""
+        return not self.norms_behind
 
     def norm_before(self, linear: str) -> str | None:
         """The norm whose output `linear` reads, if it reads one."""
         return next((norm for norm, readers in self.norms.items() if linear in readers), None)
+
+    def sites(self, linear: str) -> tuple[str, ...]:
+        """Where the runtime transforms the input of `linear`: the norm before it, or each layer that reads it."""
+        norm = self.norm_before(linear)
+        return next(stage for stage in self.stages if linear in stage) if norm is None else (norm,)
 
 
 _SEPARATE = {

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 import huggingface_hub
 import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -225,7 +226,9 @@ class Source:
     def block(self, index: int) -> nn.Module:
         """Decoder block `index` with its weights, in their stored dtype."""
         block, prefix = self.empty_block(index), f"{self.graph.blocks}.{index}."
-        return loaded(block, {name: self.tensor(prefix + name) for name in block.state_dict()})
+        tensors = {name: self.tensor(prefix + name) for name in block.state_dict()}
+        norms = {f"{name}.weight" for name, module in block.named_modules() if isinstance(module, nn.RMSNorm)}
+        return loaded(block, {name: self._gain(each) if name in norms else each for name, each in tensors.items()})
 
     def empty_block(self, index: int) -> nn.Module:
         """Decoder block `index` on the meta device."""
@@ -241,6 +244,12 @@ class Source:
         """The embedding matrix, (vocabulary, hidden)."""
         return _times(self.tensor(f"{self.graph.embedding}.weight"), self.embedding_factor)
 
+    def embedded(self, tokens: Tensor, matrix: Tensor | None = None) -> Float[Tensor, "*tokens hidden"]:
+        """What enters the first block: rows of the embedding, or of a checkpoint's, as Gemma scales them."""
+        rows = (self.embedding() if matrix is None else matrix)[tokens.to("cpu" if matrix is None else matrix.device)]
+        module = self.skeleton.get_submodule(self.graph.embedding)
+        return _times(rows, float(getattr(module, "scalar_embed_scale", 1.0)))
+
     def head(self) -> Tensor:
         """The matrix of the language-model head, (vocabulary, hidden); the embedding if they are tied."""
         name = self.graph.embedding if self.config.tie_word_embeddings else self.graph.head
@@ -249,7 +258,11 @@ class Source:
     def final_norm(self) -> nn.RMSNorm:
         norm = copy.deepcopy(self.skeleton.get_submodule(self.graph.final_norm))
         assert isinstance(norm, nn.RMSNorm), "the skeleton has torch's norms"
-        return loaded(norm, {"weight": self.tensor(f"{self.graph.final_norm}.weight")})
+        return loaded(norm, {"weight": self._gain(self.tensor(f"{self.graph.final_norm}.weight"))})
+
+    def _gain(self, weight: Tensor) -> Tensor:
+        """What a norm multiplies by: 1 + its weight in Gemma, which the weight's own dtype would round."""
+        return 1 + weight.double() if self.graph.unit_gains else weight
 
     def fingerprint(self) -> str:
         """A digest of the names, sizes and modification times of the config and weight files."""
@@ -342,13 +355,14 @@ def use_torch_norms_(model: nn.Module, graph: ModelGraph) -> None:
 
     transformers' own norms always cast to float32, so that no invariance could be checked below 1e-7.
     """
-    within = {*graph.norms, *graph.head_norms}
+    within = {*graph.norms, *graph.norms_behind, *graph.head_norms}
     for name, module in list(model.named_modules()):
         block = name.removeprefix(graph.blocks + ".").partition(".")[2]
         if name == graph.final_norm or (name.startswith(graph.blocks + ".") and block in within):
             eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
             norm = nn.RMSNorm(module.weight.shape, eps=eps)
-            norm.weight = module.weight
+            gain = nn.Parameter(1 + module.weight.detach(), requires_grad=False) if graph.unit_gains else module.weight
+            norm.weight = gain
             model.set_submodule(name, norm)
 
 

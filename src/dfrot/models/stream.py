@@ -1,6 +1,7 @@
 """Running decoder blocks one at a time, capturing their layers' inputs, and proof that a source is read rightly."""
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -28,7 +29,7 @@ class BlockRunner:
         self._config = source.config
         positions = torch.arange(like.shape[1], device=like.device)[None]
         rotary = type(source.skeleton.get_submodule(source.graph.rotary))(config=source.config).to(like.device)
-        self._arguments = {"position_ids": positions, "position_embeddings": rotary(like, position_ids=positions)}
+        self._positions, self._embeddings = positions, position_embeddings(rotary, like, positions)
         window = getattr(source.config, "sliding_window", None)
         self._sliding_mask = None
         if window is not None and window < like.shape[1]:  # else the window changes nothing
@@ -41,9 +42,12 @@ class BlockRunner:
     ) -> Float[Tensor, "batch tokens hidden"]:
         """The block's output; an empty transformers `cache` is filled with its keys and values."""
         types = getattr(self._config, "layer_types", None)
-        slides = types is None or types[index] == "sliding_attention"
+        kind = None if types is None else types[index]
+        slides = kind in (None, "sliding_attention")
         mask = self._sliding_mask if slides else None  # None: SDPA's own causal mask
-        return block(hidden, attention_mask=mask, past_key_values=cache, **self._arguments)
+        embeddings = self._embeddings.get(kind, self._embeddings.get(None))
+        how = {"position_ids": self._positions, "position_embeddings": embeddings}
+        return block(hidden, attention_mask=mask, past_key_values=cache, **how)
 
     def until(
         self, layer: nn.Module, block: nn.Module, index: int, hidden: Float[Tensor, "batch tokens hidden"]
@@ -59,6 +63,13 @@ class BlockRunner:
             except _Reached as reached:
                 return reached.args[0]
         raise AssertionError(f"block {index} does not run {layer}")
+
+
+def position_embeddings(rotary: Any, like: Tensor, positions: Int[Tensor, "1 tokens"]) -> dict[str | None, Any]:
+    """RoPE's cosines and sines by the type of a layer, as in Gemma 3; those of None are for all types."""
+    takes = "layer_type" in inspect.signature(rotary.forward).parameters
+    types = set(rotary.config.layer_types) if takes else {None}
+    return {kind: rotary(like, positions, *([kind] if takes else [])) for kind in types}
 
 
 class _Reached(Exception):
@@ -83,7 +94,7 @@ def logits_by_blocks(source: Source, tokens: Int[Tensor, "batch tokens"]) -> Flo
     Raises:
         UserError: a weight holds NaN or infinities, or the blocks cannot be run as the config says.
     """
-    hidden = source.embedding()[tokens].float()
+    hidden = source.embedded(tokens).float()
     try:
         run = BlockRunner(source, hidden)
         for index in range(source.num_blocks):

@@ -4,8 +4,9 @@ A proposal is the `ModelGraph` that someone would write for the architecture. It
 source, read by it, are compared with those of transformers, and every fold of every block with the original. What does
 not fit is refused, and the module that stands in the way is named.
 
-A block has to have two norms that read the residual stream, multiply by a gain and subtract no mean; linear layers that
-read them; attention, whose heads one layer reads; a gated feed-forward network; and nothing else with parameters.
+A block has to have linear layers that read the residual stream, through norms that multiply by a gain and subtract no
+mean, or without any; attention, whose heads one layer reads; a gated feed-forward network; maybe such norms behind the
+two; and nothing else with parameters.
 """
 
 import contextlib
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dfrot.models.graph import Config, ModelGraph, head_dim
+from dfrot.models.stream import position_embeddings
 from dfrot.system.errors import UserError
 
 _TOKENS = 3
@@ -73,18 +75,26 @@ def _of_record(record: str, model_type: str) -> ModelGraph:
     final = [name for name, module in decoder.named_children() if _gains(module) == config.hidden_size]
     if len(final) != 1:
         raise _Refusal(f"its decoder has {len(final)} norms behind the blocks")
-    _require_plain_norm(decoder.get_submodule(final[0]), f"{names[id(decoder)]}.{final[0]}")
+    unit_gains = _adds_one(decoder.get_submodule(final[0]), f"{names[id(decoder)]}.{final[0]}")
     if missing := [name for name in _FIELDS if not hasattr(config, name)]:
         raise _Refusal(f"its config has no {missing[0]}")
-    parts = _block_parts(blocks[0], rotary, config)
+    if capped := [
+        name for name in ("attn_logit_softcapping", "final_logit_softcapping") if getattr(config, name, None)
+    ]:
+        raise _Refusal(f"its scores or logits are capped ({capped[0]})")
+    embedding = model.get_input_embeddings()
+    if type(embedding) is not nn.Embedding and not hasattr(embedding, "scalar_embed_scale"):
+        raise _Refusal(f"its embedding is a {type(embedding).__name__}")
+    parts = _block_parts(blocks[0], rotary, config, unit_gains)
     return ModelGraph(
         name=f"{type(model).__name__}, traced",
-        embedding=names[id(model.get_input_embeddings())],
+        embedding=names[id(embedding)],
         decoder=names[id(decoder)],
         blocks=names[id(blocks)],
         rotary=names[id(rotary)],
         final_norm=f"{names[id(decoder)]}.{final[0]}",
         head=names[id(model.get_output_embeddings())],
+        unit_gains=unit_gains,
         traced=True,
         **parts,
     )
@@ -98,7 +108,7 @@ def _of_one_layer(record: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in (record | cut).items() if name not in dropped}
 
 
-def _block_parts(block: nn.Module, rotary: Any, config: Config) -> dict[str, Any]:
+def _block_parts(block: nn.Module, rotary: Any, config: Config, unit_gains: bool) -> dict[str, Any]:
     """What of the graph lies within a block."""
     for name, module in block.named_modules():
         if next(module.parameters(recurse=False), None) is not None and not (
@@ -107,31 +117,32 @@ def _block_parts(block: nn.Module, rotary: Any, config: Config) -> dict[str, Any
             raise _Refusal(f"'{name}' is a {type(module).__name__}, with weights of its own")
     calls = _calls(block, rotary, config)
     linears = {call.name: call for call in calls if isinstance(call.module, nn.Linear)}
+    stages: dict[int, list[str]] = {}  # by the input that layers share
+    for call in linears.values():
+        stages.setdefault(id(call.read), []).append(call.name)
+    if [len(stage) for stage in stages.values()][1::2] != [1, 1]:
+        raise _Refusal(f"{'; '.join(map(', '.join, stages.values()))} are not readers, a writer, readers and a writer")
+    of_heads, (output,), of_ffn, (down,) = map(tuple, stages.values())
     norms: dict[str, tuple[str, ...]] = {}
-    head_norms = []
+    head_norms, norms_behind = [], []
     for norm in (call for call in calls if _gains(call.module)):
-        before = next((each.name for each in linears.values() if each.made is norm.read), None)
+        if _adds_one(norm.module, norm.name) != unit_gains:
+            raise _Refusal(f"the norm '{norm.name}' differs from the last one in whether it adds 1 to its weight")
         if "." in norm.name:  # within attention
             head_norms.append(norm.name)
-            continue
-        if before is not None:
-            raise _Refusal(f"the norm '{norm.name}' stands between '{before}' and the residual stream")
-        _require_plain_norm(norm.module, norm.name)
-        norms[norm.name] = tuple(name for name, call in linears.items() if call.read is norm.made)
-        if not norms[norm.name]:
-            raise _Refusal(f"no linear layer reads the norm '{norm.name}'")
-    if len(norms) != 2:
-        raise _Refusal(f"a block has {len(norms)} norms of the residual stream, {', '.join(norms)}, and not two")
-    of_heads, of_ffn = norms.values()
-    rest = [name for name in linears if name not in (*of_heads, *of_ffn)]
-    if len(rest) != 2:
-        raise _Refusal(f"{', '.join(rest) or 'no layer'} read neither of its norms, where the two writers should")
-    output, down = rest
+        elif any(linears[name].made is norm.read for name in (output, down)):
+            norms_behind.append(norm.name)
+        else:
+            norms[norm.name] = tuple(name for name, call in linears.items() if call.read is norm.made)
+    if tuple(norms.values()) not in ((), (of_heads, of_ffn)):
+        raise _Refusal(f"{', '.join(norms)} are not norms before {', '.join(of_heads)} and before {', '.join(of_ffn)}")
     attention = output.rpartition(".")[0]
     queries = config.num_attention_heads * head_dim(config)
     values = config.num_key_value_heads * head_dim(config)
     return {
         "norms": norms,
+        "unnormed": () if norms else (of_heads, of_ffn),
+        "norms_behind": tuple(norms_behind),
         "writers": (output, down),
         "attention": attention,
         **_head_layers(of_heads, linears, queries, values),
@@ -159,8 +170,8 @@ def _calls(block: nn.Module, rotary: Any, config: Config) -> list[_Call]:
                 hooks.enter_context(module.register_forward_hook(hook, with_kwargs=True))
         hidden, positions = torch.empty(1, _TOKENS, config.hidden_size), torch.arange(_TOKENS)[None]
         try:
-            embeddings = type(rotary)(config=config)(hidden, position_ids=positions)
-            how = {"position_ids": positions, "position_embeddings": embeddings}
+            embeddings = position_embeddings(type(rotary)(config=config), hidden, positions)
+            how = {"position_ids": positions, "position_embeddings": next(iter(embeddings.values()))}
             block.eval()(hidden, attention_mask=None, past_key_values=None, **how)
         except Exception as error:  # whatever such a block expects
             raise _Refusal(f"its block does not run on a stream and positions alone ({error!r})") from error
@@ -179,8 +190,11 @@ def _gains(module: nn.Module) -> int:
     return len(weight) if alike and weight is not None else 0
 
 
-def _require_plain_norm(norm: Any, name: str) -> None:
-    """Raise _Refusal unless it computes x / √(mean x² + ε) · weight, for a few channels in place of all."""
+def _adds_one(norm: Any, name: str) -> bool:
+    """Whether a norm computes x / √(mean x² + ε) · (1 + weight); _Refusal if without the 1 it does not either.
+
+    It is tried out with a few channels in place of all.
+    """
     x, (weight,) = torch.rand(5, _FEW, generator=_drawn(), dtype=torch.float32).add_(0.5).tensor_split([4])
     made = copy.deepcopy(norm)
     for part, _ in list(made.named_parameters()):
@@ -191,9 +205,7 @@ def _require_plain_norm(norm: Any, name: str) -> None:
         found = made(x)
     for gain in (weight, 1 + weight):
         if found.isclose(nn.functional.rms_norm(x, gain.shape, gain, 1e-6), rtol=1e-3).all():
-            if gain is weight:
-                return
-            raise _Refusal(f"the norm '{name}' multiplies by 1 + its weight")
+            return gain is not weight
     raise _Refusal(f"the norm '{name}' is a {type(norm).__name__}, which does more than to multiply by gains")
 
 

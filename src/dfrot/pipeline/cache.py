@@ -65,8 +65,8 @@ def cache_cost(
         dtype: of the computation.
     """
     (embedding,) = writer.read(0).values()
-    original = source.embedding()[tokens].to(device, dtype)
-    cached = plain = embedding[tokens].to(device, dtype)
+    original = source.embedded(tokens).to(device, dtype)
+    cached = plain = source.embedded(tokens, embedding).to(device, dtype)
     del embedding
     run, errors = BlockRunner(source, original), []
     for index in track(range(source.num_blocks), "cache"):

@@ -62,7 +62,7 @@ class CalibrationStream:
         self._mapped: list[mmap.mmap] = []  # the offloaded states
         self.hidden_states = self._allocated(shape, dtype)
         for state, ids in zip(self.hidden_states, token_ids, strict=True):
-            state.copy_(embedding[ids])
+            state.copy_(source.embedded(ids, embedding))
         together = max(1, TOGETHER[device.type] // shape[1])
         self._parts = [slice(start, start + together) for start in range(0, len(token_ids), together)]
         self.teacher_states = self._allocated(shape, dtype).copy_(self.hidden_states) if with_teacher else None

@@ -22,7 +22,7 @@ class RuntimeConfig:
     """How a checkpoint computes."""
 
     spec: Spec
-    online: Mapping[str, Rotation]  # linear layer of a block → rotation of its input
+    online: Mapping[str, Rotation]  # norm or linear layer of a block → rotation of its output or input
     keys: Rotation | None  # of queries and keys after RoPE (R3)
     # Norm or linear layer → block size and count of the rotation of its output or input. Unlike `online`, these
     # rotations differ between blocks of the model, and are tensors of the checkpoint.

@@ -52,12 +52,12 @@ def install_(model: Any, runtime: RuntimeConfig) -> None:
 def _check_sizes(block: nn.Module, graph: ModelGraph, runtime: RuntimeConfig) -> None:
     """Raise UserError if the runtime is one for another model."""
     wrong = "this checkpoint's config does not fit its model"
+    sites = {site for name in graph.linears for site in graph.sites(name)}
     for name, rotation in runtime.online.items():
-        if name not in graph.linears or graph.norm_before(name) or rotation.size != _width(block, name):
+        if name not in sites or rotation.size != _width(block, name):
             raise UserError(f"{wrong}: '{name}' has no input of {rotation.size} channels, which are to be rotated.")
     if unknown := [name for name in runtime.biases if name not in graph.linears]:
         raise UserError(f"{wrong}: there is no linear layer {unknown[0]!r}, which is to have a bias.")
-    sites = {graph.norm_before(name) or name for name in graph.linears}
     if unknown := [*(set(runtime.offsets) - sites), *(set(runtime.clips) - sites - {"keys", "values"})]:
         raise UserError(
             f"{wrong}: {unknown[0]!r} is no norm and no linear layer without one, as offsets and clips need."
@@ -87,7 +87,7 @@ def install_block_(
         if site in rotations or site in runtime.offsets:
             norm: Any = block.get_submodule(site)
             with torch.device("meta"):
-                block.set_submodule(site, TransformedNorm(norm, rotations.get(site), site in runtime.offsets))  # type: ignore[arg-type]
+                block.set_submodule(site, TransformedNorm(norm, rotations.get(site), site in runtime.offsets))
     for name, module in list(block.named_modules()):
         if type(module) is nn.RMSNorm:
             block.set_submodule(name, Float64RMSNorm(module))

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dfrot.kernels import linear
-from dfrot.kernels.lowering import DENSE, NO_PASSES, PERMUTE, Lowered
+from dfrot.kernels.lowering import DENSE, NO_PASSES, PERMUTE, Lowered, lower
 from dfrot.linalg.rotation import Rotation, block_rotation
 
 
@@ -116,16 +116,22 @@ class TransformedNorm(Float64RMSNorm):
 
     offset: Tensor | None
 
-    def __init__(self, norm: nn.RMSNorm, rotation: BlockRotation | None, offset: bool) -> None:
+    def __init__(self, norm: nn.RMSNorm, rotation: Rotation | BlockRotation | None, offset: bool) -> None:
         super().__init__(norm)
         self.rotation = rotation
         weight = norm.weight
         self.register_buffer("offset", torch.empty(len(weight), dtype=wide(weight.dtype)) if offset else None)
 
     @property
-    def passes(self) -> Lowered:
-        """What becomes of the norm's output, as the kernels take it."""
-        return (NO_PASSES if self.rotation is None else self.rotation.passes).less(self.offset)
+    def passes(self) -> Lowered | None:
+        """What becomes of the norm's output, as the kernels take it, if they can."""
+        if isinstance(self.rotation, BlockRotation):
+            return self.rotation.passes.less(self.offset)
+        passes = NO_PASSES if self.rotation is None else lower(self.rotation)
+        return None if passes is None else passes.less(self.offset)
 
     def forward(self, x: Float[Tensor, "*batch size"]) -> Float[Tensor, "*batch size"]:
-        return transformed(super().forward(x), self.rotation, self.offset)
+        y = super().forward(x)
+        if isinstance(self.rotation, Rotation) and linear.computable(y) and self.passes is not None:
+            return linear.rotate(y, *self.passes)
+        return transformed(y, self.rotation, self.offset)

@@ -191,7 +191,7 @@ def teacher_states(
         between.unlink()  # it lives as long as the mapping: a kill leaves nothing
     embedding = source.embedding()
     for state, ids in zip(states, tokens, strict=True):
-        state.copy_(embedding[ids])
+        state.copy_(source.embedded(ids, embedding))
     del embedding
     run = BlockRunner(source, states[:1].to(device))
     for index in track(range(source.num_blocks), "teacher"):

@@ -49,7 +49,8 @@ class InvarianceCheck:
         generator = torch.Generator().manual_seed(seed)
         self._tokens = torch.randint(embedding.shape[0], (1, PROBE_TOKENS), generator=generator)
         # Hidden states of the original model, in float64.
-        self._hidden = embedding[self._tokens].double().to(device)
+        self._hidden = source.embedded(self._tokens, embedding).double().to(device)
+        self._rows = embedding[self._tokens].double().to(device)
         self._source = source
         self._proved_head: tuple[slice, Tensor, Tensor] | None = None
         self._run = {dtype: BlockRunner(source, self._hidden.to(dtype)) for dtype in (torch.float64, torch.float32)}
@@ -60,7 +61,8 @@ class InvarianceCheck:
         Raises:
             InvarianceError: they differ by more than rounding.
         """
-        _require_written("the embedding", written[self._tokens], self._rotated(residual))
+        rows = self._rows if residual is None else residual.apply(self._rows)
+        _require_written("the embedding", written[self._tokens], rows)
 
     def block(
         self, index: int, block: nn.Module, transforms: Transforms, dtype: torch.dtype

@@ -3,6 +3,7 @@
 | site | paper's name | online or folded | absorbed by |
 |---|---|---|---|
 | residual stream | R1 | folded | every reader and writer of the stream, embedding, head |
+| what reads the stream, where R1 cannot be folded | R1 | online | the readers |
 | value → output projection, per head | R2 | folded | v_proj, o_proj |
 | queries and keys after RoPE, per head | R3 | online | nothing: scores are unchanged |
 | input of down_proj | R4 | online | down_proj |
@@ -25,7 +26,7 @@ from dfrot.linalg.rotation import Identity, Kronecker, Rotation, block_diagonal,
 from dfrot.models.graph import Config, ModelGraph, head_dim
 from dfrot.transform.fold import Fold
 
-SITES = ("residual", "values", "keys", "ffn", "heads")
+SITES = ("residual", "values", "keys", "ffn", "heads", "readers")
 _PARTS = ("smooth", "matrices", "orders")
 KEYS, VALUES = "keys", "values"  # where a stage is named, these stand for keys and values
 
@@ -62,6 +63,7 @@ class Transforms:
     keys: Rotation | None = None  # R3, of size head_dim, applied at run time if keys are quantized; to queries too
     ffn: Rotation | None = None  # R4, of size intermediate_size, applied at run time
     heads: Rotation | None = None  # over the head index, of size num_attention_heads, applied at run time
+    readers: Rotation | None = None  # of what reads the residual stream, instead of R1, applied at run time
     # One mapping per block, from the first layer of a stage to the transform of the stage's input.
     inputs: tuple[Mapping[str, InputTransform], ...] = ()
     # Likewise to s, which divides that input once it is rotated by R1 or R2, and before R4; folded. Not with `inputs`.
@@ -92,7 +94,7 @@ class Transforms:
     @staticmethod
     def from_description(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "Transforms":
         """The inverse of `describe`."""
-        sites = {site: description[site] for site in SITES}
+        sites = {site: description.get(site) for site in SITES}
         inputs = tuple(
             {
                 stage: InputTransform(**{part: tensors.get(f"{index}.{stage}.{part}") for part in _PARTS})  # type: ignore[arg-type]
@@ -114,14 +116,15 @@ class Transforms:
         """Norm or layer at which the runtime applies a rotation of `inputs` → block size and count."""
         stages = self.inputs[0] if self.inputs else {}
         return {
-            graph.norm_before(stage) or stage: (transform.matrices.shape[-1], len(transform.matrices))
+            site: (transform.matrices.shape[-1], len(transform.matrices))
             for stage, transform in stages.items()
+            for site in graph.sites(stage)
         }
 
     def offset_sites(self, graph: ModelGraph) -> dict[str, str]:
         """Norm or layer at which the runtime subtracts an offset → first layer of the stage that reads it."""
         stages = self.offsets[0] if self.offsets else ()
-        return {graph.norm_before(stage) or stage: stage for stage in stages if stage != graph.output}
+        return {site: stage for stage in stages if stage != graph.output for site in graph.sites(stage)}
 
     def clip_sites(self, graph: ModelGraph) -> dict[str, tuple[float, ...]]:
         """Norm or layer, keys or values → clip ratio by block, where they have their own."""
@@ -134,14 +137,18 @@ class Transforms:
             f"{site}.offset": self.offsets[index][stage].to(dtype) for site, stage in self.offset_sites(graph).items()
         }
         for stage, transform in (self.inputs[index] if self.inputs else {}).items():
-            site = f"{graph.norm_before(stage) or stage}.rotation"
-            tensors[f"{site}.matrices"] = transform.matrices.to(dtype)
-            tensors[f"{site}.orders"] = transform.orders.to(torch.int32)
+            for site in graph.sites(stage):
+                tensors[f"{site}.rotation.matrices"] = transform.matrices.to(
+                    dtype, copy=True
+                )  # a file shares no tensor
+                tensors[f"{site}.rotation.orders"] = transform.orders.to(torch.int32, copy=True)
         return tensors
 
     def online(self, graph: ModelGraph, config: Config) -> dict[str, Rotation]:
-        """The rotations that the runtime applies to the inputs of linear layers."""
-        found = {}
+        """Norm or linear layer → the rotation that the runtime applies to its output or input."""
+        found: dict[str, Rotation] = {}
+        if self.readers is not None:
+            found |= {site: self.readers for stage in graph.readers for site in graph.sites(stage[0])}
         if self.ffn is not None:
             found[graph.down] = self.ffn
         if self.heads is not None:
@@ -197,7 +204,7 @@ class Transforms:
                 gain=block.get_submodule(norm).weight if norm and self.residual is not None else None,  # type: ignore[arg-type]
                 input_rotation=reads,
                 smooth=smooth.get(name),
-                online=online.get(name),
+                online=online.get(norm or name, online.get(name)),
                 output_rotation=writes,
                 first_output_row=-config.num_key_value_heads * head_dim(config) if name == graph.value else 0,
                 output_divisor=output_divisor.get(name),

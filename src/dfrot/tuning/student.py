@@ -29,7 +29,7 @@ from dfrot.runtime.config import RuntimeConfig
 from dfrot.runtime.install import install_block_
 from dfrot.runtime.key_bias import KeyBias
 from dfrot.runtime.linear import QuantLinear
-from dfrot.runtime.norms import Float64SiLU, TransformedNorm
+from dfrot.runtime.norms import BlockRotation, Float64SiLU, TransformedNorm
 from dfrot.training.trained import ThroughBlocks, Trained, clip_ratio, less, quantized, rotated
 from dfrot.transform.transforms import KEYS, VALUES
 
@@ -227,7 +227,7 @@ class Student:
 
     def __call__(self, tokens: Int[Tensor, "windows seq_len"]) -> Float[Tensor, "windows seq_len hidden"]:
         """What the head reads."""
-        hidden = self.embedding[tokens.to(self.device)].to(self.dtype)
+        hidden = self.source.embedded(tokens, self.embedding).to(self.dtype)
         hidden = self.through_blocks(hidden, self.blocks)
         return nn.functional.rms_norm(hidden, self.norm.shape, self.norm, self.source.config.rms_norm_eps)
 
@@ -280,7 +280,7 @@ class Student:
                 blocks, offset = None, None
                 if isinstance(module, TransformedNorm):
                     blocks, offset = module.rotation, module.offset
-                rotation = None if blocks is None else blocks.as_rotation
+                rotation = blocks.as_rotation if isinstance(blocks, BlockRotation) else blocks
                 grid = self.runtime.activations(name, index) if name in graph.norms else UNQUANTIZED
                 gain = trained(f"{name}.weight", "gains" if name in graph.norms else None)
                 of_grid = module.eps or 0.0, rotation, offset, grid, clip(name, grid)
