@@ -53,6 +53,7 @@ def _traced() -> dict[str, PreTrainedConfig]:
     narrow = {"head_dim": 16, "hidden_size": 64}  # helium's attention is as wide as the stream
     hybrid = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
     other: dict[str, dict[str, Any]] = {
+        "arcee": {},
         "cwm": {"sliding_window": 8},
         "ernie4_5": {"use_bias": True},
         "exaone4": hybrid,

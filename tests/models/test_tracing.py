@@ -45,7 +45,6 @@ every_traced = pytest.mark.parametrize("architecture", TRACED)
 # What stands in the way, where nothing is read wrongly but nothing is supported either.
 REFUSED = {
     "apertus": r"'mlp\.act_fn' is a XIELUActivation, with weights of its own",
-    "arcee": r"mlp\.up_proj are not a gate and what it multiplies",
     "cohere": r"'model\.norm' is a CohereLayerNorm, which does more",
     "falcon": r"'transformer\.ln_f' is a LayerNorm",
     "gpt2": r"positions are not RoPE's",

@@ -121,7 +121,7 @@ class DuQuant(Method):
             transforms = {}
             for stage in graph.stages:
                 x, smooth = torch.cat(seen[stage[0]]).flatten(0, -2), None  # (tokens, in)
-                if self.smooth and (graph.norm_before(stage[0]) or stage not in graph.readers):
+                if self.smooth and graph.absorbs_scale(stage[0]):
                     w = torch.cat([block.get_submodule(name).weight for name in stage])  # type: ignore[misc]
                     shared = config.num_key_value_heads if stage[0] == graph.output else None
                     assert self.alpha is not None, "a recipe resolves its method"

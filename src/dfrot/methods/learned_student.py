@@ -265,7 +265,8 @@ class Student:
         heads, copies = config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads
         size, of_heads = head_dim(config), scales(heads, head_dim(config))
         throughs[graph.output] = Through(self.value_rotation, of_heads, None, spec.activations, copies=copies)
-        throughs[graph.down] = Through(None, scales(1, widths[graph.down]), start.ffn, spec.activations)
+        of_down = scales(1, widths[graph.down], rate=SCALE_RATE if graph.absorbs_scale(graph.down) else None)
+        throughs[graph.down] = Through(None, of_down, start.ffn, spec.activations)
         for name in (graph.output, graph.down):
             block.set_submodule(name, nn.Sequential(throughs[name], block.get_submodule(name)))
         if spec.keys.enabled:

@@ -24,7 +24,8 @@ class ModelGraph:
     key: str | None = "self_attn.k_proj"  # computes the keys and nothing else; None: q, k and v are fused
     value: str = "self_attn.v_proj"  # its last rows (all unless q, k and v are fused) compute the values
     output: str = "self_attn.o_proj"  # reads the heads' outputs
-    up: str = "mlp.up_proj"  # its last rows (all unless gate and up are fused) are multiplied by the gate
+    # Its last rows (all unless gate and up are fused) are multiplied by the gate; None: there is no gate.
+    up: str | None = "mlp.up_proj"
     down: str = "mlp.down_proj"  # reads the feed-forward activations
     head_norms: tuple[str, ...] = ()  # norms of queries and keys (QK-norm); no rotation touches them
     unit_gains: bool = False  # norms multiply by 1 + their weight, as Gemma's
@@ -61,6 +62,14 @@ class ModelGraph:
     def norm_before(self, linear: str) -> str | None:
         """The norm whose output `linear` reads, if it reads one."""
         return next((norm for norm, readers in self.norms.items() if linear in readers), None)
+
+    def absorbs_scale(self, linear: str) -> bool:
+        """Whether the norm or the layer before it can divide what `linear` reads, channel by channel."""
+        return (
+            self.norm_before(linear) is not None
+            or linear == self.output
+            or (linear == self.down and self.up is not None)
+        )
 
     def sites(self, linear: str) -> tuple[str, ...]:
         """Where the runtime transforms the input of `linear`: the norm before it, or each layer that reads it."""

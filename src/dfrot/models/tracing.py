@@ -5,8 +5,8 @@ source, read by it, are compared with those of transformers, and every fold of e
 not fit is refused, and the module that stands in the way is named.
 
 A block has to have linear layers that read the residual stream, through norms that multiply by a gain and subtract no
-mean, or without any; attention, whose heads one layer reads; a gated feed-forward network; maybe such norms behind the
-two; and nothing else with parameters.
+mean, or without any; attention, whose heads one layer reads; a feed-forward network, mostly with a gate; maybe such
+norms behind the two; and nothing else with parameters.
 """
 
 import contextlib
@@ -222,9 +222,11 @@ def _head_layers(
     return {"key": found["k"], "value": found["v"]}
 
 
-def _up(readers: tuple[str, ...], calls: list[_Call], linears: dict[str, _Call], channels: int) -> str:
-    """The layer whose outputs the gate multiplies."""
+def _up(readers: tuple[str, ...], calls: list[_Call], linears: dict[str, _Call], channels: int) -> str | None:
+    """The layer whose outputs the gate multiplies; None if there is no gate."""
     rows = [linears[name].module.out_features for name in readers]
+    if rows == [channels]:
+        return None
     if rows == [2 * channels]:
         return readers[0]
     gates = [name for name in readers if any(call.read is linears[name].made for call in calls)]
