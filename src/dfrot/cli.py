@@ -470,18 +470,35 @@ class Bench:
 
 @dataclass(frozen=True)
 class Info:
-    """Say what a checkpoint is, and what computes here."""
+    """Say what a checkpoint is; without one, what computes on this machine and which spec suits it."""
 
-    checkpoint: Checkpoint
+    checkpoint: Annotated[
+        Path | None, Positional, arg(metavar="CKPT", help="Directory written by `dfrot quantize`.")
+    ] = None
+    device: Device = "auto"
 
     def run(self) -> None:
         from dfrot.checkpoint.load import read_checkpoint
         from dfrot.kernels.library import backend
 
+        if self.checkpoint is None:
+            return self._machine()
         if (checkpoint := read_checkpoint(self.checkpoint)) is None:
             raise UserError(f"{self.checkpoint} is a model, but not a dfrot checkpoint: it is not quantized.")
         size = model_size(self.checkpoint)
         out.print_json(json.dumps({"recipe": checkpoint.recipe, "size": size, "backend": backend()}))
+
+    def _machine(self) -> None:
+        import torch
+
+        from dfrot.evaluation import machine
+
+        device = torch.device(_device(self.device, quiet=True))
+        out.print(machine.computes_with(device), markup=False)
+        table = Table("spec", "a prompt, × bfloat16", "a token, × bfloat16")
+        for speed in (found := machine.speeds(device)):
+            table.add_row(speed.spec, f"{speed.prompt:.2f}", f"{speed.token:.2f}")
+        out.print(table, machine.advice(found))
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ the size of the model, and a small model goes through the same loop.
 
 import functools
 import hashlib
+import re
 import time
 import warnings
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ from dfrot.pipeline import cache
 from dfrot.pipeline.estimate import VOCABULARY_ROWS, Estimate
 from dfrot.pipeline.recipe import Recipe
 from dfrot.quant.affine import grouped
+from dfrot.quant.spec import Spec
 from dfrot.rounding.rounding import BlockTask
 from dfrot.rounding.stream import CalibrationStream, runtime_block
 from dfrot.runtime.config import RuntimeConfig
@@ -60,6 +62,7 @@ class QuantizeResult:
             *self.recipe.rounding.summary(self.notes.get("weights_by_block", [])),
             *self.recipe.tuning.summary(self.notes.get("tuning", {}), self.recipe.spec),
             *cache.summary(self.notes.get("cache", {})),
+            *_for_no_speed(self.recipe.spec),
             f"folding changed the model by {self.invariance:.0e} (float64, relative)",
         ]
 
@@ -160,6 +163,16 @@ def quantize(
         if not recipe.tuning.enabled:
             reuse.keep_checkpoint(blocks, writer.path)
     return QuantizeResult(path, recipe, timings, invariance, notes)
+
+
+def _for_no_speed(spec: Spec) -> list[str]:
+    """What is to be said where fewer bits than 8 lose quality and save no time; `dfrot info` measures it."""
+    if not (spec.weights.enabled and spec.activations.bits < 8):
+        return []
+    more = re.sub(r"a\d+", "a8", str(spec), count=1)
+    return [
+        f"activations of {spec.activations.bits} bits compute as bytes, no faster than those of 8: {more} loses less"
+    ]
 
 
 def _identity(source: Source, recipe: Recipe) -> dict[str, Any]:
