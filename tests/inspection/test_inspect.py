@@ -18,15 +18,18 @@ from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 
 import dfrot
 from dfrot.cli import main
-from dfrot.inspect.inspect import inspect
+from dfrot.inspect.inspect import as_quantized, inspect
 from dfrot.linalg.rotation import Hadamard, random_hadamard, random_orthogonal
 from dfrot.methods.method import FitContext
 from dfrot.models.source import load_tokenizer, open_source
+from dfrot.pipeline.recipe import Recipe
 from dfrot.pipeline.run import calibration_tokens
+from dfrot.quant.spec import Spec
 from dfrot.transform.transforms import Transforms
 from tests.tiny_models import write_planted_model
 
 Tiny = Callable[[str], Path]
+CPU = torch.device("cpu")
 TOKENS, HIDDEN, BLOCKS, CHANNEL = 60, 48, 2, 5
 NORMS = ("input_layernorm", "post_attention_layernorm")
 
@@ -274,13 +277,36 @@ def test_whoever_may_read_the_statistics_may_read_the_tensors(out: Path) -> None
     assert (out / "inspect.safetensors").stat().st_mode == (out / "inspect.json").stat().st_mode
 
 
-@pytest.mark.parametrize("architecture", ["mistral", "qwen3", "phi3"])
+@pytest.mark.parametrize("architecture", ["mistral", "qwen3", "phi3", "gemma3_text"])
 def test_every_architecture_can_be_inspected(tiny: Tiny, text_file: Path, tmp_path: Path, architecture: str) -> None:
     rotations = ("duquant", "RH")
     out = inspect(str(tiny(architecture)), tmp_path, rotations=rotations, text=str(text_file), seq_len=TOKENS)
     found = json.loads((out / "inspect.json").read_text())
     assert found["rotations"] == ["RH", "duquant"]
     assert list(found["sensitivity"]) == ["RH"]
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "gemma3_text"])
+@pytest.mark.parametrize("method", ["quarot", "duquant"])
+def test_a_norms_output_is_shown_as_the_folded_layer_reads_it(
+    tiny: Tiny, generator: torch.Generator, architecture: str, method: str
+) -> None:
+    source = open_source(str(tiny(architecture)))
+    grid, text = Spec.parse("w4a4kv4").activations, torch.randint(1, 90, (1, TOKENS), generator=generator)
+    transforms = Recipe.parse(method, "rtn").method.fit(FitContext(source, grid, lambda: text, CPU)).transforms
+    block = source.block(1).double()
+    for norm, (reader, *_) in source.graph.norms.items():
+        gain, weight = (block.get_parameter(f"{name}.weight") for name in (norm, reader))
+        x = torch.randn(5, 64, generator=generator, dtype=torch.float64)
+        folded = transforms.folds(1, source.graph, source.config, block)[reader].weight(weight)
+        torch.testing.assert_close(as_quantized(x, transforms, 1, reader, gain) @ folded.T, (x * gain) @ weight.T)
+
+
+def test_where_no_norm_stands_before_layers_there_is_nothing_to_inspect(
+    tiny: Tiny, text_file: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(dfrot.UserError, match="what norms hand to linear layers; in Olmo2ForCausalLM, traced none"):
+        inspect(str(tiny("olmo2")), tmp_path / "out", text=str(text_file), seq_len=TOKENS)
 
 
 def test_without_massive_tokens_their_error_is_null(

@@ -40,6 +40,7 @@ GEMMA_KEYS |= {"attention.head_count": 4, "attention.head_count_kv": 2, "attenti
 GEMMA_KEYS |= {"attention.sliding_window": 8, "attention.sliding_window_pattern": 2, "rope.freq_base": 1e6}
 GEMMA_KEYS |= {"attention.layer_norm_rms_epsilon": 1e-6, "attention.value_length": 32}
 
+GAINS = traced_graph(TRACED["gemma3_text"])
 every_traced = pytest.mark.parametrize("architecture", TRACED)
 
 # What stands in the way, where nothing is read wrongly but nothing is supported either.
@@ -149,6 +150,18 @@ def test_tuning_takes_it(tiny: Tiny, tmp_path: Path, text_file: Path, architectu
     path = made(tiny, tmp_path / "out", architecture, text_file, **words)
     model, _ = dfrot.load(path)
     assert model(TOKENS).logits.isfinite().all()
+
+
+def test_gains_of_norms_behind_writers_are_tuned_too(tiny: Tiny, tmp_path: Path, text_file: Path) -> None:
+    words = {"tune": "gains", "tune_steps": 4, "tune_tokens": 64, "tune_seq_len": 32, "calib_tokens": 512}
+    tuned = made(tiny, tmp_path / "tuned", "gemma3_text", text_file, **words)
+    untuned = made(tiny, tmp_path / "untuned", "gemma3_text", text_file, tune="none", calib_tokens=512)
+    found, before = (
+        {name: tensor for file in path.glob("*.safetensors") for name, tensor in load_file(file).items()}
+        for path in (tuned, untuned)
+    )
+    changed = {name.split(".", 3)[3] for name in before if not torch.equal(found[name], before[name])}
+    assert changed == {f"{norm}.weight" for norm in (*GAINS.norms, *GAINS.norms_behind)}
 
 
 @every_traced

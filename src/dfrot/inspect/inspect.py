@@ -225,15 +225,16 @@ def as_quantized(
 ) -> Float[Tensor, "tokens hidden"]:
     """The output x̂ of a norm of block `index`, which the layer `reader` reads, in the form in which it is quantized.
 
-    That is x̂ R; for DuQuant, which leaves the gain where it is and smooths, (x̂ g / s) R. Without rotation it is x̂, the
-    same tokens as with one, as in the papers' figures, although the method `none` leaves the gain where it is, too.
+    That is x̂ R; where the gain is left in place, (x̂ g) R, and for DuQuant, which smooths, (x̂ g / s) R. Without
+    rotation it is x̂, the same tokens as with one, as in the papers' figures, although `none` leaves the gain, too.
     """
     if transforms.inputs:
         transform = transforms.inputs[index][reader]
         x = x * gain
         return transform.rotation.apply(x if transform.smooth is None else x / transform.smooth)
-    rotation = transforms.residual or transforms.readers
-    return x if rotation is None else rotation.apply(x)
+    if transforms.readers is not None:
+        return transforms.readers.apply(x * gain)
+    return x if transforms.residual is None else transforms.residual.apply(x)
 
 
 def outliers(x: Float[Tensor, "tokens hidden"]) -> NormChannels:

@@ -282,7 +282,8 @@ class Student:
                     blocks, offset = module.rotation, module.offset
                 rotation = blocks.as_rotation if isinstance(blocks, BlockRotation) else blocks
                 grid = self.runtime.activations(name, index) if name in graph.norms else UNQUANTIZED
-                gain = trained(f"{name}.weight", "gains" if name in graph.norms else None)
+                moves = name in graph.norms or name in graph.norms_behind
+                gain = trained(f"{name}.weight", "gains" if moves else None)
                 of_grid = module.eps or 0.0, rotation, offset, grid, clip(name, grid)
                 block.set_submodule(name, StudentNorm(gain, *of_grid))
             elif isinstance(module, Float64SiLU):

@@ -6,7 +6,7 @@ the quantizers of activations, keys and values. What can be trained:
     biases   of all linear layers of the decoder blocks, made where there are none
     clips    ratios by which the ranges of activations, keys and values are cut, by block
     scales   of their weights
-    gains    of the blocks' norms, in the rotated basis: the norms' own weights after folding
+    gains    of the blocks' norms, those behind writers too, in the basis in which they stand after folding
 
 Why biases: massive activations act as constant biases of attention and of the MLP (Sun et al. 2024, arXiv 2402.17762).
 Quantization disturbs these constants in every layer, and an explicit bias gives them back. Matching each layer's mean
