@@ -10,6 +10,7 @@ and checkpoints of `dfrot compare`. The table is printed last, with the machine,
 """
 
 import argparse
+import functools
 import json
 import platform
 from pathlib import Path
@@ -31,18 +32,18 @@ PAPERS = ("none", "quarot", "dfrot", "duquant")
 
 def recipes(given: argparse.Namespace, rotates_stream: bool) -> dict[str, dfrot.Recipe | None]:
     """Row → recipe; None is the model itself. Where R1 cannot be folded there is none to refine."""
-    best: dict[str, Any] = {"method": "rangerot" if rotates_stream else "quarot", "weights": "gptq"}
+    method = "rangerot" if rotates_stream else "quarot"
     calibration: dict[str, Any] = {"calib": given.calib, "calib_tokens": given.calib_tokens, "seed": given.seed}
     tuning = {"tune": given.tune, "tune_steps": given.tune_steps, "tune_tokens": given.tune_tokens}
     rows: dict[str, dfrot.Recipe | None] = {"unquantized": None}
     rows["w16a16kv4 quarot"] = dfrot.Recipe.parse("quarot", spec="w16a16kv4", seed=given.seed)
     for spec in given.specs.split(","):
-        for method in (name for name in PAPERS if rotates_stream or name != "dfrot"):
-            words = calibration | {"preset": "duquant" if method == "duquant" else "paper"}
-            rows[f"{spec} {method} gptq"] = dfrot.Recipe.parse(method, "gptq", spec, tune="none", **words)
-        best |= {"spec": spec, "target": "original", **calibration}
-        rows[f"{spec} {best['method']} gptq, target original"] = dfrot.Recipe.parse(**best, tune="none")
-        rows[f"{spec} … then {given.tune} tuned"] = dfrot.Recipe.parse(**best, **tuning)
+        for paper in (name for name in PAPERS if rotates_stream or name != "dfrot"):
+            words = calibration | {"preset": "duquant" if paper == "duquant" else "paper"}
+            rows[f"{spec} {paper} gptq"] = dfrot.Recipe.parse(paper, "gptq", spec, tune="none", **words)
+        best: Any = functools.partial(dfrot.Recipe.parse, method, "gptq", spec, target="original", **calibration)
+        rows[f"{spec} {method} gptq, target original"] = best(tune="none")
+        rows[f"{spec} … then {given.tune} tuned"] = best(**tuning)
     return rows
 
 

@@ -71,7 +71,7 @@ def test_what_plain_transformers_does_not_quantize_is_said(tiny: Tiny, tmp_path:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ({"fold_only": False}, r"rotates the input of mlp\.down_proj.*--fold-only"),
+        ({"fold_only": False}, r"rotates at mlp\.down_proj.*--fold-only"),
         (
             {"method": "duquant", "fold_only": None, "block": 16},
             r"duquant, which rotates.*rangerot --fold-only",

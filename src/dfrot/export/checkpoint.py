@@ -105,7 +105,7 @@ class Checkpoint:
             )
         if alike and (online := ", ".join(self.runtime.online)):
             raise UserError(
-                f"{self.path} rotates the input of {online} while the model runs; {engine} cannot. "
+                f"{self.path} rotates at {online} while the model runs; {engine} cannot. "
                 "Quantize with --fold-only, which leaves out online rotations."
             )
 

@@ -11,23 +11,21 @@ sums floats:
 | float product in torch | 16 bits, weight groups, unquantized tensors; the gradient of the integer product |
 """
 
-from typing import Any
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dfrot.kernels.linear import PackedWeight, linear, supported
-from dfrot.kernels.lowering import NO_PASSES, Lowered, lower
+from dfrot.kernels.lowering import NO_PASSES, lower
 from dfrot.linalg.rotation import Rotation
 from dfrot.quant.affine import SCALE_DTYPE, QParams, choose_qparams, dequantize, quantize
 from dfrot.quant.packing import pack, packed_width, unpack
 from dfrot.quant.spec import TensorSpec
-from dfrot.runtime.norms import BlockRotation, differentiated, straight_through, transformed, wide
+from dfrot.runtime.norms import BlockRotation, Transforming, differentiated, straight_through, transformed, wide
 from dfrot.system.kept import Kept
 
 
-class QuantLinear(nn.Module):
+class QuantLinear(Transforming, nn.Module):
     """y = Q_a(x R − o) Ŵᵀ + b: rotate, quantize every token, multiply by the dequantized weight.
 
     Buffers: `qweight` uint8 (out, ⌈in · bits / 8⌉), `scales` bfloat16 (out, groups), for asymmetric grids `zeros` uint8
@@ -76,7 +74,6 @@ class QuantLinear(nn.Module):
         self.register_buffer("offset", torch.empty(in_features, dtype=wide(dtype)) if offset else None)
         self._dense: Kept[Tensor] = Kept()
         self._integers: Kept[Tensor] = Kept()
-        self._lowered: tuple[Any, Lowered | None] = None, NO_PASSES
         if isinstance(rotation, Rotation):  # now: what torch.compile traces finds it made
             self._lowered = rotation, lower(rotation)
 
@@ -130,16 +127,6 @@ class QuantLinear(nn.Module):
     def packed(self) -> PackedWeight:
         """The weight as the kernels take it."""
         return PackedWeight(self.qweight, self.scales, None if self.weights.symmetric else self.zeros, self.added)
-
-    @property
-    def passes(self) -> Lowered | None:
-        """Rotation and offset as the kernels take them, if they can."""
-        if isinstance(self.rotation, BlockRotation):
-            return self.rotation.passes.less(self.offset)
-        if self._lowered[0] is not self.rotation:
-            self._lowered = self.rotation, NO_PASSES if self.rotation is None else lower(self.rotation)
-        passes = self._lowered[1]
-        return None if passes is None else passes.less(self.offset)
 
     def quantize_input(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch in"]:
         """What the weight is multiplied by: the input rotated, less the offset, and quantized."""

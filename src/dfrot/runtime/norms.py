@@ -6,6 +6,7 @@ a tie changes everything behind it.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -88,6 +89,24 @@ class BlockRotation(nn.Module):
         return in_float64(self.as_rotation.apply, x)
 
 
+class Transforming:
+    """A module that rotates, and takes less an offset, what it reads or hands out: both as the kernels take them."""
+
+    rotation: Rotation | BlockRotation | None
+    offset: Tensor | None
+    _lowered: tuple[Any, Lowered | None] = None, NO_PASSES  # a rotation and its passes, which are made once
+
+    @property
+    def passes(self) -> Lowered | None:
+        """Rotation and offset as the kernels take them, if they can."""
+        if isinstance(self.rotation, BlockRotation):
+            return self.rotation.passes.less(self.offset)
+        if self._lowered[0] is not self.rotation:
+            self._lowered = self.rotation, NO_PASSES if self.rotation is None else lower(self.rotation)
+        passes = self._lowered[1]
+        return None if passes is None else passes.less(self.offset)
+
+
 def transformed(
     x: Float[Tensor, "*batch size"],
     rotation: Rotation | BlockRotation | None,
@@ -108,7 +127,7 @@ def transformed(
     return in_float64(compute, x)
 
 
-class TransformedNorm(Float64RMSNorm):
+class TransformedNorm(Transforming, Float64RMSNorm):
     """A norm that hands its output out rotated, and less an offset, once for all layers that read it.
 
     Buffer, if there is an offset: `offset` float32 (float64 in a float64 model) (size,).
@@ -121,17 +140,11 @@ class TransformedNorm(Float64RMSNorm):
         self.rotation = rotation
         weight = norm.weight
         self.register_buffer("offset", torch.empty(len(weight), dtype=wide(weight.dtype)) if offset else None)
-
-    @property
-    def passes(self) -> Lowered | None:
-        """What becomes of the norm's output, as the kernels take it, if they can."""
-        if isinstance(self.rotation, BlockRotation):
-            return self.rotation.passes.less(self.offset)
-        passes = NO_PASSES if self.rotation is None else lower(self.rotation)
-        return None if passes is None else passes.less(self.offset)
+        if isinstance(rotation, Rotation):  # now: what torch.compile traces finds it made
+            self._lowered = rotation, lower(rotation)
 
     def forward(self, x: Float[Tensor, "*batch size"]) -> Float[Tensor, "*batch size"]:
         y = super().forward(x)
-        if isinstance(self.rotation, Rotation) and linear.computable(y) and self.passes is not None:
-            return linear.rotate(y, *self.passes)
+        if isinstance(self.rotation, Rotation) and linear.computable(y) and (passes := self.passes) is not None:
+            return linear.rotate(y, *passes)
         return transformed(y, self.rotation, self.offset)

@@ -137,10 +137,8 @@ class Transforms:
             f"{site}.offset": self.offsets[index][stage].to(dtype) for site, stage in self.offset_sites(graph).items()
         }
         for stage, transform in (self.inputs[index] if self.inputs else {}).items():
-            for site in graph.sites(stage):
-                tensors[f"{site}.rotation.matrices"] = transform.matrices.to(
-                    dtype, copy=True
-                )  # a file shares no tensor
+            for site in graph.sites(stage):  # copies: a file shares no tensor
+                tensors[f"{site}.rotation.matrices"] = transform.matrices.to(dtype, copy=True)
                 tensors[f"{site}.rotation.orders"] = transform.orders.to(torch.int32, copy=True)
         return tensors
 
