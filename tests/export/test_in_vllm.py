@@ -102,8 +102,8 @@ def predicted(
     return dict(zip(CASES, answers(jobs, tmp_path_factory.mktemp("answers")), strict=True))
 
 
-def log_likelihoods(checkpoint: Path) -> torch.Tensor:
-    model, _ = dfrot.load(checkpoint)
+def log_likelihoods(checkpoint: Path, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    model, _ = dfrot.load(checkpoint, dtype=dtype)
     with torch.inference_mode():
         logits = model(BLOCKS).logits[:, :-1].double()
     return logits.log_softmax(-1).gather(-1, BLOCKS[:, 1:, None])[..., 0]
@@ -115,10 +115,12 @@ def test_perplexity_there_is_ours(
 ) -> None:
     assert "error" not in predicted[name], predicted[name]["error"]
     theirs = torch.tensor(predicted[name]["log_probabilities"], dtype=torch.float64)
-    ours = log_likelihoods(exported[name][0])
-    within = CASES[name].within
+    ours, within = log_likelihoods(exported[name][0]), CASES[name].within
     assert abs(math.expm1(float(ours.mean() - theirs.mean()))) < within
-    assert (theirs - ours).abs().mean() < 3 * within * ours.std()
+    # in bfloat16 codes of activations flip at ties, which moves our own predictions as much
+    rounded = log_likelihoods(exported[name][0], getattr(torch, CASES[name].engine["dtype"]))
+    flips = (rounded - ours).abs().mean()
+    assert (theirs - ours).abs().mean() < 3 * within * ours.std() + 1.5 * flips
 
 
 def test_on_a_gpu_a_kernel_that_does_not_compute_in_4_bits_is_refused() -> None:
