@@ -15,7 +15,7 @@ from dfrot.methods.massive import Sample
 from dfrot.methods.rangerot import RangeRot
 from dfrot.methods.refinement import PAPER_QUANTIZER
 from dfrot.models.source import stored_tensors
-from dfrot.rounding.stream import CalibrationStream
+from dfrot.rounding.stream import CalibrationStream, Hessian
 from dfrot.system.distributed import SINGLE_PROCESS, ProcessGroup
 
 STEPS = 10
@@ -43,10 +43,10 @@ def hessians(
     found: dict[str, Tensor] = {}
     original = CalibrationStream.hessian
 
-    def watched(stream: CalibrationStream, index: int, block: nn.Module, linear: str) -> tuple[Tensor, Tensor | None]:
-        hessian, cross = original(stream, index, block, linear)
-        found[f"{index}.{linear}"] = hessian.clone()
-        return hessian, cross
+    def watched(stream: CalibrationStream, index: int, block: nn.Module, linear: str) -> Hessian:
+        hessian = original(stream, index, block, linear)
+        found[f"{index}.{linear}"] = hessian.inputs.clone()
+        return hessian
 
     words: dict[str, Any] = {"calib": text, "calib_tokens": 120, "calib_seq_len": 24}  # five sequences
     CalibrationStream.hessian = watched  # type: ignore[assignment, method-assign]

@@ -50,12 +50,11 @@ REFUSED = {
     "falcon": r"'transformer\.ln_f' is a LayerNorm",
     "gpt2": r"positions are not RoPE's",
     "gpt_neox": r"'gpt_neox\.final_layer_norm' is a LayerNorm",
-    "mixtral": r"'mlp\.gate' is a MixtralTopKRouter, with weights of its own",
     "nemotron": r"'model\.norm' is a NemotronLayerNorm1P",
     "olmo": r"0 norms behind the blocks",
     "opt": r"no list of blocks",
     "phi": r"'model\.final_layernorm' is a LayerNorm",
-    "qwen3_moe": r"'mlp\.experts' is a Qwen3MoeExperts, with weights of its own",
+    "qwen2_moe": r"'mlp\.gate' is a Qwen2MoeTopKRouter, with weights of its own",
     "stablelm": r"'model\.norm' is a LayerNorm",
     "starcoder2": r"'model\.norm' is a LayerNorm",
 }
@@ -83,14 +82,14 @@ def test_a_traced_architecture_is_refused_by_no_one(architecture: str) -> None:
 
 def original_logits(path: Path) -> torch.Tensor:
     """transformers in float64, its norms computed in float64 too."""
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, experts_implementation="eager")
     use_torch_norms_(model, graph_for(model.config))
     with torch.no_grad():
         return model(TOKENS, use_cache=False).logits
 
 
 def made(tiny: Tiny, out: Path, architecture: str, text: Path, **words: Any) -> Path:
-    calibration = {"calib": str(text), "calib_tokens": 64, "calib_seq_len": 32}
+    calibration = {"calib": str(text), "calib_tokens": 64, "calib_seq_len": 32, "tune": "none"}
     recipe = dfrot.Recipe.parse(**{"method": "quarot", "weights": "rtn", **calibration, **words})
     return dfrot.quantize(tiny(architecture), recipe, out, check_source="auto").path
 
@@ -109,15 +108,18 @@ def made(tiny: Tiny, out: Path, architecture: str, text: Path, **words: Any) -> 
 def test_folding_leaves_the_logits_of_transformers(
     tiny: Tiny, tmp_path: Path, text_file: Path, architecture: str, words: dict[str, Any]
 ) -> None:
-    if words["method"] == "learned" and not graph_for(TRACED[architecture]).rotates_stream:
-        with pytest.raises(UserError, match=r"the norm 'post_\w+norm' stands between layers and the residual stream"):
+    graph = graph_for(TRACED[architecture])
+    if words["method"] == "learned" and (graph.experts or not graph.rotates_stream):
+        wrong = r"the norm 'post_\w+norm' stands between layers and the residual stream|has experts, for whose inputs"
+        with pytest.raises(UserError, match=wrong):
             made(tiny, tmp_path / "out", architecture, text_file, **words)
         return
     path = made(tiny, tmp_path / "out", architecture, text_file, spec="w16a16kv16", dtype="float64", **words)
     model, _ = dfrot.load(path)
     with torch.no_grad():
         found, expected = model(TOKENS, use_cache=False).logits, original_logits(tiny(architecture))
-    assert (found - expected).norm() <= 1e-10 * expected.norm()
+    bound = 1e-6 if graph.experts else 1e-10  # routers of transformers choose in float32
+    assert (found - expected).norm() <= bound * expected.norm()
 
 
 @every_traced
@@ -155,7 +157,7 @@ def test_tuning_takes_it(tiny: Tiny, tmp_path: Path, text_file: Path, architectu
 def test_gains_of_norms_behind_writers_are_tuned_too(tiny: Tiny, tmp_path: Path, text_file: Path) -> None:
     words = {"tune": "gains", "tune_steps": 4, "tune_tokens": 64, "tune_seq_len": 32, "calib_tokens": 512}
     tuned = made(tiny, tmp_path / "tuned", "gemma3_text", text_file, **words)
-    untuned = made(tiny, tmp_path / "untuned", "gemma3_text", text_file, tune="none", calib_tokens=512)
+    untuned = made(tiny, tmp_path / "untuned", "gemma3_text", text_file, calib_tokens=512)
     found, before = (
         {name: tensor for file in path.glob("*.safetensors") for name, tensor in load_file(file).items()}
         for path in (tuned, untuned)

@@ -14,7 +14,7 @@ from dfrot.models.graph import ModelGraph
 from dfrot.models.source import open_source
 from dfrot.pipeline import run as pipeline
 from dfrot.pipeline.estimate import Estimate
-from dfrot.rounding.stream import TOGETHER, CalibrationStream
+from dfrot.rounding.stream import TOGETHER, CalibrationStream, Hessian
 from dfrot.runtime.linear import QuantLinear
 from dfrot.system.errors import SetupError, UserError
 from dfrot.system.files import read_json
@@ -33,10 +33,10 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
             super().__init__(source, plan, embedding, token_ids, *rest)
             found.update(stream=self, tokens=token_ids)
 
-    def hessian(stream: CalibrationStream, index: int, block: nn.Module, linear: str) -> tuple[Tensor, Tensor | None]:
-        hessian, cross = original(stream, index, block, linear)
-        found["hessians"][index, linear], found["crosses"][index, linear] = hessian.clone(), cross
-        return hessian, cross
+    def hessian(stream: CalibrationStream, index: int, block: nn.Module, linear: str) -> Hessian:
+        hessian = original(stream, index, block, linear)
+        found["hessians"][index, linear], found["crosses"][index, linear] = hessian.inputs.clone(), hessian.cross
+        return hessian
 
     original = CalibrationStream.hessian
     monkeypatch.setattr(pipeline, "CalibrationStream", Watched)

@@ -99,6 +99,9 @@ class DfrotQuantizer(HfQuantizer):
             config._attn_implementation = ATTENTION
         return config
 
+    def update_weight_conversions(self, weight_conversions: Any, model: nn.Module) -> list[Any]:
+        return []  # a checkpoint has the names of the modules; transformers would merge experts
+
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         install_(model, self.quantization_config.runtime)
         return model

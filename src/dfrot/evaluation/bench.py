@@ -5,6 +5,7 @@ do. So every round measures each model once, and medians are compared.
 """
 
 import gc
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from statistics import median
@@ -147,14 +148,13 @@ def described(result: dict[str, Any]) -> list[Table | str]:
 
 
 def _decoder_bytes(model: Any) -> int:
-    """Memory of the linear layers of all blocks, with whatever they have unpacked or put aside."""
+    """Memory of all blocks, with whatever their layers have unpacked or put aside."""
     graph = graph_for(model.config)
     found: dict[int, int] = {}  # address → bytes: layers may share tensors
     for block in model.get_submodule(graph.blocks):
-        for name in graph.linears:
-            layer = block.get_submodule(name)
-            kept = layer.kept_tensors() if isinstance(layer, QuantLinear) else [*layer.parameters(), *layer.buffers()]
-            found |= {tensor.data_ptr(): tensor.nbytes for tensor in kept}
+        unpacked = [layer.kept_tensors() for layer in block.modules() if isinstance(layer, QuantLinear)]
+        tensors = [*block.parameters(), *block.buffers(), *itertools.chain(*unpacked)]
+        found |= {tensor.data_ptr(): tensor.nbytes for tensor in tensors}
     return sum(found.values())
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from dfrot.methods.massive import massive_tokens
 from dfrot.models.graph import graph_for
@@ -155,7 +155,7 @@ def _logits_by_piece(
 
 def _logits_of(model: Any, states: Float[Tensor, "positions hidden"]) -> Float[Tensor, "positions vocabulary"]:
     """What the model makes of last hidden states, by the head and what follows it, such as a factor or soft cap."""
-    decoder, made = model.base_model, BaseModelOutputWithPast(last_hidden_state=states[None])
+    decoder, made = model.base_model, MoeModelOutputWithPast(last_hidden_state=states[None])
     own = decoder.__dict__.get("forward")  # accelerate's, if it spreads the model
     decoder.forward = lambda *_, **__: made
     try:
@@ -170,6 +170,8 @@ def _logits_of(model: Any, states: Float[Tensor, "positions hidden"]) -> Float[T
 def massive_positions(original: Any, tokens: Int[Tensor, " seq_len"]) -> dict[str, Bool[Tensor, " seq_len"]]:
     """Reader of a norm (its full name) → which positions of a sequence have massive activations there."""
     graph, config = graph_for(original.config), original.config
+    if graph.experts:
+        raise UserError(f"{graph.name} has experts, which see some of the tokens: none are left unquantized there.")
     readers = {
         f"{graph.blocks}.{index}.{norm}": [f"{graph.blocks}.{index}.{name}" for name in names]
         for index in range(config.num_hidden_layers)

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dfrot.checkpoint.load import read_checkpoint
+from dfrot.models.experts import in_file
 from dfrot.models.graph import Config, ModelGraph, graph_for
 from dfrot.models.source import INDEX_FILE, StoredTensor, copy_tokenizer, read_config, stored_tensors
 from dfrot.quant.affine import QParams, dequantize
@@ -179,7 +180,8 @@ def write_directory(checkpoint: Checkpoint, out: Path, weight: Weight, config: d
             raise UserError(f"{out} is not empty ({found[0]}); nothing there is touched. Choose another -o directory.")
         try:
             for number, index in enumerate(track(checkpoint.shards, "exporting", count), start=1):
-                tensors = dict(checkpoint.tensors(index, weight))
+                kind = checkpoint.config.model_type
+                tensors = {in_file(kind, name): tensor for name, tensor in checkpoint.tensors(index, weight)}
                 file = out / f"model-{number:05}-of-{count:05}.safetensors"
                 write_tensors(file, tensors, {"format": "pt"})
                 weight_map |= dict.fromkeys(tensors, file.name)

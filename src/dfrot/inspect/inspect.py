@@ -269,8 +269,9 @@ def weight_errors(
     for method, transforms in fitted.items():
         if transforms.inputs:  # DuQuant's rotations run online: nothing is folded into weights
             continue
-        for name, fold in transforms.folds(index, source.graph, source.config, block).items():
-            weight = fold.weight(block.get_submodule(name).weight.data).float()  # type: ignore[arg-type]
+        folds = transforms.folds(index, source.graph, source.config, block)
+        for name in errors:
+            weight = folds[name].weight(block.get_submodule(name).weight.data).float()  # type: ignore[arg-type]
             codes, qparams = rtn(weight, spec)
             left = weight - dequantize(codes, spec.weight_granularity, qparams)
             errors[name][method] = float(left.norm() / weight.norm())

@@ -116,10 +116,16 @@ class DuQuant(Method):
         for index in track(range(source.num_blocks), "fitting rotations"):
             block = source.block(index).to(on.device)
             fold_block_(block, base.folds(index, graph, config, block), graph, torch.float32)
-            with captured_inputs({stage[0]: block.get_submodule(stage[0]) for stage in graph.stages}) as seen:
+            layers = {stage[0]: block.get_submodule(stage[0]) for stage in graph.stages}
+            if graph.router is not None:  # experts read what it does; the first of them some of it
+                layers[graph.stages[2][0]] = block.get_submodule(graph.router)
+            with captured_inputs(layers) as seen:
                 hidden = run(block, index, hidden)
             transforms = {}
             for stage in graph.stages:
+                if not seen[stage[0]]:  # of an expert that no token chose
+                    expert: Any = block.get_submodule(stage[0].rpartition(".")[0])
+                    seen[stage[0]].append(expert.inner(torch.cat(seen[graph.stages[2][0]])))
                 x, smooth = torch.cat(seen[stage[0]]).flatten(0, -2), None  # (tokens, in)
                 if self.smooth and graph.absorbs_scale(stage[0]):
                     w = torch.cat([block.get_submodule(name).weight for name in stage])  # type: ignore[misc]

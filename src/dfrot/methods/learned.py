@@ -78,6 +78,8 @@ class Learned(RangeRot):
 
     def outline(self, on: FitContext) -> Transforms:
         outline, graph = super().outline(on), on.source.graph
+        if graph.experts:
+            raise UserError(f"{graph.name} has experts, for whose inputs nothing is learned. Use --method rangerot.")
         if not self._shifts(on):
             return outline
         widths = input_widths(graph, on.source.config)

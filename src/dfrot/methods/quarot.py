@@ -16,7 +16,7 @@ from typing import ClassVar, Literal
 
 from dfrot.linalg.rotation import Hadamard, Identity, Rotation, random_hadamard, random_orthogonal
 from dfrot.methods.method import Fit, FitContext, Look, Method
-from dfrot.models.graph import ModelGraph, head_dim
+from dfrot.models.graph import ModelGraph, ffn_width, head_dim
 from dfrot.system.errors import UserError
 from dfrot.system.papers import Paper
 from dfrot.transform.transforms import Transforms
@@ -89,7 +89,7 @@ def around(residual: Rotation | None, on: FitContext, fold_only: bool, head_mixi
     readers = hadamard("the residual stream", config.hidden_size) if online else None
     head = hadamard("one head", head_dim(config))
     mixing = hadamard("head mixing", config.num_attention_heads, "Leave out --head-mixing.") if head_mixing else None
-    ffn = None if fold_only else hadamard("the input of down_proj", config.intermediate_size, "Use --fold-only.")
+    ffn = None if fold_only else hadamard("the input of down_proj", ffn_width(config), "Use --fold-only.")
     return Transforms(residual, head, None if fold_only else head, ffn, mixing, readers)
 
 

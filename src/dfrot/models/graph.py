@@ -27,6 +27,8 @@ class ModelGraph:
     # Its last rows (all unless gate and up are fused) are multiplied by the gate; None: there is no gate.
     up: str | None = "mlp.up_proj"
     down: str = "mlp.down_proj"  # reads the feed-forward activations
+    router: str | None = None  # reads what the experts read, and chooses among them; it is not quantized
+    experts: int = 0  # `up` and `down` are then the first one's
     head_norms: tuple[str, ...] = ()  # norms of queries and keys (QK-norm); no rotation touches them
     unit_gains: bool = False  # norms multiply by 1 + their weight, as Gemma's
     embedding: str = "model.embed_tokens"
@@ -47,7 +49,57 @@ class ModelGraph:
     def stages(self) -> tuple[tuple[str, ...], ...]:
         """The linear layers in execution order, grouped by their input."""
         attention_readers, ffn_readers = self.readers
-        return (attention_readers, (self.output,), ffn_readers, (self.down,))
+        return (attention_readers, (self.output,), ffn_readers, *((down,) for down in self.downs))
+
+    @property
+    def rounded_together(self) -> tuple[tuple[str, ...], ...]:
+        """The stages, each expert's apart from those of the others, which see other tokens."""
+        found: list[tuple[str, ...]] = []
+        for stage in self.stages:
+            by_expert: dict[int | None, list[str]] = {}
+            for name in stage:
+                by_expert.setdefault(self.expert(name), []).append(name)
+            found += map(tuple, by_expert.values())
+        return tuple(found)
+
+    def expert(self, linear: str) -> int | None:
+        """The expert that a layer belongs to, if it is one's."""
+        if not (self.experts and linear.startswith(self._before_experts)):
+            return None
+        return int(linear.removeprefix(self._before_experts).partition(".")[0])
+
+    @property
+    def _before_experts(self) -> str:
+        """How the names of all experts' layers begin."""
+        return self.down.rpartition(".")[0].rpartition(".")[0] + "."
+
+    @property
+    def mixture(self) -> str:
+        """The module that has router and experts."""
+        assert self.router is not None, "it has experts"
+        return self.router.rpartition(".")[0]
+
+    @property
+    def downs(self) -> tuple[str, ...]:
+        """`down`, or those of all experts."""
+        return self._of_experts(self.down)
+
+    @property
+    def ups(self) -> tuple[str, ...]:
+        """`up`, or those of all experts; none without a gate."""
+        return () if self.up is None else self._of_experts(self.up)
+
+    def _of_experts(self, first: str) -> tuple[str, ...]:
+        if not self.experts:
+            return (first,)
+        start = self._before_experts
+        inner = first.removeprefix(start).partition(".")[2]
+        return tuple(f"{start}{number}.{inner}" for number in range(self.experts))
+
+    @property
+    def folded(self) -> tuple[str, ...]:
+        """All layers whose weights take folds up: the router's, too."""
+        return self.linears if self.router is None else (*self.linears, self.router)
 
     @property
     def readers(self) -> tuple[tuple[str, ...], ...]:
@@ -61,6 +113,8 @@ class ModelGraph:
 
     def norm_before(self, linear: str) -> str | None:
         """The norm whose output `linear` reads, if it reads one."""
+        if linear == self.router:
+            linear = self.readers[1][0]
         return next((norm for norm, readers in self.norms.items() if linear in readers), None)
 
     def absorbs_scale(self, linear: str) -> bool:
@@ -68,7 +122,7 @@ class ModelGraph:
         return (
             self.norm_before(linear) is not None
             or linear == self.output
-            or (linear == self.down and self.up is not None)
+            or (linear in self.downs and self.up is not None)
         )
 
     def sites(self, linear: str) -> tuple[str, ...]:
@@ -100,6 +154,11 @@ def graph_for(config: Config) -> ModelGraph:
     from dfrot.models.tracing import traced_graph  # which needs transformers, and names from here
 
     return traced_graph(config)
+
+
+def ffn_width(config: Config) -> int:
+    """Channels that down_proj reads, of one expert if there are some."""
+    return getattr(config, "moe_intermediate_size", None) or config.intermediate_size
 
 
 def head_dim(config: Config) -> int:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from dfrot.models.experts import of_module, use_experts_
 from dfrot.models.graph import Config, ModelGraph, graph_for, head_dim
 from dfrot.system.errors import SetupError, UserError
 from dfrot.system.files import RUN_FILE, read_json, translate_io_errors
@@ -281,17 +282,20 @@ class ModelSizes:
         self.hidden = config.hidden_size  # width of the residual stream
         self.vocabulary = config.vocab_size  # rows of the embedding
         self.heads = config.num_attention_heads * head_dim(config)  # channels of all heads' outputs
+        self.experts = graph.experts
         self.block = sum(shape.numel() for shape in shapes.values())  # all tensors of a block
         self.linears = linears = {name: shapes[f"{name}.weight"] for name in graph.linears}  # (out, in)
         self.unbiased = sum(rows for name, (rows, _) in linears.items() if f"{name}.bias" not in shapes)  # outputs
         self.largest = max(shape.numel() for shape in linears.values())  # weight of a block
-        # for each input that layers share, the rows of these layers and the input's width
-        self.stages = [(sum(linears[name][0] for name in stage), linears[stage[0]][1]) for stage in graph.stages]
+        # for the layers that are rounded together, their rows and their input's width
+        together = graph.rounded_together
+        self.stages = [(sum(linears[name][0] for name in stage), linears[stage[0]][1]) for stage in together]
         # bytes of an entry in the source, while a block is folded, and in the checkpoint
         self.source, self.working, self.stored = source.dtype.itemsize, working.itemsize, stored.itemsize
         self.seq_len = seq_len  # tokens of a calibration sequence
         # one sequence inside a block: the stream, and the widest layer's input with gate and up
-        self.sequence = seq_len * (4 * self.hidden + 3 * linears[graph.down][1])
+        chosen = config.num_experts_per_tok if graph.experts else 1
+        self.sequence = seq_len * (4 * self.hidden + 3 * chosen * linears[graph.down][1])
         self.tokens = tokens  # of the calibration text, of all processes together
 
 
@@ -396,6 +400,7 @@ def _described(path: Path, config: Config, stored: dict[str, StoredTensor]) -> S
     if (named := getattr(config, "transformers_weights", None)) is not None:
         raise UserError(f"{path} has its weights in {named!r} (transformers_weights), which dfrot does not read.")
     graph = graph_for(config)
+    stored = {of_module(config.model_type, name): tensor for name, tensor in stored.items()}
     if getattr(config, "is_causal", True) is not True:
         raise UserError(f"{path} lets tokens attend to later ones (is_causal): dfrot quantizes causal language models.")
     if not isinstance(config.dtype, torch.dtype | None):
@@ -415,7 +420,9 @@ def _described(path: Path, config: Config, stored: dict[str, StoredTensor]) -> S
         config.tie_word_embeddings = torch.equal(stored[one].read().float(), stored[other].read().float())
     with building(path):
         skeleton = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", trust_remote_code=False)
+        use_experts_(skeleton, config)
     use_torch_norms_(skeleton, graph)
+    _check_blocks(path, skeleton.get_submodule(graph.blocks))
     _check_tensors(path, skeleton, graph, stored)
     factors = _without_factors_(config)
     return Source(path, config, graph, stored, skeleton.eval(), 0, *factors)
@@ -469,6 +476,17 @@ def _check_extent(path: Path, config: Config, graph: ModelGraph, stored: Mapping
     for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"):
         if isinstance(size := getattr(config, name, None), int) and size > most:
             raise UserError(f"{path / 'config.json'} has {name} {size}; no tensor there has so many entries.")
+
+
+def _check_blocks(path: Path, blocks: Any) -> None:
+    """Raise UserError unless all blocks have the same layers."""
+    first, *others = (block.state_dict().keys() for block in blocks)
+    for index, names in enumerate(others, start=1):
+        if differing := sorted(first ^ names):
+            raise UserError(
+                f"the model in {path} has blocks of more than one kind: only one of blocks 0 and {index} has a "
+                f"'{differing[0]}'. dfrot takes models whose blocks are alike."
+            )
 
 
 def _check_tensors(path: Path, skeleton: Any, graph: ModelGraph, stored: Mapping[str, StoredTensor]) -> None:

@@ -5,8 +5,8 @@ source, read by it, are compared with those of transformers, and every fold of e
 not fit is refused, and the module that stands in the way is named.
 
 A block has to have linear layers that read the residual stream, through norms that multiply by a gain and subtract no
-mean, or without any; attention, whose heads one layer reads; a feed-forward network, mostly with a gate; maybe such
-norms behind the two; and nothing else with parameters.
+mean, or without any; attention, whose heads one layer reads; a feed-forward network, mostly with a gate, or experts,
+each of which is one; maybe such norms behind the two; and nothing else with parameters.
 """
 
 import contextlib
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from dfrot.models.experts import EXPERTS, ROUTER, MixtureOfExperts, use_experts_
 from dfrot.models.graph import Config, ModelGraph, head_dim
 from dfrot.models.stream import position_embeddings
 from dfrot.system.errors import UserError
@@ -64,6 +65,10 @@ def _of_record(record: str, model_type: str) -> ModelGraph:
             model: Any = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", trust_remote_code=False)
     except Exception as error:  # there is no end to the errors that a config can cause
         raise _Refusal(f"transformers makes no model of it ({error!r})") from error
+    try:
+        use_experts_(model, config)
+    except ValueError as error:
+        raise _Refusal(str(error)) from error
     names = {id(module): name for name, module in model.named_modules()}
     decoder: Any = model.base_model
     blocks = next((module for module in decoder.children() if isinstance(module, nn.ModuleList)), None)
@@ -116,13 +121,17 @@ def _block_parts(block: nn.Module, rotary: Any, config: Config, unit_gains: bool
         ):
             raise _Refusal(f"'{name}' is a {type(module).__name__}, with weights of its own")
     calls = _calls(block, rotary, config)
-    linears = {call.name: call for call in calls if isinstance(call.module, nn.Linear)}
+    mixture = next((name for name, module in block.named_modules() if isinstance(module, MixtureOfExperts)), None)
+    router = mixture and f"{mixture}.{ROUTER}"
+    linears = {call.name: call for call in calls if isinstance(call.module, nn.Linear) and call.name != router}
     stages: dict[int, list[str]] = {}  # by the input that layers share
     for call in linears.values():
         stages.setdefault(id(call.read), []).append(call.name)
-    if [len(stage) for stage in stages.values()][1::2] != [1, 1]:
+    experts = 0 if mixture is None else len(block.get_submodule(f"{mixture}.{EXPERTS}"))  # type: ignore[arg-type]
+    sizes = [len(stage) for stage in stages.values()]
+    if sizes[1:2] != [1] or sizes[3:] != [1] * (experts or 1):
         raise _Refusal(f"{'; '.join(map(', '.join, stages.values()))} are not readers, a writer, readers and a writer")
-    of_heads, (output,), of_ffn, (down,) = map(tuple, stages.values())
+    of_heads, (output,), of_ffn, (down,), *other_experts = map(tuple, stages.values())
     norms: dict[str, tuple[str, ...]] = {}
     head_norms, norms_behind = [], []
     for norm in (call for call in calls if _gains(call.module)):
@@ -143,12 +152,14 @@ def _block_parts(block: nn.Module, rotary: Any, config: Config, unit_gains: bool
         "norms": norms,
         "unnormed": () if norms else (of_heads, of_ffn),
         "norms_behind": tuple(norms_behind),
-        "writers": (output, down),
+        "writers": (output, down, *(name for (name,) in other_experts)),
         "attention": attention,
         **_head_layers(of_heads, linears, queries, values),
         "output": output,
-        "up": _up(of_ffn, calls, linears, linears[down].module.in_features),
+        "up": _up(of_ffn[: 2 if experts else None], calls, linears, linears[down].module.in_features),
         "down": down,
+        "router": router,
+        "experts": experts,
         "head_norms": tuple(head_norms),
         "rope_in_halves": _turns_halves(block.get_submodule(attention), config),
     }

@@ -88,11 +88,12 @@ class GPTQ(Rounding):
     def round(self, task: BlockTask) -> Rounded:
         """Round the layers of a block in the order in which they run, on inputs from layers rounded before.
 
-        Notes by stage: ‖XW − XŴ‖² / ‖XW‖², the same if rounded to nearest, and the damping that was needed.
+        Notes by stage: ‖XW − XŴ‖² / ‖XW‖², the same if rounded to nearest, the damping that was needed, and how many
+        tokens of others an expert's Hessian has that few tokens chose.
         """
         rounded: dict[str, tuple[Tensor, QParams]] = {}
         notes = {}
-        for stage in task.graph.stages:
+        for stage in task.graph.rounded_together:
             try:
                 layers, notes[" ".join(stage)] = self._round_stage(task, stage)
             except UserError as error:
@@ -104,7 +105,7 @@ class GPTQ(Rounding):
         """The layers that read one input, as one weight: one Hessian, one factorisation, one pass."""
         assert task.stream is not None, "a rounding that needs data gets a stream"
         layers, processes, spec = [task.module.get_submodule(name) for name in stage], task.stream.processes, task.spec
-        hessian, cross = task.stream.hessian(task.index, task.module, stage[0])
+        hessian, cross, filled = task.stream.hessian(task.index, task.module, stage[0])
         weight = torch.cat([layer.weight.data for layer in layers])  # type: ignore[misc]
         for layer in layers:
             layer.weight.data = weight[:0]  # they are all in `weight`, and need no room twice
@@ -123,7 +124,8 @@ class GPTQ(Rounding):
             rounded[name] = codes[rows], qparams.rows(rows)
             # later layers of the block are to see what these leave
             layer.weight.data = dequantize(codes[rows], spec.weight_granularity, qparams.rows(rows))
-        return Rounded(rounded, {"loss": loss, "rtn_loss": rtn_loss, "damping": factor.damping})
+        few = {"filled": filled} if filled else {}
+        return Rounded(rounded, {"loss": loss, "rtn_loss": rtn_loss, "damping": factor.damping, **few})
 
     def peak_bytes(self, sizes: ModelSizes) -> int:
         # folded or rounded weights, the codes and what they are packed into, a sequence on its way
@@ -141,7 +143,8 @@ class GPTQ(Rounding):
 
     def state_bytes(self, sizes: ModelSizes) -> int:
         # attention is computed once, and its outputs kept
-        return sizes.working * (sizes.heads + sizes.hidden * self.needs_teacher)
+        kept = sizes.hidden if sizes.experts else 0  # what the experts read, likewise
+        return sizes.working * (sizes.heads + kept + (sizes.hidden + kept) * self.needs_teacher)
 
     def warning(self, sizes: ModelSizes) -> str | None:
         """A Hessian of fewer tokens than channels is singular: weights would be fitted to the calibration text."""
@@ -161,6 +164,11 @@ class GPTQ(Rounding):
             found.append(f"gptq leaves {left:.0%} of rounding's squared error (geometric mean of layers)")
         if raised := [stage["damping"] for stage in stages if stage["damping"] > self.percdamp]:
             found.append(f"{len(raised)} singular Hessians, damped by up to {max(raised):g} of their mean diagonal")
+        if few := [name for block in notes for name, stage in block["stages"].items() if "filled" in stage]:
+            found.append(
+                f"{len(few)} layers of experts that fewer tokens chose than they have channels were fitted to other "
+                "tokens, too: more --calib-tokens would help them"
+            )
         return found
 
 

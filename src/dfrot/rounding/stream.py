@@ -10,6 +10,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -24,7 +25,17 @@ from dfrot.system.distributed import ProcessGroup
 from dfrot.system.errors import SetupError
 from dfrot.system.files import SCRATCH
 
+_ROWS = 4096  # tokens that go through an expert at a time
 TOGETHER = {"cpu": 1, "cuda": 8192}  # tokens that go through a block at a time, but one sequence at least
+
+
+class Hessian(NamedTuple):
+    """Of the inputs X of a layer: Xᵀ X, with a teacher, whose inputs are X₀, also X₀ᵀ X, and how many of the tokens did
+    not choose the expert that the layer is of."""
+
+    inputs: Float[Tensor, "in in"]
+    cross: Float[Tensor, "in in"] | None
+    filled: int
 
 
 class CalibrationStream:
@@ -69,6 +80,9 @@ class CalibrationStream:
         self._teacher: tuple[int, nn.Module] | None = None  # the block at hand, until its states have gone through
         self._heads: Tensor | None = None  # the heads' outputs in the block at hand, (sequences, seq_len, channels)
         self._attended = False  # whether these are there
+        self._read: Tensor | None = None  # what the experts of the block at hand read, and the teacher's
+        self._taught: Tensor | None = None
+        self._chosen: Tensor | None = None  # which of them tokens choose, (tokens, chosen); None: not known yet
         self.run = BlockRunner(source, self.hidden_states[:1].to(device))
 
     def __len__(self) -> int:
@@ -82,16 +96,17 @@ class CalibrationStream:
         """Block `index` as `runtime` computes it."""
         return runtime_block(self.source, index, tensors, runtime).to(self.hidden_states.dtype).to(self.device)
 
-    def hessian(
-        self, index: int, block: nn.Module, linear: str
-    ) -> tuple[Float[Tensor, "in in"], Float[Tensor, "in in"] | None]:
+    def hessian(self, index: int, block: nn.Module, linear: str) -> Hessian:
         """Xᵀ X over all inputs of one linear layer of the block at hand, those of other processes too.
 
-        With a teacher also X₀ᵀ X, X₀ its inputs of this layer.
+        An expert's layer has inputs of the tokens that choose it, the block at hand choosing, and, if they are fewer
+        than channels of the stream, of so many others as are missing, evenly drawn.
 
         Layers are asked for in the order in which they run, with final weights before them. The outputs of the heads
         are kept once the layer that reads them was asked for, so that attention is computed only once.
         """
+        if self.source.graph.expert(linear) is not None:
+            return self._experts_hessian(index, block, linear)
         layer, reads_heads = block.get_submodule(linear), linear == self.source.graph.output
         total: Tensor | None = None
         cross: Tensor | None = None
@@ -112,7 +127,58 @@ class CalibrationStream:
         self._attended |= reads_heads
         self._leave_to_disk()
         assert total is not None, "calibration has at least one sequence"
-        return self.processes.all_reduce_sum(total), None if cross is None else self.processes.all_reduce_sum(cross)
+        return self._of_all_processes(total, cross, 0)
+
+    def _of_all_processes(self, total: Tensor, cross: Tensor | None, filled: int) -> Hessian:
+        reduce = self.processes.all_reduce_sum
+        return Hessian(reduce(total), None if cross is None else reduce(cross), filled)
+
+    def _experts_hessian(self, index: int, block: nn.Module, linear: str) -> Hessian:
+        if self._chosen is None:
+            self._chosen = self._route(index, block)
+        assert self._read is not None, "routing keeps what the experts read"
+        read, number = self._read.flatten(0, -2), self.source.graph.expert(linear)
+        mine = self._chosen.eq(-1 if number is None else number).any(-1)
+        own, others = torch.nonzero(mine).flatten(), torch.nonzero(~mine).flatten()
+        least = min(len(read), -(-read.shape[1] // self.processes.count))
+        missing = max(0, least - len(own))
+        rows = torch.cat([own, others[torch.arange(missing) * len(others) // max(1, missing)]])
+        total: Tensor | None = None
+        cross: Tensor | None = None
+        for piece in rows.split(_ROWS):
+            x = self._read_by_expert(block, linear, read[piece])
+            total = x.T @ x if total is None else total.addmm_(x.T, x)
+            if self._teacher is not None and self._taught is not None:
+                x0 = self._read_by_expert(self._teacher[1], linear, self._taught.flatten(0, -2)[piece])
+                cross = x0.T @ x if cross is None else cross.addmm_(x0.T, x)
+        self._leave_to_disk()
+        assert total is not None, "calibration has at least one token"
+        return self._of_all_processes(total, cross, missing)
+
+    def _read_by_expert(
+        self, block: nn.Module, linear: str, x: Float[Tensor, "tokens hidden"]
+    ) -> Float[Tensor, "tokens in"]:
+        """What the weight of an expert's layer is multiplied by, for what experts read."""
+        expert: Any = block.get_submodule(linear.rpartition(".")[0])
+        x = x.to(self.device)
+        return _read(block.get_submodule(linear), expert.inner(x) if linear in self.source.graph.downs else x)
+
+    def _route(self, index: int, block: nn.Module) -> Int[Tensor, "tokens chosen"]:
+        """Which experts of the block at hand tokens choose; what these and the teacher's read is kept."""
+        name, shape, dtype = self.source.graph.mixture, self.hidden_states.shape, self.hidden_states.dtype
+        if self._read is None:
+            self._read = self._allocated(shape, dtype)
+            self._taught = None if self.teacher_states is None else self._allocated(shape, dtype)
+        mixture: Any = block.get_submodule(name)
+        chosen = []
+        for part in self._parts:
+            with self._attention_kept(block, part):
+                self._read[part] = x = self.run.until(mixture, block, index, self[part])
+            chosen.append(mixture.shares(x)[1].flatten(0, -2).to(self._read.device))
+            if self._teacher is not None and self._taught is not None and self.teacher_states is not None:
+                teacher, state = self._teacher[1], self.teacher_states[part].to(self.device)
+                self._taught[part] = self.run.until(teacher.get_submodule(name), teacher, index, state)
+        return torch.cat(chosen)
 
     def advance(self, index: int, tensors: dict[str, Tensor]) -> None:
         """Go through block `index` of the checkpoint."""
@@ -122,7 +188,7 @@ class CalibrationStream:
         for part in self._parts:
             with self._attention_kept(block, part):
                 self.hidden_states[part] = self.run(block, index, self[part])
-        self._attended = False
+        self._attended, self._chosen = False, None
         self._leave_to_disk()
 
     def meet(self, index: int, tensors: dict[str, Tensor]) -> None:

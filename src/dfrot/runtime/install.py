@@ -9,6 +9,7 @@ from torch import nn
 from transformers.activations import SiLUActivation
 
 from dfrot.linalg.rotation import Rotation
+from dfrot.models.experts import use_experts_
 from dfrot.models.graph import Config, ModelGraph, graph_for, head_dim
 from dfrot.models.source import use_torch_norms_
 from dfrot.runtime.config import RuntimeConfig
@@ -31,6 +32,9 @@ def install_(model: Any, runtime: RuntimeConfig) -> None:
         raise UserError(f"{kind.__name__} has no '{graph.decoder}', as checkpoints have: put its head on AutoModel.")
     root = nn.ModuleDict({graph.decoder: decoder})  # the names of a language model, whatever the head
     use_torch_norms_(root, graph)
+    if graph.experts:
+        with torch.device("meta"):
+            use_experts_(root, config)
     blocks = list(root.get_submodule(graph.blocks).children())
     key_bias = KeyBias.of(blocks[0], graph, root.get_submodule(graph.rotary), runtime.spec) if blocks else None
     if wrong := [site for site, clips in runtime.clips.items() if len(clips) != len(blocks)]:

@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dfrot.linalg.rotation import Rotation
+from dfrot.models.experts import MixtureOfExperts
 from dfrot.models.source import Source, loaded
 from dfrot.models.stream import BlockRunner
 from dfrot.transform.fold import Fold
@@ -96,7 +97,7 @@ class InvarianceCheck:
         for name, layer in layers.items():
             state |= {f"{name}.{key}": tensor for key, tensor in layer.folded.items()}
 
-        folded = self._source.empty_block(index)
+        folded = _with_all_experts(self._source.empty_block(index))
         for name, fold in folds.items():
             linear: Any = folded.get_submodule(name)
             linear.bias = nn.Parameter(layers[name].folded["bias"]) if "bias" in layers[name].folded else None
@@ -175,7 +176,15 @@ def _in_float64(block: nn.Module, linear: Callable[[str, nn.Linear], nn.Module])
             copied.set_submodule(name, copy.deepcopy(module).double())
         elif isinstance(module, nn.Linear):
             copied.set_submodule(name, linear(name, module))
-    return copied
+    return _with_all_experts(copied)
+
+
+def _with_all_experts(block: nn.Module) -> nn.Module:
+    """The block, in which every expert adds to what every token becomes: so a wrong fold of any is found."""
+    for module in block.modules():
+        if isinstance(module, MixtureOfExperts):
+            module.everywhere = 1 / len(module.experts)
+    return block
 
 
 def _relative(got: Tensor, expected: Tensor) -> float:

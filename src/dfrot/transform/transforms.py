@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dfrot.linalg.rotation import Identity, Kronecker, Rotation, block_diagonal, block_rotation, rotation_from
-from dfrot.models.graph import Config, ModelGraph, head_dim
+from dfrot.models.graph import Config, ModelGraph, ffn_width, head_dim
 from dfrot.transform.fold import Fold
 
 SITES = ("residual", "values", "keys", "ffn", "heads", "readers")
@@ -47,7 +47,7 @@ class InputTransform:
 def input_widths(graph: ModelGraph, config: Config) -> dict[str, int]:
     """Input channels of each linear layer of a block."""
     heads = config.num_attention_heads * head_dim(config)
-    widths = config.hidden_size, heads, config.hidden_size, config.intermediate_size
+    widths = config.hidden_size, heads, config.hidden_size, *[ffn_width(config)] * len(graph.downs)
     return {name: width for stage, width in zip(graph.stages, widths, strict=True) for name in stage}
 
 
@@ -148,7 +148,7 @@ class Transforms:
         if self.readers is not None:
             found |= {site: self.readers for stage in graph.readers for site in graph.sites(stage[0])}
         if self.ffn is not None:
-            found[graph.down] = self.ffn
+            found |= dict.fromkeys(graph.downs, self.ffn)
         if self.heads is not None:
             found[graph.output] = Kronecker(self.heads, Identity(head_dim(config)))
         return found
@@ -166,11 +166,15 @@ class Transforms:
         """The fold of every linear layer of block `index`, with the gains of its norms."""
         online = self.online(graph, config)
         smooth: dict[str, Tensor | None] = {KEYS: self.scales[index].get(KEYS)} if self.scales else {}
-        for stage in graph.stages if self.inputs else ():
+        attention_readers, heads_readers, ffn_readers, *downs = graph.stages
+        if graph.router is not None:
+            ffn_readers = (*ffn_readers, graph.router)
+        stages = attention_readers, heads_readers, ffn_readers, *downs
+        for stage in stages if self.inputs else ():
             transform = self.inputs[index][stage[0]]
             online |= dict.fromkeys(stage, transform.rotation)
             smooth |= dict.fromkeys(stage, transform.smooth)
-        for stage in graph.stages if self.scales else ():
+        for stage in stages if self.scales else ():
             smooth |= dict.fromkeys(stage, self.scales[index].get(stage[0]))
         offsets = self.offsets[index] if self.offsets else {}
 
@@ -178,7 +182,8 @@ class Transforms:
             shape = config.num_key_value_heads, -1, head_dim(config)
             return None if of_heads is None else of_heads.view(shape)[:, 0].flatten()
 
-        output_divisor = {graph.up: smooth.get(graph.down), graph.value: of_values(smooth.get(graph.output))}
+        output_divisor = {up: smooth.get(down) for up, down in zip(graph.ups, graph.downs, strict=bool(graph.ups))}
+        output_divisor[graph.value] = of_values(smooth.get(graph.output))
         if (of_keys := smooth.get(KEYS)) is not None:
             shape = config.num_key_value_heads, 1, head_dim(config)
             copies = config.num_attention_heads // config.num_key_value_heads
@@ -189,9 +194,9 @@ class Transforms:
                 of_all = output_divisor[graph.value]
                 behind = torch.ones_like(of_keys) if of_all is None else of_all
                 output_divisor[graph.value] = torch.cat([of_queries, of_keys, behind])
-        offset_of = {name: offsets.get(stage[0]) for stage in graph.stages for name in stage}
+        offset_of = {name: offsets.get(stage[0]) for stage in stages for name in stage}
         folds = {}
-        for name in graph.linears:
+        for name in graph.folded:
             norm = graph.norm_before(name)
             reads, writes = (self.residual if norm else None), (self.residual if name in graph.writers else None)
             if name == graph.output and self.values is not None:

@@ -270,18 +270,23 @@ class Student:
         def clip(site: str, grid: TensorSpec) -> Trained | None:
             if "clips" not in self.parts or not grid.enabled:
                 return None
-            start = torch.tensor([grid.fixed_clip], dtype=self.dtype, device=self.device)
-            self.clips.setdefault(site, []).append(Trained(start, self.dtype, None, RATES["clips"]))
-            return self.clips[site][-1]
+            found = self.clips.setdefault(site, [])
+            if len(found) <= index:  # experts share one
+                start = torch.tensor([grid.fixed_clip], dtype=self.dtype, device=self.device)
+                found.append(Trained(start, self.dtype, None, RATES["clips"]))
+            return found[index]
 
-        readers = {name for names in graph.norms.values() for name in names}
+        # a router reads what is not quantized, so the experts beside it quantize it themselves
+        apart = None if graph.router is None else graph.norm_before(graph.router)
+        readers = {name for norm, names in graph.norms.items() if norm != apart for name in names}
         for name, module in list(block.named_modules()):
             if isinstance(module, nn.RMSNorm):
                 blocks, offset = None, None
                 if isinstance(module, TransformedNorm):
                     blocks, offset = module.rotation, module.offset
                 rotation = blocks.as_rotation if isinstance(blocks, BlockRotation) else blocks
-                grid = self.runtime.activations(name, index) if name in graph.norms else UNQUANTIZED
+                quantizes = name in graph.norms and name != apart
+                grid = self.runtime.activations(name, index) if quantizes else UNQUANTIZED
                 moves = name in graph.norms or name in graph.norms_behind
                 gain = trained(f"{name}.weight", "gains" if moves else None)
                 of_grid = module.eps or 0.0, rotation, offset, grid, clip(name, grid)
@@ -289,8 +294,9 @@ class Student:
             elif isinstance(module, Float64SiLU):
                 block.set_submodule(name, nn.SiLU())
             elif name in graph.linears:
-                grid = UNQUANTIZED if name in readers else self.runtime.activations(name, index)
-                block.set_submodule(name, self._linear(module, name, grid, trained, clip))
+                site = graph.norm_before(name) or name
+                grid = UNQUANTIZED if name in readers else self.runtime.activations(site, index)
+                block.set_submodule(name, self._linear(module, name, grid, trained, clip(site, grid)))
         attention = block.get_submodule(graph.attention)
         attention.config._attn_implementation = _ATTENTION  # type: ignore[union-attr]
         bias: Any = None if key_bias is None else block.get_submodule(str(graph.key)).bias
@@ -305,7 +311,7 @@ class Student:
         name: str,
         grid: TensorSpec,
         trained: Callable[..., Trained],
-        clip: Callable[[str, TensorSpec], Trained | None],
+        clip: Trained | None,
     ) -> nn.Module:
         if not isinstance(module, QuantLinear):  # nothing of it is quantized, rotated or trained
             return module
@@ -318,4 +324,4 @@ class Student:
         unit = float(sizes.sum(1).mean().sqrt())
         scale = None if module.weight is not None else trained(f"{name}.scales", "scales")
         bias = None if module.bias is None else trained(f"{name}.bias", "biases", unit)
-        return StudentLinear(module, scale, bias, grid, self.product, self.keep, clip(name, grid))
+        return StudentLinear(module, scale, bias, grid, self.product, self.keep, clip)
