@@ -306,8 +306,9 @@ def attentions(run: Run) -> None:
 def block(run: Run) -> None:
     """A decoder block as transformers runs it: no graph, so that Python is part of it."""
     recipe = dfrot.Recipe.parse("quarot", "rtn", "w4a4kv4")
-    ours = random_block("llama-3-8b", recipe, torch.bfloat16).to(run.device)
-    eager = random_block("llama-3-8b", None, torch.bfloat16).to(run.device)
+    with torch.inference_mode(False):  # nothing that is derived from inference tensors is kept
+        ours = random_block("llama-3-8b", recipe, torch.bfloat16).to(run.device)
+        eager = random_block("llama-3-8b", None, torch.bfloat16).to(run.device)
     models = {"ours": ours, "bfloat16": eager, "bfloat16 compiled": torch.compile(eager)}
     for prompt in (2048, 8192):
         tokens = torch.randint(256, (1, prompt), device=run.device)

@@ -105,6 +105,19 @@ def test_groups_have_their_own_scales(isa: int, bits: int, group: int, rows: int
         assert ((y - expected).abs() <= 768 / group * EPS[torch.float32] * terms).all()
 
 
+@pytest.mark.parametrize(("bits", "group", "width"), [(4, None, 2178), (4, 64, 2240), (4, 128, 2176), (8, None, 1037)])
+@pytest.mark.parametrize("rows", [9, 205])
+def test_rows_of_more_inputs_and_tokens_than_are_worked_on_together(
+    isa: int, bits: int, group: int | None, width: int, rows: int, generator: torch.Generator
+) -> None:
+    weights, activations = TensorSpec(bits, symmetric=False, group=group), TensorSpec(4, False, 0.9)
+    x = torch.randn(rows, width, generator=generator)
+    packed, w = random_weight(35, width, weights, generator)
+    q = quantized(x, activations)
+    (y,) = linear(x, [packed], NO_PASSES, weights, activations)
+    assert ((y - q @ w.T).abs() <= width / (group or width) * 4 * EPS[torch.float32] * (q.abs() @ w.abs().T)).all()
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("rows", [3, 40])
 def test_what_is_not_finite_is_not_hidden_and_stays_in_its_row(

@@ -139,6 +139,7 @@ def _check_values(path: Path, model: nn.Module, stored: Mapping[str, StoredTenso
             raise UserError(f"'{name}.orders' in {path} are no permutations.")
 
 
+@torch.inference_mode(False)  # nothing that is derived from inference tensors is kept, so such a model would be slow
 def load(model: str | Path, *, device: Device = "cpu", dtype: torch.dtype | None = None) -> tuple[Any, Any]:
     """Load a checkpoint, or a model that is not quantized.
 

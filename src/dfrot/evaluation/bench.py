@@ -102,8 +102,9 @@ def bench(
     """
     if min(prompt, new_tokens, rounds) < 1:
         raise UserError(f"prompt, new-tokens and rounds are at least 1, got {prompt}, {new_tokens} and {rounds}.")
-    loaded = {"checkpoint": checkpoint(getattr(torch, dtype))}
-    loaded |= {name: source(getattr(torch, name)) for name in baselines}
+    with torch.inference_mode(False):  # nothing that is derived from inference tensors is kept
+        loaded = {"checkpoint": checkpoint(getattr(torch, dtype))}
+        loaded |= {name: source(getattr(torch, name)) for name in baselines}
     timed: dict[str, dict[str, Any]] = {name: {"prefill_s": [], "decode_s": []} for name in loaded}
     vocabulary = loaded["checkpoint"].config.vocab_size
     token_ids = torch.randint(vocabulary, (1, prompt), generator=torch.Generator().manual_seed(0))

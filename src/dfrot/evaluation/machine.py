@@ -41,9 +41,10 @@ def _layer(spec: str) -> nn.Module:
 @torch.inference_mode()
 def speeds(device: torch.device) -> list[Speed]:
     """Of every spec of `SPECS`, in that order."""
-    plain = nn.Linear(IN, OUT, bias=False, dtype=torch.bfloat16)
-    plain.weight.fill_(1)
-    layers = [each.to(device) for each in (plain, *map(_layer, SPECS))]
+    with torch.inference_mode(False), torch.no_grad():  # nothing that is derived from inference tensors is kept
+        plain = nn.Linear(IN, OUT, bias=False, dtype=torch.bfloat16)
+        plain.weight.fill_(1)
+        layers = [each.to(device) for each in (plain, *map(_layer, SPECS))]
     ratios = []
     for tokens in (PROMPT, 1):
         x = torch.linspace(-1, 1, tokens * IN, device=device).view(tokens, IN).to(torch.bfloat16)

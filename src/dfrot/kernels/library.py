@@ -23,6 +23,8 @@ FLAGS = (
 INSTRUCTION_SETS = ("none", "AVX2", "AVX512-VNNI", "AMX-int8")
 AVX2 = 1
 _SWITCH = "DFROT_KERNELS"  # set to "reference": torch alone
+_AT_MOST = "DFROT_ISA"  # set to one of these: no newer instructions than those
+_NAMES = {"avx2": AVX2, "avx512vnni": 2, "amx": 3}
 
 
 def library_name() -> str:
@@ -71,14 +73,26 @@ def library() -> tuple[ctypes.CDLL | None, str]:
         return None, f"the kernels cannot be compiled or loaded: {error}"
     if found.dfrot_isa() == 0:
         return None, "the processor has neither AVX2 nor anything newer"
-    return found, f"with {INSTRUCTION_SETS[found.dfrot_isa()]}"
+    used, asked = _used(found), os.environ.get(_AT_MOST)
+    return found, f"with {INSTRUCTION_SETS[used]}" + (f" ({_AT_MOST}={asked})" if used < found.dfrot_isa() else "")
+
+
+def _used(found: ctypes.CDLL) -> int:
+    """What the library is to use: what the processor has, or less if it was told so. Raises UserError for a word that
+    names no instruction set."""
+    from dfrot.system.errors import UserError
+
+    asked = os.environ.get(_AT_MOST)
+    if asked is not None and asked not in _NAMES:
+        raise UserError(f"{_AT_MOST} is one of {', '.join(_NAMES)}, got '{asked}'.")
+    return int(found.dfrot_isa()) if asked is None else min(int(found.dfrot_isa()), _NAMES[asked])
 
 
 @functools.cache
 def instruction_set() -> int:
     """Position in `INSTRUCTION_SETS` of what the kernels use; 0 if there are none."""
     found, _ = library()
-    return 0 if found is None else found.dfrot_isa()
+    return 0 if found is None else _used(found)
 
 
 def backend() -> str:

@@ -10,7 +10,9 @@
  * Weights stay as the checkpoint has them, row by row, for 4 bits two inputs in a byte, the even one in the low nibble.
  * So 64 bytes of a row are, after a mask and a shift, the even and the odd inputs of a block, and activation codes are
  * put in that order. A few tokens are multiplied by dot products along the rows (VNNI, AVX2); many by AMX, with rows of
- * weights as the left tile, which needs no rearranging, and tokens as the right one, rearranged once. */
+ * weights as the left tile, which needs no rearranging, and tokens as the right one, rearranged once; or by VNNI, with
+ * four inputs of sixteen channels in a register, rearranged once a chunk, and four inputs of one token in all of its
+ * lanes; so by AVX2, for weights of 4 bits. */
 #include "linear.h"
 
 #include <immintrin.h>
@@ -22,6 +24,7 @@
 #define AHEAD 8     /* rows of y that are asked for before they are written */
 #define RUN 4       /* panels that a thread takes at a time */
 #define NEAR 524288 /* bytes of tokens that stay in the second nearest cache while a run passes */
+#define QUADS 256   /* four inputs each, of a panel whose weights are unpacked together: 32 KB */
 #define TILE (16 * 64)
 
 INLINE int32_t zero_of(const weights_t *w, int64_t at) { return w->zero ? w->zero[at] : 1 << (w->bits - 1); }
@@ -208,25 +211,7 @@ TARGET_AVX512 static void panel_avx512(const weights_t *w, const codes_t *a, int
     }
 }
 
-/* ---- AMX: 32 channels against 32 tokens in four tiles of int32 --------------------------------------------------------- */
-
-typedef struct {
-    uint8_t palette, start_row, reserved[14];
-    uint16_t bytes_per_row[16];
-    uint8_t rows[16];
-} tile_config_t;
-
-/* Tiles 0 … 3 are sums, 4 and 5 weights, 6 and 7 tokens, the products `depth` bytes deep. Inline assembly, because gcc
- * 12's intrinsic does not tell the compiler that the whole structure is read. */
-TARGET_AMX static void configure_tiles(int depth) {
-    tile_config_t config = {.palette = 1};
-    for (int i = 0; i < 8; i++) config.bytes_per_row[i] = 64, config.rows[i] = 16;
-    for (int i = 4; i < 6; i++) config.bytes_per_row[i] = (uint16_t)depth;
-    for (int i = 6; i < 8; i++) config.rows[i] = (uint8_t)(depth / 4);
-    __asm__ volatile("ldtilecfg %0" ::"m"(config));
-}
-
-TARGET_AMX static void release_tiles(void) { _tile_release(); }
+/* ---- AVX512-VNNI and AVX2: many tokens against 32 channels ------------------------------------------------------------ */
 
 /* 16 × 16 entries of 32 bits: row i of the result is column i of `from`. */
 TARGET_AVX512 INLINE void transpose(__m512i v[16]) {
@@ -253,6 +238,204 @@ TARGET_AVX512 INLINE void transpose(__m512i v[16]) {
         v[12 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0xdd);
     }
 }
+
+/* What a thread multiplies in: weights of a panel, four inputs of every channel side by side, sums of integers, and sums
+ * of scaled groups. */
+typedef struct {
+    uint8_t weights[QUADS][PANEL][4];
+    int32_t dot[CHUNK][PANEL];
+    float sums[CHUNK][PANEL];
+} unpacked_t;
+
+/* Blocks of 64 bytes of a panel's rows, `byte` … `end` − 1; zeros beyond the last channel and the end of a row. */
+TARGET_AVX512 static void unpack_avx512(const weights_t *w, int64_t first, int64_t byte, int64_t end,
+                                        uint8_t (*to)[PANEL][4]) {
+    const __m512i nibble = _mm512_set1_epi8(15);
+    for (; byte < end; byte += 64, to += w->bits == 4 ? 32 : 16)
+        for (int64_t half = 0; half < PANEL; half += 16) {
+            __m512i low[16], high[16];
+            for (int64_t i = 0; i < 16; i++) {
+                int64_t channel = first + half + i, left = channel < w->out ? w->bytes - byte : 0;
+                __mmask64 there = left >= 64 ? ~0ull : left <= 0 ? 0 : (1ull << left) - 1;
+                __m512i whole = _mm512_maskz_loadu_epi8(there, w->codes + channel * w->bytes + byte);
+                low[i] = w->bits == 4 ? _mm512_and_si512(whole, nibble) : whole;
+                high[i] = _mm512_and_si512(_mm512_srli_epi16(whole, 4), nibble);
+            }
+            transpose(low);
+            for (int i = 0; i < 16; i++) _mm512_store_si512(to[i][half], low[i]);
+            if (w->bits != 4) continue;
+            transpose(high);
+            for (int i = 0; i < 16; i++) _mm512_store_si512(to[16 + i][half], high[i]);
+        }
+}
+
+/* Adds so many quads of inputs to the sums of a few tokens, or begins these. */
+TARGET_AVX512 INLINE void add_quads(int rows, const uint8_t (*weights)[PANEL][4], const int8_t *tokens, int64_t stride,
+                                    int64_t quads, int fresh, int32_t (*dot)[PANEL]) {
+    __m512i sums[12][2];
+    for (int r = 0; r < rows; r++)
+        for (int h = 0; h < 2; h++) sums[r][h] = fresh ? _mm512_setzero_si512() : _mm512_load_si512(dot[r] + 16 * h);
+    for (int64_t q = 0; q < quads; q++) {
+        __m512i left = _mm512_load_si512(weights[q]), right = _mm512_load_si512(weights[q] + 16);
+        for (int r = 0; r < rows; r++) {
+            int32_t four;
+            memcpy(&four, tokens + r * stride + 4 * q, sizeof four);
+            __m512i token = _mm512_set1_epi32(four);
+            sums[r][0] = _mm512_dpbusd_epi32(sums[r][0], left, token);
+            sums[r][1] = _mm512_dpbusd_epi32(sums[r][1], right, token);
+        }
+    }
+    for (int r = 0; r < rows; r++)
+        for (int h = 0; h < 2; h++) _mm512_store_si512(dot[r] + 16 * h, sums[r][h]);
+}
+
+/* The same, from quad `at` on, for all tokens of a chunk; codes of up to three rows beyond are read. */
+TARGET_AVX512 static void add_avx512(const codes_t *a, int64_t rows, const uint8_t (*weights)[PANEL][4], int64_t at,
+                                     int64_t quads, int64_t fresh, int32_t (*dot)[PANEL]) {
+    int64_t row = 0;
+#define ADD(R) add_quads(R, weights + at, a->codes + row * a->stride + 4 * at, a->stride, quads, (int)fresh, dot + row)
+    for (; row + 12 <= rows; row += 12) ADD(12);
+    for (; row + 8 <= rows; row += 8) ADD(8);
+    for (; row < rows; row += 4) ADD(4);
+#undef ADD
+}
+
+/* Adds group `g` to the sums of all tokens, or after the last group stores them. */
+INLINE void finish_body(const weights_t *w, const codes_t *a, int64_t rows, int64_t first, int64_t g, unpacked_t *own,
+                        void *y, int dtype, int64_t y_row) {
+    int64_t count = w->out - first < PANEL ? w->out - first : PANEL;
+    int32_t zero[PANEL] = {0}, balance[PANEL] = {0};
+    float scale[PANEL] = {0}, bias[PANEL] = {0};
+    for (int64_t c = 0; c < count; c++) {
+        int64_t at = (first + c) * w->groups + g;
+        zero[c] = zero_of(w, at), balance[c] = balance_of(w, at), scale[c] = scale_of(w, at);
+        if (w->bias) bias[c] = w->bias[first + c];
+    }
+    for (int64_t row = 0; row < rows; row++) {
+        const int32_t *dot = own->dot[row], of_codes = a->sums[row * a->groups + g], of_zero = a->zero[row];
+        float *sums = own->sums[row], finished[PANEL];
+        for (int c = 0; c < PANEL; c++) {
+            float sum = (float)(dot[c] - zero[c] * of_codes - of_zero * balance[c]) * scale[c];
+            sums[c] = g ? sums[c] + sum : sum;
+        }
+        if (g + 1 < w->groups) continue;
+        for (int c = 0; c < PANEL; c++) finished[c] = sums[c] * a->scale[row] + bias[c];
+        int64_t at = (y_row + row) * w->out + first;
+        if (dtype == FLOAT32) {
+            memcpy((float *)y + at, finished, (size_t)count * sizeof(float));
+        } else {
+            uint16_t narrow[PANEL];
+            for (int c = 0; c < PANEL; c++) narrow[c] = to_bfloat16(finished[c]);
+            memcpy((uint16_t *)y + at, narrow, (size_t)count * sizeof *narrow);
+        }
+    }
+}
+
+/* The same by AVX2, for weights of 4 bits: a product of two bytes and two bytes is at most 2 · 15 · 128, so eight of them
+ * fit into 16 bits. */
+TARGET_AVX2 static void unpack_avx2(const weights_t *w, int64_t first, int64_t byte, int64_t end, uint8_t (*to)[PANEL][4]) {
+    const __m256i nibble = _mm256_set1_epi8(15);
+    for (; byte < end; byte += 64, to += 32)
+        for (int64_t c = 0; c < PANEL; c++) {
+            uint8_t codes[2][64] = {{0}};
+            for (int64_t half = 0; half < 64 && first + c < w->out && byte + half < w->bytes; half += 32) {
+                __m256i whole = load_avx2(w->codes + (first + c) * w->bytes + byte + half, w->bytes - byte - half);
+                _mm256_storeu_si256((__m256i *)(codes[0] + half), _mm256_and_si256(whole, nibble));
+                whole = _mm256_and_si256(_mm256_srli_epi16(whole, 4), nibble);
+                _mm256_storeu_si256((__m256i *)(codes[1] + half), whole);
+            }
+            for (int q = 0; q < 32; q++) memcpy(to[q][c], codes[0] + 4 * q, 4);
+        }
+}
+
+TARGET_AVX2 INLINE void quads_avx2(int rows, const uint8_t (*weights)[PANEL][4], const int8_t *tokens, int64_t stride,
+                                   int64_t quads, int64_t fresh, int32_t (*dot)[PANEL]) {
+    for (int64_t from = 0; from < quads; from += 8, fresh = 0)
+        for (int h = 0; h < PANEL; h += 16) {
+            __m256i narrow[4][2];
+            for (int r = 0; r < rows; r++) narrow[r][0] = narrow[r][1] = _mm256_setzero_si256();
+            for (int64_t q = from, until = from + 8 < quads ? from + 8 : quads; q < until; q++) {
+                __m256i left = _mm256_load_si256((const __m256i *)weights[q][h]);
+                __m256i right = _mm256_load_si256((const __m256i *)weights[q][h + 8]);
+                for (int r = 0; r < rows; r++) {
+                    int32_t four;
+                    memcpy(&four, tokens + r * stride + 4 * q, sizeof four);
+                    __m256i token = _mm256_set1_epi32(four);
+                    narrow[r][0] = _mm256_add_epi16(narrow[r][0], _mm256_maddubs_epi16(left, token));
+                    narrow[r][1] = _mm256_add_epi16(narrow[r][1], _mm256_maddubs_epi16(right, token));
+                }
+            }
+            for (int r = 0; r < rows; r++)
+                for (int v = 0; v < 2; v++) {
+                    __m256i *at = (__m256i *)(dot[r] + h + 8 * v);
+                    __m256i sum = _mm256_madd_epi16(narrow[r][v], _mm256_set1_epi16(1));
+                    _mm256_store_si256(at, fresh ? sum : _mm256_add_epi32(_mm256_load_si256(at), sum));
+                }
+        }
+}
+
+TARGET_AVX2 static void add_avx2(const codes_t *a, int64_t rows, const uint8_t (*weights)[PANEL][4], int64_t at,
+                                 int64_t quads, int64_t fresh, int32_t (*dot)[PANEL]) {
+    for (int64_t row = 0; row < rows; row += 4)
+        quads_avx2(4, weights + at, a->codes + row * a->stride + 4 * at, a->stride, quads, fresh, dot + row);
+}
+
+typedef void (*unpack_t)(const weights_t *w, int64_t first, int64_t byte, int64_t end, uint8_t (*to)[PANEL][4]);
+typedef void (*add_t)(const codes_t *a, int64_t rows, const uint8_t (*weights)[PANEL][4], int64_t at, int64_t quads,
+                      int64_t fresh, int32_t (*dot)[PANEL]);
+
+/* A panel against a chunk: weights are unpacked once, as many at a time as stay in a near cache. */
+INLINE void many_body(unpack_t unpack, add_t add, const weights_t *w, const codes_t *a, int64_t rows, int64_t first,
+                      void *y, int dtype, int64_t y_row) {
+    unpacked_t *own = scratch(SLOT_TILES, 0);
+    int64_t per_block = w->bits == 4 ? 32 : 16, slab = QUADS / per_block * 64, step = w->bytes / w->groups;
+    for (int64_t from = 0; from < w->bytes; from += slab) {
+        int64_t until = from + slab < w->bytes ? from + slab : w->bytes;
+        unpack(w, first, from, until, own->weights);
+        for (int64_t byte = from, stop; byte < until; byte = stop) {
+            int64_t g = byte / step, fresh = byte % step == 0;
+            stop = (g + 1) * step < until ? (g + 1) * step : until;
+            int64_t blocks = byte % 64 ? 0 : (stop - byte) / 64, rest = stop - byte - 64 * blocks;
+            int64_t quad = byte / 64 * per_block, last = quad + blocks * per_block;
+            const uint8_t(*weights)[PANEL][4] = own->weights - from / 64 * per_block;
+            if (blocks) add(a, rows, weights, quad, last - quad, fresh, own->dot), fresh = 0;
+            /* a part of a block: of its even inputs, and of its odd ones */
+            for (int64_t part = 0; rest && part < per_block; part += 16, fresh = 0)
+                add(a, rows, weights, last + part + byte % 64 / 4, up(rest, 4) / 4, fresh, own->dot);
+            if (stop % step == 0) finish_body(w, a, rows, first, g, own, y, dtype, y_row);
+        }
+    }
+}
+
+TARGET_AVX512 static void many_avx512(const weights_t *w, const codes_t *a, int64_t rows, int64_t first, void *y, int dtype,
+                                      int64_t y_row) {
+    many_body(unpack_avx512, add_avx512, w, a, rows, first, y, dtype, y_row);
+}
+
+TARGET_AVX2 static void many_avx2(const weights_t *w, const codes_t *a, int64_t rows, int64_t first, void *y, int dtype,
+                                  int64_t y_row) {
+    many_body(unpack_avx2, add_avx2, w, a, rows, first, y, dtype, y_row);
+}
+
+/* ---- AMX: 32 channels against 32 tokens in four tiles of int32 --------------------------------------------------------- */
+
+typedef struct {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t bytes_per_row[16];
+    uint8_t rows[16];
+} tile_config_t;
+
+/* Tiles 0 … 3 are sums, 4 and 5 weights, 6 and 7 tokens, the products `depth` bytes deep. Inline assembly, because gcc
+ * 12's intrinsic does not tell the compiler that the whole structure is read. */
+TARGET_AMX static void configure_tiles(int depth) {
+    tile_config_t config = {.palette = 1};
+    for (int i = 0; i < 8; i++) config.bytes_per_row[i] = 64, config.rows[i] = 16;
+    for (int i = 4; i < 6; i++) config.bytes_per_row[i] = (uint16_t)depth;
+    for (int i = 6; i < 8; i++) config.rows[i] = (uint8_t)(depth / 4);
+    __asm__ volatile("ldtilecfg %0" ::"m"(config));
+}
+
+TARGET_AMX static void release_tiles(void) { _tile_release(); }
 
 /* Sixteen tokens' codes, [stride/64][16][64], into the order of a right tile, [stride/64][quad 16][token 16][4]; their
  * sums, [16][groups], into [groups][16]. */
@@ -539,7 +722,11 @@ void multiply_chunk(int isa, const chunk_t *chunk, int64_t rows, const weights_t
 #pragma omp for schedule(guided) nowait
     for (int64_t panel = 0; panel < panels; panel++) {
         int64_t first = panel * PANEL;
-        if (isa >= ISA_AVX512)
+        if (isa >= ISA_AVX512 && rows > FEW)
+            many_avx512(w, &chunk->codes, rows, first, y, dtype, y_row);
+        else if (rows > FEW && w->bits == 4)
+            many_avx2(w, &chunk->codes, rows, first, y, dtype, y_row);
+        else if (isa >= ISA_AVX512)
             panel_avx512(w, &chunk->codes, rows, first, y, dtype, y_row);
         else
             for (int64_t channel = first; channel < first + PANEL && channel < w->out; channel++)
@@ -549,7 +736,8 @@ void multiply_chunk(int isa, const chunk_t *chunk, int64_t rows, const weights_t
 }
 
 int own_memory(int64_t in, int64_t groups) {
-    return scratch(SLOT_TILES, sizeof(own_t)) && scratch(SLOT_ROW, (size_t)(up(in, 2) + 4 * in + 16 * groups) * sizeof(float));
+    size_t multiplied = sizeof(own_t) > sizeof(unpacked_t) ? sizeof(own_t) : sizeof(unpacked_t);
+    return scratch(SLOT_TILES, multiplied) && scratch(SLOT_ROW, (size_t)(up(in, 2) + 4 * in + 16 * groups) * sizeof(float));
 }
 
 INLINE void given_body(const rows_t *from, int64_t row, int64_t in, float *to) {
