@@ -22,6 +22,12 @@ def test_prompts_that_are_read_slower_than_in_bfloat16_are_said() -> None:
     assert "slower" not in advice(made(1.1, 0.7))
 
 
+def test_figures_of_a_busy_machine_are_said_to_be_noise() -> None:
+    quiet = made(1.5, 1.5)
+    assert "vary" not in advice(quiet)
+    assert "vary by 60% from round to round" in advice([quiet[0]._replace(spread=1.6), *quiet[1:]])
+
+
 def test_info_alone_measures_every_spec(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for name, small in {"IN": 64, "OUT": 96, "SECONDS": 0.0}.items():
         monkeypatch.setattr(machine, name, small)

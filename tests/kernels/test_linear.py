@@ -95,7 +95,7 @@ def test_groups_have_their_own_scales(isa: int, bits: int, group: int, rows: int
     for activations in (TensorSpec(4, False, 0.9), TensorSpec(8, False, 1.0), TensorSpec(8, True, 1.0)):
         x = torch.randn(rows, 768, generator=generator)
         if not supported(x, weights, activations):
-            assert isa == 1
+            assert isa <= 2  # AVX2, AVX-VNNI
             continue
         packed, w = random_weight(50, 768, weights, generator)
         expected = quantized(x, activations) @ w.T

@@ -5,7 +5,7 @@ the other and round after round; medians are compared. Whole models: `dfrot benc
 """
 
 import time
-from statistics import median
+from statistics import median, quantiles
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from dfrot.runtime.linear import QuantLinear
 SPECS = ("w4a4kv4", "w4a8kv4", "w8a8kv8")
 IN, OUT, PROMPT = 4096, 11008, 128
 ROUNDS, SECONDS = 3, 1.0  # so many rounds of each input at least, and so long
+STEADY = 1.3  # third over first quartile of the rounds' ratios, above which other work is in the way
 AS_FAST = 0.9  # of another's speed: as fast, as far as a short measurement can tell
 
 
@@ -27,6 +28,7 @@ class Speed(NamedTuple):
     spec: str
     prompt: float
     token: float
+    spread: float = 1.0  # third over first quartile of its ratios by round, the larger of the two
 
 
 def _layer(spec: str) -> nn.Module:
@@ -45,7 +47,7 @@ def speeds(device: torch.device) -> list[Speed]:
         plain = nn.Linear(IN, OUT, bias=False, dtype=torch.bfloat16)
         plain.weight.fill_(1)
         layers = [each.to(device) for each in (plain, *map(_layer, SPECS))]
-    ratios = []
+    ratios, spreads = [], []
     for tokens in (PROMPT, 1):
         x = torch.linspace(-1, 1, tokens * IN, device=device).view(tokens, IN).to(torch.bfloat16)
         seconds: list[list[float]] = []
@@ -54,9 +56,12 @@ def speeds(device: torch.device) -> list[Speed]:
         deadline = time.perf_counter() + SECONDS
         while len(seconds) < ROUNDS or time.perf_counter() < deadline:
             seconds.append([_seconds(layer, x) for layer in layers])
-        first, *others = (median(each) for each in zip(*seconds, strict=True))
-        ratios.append([first / other for other in others])
-    return [Speed(spec, *pair) for spec, *pair in zip(SPECS, *ratios, strict=True)]
+        plainly, *others = zip(*seconds, strict=True)
+        ratios.append([median(plainly) / median(other) for other in others])
+        by_round = [[first / own for first, own in zip(plainly, other, strict=True)] for other in others]
+        spreads.append([high / low for low, _, high in (quantiles(each) for each in by_round)])
+    found = zip(SPECS, *ratios, *spreads, strict=True)
+    return [Speed(spec, prompt, token, max(both)) for spec, prompt, token, *both in found]
 
 
 def _seconds(layer: nn.Module, x: torch.Tensor) -> float:
@@ -84,4 +89,6 @@ def advice(found: list[Speed]) -> str:
         text = f"Activations in 4 bits read prompts {four.prompt / eight.prompt:.1f} times as fast here as in 8."
     if max(four.prompt, eight.prompt) < 1:
         text += " Prompts are read slower than in bfloat16; what 4 bits save here is memory, and time for every token."
+    if (spread := max(speed.spread for speed in found)) > STEADY:
+        text += f" But the figures vary by {spread - 1:.0%} from round to round: other work runs here, so ask again."
     return text

@@ -20,11 +20,11 @@ FLAGS = (
     *("-fno-math-errno", "-fno-trapping-math"),  # or rintf is a call
     "-ffp-contract=off",  # a product and a sum are rounded as torch rounds them
 )
-INSTRUCTION_SETS = ("none", "AVX2", "AVX512-VNNI", "AMX-int8")
-AVX2 = 1
+INSTRUCTION_SETS = ("none", "AVX2", "AVX-VNNI", "AVX512-VNNI", "AMX-int8")
+AVX2, AVX512 = 1, 3
 _SWITCH = "DFROT_KERNELS"  # set to "reference": torch alone
 _AT_MOST = "DFROT_ISA"  # set to one of these: no newer instructions than those
-_NAMES = {"avx2": AVX2, "avx512vnni": 2, "amx": 3}
+_NAMES = {"avx2": AVX2, "avxvnni": 2, "avx512vnni": AVX512, "amx": 4}
 
 
 def library_name() -> str:
@@ -85,7 +85,8 @@ def _used(found: ctypes.CDLL) -> int:
     asked = os.environ.get(_AT_MOST)
     if asked is not None and asked not in _NAMES:
         raise UserError(f"{_AT_MOST} is one of {', '.join(_NAMES)}, got '{asked}'.")
-    return int(found.dfrot_isa()) if asked is None else min(int(found.dfrot_isa()), _NAMES[asked])
+    most = len(INSTRUCTION_SETS) - 1 if asked is None else _NAMES[asked]
+    return max(isa for isa in range(most + 1) if found.dfrot_has(isa))
 
 
 @functools.cache

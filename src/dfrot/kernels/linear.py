@@ -88,7 +88,7 @@ def supported(x: Tensor, weights: TensorSpec, activations: TensorSpec) -> bool:
         return True
     group_bytes, rest = divmod(weights.group * weights.bits, 8)
     fits = not rest and group_bytes % 4 == 0 and (64 % group_bytes == 0 or group_bytes % 64 == 0)
-    return fits and (instruction_set() > library.AVX2 or group_bytes % 32 == 0)
+    return fits and (instruction_set() >= library.AVX512 or group_bytes % 32 == 0)
 
 
 def linear(

@@ -294,8 +294,8 @@ class ModelSizes:
         self.source, self.working, self.stored = source.dtype.itemsize, working.itemsize, stored.itemsize
         self.seq_len = seq_len  # tokens of a calibration sequence
         # one sequence inside a block: the stream, and the widest layer's input with gate and up
-        chosen = config.num_experts_per_tok if graph.experts else 1
-        self.sequence = seq_len * (4 * self.hidden + 3 * chosen * linears[graph.down][1])
+        self.chosen = config.num_experts_per_tok if graph.experts else 1  # experts of a token
+        self.sequence = seq_len * (4 * self.hidden + 3 * self.chosen * linears[graph.down][1])
         self.tokens = tokens  # of the calibration text, of all processes together
 
 
@@ -480,9 +480,9 @@ def _check_extent(path: Path, config: Config, graph: ModelGraph, stored: Mapping
 
 def _check_blocks(path: Path, blocks: Any) -> None:
     """Raise UserError unless all blocks have the same layers."""
-    first, *others = (block.state_dict().keys() for block in blocks)
-    for index, names in enumerate(others, start=1):
-        if differing := sorted(first ^ names):
+    layers = [block.state_dict().keys() for block in blocks]
+    for index, names in enumerate(layers):
+        if differing := sorted(layers[0] ^ names):
             raise UserError(
                 f"the model in {path} has blocks of more than one kind: only one of blocks 0 and {index} has a "
                 f"'{differing[0]}'. dfrot takes models whose blocks are alike."

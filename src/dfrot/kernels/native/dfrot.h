@@ -8,13 +8,14 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* Instruction sets, each including those before it. */
-enum { ISA_NONE = 0, ISA_AVX2 = 1, ISA_AVX512 = 2, ISA_AMX = 3 };
+/* Instruction sets, each including those before it, but that AVX512 does without AVX-VNNI. */
+enum { ISA_NONE = 0, ISA_AVX2 = 1, ISA_AVXVNNI = 2, ISA_AVX512 = 3, ISA_AMX = 4 };
 
 /* Element types of activations and scales. */
 enum { FLOAT32 = 0, BFLOAT16 = 1 };
 
 #define TARGET_AVX2 __attribute__((target("avx2,fma")))
+#define TARGET_AVXVNNI __attribute__((target("avxvnni,avx2,fma")))
 #define TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma")))
 #define TARGET_AMX                                                                                                     \
     __attribute__((target("prfchw,amx-tile,amx-int8,avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma")))
@@ -23,6 +24,9 @@ enum { FLOAT32 = 0, BFLOAT16 = 1 };
 
 /* The best instruction set of this machine, ISA_NONE if it has none of them. Asks the system for AMX, once. */
 EXPORT int dfrot_isa(void);
+
+/* Whether this machine has an instruction set. */
+EXPORT int dfrot_has(int isa);
 
 /* At least `bytes` of memory, aligned to 64, that belong to the calling thread until its next call with the same slot;
  * NULL if there is none. */

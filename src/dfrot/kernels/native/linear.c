@@ -12,7 +12,7 @@
  * put in that order. A few tokens are multiplied by dot products along the rows (VNNI, AVX2); many by AMX, with rows of
  * weights as the left tile, which needs no rearranging, and tokens as the right one, rearranged once; or by VNNI, with
  * four inputs of sixteen channels in a register, rearranged once a chunk, and four inputs of one token in all of its
- * lanes; so by AVX2, for weights of 4 bits. */
+ * lanes; likewise by AVX-VNNI, and by AVX2 for weights of 4 bits. */
 #include "linear.h"
 
 #include <immintrin.h>
@@ -104,6 +104,15 @@ TARGET_AVX2 static void channel_avx2(const weights_t *w, const codes_t *a, int64
     }
     store(w, a, row, channel, sum, y, dtype, y_row);
 }
+
+TARGET_AVX2 static void panel_avx2(const weights_t *w, const codes_t *a, int64_t rows, int64_t first, void *y, int dtype,
+                                   int64_t y_row) {
+    for (int64_t channel = first; channel < first + PANEL && channel < w->out; channel++)
+        for (int64_t row = 0; row < rows; row++) channel_avx2(w, a, row, channel, y, dtype, y_row + row);
+}
+
+/* Channels from `first` on, so many as a panel has, of all tokens of a chunk. */
+typedef void (*panel_t)(const weights_t *w, const codes_t *a, int64_t rows, int64_t first, void *y, int dtype, int64_t y_row);
 
 /* ---- AVX512-VNNI: a few tokens against four channels ------------------------------------------------------------------ */
 
@@ -211,7 +220,7 @@ TARGET_AVX512 static void panel_avx512(const weights_t *w, const codes_t *a, int
     }
 }
 
-/* ---- AVX512-VNNI and AVX2: many tokens against 32 channels ------------------------------------------------------------ */
+/* ---- AVX512-VNNI, AVX-VNNI, AVX2: many tokens against 32 channels ------------------------------------------------------ */
 
 /* 16 × 16 entries of 32 bits: row i of the result is column i of `from`. */
 TARGET_AVX512 INLINE void transpose(__m512i v[16]) {
@@ -331,23 +340,24 @@ INLINE void finish_body(const weights_t *w, const codes_t *a, int64_t rows, int6
     }
 }
 
-/* The same by AVX2, for weights of 4 bits: a product of two bytes and two bytes is at most 2 · 15 · 128, so eight of them
- * fit into 16 bits. */
+/* The same by AVX2. */
 TARGET_AVX2 static void unpack_avx2(const weights_t *w, int64_t first, int64_t byte, int64_t end, uint8_t (*to)[PANEL][4]) {
     const __m256i nibble = _mm256_set1_epi8(15);
-    for (; byte < end; byte += 64, to += 32)
+    int quads = w->bits == 4 ? 32 : 16;
+    for (; byte < end; byte += 64, to += quads)
         for (int64_t c = 0; c < PANEL; c++) {
             uint8_t codes[2][64] = {{0}};
             for (int64_t half = 0; half < 64 && first + c < w->out && byte + half < w->bytes; half += 32) {
                 __m256i whole = load_avx2(w->codes + (first + c) * w->bytes + byte + half, w->bytes - byte - half);
-                _mm256_storeu_si256((__m256i *)(codes[0] + half), _mm256_and_si256(whole, nibble));
-                whole = _mm256_and_si256(_mm256_srli_epi16(whole, 4), nibble);
-                _mm256_storeu_si256((__m256i *)(codes[1] + half), whole);
+                __m256i low = w->bits == 4 ? _mm256_and_si256(whole, nibble) : whole;
+                _mm256_storeu_si256((__m256i *)(codes[0] + half), low);
+                _mm256_storeu_si256((__m256i *)(codes[1] + half), _mm256_and_si256(_mm256_srli_epi16(whole, 4), nibble));
             }
-            for (int q = 0; q < 32; q++) memcpy(to[q][c], codes[0] + 4 * q, 4);
+            for (int q = 0; q < quads; q++) memcpy(to[q][c], codes[0] + 4 * q, 4);
         }
 }
 
+/* For weights of 4 bits: two products of theirs are at most 2 · 15 · 128, and eight such pairs fit into 16 bits. */
 TARGET_AVX2 INLINE void quads_avx2(int rows, const uint8_t (*weights)[PANEL][4], const int8_t *tokens, int64_t stride,
                                    int64_t quads, int64_t fresh, int32_t (*dot)[PANEL]) {
     for (int64_t from = 0; from < quads; from += 8, fresh = 0)
@@ -378,6 +388,40 @@ TARGET_AVX2 static void add_avx2(const codes_t *a, int64_t rows, const uint8_t (
                                  int64_t quads, int64_t fresh, int32_t (*dot)[PANEL]) {
     for (int64_t row = 0; row < rows; row += 4)
         quads_avx2(4, weights + at, a->codes + row * a->stride + 4 * at, a->stride, quads, fresh, dot + row);
+}
+
+TARGET_AVXVNNI INLINE void quads_avxvnni(int rows, const uint8_t (*weights)[PANEL][4], const int8_t *tokens, int64_t stride,
+                                         int64_t quads, int64_t fresh, int32_t (*dot)[PANEL]) {
+    for (int h = 0; h < PANEL; h += 16) {
+        __m256i sums[6][2];
+        for (int r = 0; r < rows; r++)
+            for (int v = 0; v < 2; v++) {
+                const __m256i *at = (const __m256i *)(dot[r] + h + 8 * v);
+                sums[r][v] = fresh ? _mm256_setzero_si256() : _mm256_load_si256(at);
+            }
+        for (int64_t q = 0; q < quads; q++) {
+            __m256i left = _mm256_load_si256((const __m256i *)weights[q][h]);
+            __m256i right = _mm256_load_si256((const __m256i *)weights[q][h + 8]);
+            for (int r = 0; r < rows; r++) {
+                int32_t four;
+                memcpy(&four, tokens + r * stride + 4 * q, sizeof four);
+                __m256i token = _mm256_set1_epi32(four);
+                sums[r][0] = _mm256_dpbusd_avx_epi32(sums[r][0], left, token);
+                sums[r][1] = _mm256_dpbusd_avx_epi32(sums[r][1], right, token);
+            }
+        }
+        for (int r = 0; r < rows; r++)
+            for (int v = 0; v < 2; v++) _mm256_store_si256((__m256i *)(dot[r] + h + 8 * v), sums[r][v]);
+    }
+}
+
+TARGET_AVXVNNI static void add_avxvnni(const codes_t *a, int64_t rows, const uint8_t (*weights)[PANEL][4], int64_t at,
+                                       int64_t quads, int64_t fresh, int32_t (*dot)[PANEL]) {
+    int64_t row = 0;
+#define ADD(R) quads_avxvnni(R, weights + at, a->codes + row * a->stride + 4 * at, a->stride, quads, fresh, dot + row)
+    for (; row + 6 <= rows; row += 6) ADD(6);
+    for (; row < rows; row += 2) ADD(2);
+#undef ADD
 }
 
 typedef void (*unpack_t)(const weights_t *w, int64_t first, int64_t byte, int64_t end, uint8_t (*to)[PANEL][4]);
@@ -415,6 +459,11 @@ TARGET_AVX512 static void many_avx512(const weights_t *w, const codes_t *a, int6
 TARGET_AVX2 static void many_avx2(const weights_t *w, const codes_t *a, int64_t rows, int64_t first, void *y, int dtype,
                                   int64_t y_row) {
     many_body(unpack_avx2, add_avx2, w, a, rows, first, y, dtype, y_row);
+}
+
+TARGET_AVXVNNI static void many_avxvnni(const weights_t *w, const codes_t *a, int64_t rows, int64_t first, void *y, int dtype,
+                                        int64_t y_row) {
+    many_body(unpack_avx2, add_avxvnni, w, a, rows, first, y, dtype, y_row);
 }
 
 /* ---- AMX: 32 channels against 32 tokens in four tiles of int32 --------------------------------------------------------- */
@@ -719,20 +768,11 @@ void multiply_chunk(int isa, const chunk_t *chunk, int64_t rows, const weights_t
         release_tiles();
         return;
     }
+    panel_t many = isa >= ISA_AVX512 ? many_avx512 : isa >= ISA_AVXVNNI ? many_avxvnni : w->bits == 4 ? many_avx2 : NULL;
+    panel_t few = isa >= ISA_AVX512 ? panel_avx512 : panel_avx2;
+    panel_t multiply = rows > FEW && many ? many : few;
 #pragma omp for schedule(guided) nowait
-    for (int64_t panel = 0; panel < panels; panel++) {
-        int64_t first = panel * PANEL;
-        if (isa >= ISA_AVX512 && rows > FEW)
-            many_avx512(w, &chunk->codes, rows, first, y, dtype, y_row);
-        else if (rows > FEW && w->bits == 4)
-            many_avx2(w, &chunk->codes, rows, first, y, dtype, y_row);
-        else if (isa >= ISA_AVX512)
-            panel_avx512(w, &chunk->codes, rows, first, y, dtype, y_row);
-        else
-            for (int64_t channel = first; channel < first + PANEL && channel < w->out; channel++)
-                for (int64_t row = 0; row < rows; row++)
-                    channel_avx2(w, &chunk->codes, row, channel, y, dtype, y_row + row);
-    }
+    for (int64_t panel = 0; panel < panels; panel++) multiply(w, &chunk->codes, rows, panel * PANEL, y, dtype, y_row);
 }
 
 int own_memory(int64_t in, int64_t groups) {
@@ -761,7 +801,7 @@ row_t given_rows(int isa) { return isa >= ISA_AVX512 ? given_avx512 : given_avx2
 /* y_i (rows, out_i) = Q(x R) Ŵ_iᵀ + b_i for x (rows, in) and `count` weights that read it, x and y of element type `dtype`.
  *
  * The weights have the same in, group and bits; in · bits is a multiple of 8, and the bytes of a group divide 64 or are
- * a multiple of it, for AVX2 of 32, unless it is the only one. `isa` is at least ISA_AVX2. Returns 0, or −1 if there was
+ * a multiple of it, for AVX2 and AVX-VNNI of 32, unless it is the only one. `isa` is at least ISA_AVX2. Returns 0, or −1 if there was
  * no memory. */
 EXPORT int dfrot_linear(int isa, int threads, const void *x, int dtype, int64_t rows, const transform_t *transform,
                         const grid_t *grid, int count, const weights_t *weights, void **y) {

@@ -24,15 +24,30 @@ static int has_amx(void) {
     return __builtin_cpu_supports("avx512bf16") && may_use_tiles();
 }
 
+static int has_avxvnni(void) {
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+}
+
+int dfrot_has(int isa) {
+    __builtin_cpu_init();
+    int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    int avx512 = avx2 && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                 __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+    switch (isa) {
+        case ISA_AVX2: return avx2;
+        case ISA_AVXVNNI: return avx2 && has_avxvnni();
+        case ISA_AVX512: return avx512;
+        case ISA_AMX: return avx512 && has_amx();
+        default: return isa == ISA_NONE;
+    }
+}
+
 int dfrot_isa(void) {
     static int found = -1;
-    if (found >= 0) return found;
-    __builtin_cpu_init();
-    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return found = ISA_NONE;
-    if (!__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512dq") ||
-        !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512vnni"))
-        return found = ISA_AVX2;
-    return found = has_amx() ? ISA_AMX : ISA_AVX512;
+    for (int isa = ISA_AMX; found < 0; isa--)
+        if (dfrot_has(isa)) found = isa;
+    return found;
 }
 
 void *scratch(int slot, size_t bytes) {
