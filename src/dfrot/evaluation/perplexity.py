@@ -155,6 +155,7 @@ def _logits_by_piece(
 
 def _logits_of(model: Any, states: Float[Tensor, "positions hidden"]) -> Float[Tensor, "positions vocabulary"]:
     """What the model makes of last hidden states, by the head and what follows it, such as a factor or soft cap."""
+    # with a place for what routers say, which heads of mixtures of experts hand on
     decoder, made = model.base_model, MoeModelOutputWithPast(last_hidden_state=states[None])
     own = decoder.__dict__.get("forward")  # accelerate's, if it spreads the model
     decoder.forward = lambda *_, **__: made

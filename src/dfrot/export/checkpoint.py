@@ -172,7 +172,7 @@ def write_directory(checkpoint: Checkpoint, out: Path, weight: Weight, config: d
         UserError: `out` is not empty.
         SetupError: `out` cannot be written.
     """
-    count = len(checkpoint.shards)
+    count, kind = len(checkpoint.shards), checkpoint.config.model_type
     weight_map: dict[str, str] = {}
     total = 0
     with exclusive_lock(out):
@@ -180,7 +180,6 @@ def write_directory(checkpoint: Checkpoint, out: Path, weight: Weight, config: d
             raise UserError(f"{out} is not empty ({found[0]}); nothing there is touched. Choose another -o directory.")
         try:
             for number, index in enumerate(track(checkpoint.shards, "exporting", count), start=1):
-                kind = checkpoint.config.model_type
                 tensors = {in_file(kind, name): tensor for name, tensor in checkpoint.tensors(index, weight)}
                 file = out / f"model-{number:05}-of-{count:05}.safetensors"
                 write_tensors(file, tensors, {"format": "pt"})

@@ -52,7 +52,8 @@ def compile_library(into: Path) -> None:
 
 @functools.cache
 def library() -> tuple[ctypes.CDLL | None, str]:
-    """The library, and which instruction set it uses; or None, and why it cannot be had here."""
+    """The library, and which instruction set it uses; or None, and why it cannot be had here. Raises UserError where
+    DFROT_ISA names no instruction set."""
     if os.environ.get(_SWITCH) == "reference":
         return None, f"{_SWITCH}=reference is set"
     if platform.machine() not in ("x86_64", "AMD64"):

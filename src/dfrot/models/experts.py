@@ -127,7 +127,7 @@ def use_experts_(model: nn.Module, config: Config) -> None:
 
 def _like(name: str, theirs: Any, config: Config) -> MixtureOfExperts:
     """A mixture that computes what transformers' does, as it is found out with a few channels."""
-    router, experts, act = theirs.gate, theirs.experts, config.hidden_act
+    router, experts, act = theirs.gate, theirs.experts, str(getattr(config, "hidden_act", None))
     chosen, drawn = getattr(router, "top_k", 0), torch.Generator("cpu").manual_seed(0)
 
     def numbers(*shape: int) -> Tensor:
@@ -140,7 +140,7 @@ def _like(name: str, theirs: Any, config: Config) -> MixtureOfExperts:
     few_router.weight, few_router.hidden_dim, few_router.num_experts = nn.Parameter(of_router), _FEW, count
     few_experts.gate_up_proj, few_experts.down_proj = nn.Parameter(gate_up), nn.Parameter(down)
     few_experts.num_experts = count
-    for normalized in (True, False):
+    for normalized in (True, False) if act in ACT2FN else ():
         with torch.device("cpu"):
             ours = MixtureOfExperts(_FEW, _FEW, count, chosen, normalized, act)
         ours.gate.weight.data = of_router

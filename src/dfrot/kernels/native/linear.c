@@ -278,6 +278,13 @@ TARGET_AVX512 static void unpack_avx512(const weights_t *w, int64_t first, int64
         }
 }
 
+/* The codes of four inputs side by side. */
+INLINE int32_t four_inputs(const int8_t *codes) {
+    int32_t four;
+    memcpy(&four, codes, sizeof four);
+    return four;
+}
+
 /* Adds so many quads of inputs to the sums of a few tokens, or begins these. */
 TARGET_AVX512 INLINE void add_quads(int rows, const uint8_t (*weights)[PANEL][4], const int8_t *tokens, int64_t stride,
                                     int64_t quads, int fresh, int32_t (*dot)[PANEL]) {
@@ -287,9 +294,7 @@ TARGET_AVX512 INLINE void add_quads(int rows, const uint8_t (*weights)[PANEL][4]
     for (int64_t q = 0; q < quads; q++) {
         __m512i left = _mm512_load_si512(weights[q]), right = _mm512_load_si512(weights[q] + 16);
         for (int r = 0; r < rows; r++) {
-            int32_t four;
-            memcpy(&four, tokens + r * stride + 4 * q, sizeof four);
-            __m512i token = _mm512_set1_epi32(four);
+            __m512i token = _mm512_set1_epi32(four_inputs(tokens + r * stride + 4 * q));
             sums[r][0] = _mm512_dpbusd_epi32(sums[r][0], left, token);
             sums[r][1] = _mm512_dpbusd_epi32(sums[r][1], right, token);
         }
@@ -368,9 +373,7 @@ TARGET_AVX2 INLINE void quads_avx2(int rows, const uint8_t (*weights)[PANEL][4],
                 __m256i left = _mm256_load_si256((const __m256i *)weights[q][h]);
                 __m256i right = _mm256_load_si256((const __m256i *)weights[q][h + 8]);
                 for (int r = 0; r < rows; r++) {
-                    int32_t four;
-                    memcpy(&four, tokens + r * stride + 4 * q, sizeof four);
-                    __m256i token = _mm256_set1_epi32(four);
+                    __m256i token = _mm256_set1_epi32(four_inputs(tokens + r * stride + 4 * q));
                     narrow[r][0] = _mm256_add_epi16(narrow[r][0], _mm256_maddubs_epi16(left, token));
                     narrow[r][1] = _mm256_add_epi16(narrow[r][1], _mm256_maddubs_epi16(right, token));
                 }
@@ -403,9 +406,7 @@ TARGET_AVXVNNI INLINE void quads_avxvnni(int rows, const uint8_t (*weights)[PANE
             __m256i left = _mm256_load_si256((const __m256i *)weights[q][h]);
             __m256i right = _mm256_load_si256((const __m256i *)weights[q][h + 8]);
             for (int r = 0; r < rows; r++) {
-                int32_t four;
-                memcpy(&four, tokens + r * stride + 4 * q, sizeof four);
-                __m256i token = _mm256_set1_epi32(four);
+                __m256i token = _mm256_set1_epi32(four_inputs(tokens + r * stride + 4 * q));
                 sums[r][0] = _mm256_dpbusd_avx_epi32(sums[r][0], left, token);
                 sums[r][1] = _mm256_dpbusd_avx_epi32(sums[r][1], right, token);
             }
