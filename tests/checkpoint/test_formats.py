@@ -48,7 +48,7 @@ def logits_with_bias_in_keys(path: Path, tokens: torch.Tensor) -> torch.Tensor:
     model: Any = dfrot.load(path, dtype=torch.float32)[0]
     for attention in (block.self_attn for block in model.model.layers):
         assert attention.kv_quantizer.key_bias is not None
-        attention.k_proj.adds_bias, attention.kv_quantizer.key_bias = True, None
+        attention.k_proj.leaves_out, attention.kv_quantizer.key_bias = False, None
     return model(tokens, use_cache=False).logits
 
 

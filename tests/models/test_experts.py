@@ -83,7 +83,8 @@ def test_an_expert_is_fitted_to_the_tokens_that_choose_it_and_to_others_where_th
                 width = int(block.get_submodule(linear).weight.shape[1])  # type: ignore[index]
                 with captured_inputs({"own": block.get_submodule(linear)}) as inputs, torch.no_grad():
                     self.run(block, index, self.hidden_states)  # all of the block, as it is without quantization
-                own = torch.cat(inputs["own"]) if inputs["own"] else torch.empty(0, width, dtype=torch.float64)
+                read = [each.flatten(0, -2) for each in inputs["own"]]
+                own = torch.cat(read) if read else torch.empty(0, width, dtype=torch.float64)
                 seen.append((Hessian(found.inputs.clone(), found.cross, found.filled), own))
             return found
 

@@ -280,7 +280,7 @@ def test_only_a_bias_of_the_model_that_nothing_but_its_position_turns_stays_out(
 ) -> None:
     def outside(model: Any) -> bool:
         attention = model.model.layers[1].self_attn
-        assert (attention.kv_quantizer.key_bias is None) == getattr(attention.k_proj, "adds_bias", True)
+        assert (attention.kv_quantizer.key_bias is not None) == getattr(attention.k_proj, "leaves_out", False)
         return attention.kv_quantizer.key_bias is not None
 
     words: dict[str, Any] = {
@@ -331,5 +331,5 @@ def test_a_layer_may_be_wrapped_or_replaced_by_one_that_adds_its_bias(made: Made
     attention.k_proj = nn.Linear(layer.in_features, layer.out_features)
     attention.k_proj.weight, attention.k_proj.bias = layer.weight, layer.bias
     within = logits(model, use_cache=False)
-    layer.adds_bias, attention.kv_quantizer.key_bias, attention.k_proj = True, None, layer
+    layer.leaves_out, attention.kv_quantizer.key_bias, attention.k_proj = False, None, layer
     close(logits(model, use_cache=False), within)

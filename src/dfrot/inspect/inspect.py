@@ -181,8 +181,10 @@ def _stream(
                 stats["surface"] = stats["norms"][-1]
         stats["weights"] += weight_errors(block, index, source, fitted, grids.weights)
         kept = cache.layers[index]
-        keys, rotary = kept.keys, source.skeleton.get_submodule(source.graph.rotary)
-        if (bias := KeyBias.of(block, source.graph, rotary, grids)) is not None:  # it stays out of the cache
+        keys = kept.keys
+        if (
+            bias := KeyBias.of(block, source.graph, source.rotary, grids.keys)
+        ) is not None:  # it stays out of the cache
             whole = block.get_submodule(str(source.graph.key)).bias
             positions = torch.arange(keys.shape[2], device=device)[None]
             keys = (keys - bias.at(whole, positions, keys.dtype).keys(None)).float()  # type: ignore[arg-type]

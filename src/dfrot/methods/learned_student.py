@@ -271,8 +271,7 @@ class Student:
         for name in (graph.output, graph.down):
             block.set_submodule(name, nn.Sequential(throughs[name], block.get_submodule(name)))
         if spec.keys.enabled:
-            rotary = self.source.skeleton.get_submodule(graph.rotary)
-            planes = rotary.inv_freq.numel() if graph.rotary else size // 2  # type: ignore[operator]
+            planes = self.source.rotary.inv_freq.numel() if graph.rotary else size // 2
             # where a norm over the head follows the projection, or RoPE has other planes, nothing folds into it
             stay = graph.head_norms or not graph.rope_in_halves
             of_keys = scales(heads, size - planes, rate=None if stay else SCALE_RATE)
@@ -280,7 +279,7 @@ class Student:
             keys, values = (dataclasses.replace(grid, group=size) for grid in (spec.keys, spec.values))
             throughs[KEYS] = Through(None, of_keys, behind, keys, planes=planes, scale_dtype=SCALE_DTYPE)
             throughs[VALUES] = Through(self.value_rotation, of_heads, None, values, scale_dtype=SCALE_DTYPE)
-            key_bias = KeyBias.of(block, graph, rotary, spec)
+            key_bias = KeyBias.of(block, graph, self.source.rotary, spec.keys)
             attention: Any = block.get_submodule(graph.attention)
             before: Any = block.get_submodule(next(iter(graph.norms)))
 

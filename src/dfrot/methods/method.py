@@ -72,6 +72,9 @@ class Look(NamedTuple):
 class Method(Options, abc.ABC):
     """The base of all methods."""
 
+    mean_keys: bool = False
+    """Keep the mean key of the calibration text out of the quantized cache, where that helps."""
+
     name: ClassVar[str]  # on the command line
     papers: ClassVar[tuple[Paper, ...]] = ()  # that a model card cites
     look: ClassVar[Look | None] = None  # None takes an unused one

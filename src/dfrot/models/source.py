@@ -318,6 +318,11 @@ class Source:
         return loaded(norm, {"weight": self._gain(self.tensor(f"{self.graph.final_norm}.weight"))})
 
     @property
+    def rotary(self) -> Any:
+        """The module that computes RoPE's cosines and sines."""
+        return self.skeleton.get_submodule(self.graph.rotary)
+
+    @property
     def eps(self) -> float:
         """ε of the last norm."""
         return norm_eps(self.skeleton.get_submodule(self.graph.final_norm))

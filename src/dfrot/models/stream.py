@@ -30,7 +30,7 @@ class BlockRunner:
         self._positions = positions = torch.arange(like.shape[1], device=like.device)[None]
         self._embeddings: dict[str | None, Any] = {None: None}
         if source.graph.rotary:
-            rotary = type(source.skeleton.get_submodule(source.graph.rotary))(config=source.config).to(like.device)
+            rotary = type(source.rotary)(config=source.config).to(like.device)
             self._embeddings = position_embeddings(rotary, like, positions)
         takes = inspect.signature(source.empty_block(0).forward).parameters
         self._cache_name = "layer_past" if "layer_past" in takes else "past_key_values"

@@ -100,7 +100,7 @@ def _block(
 ) -> nn.Module:
     """Block `index` of the checkpoint, its attention with the grids of the cache if there are any."""
     graph, block, spec = source.graph, source.empty_block(index), runtime.heads(index)
-    key_bias = KeyBias.of(block, graph, source.skeleton.get_submodule(graph.rotary), spec)
+    key_bias = KeyBias.of(block, graph, source.rotary, spec.keys, any_bias=runtime.key_means)
     install_block_(block, index, graph, runtime, key_bias)
     block = loaded(block, dict(tensors)).to(device, dtype)
     if spec.keys.enabled:

@@ -70,6 +70,8 @@ class Recipe(Options):
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**63:
             raise UserError(f"a seed is between 0 and 2^63 − 1, got {self.seed}.")
+        if self.method.mean_keys and not self.spec.keys.enabled:
+            raise UserError(f"--mean-keys is about quantized keys, and {self.spec} leaves them alone: leave it out.")
         drawn, wanted = self.calibration.tokens // self.calibration.seq_len, self.method.sequences_read
         if wanted > drawn:
             raise UserError(
@@ -86,7 +88,8 @@ class Recipe(Options):
     @property
     def reads_text(self) -> bool:
         """Whether anything is fitted to calibration text."""
-        return self.fits_weights or self.method.reads_all_text or self.method.sequences_read > 0
+        method = self.method
+        return self.fits_weights or method.reads_all_text or method.sequences_read > 0 or method.mean_keys
 
     def dtypes(self, source: torch.dtype) -> Dtypes:
         """The dtypes of a run on a model whose weights are stored in `source`."""

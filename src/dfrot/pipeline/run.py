@@ -19,6 +19,8 @@ from torch import Tensor
 
 from dfrot.checkpoint.load import DfrotConfig, usable_device
 from dfrot.checkpoint.writer import CheckpointWriter, ReuseDir, opened_writer
+from dfrot.methods.key_means import key_means
+from dfrot.methods.key_means import summary as key_means_summary
 from dfrot.methods.method import Fit, FitContext, FitProgress
 from dfrot.models.source import Source, copy_tokenizer, load_tokenizer, open_source
 from dfrot.models.stream import require_same_logits
@@ -59,6 +61,7 @@ class QuantizeResult:
         """What is worth saying of it, in sentences."""
         return [
             *self.recipe.method.summary(self.notes),
+            *key_means_summary(self.notes.get("key_means", {})),
             *self.recipe.rounding.summary(self.notes.get("weights_by_block", [])),
             *self.recipe.tuning.summary(self.notes.get("tuning", {}), self.recipe.spec),
             *cache.summary(self.notes.get("cache", {})),
@@ -183,12 +186,12 @@ def _identity(source: Source, recipe: Recipe) -> dict[str, Any]:
 def _depended_on_by_fit(on: FitContext, recipe: Recipe) -> dict[str, Any]:
     """What the transforms of a method depend on: neither the rounding nor the cache."""
     record, method = recipe.to_json(), recipe.method
-    read = recipe.calibration.tokens if method.reads_all_text else method.sequences_read
+    read = recipe.calibration.tokens if method.reads_all_text else max(method.sequences_read, method.mean_keys)
     text = on.calibration()[:read].numpy().tobytes() if read else b""
     return {
         **_identity(on.source, recipe),
         "recipe": {name: record[name] for name in ("method", "options", "seed")},
-        "grids": {kind: record["grids"][kind] for kind in method.reads_grids},
+        "grids": {kind: record["grids"][kind] for kind in (*method.reads_grids, *["keys"] * method.mean_keys)},
         "text": hashlib.sha256(text).hexdigest(),
         "device": on.device.type,
     }
@@ -198,7 +201,8 @@ def _depended_on_by_blocks(on: FitContext, recipe: Recipe) -> dict[str, Any]:
     """What the blocks of a checkpoint depend on, before they are tuned: all of the recipe but the cache."""
     record = recipe.to_json()
     del record["spec"], record["tune"]
-    record["grids"] = {kind: record["grids"][kind] for kind in ("weights", "activations")}
+    kinds = ("weights", "activations", *["keys"] * recipe.method.mean_keys)
+    record["grids"] = {kind: record["grids"][kind] for kind in kinds}
     return {**_identity(on.source, recipe), "recipe": record, "device": on.device.type}
 
 
@@ -214,8 +218,12 @@ def _fitted(on: FitContext, recipe: Recipe, writer: CheckpointWriter, reuse: Reu
         depends_on = _depended_on_by_fit(on, recipe)
         if (kept := reuse.fit(depends_on)) is None:
             progress = FitProgress(writer.load_progress, writer.save_progress)
-            fit, fitted = recipe.method.fit(replace(on, progress=progress)), dict[str, Tensor]()
-            kept = {"transforms": fit.transforms.describe(fitted), "notes": fit.notes}, fitted
+            (transforms, notes), fitted = recipe.method.fit(replace(on, progress=progress)), dict[str, Tensor]()
+            if recipe.method.mean_keys:
+                means = key_means(on, transforms.keys)
+                transforms = replace(transforms, key_means=means.vectors)
+                notes = notes | {"key_means": means.notes}
+            kept = {"transforms": transforms.describe(fitted), "notes": notes}, fitted
             reuse.keep_fit(depends_on, *kept)
         record, tensors = kept
         writer.save_fit({**record, "text": text}, tensors)
@@ -244,7 +252,7 @@ class _Loop:
         made = self.source.without_bias if transforms.offsets else ()
         of_inputs = tuple(transforms.offset_sites(graph)), transforms.clip_sites(graph)
         online = transforms.online(graph, config)
-        self.runtime = RuntimeConfig(recipe.spec, online, keys, blocks, made, *of_inputs)
+        self.runtime = RuntimeConfig(recipe.spec, online, keys, blocks, made, *of_inputs, bool(transforms.key_means))
         self.tied = self.source.tied and not transforms.unties_head
 
     def run(self) -> float:

@@ -32,6 +32,7 @@ class RuntimeConfig:
     offsets: tuple[str, ...] = ()
     # Such a norm or layer, keys or values → clip ratio by block.
     clips: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    key_means: bool = False  # whether a tensor of each block, in place of the bias of keys, stays out of the cache
 
     def activations(self, site: str, index: int) -> TensorSpec:
         """The grid of a norm's output or a linear layer's input in block `index`."""
@@ -53,7 +54,7 @@ class RuntimeConfig:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON; `from_json` is its inverse."""
         tensors: dict[str, Tensor] = {}
-        record = {
+        record: dict[str, Any] = {
             "grids": dataclasses.asdict(self.spec),
             "online": {name: rotation.describe(tensors, name) for name, rotation in self.online.items()},
             "keys": None if self.keys is None else self.keys.describe(tensors, "keys"),
@@ -64,6 +65,8 @@ class RuntimeConfig:
             record["offsets"] = list(self.offsets)
         if self.clips:
             record["clips"] = {site: list(clips) for site, clips in self.clips.items()}
+        if self.key_means:
+            record["key_means"] = True
         assert not tensors, f"format {FORMAT} has no place for the tensors of online rotations: {sorted(tensors)}"
         return record
 
@@ -71,8 +74,13 @@ class RuntimeConfig:
     def from_json(record: Any) -> "RuntimeConfig":
         """Raises UserError if the record is not complete, or says something that this version does not know."""
         wrong = "this is not the runtime record of a dfrot checkpoint"
-        names = {"grids", "online", "keys", "rotation_blocks", "biases", "offsets", "clips"}
-        left_out: dict[str, Any] = {"biases": [], "offsets": [], "clips": {}}  # in records of earlier versions
+        names = {"grids", "online", "keys", "rotation_blocks", "biases", "offsets", "clips", "key_means"}
+        left_out: dict[str, Any] = {
+            "biases": [],
+            "offsets": [],
+            "clips": {},
+            "key_means": False,
+        }  # in records of earlier versions
         record = left_out | record if isinstance(record, dict) else {}
         if differing := names ^ record.keys():
             raise UserError(f"{wrong}: {min(differing)!r} is unknown or missing.")
@@ -88,9 +96,10 @@ class RuntimeConfig:
             clips = {site: tuple(ratios) for site, ratios in record["clips"].items()}
             for ratio in (ratio for ratios in clips.values() for ratio in ratios):
                 TensorSpec.checked(**vars(spec.activations) | {"clip_ratio": ratio})
+            means = {True: True, False: False}[record["key_means"]]
         except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
             raise UserError(f"{wrong}: {error}") from error
-        return RuntimeConfig(spec, online, keys, blocks, biases, offsets, clips)
+        return RuntimeConfig(spec, online, keys, blocks, biases, offsets, clips, means)
 
     @staticmethod
     def of_checkpoint(record: Mapping[str, Any]) -> "RuntimeConfig":

@@ -38,7 +38,8 @@ def install_(model: Any, runtime: RuntimeConfig) -> None:
         with torch.device("meta"):
             use_experts_(root, config)
     blocks = list(root.get_submodule(graph.blocks).children())
-    key_bias = KeyBias.of(blocks[0], graph, root.get_submodule(graph.rotary), runtime.spec) if blocks else None
+    rotary, means = root.get_submodule(graph.rotary), runtime.key_means
+    key_bias = KeyBias.of(blocks[0], graph, rotary, runtime.spec.keys, any_bias=means) if blocks else None
     if wrong := [site for site, clips in runtime.clips.items() if len(clips) != len(blocks)]:
         raise UserError(f"this checkpoint's config has other than {len(blocks)} clip ratios for '{wrong[0]}'.")
     for index, block in enumerate(blocks):
@@ -102,8 +103,8 @@ def install_block_(
     for name in graph.linears:
         rotation, grid = rotations.get(name), runtime.activations(graph.norm_before(name) or name, index)
         quantizes = runtime.spec.weights.enabled or runtime.spec.activations.enabled
-        apart = key_bias is not None and name == graph.key
-        own = rotation is not None or name in runtime.biases or name in runtime.offsets or apart
+        leaves_out, means = key_bias is not None and name == graph.key, runtime.key_means and name == graph.key
+        own = rotation is not None or name in runtime.biases or name in runtime.offsets or leaves_out or means
         if not own and not quantizes:
             continue
         linear = block.get_submodule(name)
@@ -117,7 +118,8 @@ def install_block_(
                 activations=grid,
                 rotation=rotation,
                 dtype=linear.weight.dtype,
-                adds_bias=not apart,
+                leaves_out=leaves_out,
+                apart=means,
                 offset=name in runtime.offsets,
             )
         block.set_submodule(name, quantized)

@@ -2,7 +2,8 @@
 
 RoPE is linear: RoPE(W x + b, p) = RoPE(W x, p) + RoPE(b, p). The last term is the same for all tokens at position p,
 and may be by far the larger one: ‖b‖ reaches 393 in Qwen2.5-Coder-0.5B. Quantized with it, what tells tokens apart
-would vanish between two steps. So only RoPE(W x, p) is quantized, and RoPE(b, p) is added where keys are read.
+would vanish between two steps. So only RoPE(W x, p) is quantized, and RoPE(b, p) is added where keys are read. The same
+is done on demand with a mean key in place of b: see methods/key_means.py.
 """
 
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from dfrot.linalg.rotation import Rotation
 from dfrot.models.graph import ModelGraph
-from dfrot.quant.spec import Spec
+from dfrot.quant.spec import TensorSpec
 from dfrot.runtime.linear import QuantLinear
 
 Positions = Int[Tensor, "#batch length"]
@@ -50,10 +51,13 @@ class KeyBias:
     scaling: float  # of cos and sin
 
     @staticmethod
-    def of(block: nn.Module, graph: ModelGraph, rotary: Any, spec: Spec) -> "KeyBias | None":
+    def of(
+        block: nn.Module, graph: ModelGraph, rotary: Any, keys: TensorSpec, *, any_bias: bool = False
+    ) -> "KeyBias | None":
         """For a block as its model's config makes it, and the decoder's RoPE; None if keys are not quantized, or have
-        no bias, or one that stays in: a norm follows it, RoPE is another, or its frequencies change with the text."""
-        if not spec.keys.enabled or graph.key is None or block.get_submodule(graph.key).bias is None:
+        no bias and get none, or one that stays in: a norm follows it, RoPE is another, or its frequencies change with
+        the text."""
+        if not keys.enabled or graph.key is None or not (any_bias or block.get_submodule(graph.key).bias is not None):
             return None
         if graph.head_norms or not graph.rope_in_halves or rotary.rope_type in ("dynamic", "longrope"):
             return None
@@ -72,15 +76,15 @@ class KeyBias:
 
 
 def left_out(attention: nn.Module) -> Float[Tensor, " channels"] | None:
-    """The bias that the layer of keys leaves out, as it is now; None if another layer has taken its place."""
-    layer: Any = next((m for m in attention.modules() if isinstance(m, QuantLinear) and not m.adds_bias), None)
-    bias = None if layer is None else layer.bias
-    if bias is None or not bias.is_meta:
-        return bias
+    """What the layer of keys leaves out, as it is now; None if another layer has taken its place."""
+    layers: Any = (module for module in attention.modules() if isinstance(module, QuantLinear))
+    layer = next((each for each in layers if each.leaves_out), None)
+    if layer is None or layer.left_out is None or not layer.left_out.is_meta:
+        return None if layer is None else layer.left_out
     from accelerate.utils import align_module_device  # which has it elsewhere until the layer runs
 
     with align_module_device(layer):
-        return layer.bias
+        return layer.left_out
 
 
 def positions_of_all(new: Int[Tensor, "#batch tokens"], length: int, mask: Tensor | None) -> Positions:

@@ -32,7 +32,8 @@ class QuantLinear(Transforming, nn.Module):
     (out, groups), and if there is one the `offset` o, float32 (float64 in a float64 model) (in,). Codes of symmetric
     grids are stored with 2^(bits−1) added. With 16-bit weights there is a plain `weight` (out, in) instead.
 
-    A layer that does not add its bias (`adds_bias`) leaves that to others: see runtime/key_bias.py.
+    A layer that `leaves_out` something lets others add its bias; or the buffer `apart`, if it has one, float32 (float64
+    in a float64 model) (out,), which it takes from what it puts out: see runtime/key_bias.py.
 
     The kernels leave the weight packed. The reference unpacks it on first use and keeps it, trading memory for a
     readable product.
@@ -42,6 +43,7 @@ class QuantLinear(Transforming, nn.Module):
     scales: Tensor
     zeros: Tensor
     offset: Tensor | None
+    apart: Tensor | None
 
     def __init__(
         self,
@@ -53,11 +55,12 @@ class QuantLinear(Transforming, nn.Module):
         activations: TensorSpec,
         rotation: Rotation | BlockRotation | None,
         dtype: torch.dtype,
-        adds_bias: bool = True,
+        leaves_out: bool = False,
         offset: bool = False,
+        apart: bool = False,
     ) -> None:
         super().__init__()
-        self.adds_bias = adds_bias
+        self.leaves_out = leaves_out
         self.in_features, self.out_features = in_features, out_features
         self.weights, self.activations, self.rotation = weights, activations, rotation
         self.weight: nn.Parameter | None = None
@@ -72,6 +75,8 @@ class QuantLinear(Transforming, nn.Module):
             self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=dtype), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype), requires_grad=False) if bias else None
         self.register_buffer("offset", torch.empty(in_features, dtype=wide(dtype)) if offset else None)
+        self.register_buffer("apart", torch.empty(out_features, dtype=wide(dtype)) if apart else None)
+        self._added: Kept[Tensor] = Kept()
         self._dense: Kept[Tensor] = Kept()
         self._integers: Kept[Tensor] = Kept()
         if isinstance(rotation, Rotation):  # now: what torch.compile traces finds it made
@@ -120,8 +125,17 @@ class QuantLinear(Transforming, nn.Module):
 
     @property
     def added(self) -> Float[Tensor, " out"] | None:
-        """b, unless others add it."""
-        return self.bias if self.adds_bias else None
+        """b, less what others add."""
+        bias, apart = self.bias, self.apart
+        if not self.leaves_out or apart is None:
+            return None if self.leaves_out else bias
+        return self._added.get(lambda: -apart if bias is None else (bias - apart).to(bias), [bias, apart])
+
+    @property
+    def left_out(self) -> Float[Tensor, " out"] | None:
+        """What others add."""
+        left = self.bias if self.apart is None else self.apart
+        return left if self.leaves_out else None
 
     @property
     def packed(self) -> PackedWeight:

@@ -74,6 +74,8 @@ class Transforms:
     offsets: tuple[Mapping[str, Float[Tensor, " in"]], ...] = ()
     # Likewise to the clip ratio of that input, or of keys or values, where they have their own.
     clips: tuple[Mapping[str, float], ...] = ()
+    # Of each block what is taken from its keys before RoPE, and added where they are read.
+    key_means: tuple[Float[Tensor, " channels"], ...] = ()
 
     def describe(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
         """JSON that `from_description` turns back into this; tensors are put into `tensors`."""
@@ -87,9 +89,10 @@ class Transforms:
         for kind, blocks in (("scale", self.scales), ("offset", self.offsets)):
             for index, vectors in enumerate(blocks):
                 tensors |= {f"{index}.{stage}.{kind}": vector for stage, vector in vectors.items()}
+        tensors |= {f"{index}.key_mean": vector for index, vector in enumerate(self.key_means)}
         sites = {"inputs": self.inputs, "scales": self.scales, "offsets": self.offsets}
         listed = {name: [list(stages) for stages in blocks] for name, blocks in sites.items()}
-        return described | listed | {"clips": [dict(clips) for clips in self.clips]}
+        return described | listed | {"clips": [dict(clips) for clips in self.clips], "key_means": len(self.key_means)}
 
     @staticmethod
     def from_description(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "Transforms":
@@ -110,7 +113,9 @@ class Transforms:
             for kind in ("scale", "offset")
         }
         rotations: dict[str, Any] = {site: at and rotation_from(at, tensors) for site, at in sites.items()}
-        return Transforms(**rotations, inputs=inputs, **vectors, clips=tuple(description.get("clips", ())))
+        means = tuple(tensors[f"{index}.key_mean"] for index in range(description.get("key_means", 0)))
+        clips = tuple(description.get("clips", ()))
+        return Transforms(**rotations, inputs=inputs, **vectors, clips=clips, key_means=means)
 
     def rotation_blocks(self, graph: ModelGraph) -> dict[str, tuple[int, int]]:
         """Norm or layer at which the runtime applies a rotation of `inputs` → block size and count."""
@@ -136,6 +141,10 @@ class Transforms:
         tensors = {
             f"{site}.offset": self.offsets[index][stage].to(dtype) for site, stage in self.offset_sites(graph).items()
         }
+        if self.key_means:
+            divisor = self.scales[index].get(KEYS) if self.scales else None
+            mean = self.key_means[index] if divisor is None else self.key_means[index] / divisor
+            tensors[f"{graph.key}.apart"] = mean.to(dtype, copy=True)
         for stage, transform in (self.inputs[index] if self.inputs else {}).items():
             for site in graph.sites(stage):  # copies: a file shares no tensor
                 tensors[f"{site}.rotation.matrices"] = transform.matrices.to(dtype, copy=True)

@@ -140,7 +140,14 @@ class StudentLinear(nn.Module):
             y = (x.to(self.product) @ self.layer.dense_weight(x.dtype).to(self.product).T).to(x.dtype)
         else:
             y = PackedProduct.apply(x, self.scales(), self, self.product)
-        return y if self.bias is None or not self.layer.adds_bias else y + self.bias()
+        leaves_out, apart = self.layer.leaves_out, self.layer.apart
+        if leaves_out and apart is not None:
+            y = y - apart.to(y)
+        return y if self.bias is None or (leaves_out and apart is None) else y + self.bias()
+
+    def left_out(self) -> Any:
+        """Of keys, what attention adds."""
+        return self.layer.apart if self.bias is None or self.layer.apart is not None else self.bias()
 
     def integers(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
         """w − v."""
@@ -155,7 +162,7 @@ class _Heads(nn.Module):
         spec: Spec,
         rotation: Rotation | None,
         key_bias: KeyBias | None,
-        bias: Trained | None,
+        bias: Callable[[], Tensor] | None,
         clips: tuple[Trained | None, Trained | None],
     ) -> None:
         super().__init__()
@@ -252,7 +259,7 @@ class Student:
         graph, spec = self.source.graph, self.runtime.heads(index)
         prefix = f"{graph.blocks}.{index}."
         block = self.source.empty_block(index)
-        key_bias = KeyBias.of(block, graph, self.source.skeleton.get_submodule(graph.rotary), spec)
+        key_bias = KeyBias.of(block, graph, self.source.rotary, spec.keys, any_bias=self.runtime.key_means)
         install_block_(block, index, graph, self.runtime, key_bias)
         missing = {name: tensor for name, tensor in block.state_dict().items() if name not in tensors}
         assert all(name.endswith(".bias") for name in missing), "the checkpoint has everything but new biases"
@@ -299,7 +306,7 @@ class Student:
                 block.set_submodule(name, self._linear(module, name, grid, trained, clip(site, grid)))
         attention = block.get_submodule(graph.attention)
         attention.config._attn_implementation = _ATTENTION  # type: ignore[union-attr]
-        bias: Any = None if key_bias is None else block.get_submodule(str(graph.key)).bias
+        bias: Any = None if key_bias is None else block.get_submodule(str(graph.key)).left_out
         clips = clip(KEYS, spec.keys), clip(VALUES, spec.values)
         rotation = self.runtime.keys if spec.keys.enabled else None
         attention.student_heads = _Heads(spec, rotation, key_bias, bias, clips)
