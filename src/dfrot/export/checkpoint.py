@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -114,7 +113,7 @@ class Checkpoint:
         """A sentence for each of these kinds of tensors that is quantized here; `engine` does not quantize them."""
         for kind in kinds:
             if (grid := getattr(self.runtime.spec, kind)).enabled:
-                yield f"{kind} are in {grid.bits} bits here, and not quantized by {engine}, so its quality differs."
+                yield f"{kind} are in {grid.in_words} here, and not quantized by {engine}, so its quality differs."
 
     def tensor(self, name: str) -> Tensor:
         return self.stored[name].read()
@@ -126,8 +125,7 @@ class Checkpoint:
         if not spec.enabled:
             return Layer(self.tensor(f"{name}.weight"), bias, None)
         width = input_widths(self.graph, self.config)[linear]
-        codes = unpack(self.tensor(f"{name}.qweight"), spec.bits, width).to(torch.int16)
-        codes -= 2 ** (spec.bits - 1) if spec.symmetric else 0  # symmetric codes are stored with this offset
+        codes = spec.grid.decode(unpack(self.tensor(f"{name}.qweight"), spec.bits, width))
         scales = self.tensor(f"{name}.scales").float()
         zeros = None if spec.symmetric else self.tensor(f"{name}.zeros").float()
         return Layer(dequantize(codes, spec.weight_granularity, QParams(scales, zeros)), bias, (codes, scales))

@@ -124,7 +124,7 @@ class Learned(RangeRot):
 
     def _shifts(self, on: FitContext) -> bool:
         """Whether there are offsets and clip ratios of inputs."""
-        return not self.fold_only and on.activations.enabled
+        return not self.fold_only and on.activations.enabled and on.activations.integer
 
     def peak_bytes(self, sizes: ModelSizes, budget: int) -> int:
         model = 2 * sizes.num_blocks * sizes.block + sizes.vocabulary * sizes.hidden * (sizes.source + 2)

@@ -25,6 +25,7 @@ from dfrot.models.stream import require_same_logits
 from dfrot.models.texts import calibration_windows, read_text
 from dfrot.pipeline import cache
 from dfrot.pipeline.estimate import VOCABULARY_ROWS, Estimate
+from dfrot.pipeline.ranges import TOKENS, largest_inputs
 from dfrot.pipeline.recipe import Recipe
 from dfrot.quant.affine import grouped
 from dfrot.quant.spec import Spec
@@ -155,6 +156,8 @@ def quantize(
             notes["tuning"] = loop.tune(windows)
             timings["tune"] = time.perf_counter() - rounded
         if processes.is_main:
+            if recipe.spec.activations.format == "nvfp4":
+                loop.measure_ranges()
             if recipe.spec.keys.enabled and recipe.reads_text:
                 notes["cache"] = loop.cache_cost()
                 cache.warn_if_dear(notes["cache"], recipe.spec)
@@ -360,6 +363,12 @@ class _Loop:
         notes, self.runtime = run()
         return notes
 
+    def measure_ranges(self) -> None:
+        """Fix the factors of the activations' scales."""
+        sequences = max(1, TOKENS // self.recipe.calibration.seq_len)
+        how = self.on.calibration()[:sequences], self.dtypes.working, self.on.device
+        self.runtime = replace(self.runtime, largest=largest_inputs(self.source, self.runtime, self.writer, *how))
+
     def cache_cost(self) -> dict[str, Any]:
         """What quantized keys and values cost on the first calibration sequence; returns notes."""
         tokens = self.on.calibration()[:1, : cache.TOKENS]
@@ -403,10 +412,11 @@ def calibration_tokens(source: Source, recipe: Recipe) -> Int[Tensor, "sequences
 
 def _check(source: Source, recipe: Recipe, processes: ProcessGroup) -> None:
     """Refuse a group size that does not fit the model, and processes that would have no work."""
-    weights, wanted = recipe.spec.weights, recipe.calibration
-    for name, width in input_widths(source.graph, source.config).items() if weights.enabled else ():
+    wanted, grids = recipe.calibration, (recipe.spec.weights, recipe.spec.activations)
+    for name, width in input_widths(source.graph, source.config).items():
         try:
-            grouped(torch.empty(width), weights.weight_granularity)
+            for grid in grids:
+                grouped(torch.empty(width), grid.weight_granularity)
         except ValueError as error:
             raise UserError(f"{name} cannot be quantized: {error}") from error
     if processes.count > 1 and recipe.fits_weights:
