@@ -71,6 +71,8 @@ class Learned(RangeRot):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.block is not None:
+            raise UserError("learned moves R1 as a whole and has no blocks. Take --method rangerot, or no --block.")
         if self.learn_steps < 1 or self.learn_tokens < 2:
             raise UserError(
                 f"learning takes a step of two tokens at least, got {self.learn_steps} steps of {self.learn_tokens}."
