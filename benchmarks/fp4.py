@@ -27,7 +27,6 @@ from dfrot.methods.dfrot import DFRot
 from dfrot.methods.massive import sample_norm_outputs
 from dfrot.methods.method import FitContext
 from dfrot.methods.quarot import random_rotation
-from dfrot.methods.rangerot import RangeRot
 from dfrot.methods.refinement import ORDINARY_TOKENS, class_errors, squared_errors
 from dfrot.models.source import load_tokenizer, open_source
 from dfrot.models.texts import calibration_windows, read_text
@@ -84,7 +83,9 @@ def print_errors(given: argparse.Namespace) -> None:
 
     print("| grid | rotation | ordinary | massive |\n|---|---|---|---|")
     sampled = None
-    for name, words in {name: words for name, words in SPECS.items() if "{" not in words}.items():
+    for name, words in SPECS.items():
+        if "{" in words or (given.only and name not in given.only):
+            continue
         grid = Spec.parse(words, "deploy").activations
         if sampled is None:
             sampled = norm_outputs(given.calib, "train", given.calib_tokens or 2048, grid)
@@ -95,9 +96,8 @@ def print_errors(given: argparse.Namespace) -> None:
             block, place = (BLOCKS[name], f", blocks of {BLOCKS[name]}") if in_blocks else (None, "")
             start = random_rotation(on, "hadamard", block=block)
             found[f"RH{place}"] = start
-            for method in (DFRot(block=block), RangeRot(block=block)):
-                refined, _ = method.refine(start, seen, grid, GAMMA, SINGLE_PROCESS)
-                found[f"{method.name}{place}"] = refined
+            method = DFRot(block=block, steps=int(given.steps))
+            found[f"refined{place}"], _ = method.refine(start, seen, grid, GAMMA, SINGLE_PROCESS)
         for rotation, matrix in found.items():
             error = class_errors(squared_errors(held.tokens, matrix, grid), held)
             print(f"| {name} | {rotation} | {error['ordinary']:.2f} | {error['massive']:.2f} |", flush=True)
@@ -108,7 +108,7 @@ def main() -> None:
     options.add_argument("--group", type=int, default=128, help="of the integers with groups")
     options.add_argument("--rounding", default="rtn,gptq", help="joined by commas")
     options.add_argument("--fold-only", action="store_true", help="leave out what is rotated while the model runs")
-    options.add_argument("--only", nargs="*", help="rows, such as 'NVFP4, blocks, gptq, none' (default: all)")
+    options.add_argument("--only", nargs="*", help="rows, such as 'NVFP4, blocks, gptq, none', or with --errors grids")
     options.add_argument("--errors", action="store_true", help="measure norm outputs instead")
     given = options.parse_args()
     if given.errors:

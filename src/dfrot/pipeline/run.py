@@ -170,6 +170,8 @@ def quantize(
 
 def _for_no_speed(spec: Spec) -> list[str]:
     """What is to be said where fewer bits than 8 lose quality and save no time; `dfrot info` measures it."""
+    if not (spec.weights.integer and spec.activations.integer):
+        return ["4-bit floats compute in torch here; dfrot export --to vllm is for GPUs that multiply them"]
     if not (spec.weights.enabled and spec.activations.bits < 8):
         return []
     more = re.sub(r"a\d+", "a8", str(spec), count=1)
