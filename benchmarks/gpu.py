@@ -248,7 +248,7 @@ def quantizers(run: Run) -> None:
         passes = NO_PASSES if size is None else lowered(Hadamard(size))
         for rows in (1, 2) if run.tiny else (1, 2048):
             x = run.randn(rows, width)
-            call = partial(quantize_rows, x, *passes, ACTIVATIONS.grid, 0.9, **how)
+            call = partial(quantize_rows, x, *passes, IntGrid(ACTIVATIONS.bits, ACTIVATIONS.symmetric), 0.9, **how)
             run.note("quantizer", f"{name}, {rows} rows", run.microseconds([call]), "µs")
             copied = torch.empty(rows, width + width // 2, dtype=torch.bfloat16, device=run.device)
             run.note("quantizer", f"{name}, {rows} rows, bytes alone", run.microseconds([copied.zero_]), "µs")

@@ -2,9 +2,10 @@
 
     VLLM/bin/python benchmarks/in_vllm.py JOBS.json
 
-JOBS.json: [{"model": directory, "dtype": name, "blocks": [[token, …], …], "eager": true}, …]; not eager is
-compiled, as `vllm serve` does it. Prints a line of JSON for each job: the
-log-probabilities of every block's tokens but the first, or the error that vLLM made.
+JOBS.json: [{"model": directory, "dtype": name, "blocks": [[token, …], …], "eager": true, "emulate": false}, …]; not
+eager is compiled, as `vllm serve` does it. Prints a line of JSON for each job: the log-probabilities of every block's
+tokens but the first, or the error that vLLM made. `emulate` gives CPUs vLLM's own emulation of NVFP4, which vLLM keeps
+for GPUs otherwise.
 """
 
 import gc
@@ -21,9 +22,17 @@ SETTINGS = {
 }
 
 
-def log_probabilities(model: str, dtype: str, blocks: list[list[int]], eager: bool = True) -> list[list[float]]:
+def log_probabilities(
+    model: str, dtype: str, blocks: list[list[int]], eager: bool = True, emulate: bool = False
+) -> list[list[float]]:
     from vllm import LLM, SamplingParams
     from vllm.inputs import TokensPrompt
+
+    if emulate:
+        from vllm.model_executor.kernels import linear
+        from vllm.platforms import PlatformEnum
+
+        linear._POSSIBLE_NVFP4_KERNELS[PlatformEnum.CPU] = [linear.EmulationNvFp4LinearKernel]
 
     longest = max(map(len, blocks))
     engine = LLM(

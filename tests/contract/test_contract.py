@@ -33,6 +33,7 @@ WEIGHTS: dict[str, dict[str, Any]] = {
     "gptq": {"calib_tokens": 128, "calib_seq_len": 32},
     "lwc": {"calib_tokens": 64, "calib_seq_len": 32, "epochs": 2},
 }
+FLOATS = ("wnvfp4anvfp4kv8", "mxfp4")
 TOKENS = torch.randint(1, 96, (2, 24), generator=torch.Generator().manual_seed(7))
 
 every_architecture = pytest.mark.parametrize("architecture", CONFIGS)
@@ -107,11 +108,12 @@ def test_no_tensor_depends_on_how_keys_and_values_are_kept(
 
 
 @every_architecture
-@pytest.mark.parametrize("spec", ["w4a4kv4", "w3g16a8kv2"])
+@pytest.mark.parametrize("spec", ["w4a4kv4", "w3g16a8kv2", "wnvfp4anvfp4kv8"])
 def test_generating_with_the_quantized_cache_equals_generating_without_a_cache(
     tiny: Tiny, tmp_path: Path, text_file: Path, architecture: str, spec: str
 ) -> None:
-    model, _ = dfrot.load(make(tiny, tmp_path / "out", architecture, "quarot", text_file, spec=spec))
+    words = {"spec": spec, "calib_tokens": 64}
+    model, _ = dfrot.load(make(tiny, tmp_path / "out", architecture, "quarot", text_file, **words))
     settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     prompt = {"input_ids": TOKENS, "attention_mask": torch.ones_like(TOKENS)}
     with_cache = model.generate(**prompt, use_cache=True, **settings)
@@ -136,6 +138,21 @@ def test_every_method_with_every_weight_quantizer_loads_and_generates(
         whole = model(made, use_cache=False).logits
     assert whole.isfinite().all()
     assert torch.equal(made[:, 24:], whole[:, 23:-1].argmax(-1))
+
+
+@pytest.mark.parametrize("spec", FLOATS)
+@pytest.mark.parametrize(
+    ("method", "weights"), [*((method, "rtn") for method in METHODS), ("quarot", "gptq"), ("duquant", "gptq")]
+)
+def test_every_method_takes_floats_of_4_bits(
+    tiny: Tiny, tmp_path: Path, text_file: Path, method: str, weights: str, spec: str
+) -> None:
+    """The same bytes twice; what was stored computes what each layer's verbs do, and is not far from the original."""
+    words = {"weights": weights, "spec": spec, **WEIGHTS[weights]}
+    first, second = (make(tiny, tmp_path / run, "qwen3", method, text_file, **words) for run in ("first", "second"))
+    assert all((second / file.name).read_bytes() == file.read_bytes() for file in first.iterdir())
+    found, expected = logits(first), original_logits(tiny("qwen3"))
+    assert 0 < (found - expected).norm() < expected.norm()
 
 
 @pytest.mark.parametrize("method", [method for method in METHODS if method != "none"])

@@ -110,11 +110,11 @@ def test_recipes_that_differ_have_different_digests() -> None:
         (
             {"method": "quarot", "gamma": 3.0},
             "'quarot' with 'gptq' weights has no option gamma; "
-            "it takes act_order, fold_only, head_mixing, percdamp, rotation, target",
+            "it takes act_order, block, fold_only, head_mixing, mean_keys, percdamp, rotation, target",
         ),
         (
             {"method": "none", "weights": "rtn", "rotation": "hadamard"},
-            "'none' with 'rtn' weights has no option rotation; it takes no options",
+            "'none' with 'rtn' weights has no option rotation; it takes mean_keys",
         ),
         (
             {"weights": "rtn", "sequences": 4, "calib_tokens": 4096},
@@ -127,6 +127,12 @@ def test_recipes_that_differ_have_different_digests() -> None:
         ({"method": "dfrot", "objective": "papr"}, "objective is one of recipe, paper"),
         ({"gamma": "best"}, "gamma is a number or one of auto, got 'best'"),
         ({"dtype": "int8"}, "dtype is one of auto, float16"),
+        ({"spec": "nvfp4", "weights": "lwc"}, "nvfp4 has too few scales for a gradient. Take --weights gptq, or rtn"),
+        ({"spec": "mxfp4", "tune": "scales"}, "--tune scales trains those of weights quantized to integers"),
+        (
+            {"spec": "mxfp4", "tune": "clips"},
+            "clips trains those of activations, keys and values quantized to integers",
+        ),
         ({"act_clip": 1.5}, "clip ratio is above 0 and at most 1"),
         ({"calib_tokens": 1}, "at least one sequence of two tokens"),
         ({"calib_tokens": 64, "calib_seq_len": 128}, "64 tokens in sequences of 128"),

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -30,8 +29,9 @@ class Layer(NamedTuple):
 
     weight: Float[Tensor, "out in"]  # dequantized to float32, or as stored if it is not quantized
     bias: Float[Tensor, " out"] | None
-    # codes, centred on 0 if symmetric, and scales; None if the weight is not quantized
+    # centred on 0 if symmetric, and scales; None if the weight is not quantized
     integers: tuple[Int[Tensor, "out in"], Float[Tensor, "out groups"]] | None
+    block: int  # its index
 
 
 Weight = Callable[[str, Layer], dict[str, Tensor]]
@@ -114,7 +114,7 @@ class Checkpoint:
         """A sentence for each of these kinds of tensors that is quantized here; `engine` does not quantize them."""
         for kind in kinds:
             if (grid := getattr(self.runtime.spec, kind)).enabled:
-                yield f"{kind} are in {grid.bits} bits here, and not quantized by {engine}, so its quality differs."
+                yield f"{kind} are in {grid.in_words} here, and not quantized by {engine}, so its quality differs."
 
     def tensor(self, name: str) -> Tensor:
         return self.stored[name].read()
@@ -124,13 +124,12 @@ class Checkpoint:
         name, spec = f"{self.graph.blocks}.{index}.{linear}", self.runtime.spec.weights
         bias = self.tensor(f"{name}.bias") if f"{name}.bias" in self.stored else None
         if not spec.enabled:
-            return Layer(self.tensor(f"{name}.weight"), bias, None)
+            return Layer(self.tensor(f"{name}.weight"), bias, None, index)
         width = input_widths(self.graph, self.config)[linear]
-        codes = unpack(self.tensor(f"{name}.qweight"), spec.bits, width).to(torch.int16)
-        codes -= 2 ** (spec.bits - 1) if spec.symmetric else 0  # symmetric codes are stored with this offset
+        codes = spec.grid.decode(unpack(self.tensor(f"{name}.qweight"), spec.bits, width))
         scales = self.tensor(f"{name}.scales").float()
         zeros = None if spec.symmetric else self.tensor(f"{name}.zeros").float()
-        return Layer(dequantize(codes, spec.weight_granularity, QParams(scales, zeros)), bias, (codes, scales))
+        return Layer(dequantize(codes, spec.weight_granularity, QParams(scales, zeros)), bias, (codes, scales), index)
 
     @property
     def shards(self) -> list[int | None]:

@@ -91,12 +91,17 @@ def choose_type(checkpoint: Checkpoint, asked: str | None) -> str:
     widths = sorted(set(input_widths(checkpoint.graph, checkpoint.config).values()))
     aligned = not any(width % BLOCK for width in widths)
     # a block must not reach over the end of a group, or of a row
-    keeps = spec.enabled and spec.symmetric and (aligned if spec.group is None else spec.group % BLOCK == 0)
+    keeps = (
+        spec.enabled
+        and spec.integer
+        and spec.symmetric
+        and (aligned if spec.group is None else spec.group % BLOCK == 0)
+    )
     types = [*(name for name, bits in INTEGER_BITS.items() if keeps and spec.bits <= bits), *FLOATS]
     if asked is None or asked in types:
         return asked or types[0]
     bits = INTEGER_BITS[asked]
-    grid = f"in {spec.bits} bits" if spec.enabled else "not quantized"
+    grid = f"in {spec.in_words}" if spec.enabled else "not quantized"
     grid += ("" if spec.symmetric else ", asymmetric") + (f", in groups of {spec.group}" if spec.group else "")
     again = f", or quantize with --preset deploy --spec w{bits}g{BLOCK}a16kv16" if aligned else ""
     raise UserError(
@@ -109,7 +114,7 @@ def choose_type(checkpoint: Checkpoint, asked: str | None) -> str:
 def _differences(checkpoint: Checkpoint, kind: str) -> Iterator[str]:
     activations, window = checkpoint.runtime.spec.activations, getattr(checkpoint.config, "sliding_window", None)
     if kind in INTEGER_BITS:
-        here = f"in {activations.bits} bits" if activations.enabled else "not quantized"
+        here = f"in {activations.in_words}" if activations.enabled else "not quantized"
         yield (
             f"activations are {here} here, and rounded to 8 bits by llama.cpp where it multiplies them by {kind}, "
             "with one scale for 32 channels."

@@ -57,7 +57,7 @@ def model_card(path: Path, repository: str, records: Sequence[Record] = (), base
     tags = ["dfrot", "quantized", f"{spec.weights.bits}-bit", *(f"arxiv:{paper.arxiv}" for paper in papers)]
     data = ModelCardData(base_model=base_model, library_name="transformers", pipeline_tag="text-generation", tags=tags)
     kinds = {"weights": spec.weights, "activations": spec.activations, "keys and values": spec.keys}
-    grids = ", ".join(f"{kind} in {grid.bits} bits" for kind, grid in kinds.items() if grid.enabled)
+    grids = ", ".join(f"{kind} in {grid.in_words}" for kind, grid in kinds.items() if grid.enabled)
     provenance = json.loads(json.dumps(recipe))
     if isinstance(calibration := provenance.get("calibration"), dict):
         calibration["text"] = text_label(str(calibration.get("text")))  # without its folder

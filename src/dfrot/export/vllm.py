@@ -1,8 +1,9 @@
 """Checkpoints for vLLM, in compressed-tensors' format.
 
-Integers and scales are copied; nothing is rounded again. Online rotations become a `transform_config`. Where vLLM would
-silently compute something else, `_problems` refuses, or `_differences` warns; some of it works with dfrot's plugin
-(vllm_plugin.py). transformers loads the result too, with compressed-tensors, if no rotation is online.
+Integers and scales are copied; nothing is rounded again. (A float of 4 bits is written as its code, its scale as the
+float of 8 bits that it is.) Online rotations become a `transform_config`. Where vLLM would silently compute something
+else, `_problems` refuses, or `_differences` warns; some of it works with dfrot's plugin (vllm_plugin.py). transformers
+loads the result too, with compressed-tensors, if no rotation is online.
 """
 
 from collections.abc import Iterator
@@ -14,17 +15,21 @@ from torch import Tensor
 
 from dfrot.export.checkpoint import Checkpoint, Layer, write_directory
 from dfrot.linalg.rotation import Rotation
+from dfrot.quant.grids import tensor_factor
 from dfrot.quant.packing import pack
+from dfrot.quant.spec import TensorSpec
 from dfrot.system.errors import UserError
 from dfrot.transform.transforms import KEYS, VALUES, input_widths
 
-# (bits of weights, of activations) → compressed-tensors' format
+# (grid of weights, of activations) → compressed-tensors' format
 FORMATS = {
-    (16, 16): "dense",
-    (4, 16): "pack-quantized",
-    (8, 16): "pack-quantized",
-    (8, 8): "int-quantized",
-    (4, 4): "pack-quantized",  # left to itself, compressed-tensors infers one byte a weight
+    ("16", "16"): "dense",
+    ("4", "16"): "pack-quantized",
+    ("8", "16"): "pack-quantized",
+    ("8", "8"): "int-quantized",
+    ("4", "4"): "pack-quantized",  # left to itself, compressed-tensors infers one byte a weight
+    **{("nvfp4", activations): "nvfp4-pack-quantized" for activations in ("nvfp4", "16")},
+    **{("mxfp4", activations): "mxfp4-pack-quantized" for activations in ("mxfp4", "16")},
 }
 GROUPS = (32, 64, 128)  # sizes that vLLM's kernels take, beside one scale per channel
 CPU_TILE = 32  # inputs and outputs of a tile in vLLM's 4-bit kernel for CPUs
@@ -45,7 +50,7 @@ def to_vllm(
     checkpoint.require_table("vLLM")
     if problem := next(_problems(checkpoint, device, plugin, tensor_parallel), None):
         raise UserError(problem)
-    bits, online = checkpoint.runtime.spec.weights.bits, checkpoint.runtime.online
+    weights, online = checkpoint.runtime.spec.weights, checkpoint.runtime.online
     matrices = {name: _matrix(rotation, checkpoint.config.dtype) for name, rotation in online.items()}
 
     def tensors(name: str, layer: Layer) -> dict[str, Tensor]:
@@ -54,10 +59,12 @@ def to_vllm(
         if layer.integers is None:
             return parts | {"weight": layer.weight}
         codes, scales = layer.integers
+        if not weights.integer:
+            return {"weight_packed": pack(weights.grid.encode(codes), 4), **_float_scales(checkpoint, name, layer)}
         parts["weight_scale"] = scales.bfloat16()  # exact: the checkpoint stores bfloat16
         if config["format"] == "int-quantized":
             return parts | {"weight": codes.to(torch.int8)}
-        return parts | {"weight_packed": packed_words(codes, bits), "weight_shape": torch.tensor(codes.shape)}
+        return parts | {"weight_packed": packed_words(codes, weights.bits), "weight_shape": torch.tensor(codes.shape)}
 
     config = _quantization_config(checkpoint, plugin)
     write_directory(checkpoint, out, tensors, checkpoint.config.to_dict() | {"quantization_config": config})
@@ -73,7 +80,13 @@ def _differences(checkpoint: Checkpoint, device: str, plugin: bool, gpus: int, m
             f"the input of {online} is rotated by a dense matrix, {matrix_bytes / 1e6:.0f} MB in all; "
             "transformers leaves the rotation out and computes noise."
         )
-    if plugin:
+    if not weights.integer:
+        if activations.enabled:
+            yield (
+                f"only GPUs that multiply {weights.in_words} (Blackwell, and for MXFP4 MI350) compute with such "
+                "activations; on others vLLM leaves them in 16 bits, and its log names the kernel that it took."
+            )
+    elif plugin:
         yield "vLLM loads this only with dfrot's plugin: pip install 'dfrot[vllm]' in the environment of vLLM."
     elif device == "cpu" and weights.bits == 4:
         yield "vLLM on a CPU rounds activations to 8 bits beside 4-bit weights, unless VLLM_CPU_INT4_W4A8=0 is set."
@@ -82,7 +95,7 @@ def _differences(checkpoint: Checkpoint, device: str, plugin: bool, gpus: int, m
             "only vLLM's kernel Humming quantizes activations to 4 bits, and vLLM may silently take another. Start it "
             "with --linear-backend humming and read in its log which it took, or export with --plugin, which insists."
         )
-    if gpus > 1 and activations.enabled:
+    if gpus > 1 and activations.enabled and activations.integer:
         yield "each GPU chooses the scales for its own part of the inputs of o_proj and down_proj."
     if device == "cuda":
         yield "none of this has been verified on a GPU."
@@ -101,9 +114,14 @@ def _problems(checkpoint: Checkpoint, device: str, plugin: bool, gpus: int) -> I
     checkpoint.refuse_rotations("vLLM", alike=False)
     if not (weights.enabled or activations.enabled or online):
         yield "nothing is quantized: --to huggingface writes plain weights, which vLLM loads."
-    if (weights.bits, activations.bits) not in FORMATS:
-        known = ", ".join(f"w{w}a{a}" for w, a in FORMATS if w != 16)
-        yield f"vLLM has no kernel for w{weights.bits}a{activations.bits}. Quantize with a spec of {known}."
+    if (str(weights), str(activations)) not in FORMATS:
+        known = ", ".join(f"w{w}a{a}" for w, a in FORMATS if w != "16")
+        yield f"vLLM has no kernel for w{weights}a{activations}. Quantize with a spec of {known}."
+    if not weights.integer and (device == "cpu" or plugin):
+        alone = "The plugin knows integers only: leave it out. " if plugin else ""
+        yield f"vLLM has no kernel for {weights.in_words} on a CPU. {alone}Give --device cuda, or take w4a16/w8a8."
+    if not weights.integer and online:
+        yield f"{rotated}, which is not exported with {weights.in_words}. Quantize with --fold-only."
     if weights.enabled and not weights.symmetric:
         yield "weights are asymmetric, and vLLM's are symmetric. Quantize with --weight-symmetric True."
     if activations.enabled and not activations.symmetric:
@@ -127,7 +145,7 @@ def _problems(checkpoint: Checkpoint, device: str, plugin: bool, gpus: int) -> I
         yield f"{rotated}, and {biased[0]} has a bias, which vLLM cannot add then. {without}"
     if not weights.enabled:
         return
-    if weights.group not in (None, *GROUPS):
+    if weights.integer and weights.group not in (None, *GROUPS):
         sizes = ", ".join(map(str, GROUPS))
         yield f"weights are in groups of {weights.group}; vLLM takes {sizes}, or no groups (one scale per channel)."
     if (weights.bits, activations.bits) == (8, 16) and device == "cpu":
@@ -150,14 +168,13 @@ def _problems(checkpoint: Checkpoint, device: str, plugin: bool, gpus: int) -> I
 
 def _quantization_config(checkpoint: Checkpoint, plugin: bool) -> dict[str, Any]:
     weights, activations = checkpoint.runtime.spec.weights, checkpoint.runtime.spec.activations
-    layout = FORMATS[weights.bits, activations.bits]
-    integers = {"type": "int", "symmetric": True}
-    scales = {"strategy": "channel"} if weights.group is None else {"strategy": "group", "group_size": weights.group}
-    per_token = integers | {"strategy": "token", "num_bits": activations.bits, "dynamic": True}
+    layout = FORMATS[str(weights), str(activations)]
+    # the factor of NVFP4's activations is in the checkpoint, their scales are not
+    dynamic = "local" if activations.format == "nvfp4" else True
     group = {
         "targets": ["Linear"],
-        "weights": integers | scales | {"num_bits": weights.bits, "dynamic": False},
-        "input_activations": per_token if activations.enabled else None,
+        "weights": _described(weights, "channel") | {"dynamic": False},
+        "input_activations": _described(activations, "token") | {"dynamic": dynamic} if activations.enabled else None,
         "output_activations": None,
         "format": layout,
     }
@@ -174,6 +191,35 @@ def _quantization_config(checkpoint: Checkpoint, plugin: bool) -> dict[str, Any]
         "ignore": ["lm_head"],
         "kv_cache_scheme": None,
     } | ({"transform_config": {"config_groups": transforms}} if transforms else {})
+
+
+def _described(grid: TensorSpec, whole_rows: str) -> dict[str, Any]:
+    """A grid in compressed-tensors' words; `whole_rows` is its word for one scale a row."""
+    kind = {"num_bits": grid.bits, "symmetric": True, "type": "int" if grid.integer else "float"}
+    if grid.group is None:
+        return kind | {"strategy": whole_rows}
+    kind |= {"strategy": "tensor_group" if grid.format == "nvfp4" else "group", "group_size": grid.group}
+    scales = {"nvfp4": "torch.float8_e4m3fn", "mxfp4": "torch.uint8"}
+    return kind if grid.integer else kind | {"scale_dtype": scales[grid.format], "zp_dtype": scales[grid.format]}
+
+
+def _float_scales(checkpoint: Checkpoint, name: str, layer: Layer) -> dict[str, Tensor]:
+    """The scales of a layer in 4-bit floats, E4M3 with a factor or E8M0, and the factor of its input's scales.
+
+    vLLM fuses the layers of a stage and takes the largest of their factors for all, so they get the same one.
+    """
+    graph, runtime = checkpoint.graph, checkpoint.runtime
+    assert layer.integers is not None, "the weight is quantized"
+    scales = 2 * layer.integers[1]
+    if runtime.spec.weights.format == "mxfp4":
+        return {"weight_scale": (torch.frexp(scales).exponent - 1 + 127).to(torch.uint8)}
+    (stage,) = (stage for stage in graph.rounded_together if name in stage)
+    fused = [checkpoint.tensor(f"{graph.blocks}.{layer.block}.{each}.scales").max() for each in stage]
+    factor = tensor_factor(12 * torch.stack(fused).max().float())
+    stored = {"weight_scale": (scales * factor).to(torch.float8_e4m3fn), "weight_global_scale": factor[None]}
+    if (largest := runtime.activations(graph.norm_before(name) or name, layer.block).largest) is None:
+        return stored  # activations are left alone
+    return stored | {"input_global_scale": tensor_factor(torch.tensor([largest]))}
 
 
 def _matrix(rotation: Rotation, dtype: torch.dtype) -> Tensor:

@@ -115,7 +115,7 @@ def inspect(
             sensitivity_tokens=min(SENSITIVITY_TOKENS, seq_len),
             seq_len=seq_len,
             seed=seed,
-            spec=f"a{grids.activations.bits}",
+            spec=f"a{grids.activations}",
             clip=grids.activations.clip_ratio,
             preset=preset,
             grids=dataclasses.asdict(grids),

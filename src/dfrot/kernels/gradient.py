@@ -37,7 +37,7 @@ def fake_quantize(
     x: Float[Tensor, "..."], spec: TensorSpec, clip: Tensor | float, scale_dtype: torch.dtype | None
 ) -> Float[Tensor, "..."]:
     """x quantized and dequantized, as `quant.affine.fake_quantize`; on a GPU in one pass, if there is a kernel."""
-    if not (x.is_cuda and supported(x) and scale_dtype in (None, torch.bfloat16)):
+    if not (x.is_cuda and spec.integer and supported(x) and scale_dtype in (None, torch.bfloat16)):
         return affine.fake_quantize(x, spec.grid, spec.token_granularity, clip, scale_dtype)
     from dfrot.kernels.cuda import training
 

@@ -76,7 +76,7 @@ def computable(x: Tensor) -> bool:
 
 def supported(x: Tensor, weights: TensorSpec, activations: TensorSpec) -> bool:
     """Whether there is a kernel for such grids and an input like x (…, in)."""
-    if not computable(x) or not activations.enabled:
+    if not (computable(x) and activations.enabled and weights.integer and activations.integer):
         return False
     if x.is_cuda:
         from dfrot.kernels.cuda.linear import supported as supported_there

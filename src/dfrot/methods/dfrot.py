@@ -72,4 +72,4 @@ class DFRot(Refined):
                 XtWB += (x * weight).T @ B
             yield R, torch.cat(errors)
             # the released code takes the Q of a QR decomposition here, which flips signs
-            R = polar_factor(processes.all_reduce_sum(XtWB)).to(X.dtype)
+            R = polar_factor(self.within_blocks(processes.all_reduce_sum(XtWB))).to(X.dtype)

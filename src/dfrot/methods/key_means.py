@@ -6,10 +6,10 @@ exact, and costs time: attention to n tokens takes n further products a head.
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -20,6 +20,8 @@ from dfrot.runtime.key_bias import KeyBias
 from dfrot.system.errors import UserError
 from dfrot.system.progress import track
 
+TOKENS = 16384  # whose mean is taken, but one sequence at least; one of 2048 brings half as much as two
+
 
 class KeyMeans(NamedTuple):
     """A vector of each block that is taken from its keys before RoPE; notes for people."""
@@ -28,11 +30,18 @@ class KeyMeans(NamedTuple):
     notes: dict[str, Any]
 
 
+def read_of(calibration: Int[Tensor, "sequences seq_len"]) -> Int[Tensor, "some seq_len"]:
+    """The calibration text that is read."""
+    return calibration[: max(1, TOKENS // calibration.shape[1])]
+
+
 @torch.no_grad()
 def key_means(on: FitContext, rotation: Rotation | None) -> KeyMeans:
-    """The mean keys of the first calibration sequence; of blocks where they do not help, what stayed out before.
+    """The mean keys of the first `TOKENS` of the calibration text; of blocks where they do not help, what stayed out
+    before.
 
-    That is the model's own bias, or nothing. It helps where the squared error of rotated, quantized keys gets smaller.
+    That is the model's own bias, or nothing. It helps where the squared error of rotated, quantized keys gets smaller,
+    on the first sequence.
 
     Args:
         rotation: R3.
@@ -47,18 +56,19 @@ def key_means(on: FitContext, rotation: Rotation | None) -> KeyMeans:
             f"--mean-keys takes the mean from what a layer of keys puts out and RoPE then turns; in {graph.name} a "
             "norm follows it, it makes queries and values too, or RoPE is of another kind. Leave it out."
         )
-    hidden = source.embedded(on.calibration()[:1]).float().to(on.device)
-    run, vectors, errors = BlockRunner(source, hidden), [], []
+    tokens = read_of(on.calibration())
+    hidden = source.embedded(tokens).float().to(on.device)
+    run, vectors, errors = BlockRunner(source, hidden[:1]), [], []
     positions = torch.arange(hidden.shape[1], device=on.device)[None]
     for index in track(range(source.num_blocks), "mean keys"):
         block, cache = source.block(index).float().to(on.device), DynamicCache()
         layer: Any = block.get_submodule(graph.key)
-        made: list[Tensor] = []  # (1, tokens, channels)
-        layer.register_forward_hook(lambda _, args, y, made=made: made.append(y))
-        hidden = run(block, index, hidden, cache)
-        keys: Any = cache.layers[index].keys
-        before = torch.zeros_like(made[0][0, 0]) if layer.bias is None else layer.bias
-        choices = [before, made[0].flatten(0, -2).double().mean(0).float()]
+        means: list[Tensor] = []  # of each sequence, (channels,)
+        layer.register_forward_hook(lambda _, args, y, means=means: means.append(y.flatten(0, -2).double().mean(0)))
+        parts = [run(block, index, part, None if place else cache) for place, part in enumerate(hidden.split(1))]
+        hidden, keys = torch.cat(parts), cast(Any, cache.layers[index].keys)
+        before = torch.zeros_like(means[0]) if layer.bias is None else layer.bias
+        choices = [before.float(), torch.stack(means).mean(0).float()]
         found = []
         for vector in choices:
             rest = keys - bias_at.at(vector, positions, keys.dtype).keys(None).float()
@@ -66,7 +76,7 @@ def key_means(on: FitContext, rotation: Rotation | None) -> KeyMeans:
             found.append(float((rest - on.keys.fake_quantize(rest)).norm() / keys.norm()))
         vectors.append(choices[found[1] < found[0]].cpu())
         errors.append(found)
-    return KeyMeans(tuple(vectors), {"error": errors, "tokens": hidden.shape[1]})
+    return KeyMeans(tuple(vectors), {"error": errors, "tokens": tokens.numel()})
 
 
 def summary(notes: Mapping[str, Any]) -> list[str]:

@@ -71,6 +71,8 @@ class Learned(RangeRot):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.block is not None:
+            raise UserError("learned moves R1 as a whole and has no blocks. Take --method rangerot, or no --block.")
         if self.learn_steps < 1 or self.learn_tokens < 2:
             raise UserError(
                 f"learning takes a step of two tokens at least, got {self.learn_steps} steps of {self.learn_tokens}."
@@ -125,7 +127,7 @@ class Learned(RangeRot):
 
     def _shifts(self, on: FitContext) -> bool:
         """Whether there are offsets and clip ratios of inputs."""
-        return not self.fold_only and on.activations.enabled
+        return not self.fold_only and on.activations.enabled and on.activations.integer
 
     def peak_bytes(self, sizes: ModelSizes, budget: int) -> int:
         model = 2 * sizes.num_blocks * sizes.block + sizes.vocabulary * sizes.hidden * (sizes.source + 2)

@@ -9,12 +9,26 @@ Divergences. The released code mixes the heads by an online Hadamard matrix befo
 so do we unless `head_mixing` is set. It computes head_dim as hidden_size / num_attention_heads; we read the config.
 Where a norm stands between a writer and the stream (Gemma 3, OLMo 2) no R1 can be folded past its gain: there what
 reads the stream is rotated online, by a plain Hadamard matrix.
+
+With `block` R1, R2 and R4 are block-diagonal. That is for grids with a scale for each group of entries: in blocks of
+the group's size, or of a multiple, an outlier stays among its neighbours, and the other groups keep their short ranges.
+A rotation across the whole width takes that from MXFP4 (arXiv 2511.04214).
 """
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from dfrot.linalg.rotation import Hadamard, Identity, Rotation, random_hadamard, random_orthogonal
+import torch
+
+from dfrot.linalg.rotation import (
+    Dense,
+    Hadamard,
+    Identity,
+    Rotation,
+    block_diagonal,
+    random_hadamard,
+    random_orthogonal,
+)
 from dfrot.methods.method import Fit, FitContext, Look, Method
 from dfrot.models.graph import ModelGraph, ffn_width, head_dim
 from dfrot.system.errors import UserError
@@ -36,6 +50,8 @@ class QuaRot(Method):
     """Also mix the heads by an online Hadamard before o_proj, as QuaRot does and DFRot does not."""
     fold_only: bool = False
     """Leave out the online rotations (R3, R4), for engines that cannot apply them."""
+    block: int | None = None
+    """Rotate blocks of so many channels instead of the whole width; for grids of groups their size, or a multiple."""
 
     name = "quarot"
     papers = (QUAROT,)
@@ -45,25 +61,52 @@ class QuaRot(Method):
     def __post_init__(self) -> None:
         if self.head_mixing and self.fold_only:
             raise UserError("head-mixing is an online rotation and --fold-only excludes those. Drop one of the two.")
+        require_block(self.block)
 
     def fit(self, on: FitContext) -> Fit:
-        residual = random_rotation(on, self.rotation) if on.source.graph.rotates_stream else None
-        return Fit(around(residual, on, self.fold_only, self.head_mixing), {})
+        rotates = on.source.graph.rotates_stream
+        residual = random_rotation(on, self.rotation, block=self.block) if rotates else None
+        return Fit(around(residual, on, self.fold_only, self.head_mixing, self.block), {})
 
     def outline(self, on: FitContext) -> Transforms:
-        residual = Identity(on.source.config.hidden_size) if on.source.graph.rotates_stream else None
-        return around(residual, on, self.fold_only, self.head_mixing)
+        width = on.source.config.hidden_size
+        _blocks("the residual stream", width, self.block)
+        residual = Identity(width) if on.source.graph.rotates_stream else None
+        return around(residual, on, self.fold_only, self.head_mixing, self.block)
 
 
-def random_rotation(on: FitContext, kind: str, instead: str = "--rotation orthogonal") -> Rotation:
-    """R1 unrefined: RO ("orthogonal") or RH ("hadamard"; raises UserError if none of the model's width is known)."""
-    width = on.source.config.hidden_size
-    if kind == "orthogonal":
-        return random_orthogonal(width, on.generator())
+def require_block(block: int | None) -> None:
+    """Raise UserError if no rotation has blocks of that size."""
+    if block is not None and block < 2:
+        raise UserError(f"a block that is rotated has two channels at least, got {block}.")
+
+
+def random_rotation(
+    on: FitContext, kind: str, instead: str = "--rotation orthogonal", block: int | None = None
+) -> Rotation:
+    """R1 unrefined: RO ("orthogonal") or RH ("hadamard"; raises UserError if none of the model's width is known), or
+    one of a block's size for every block, each drawn on its own."""
+    width, generator = on.source.config.hidden_size, on.generator()
+    size, count = _blocks("the residual stream", width, block)
+    draw = random_orthogonal if kind == "orthogonal" else random_hadamard
     try:
-        return random_hadamard(width, on.generator())
+        drawn = [draw(size, generator) for _ in range(count)]
     except ValueError as error:
-        raise UserError(f"the residual stream has {width} channels: {error} Use {instead}.") from error
+        channels = "has" if count == 1 else "is rotated in blocks of"
+        raise UserError(f"the residual stream {channels} {size} channels: {error} Use {instead}.") from error
+    return drawn[0] if count == 1 else Dense(torch.block_diag(*(each.as_matrix() for each in drawn)))
+
+
+def _blocks(site: str, size: int, block: int | None) -> tuple[int, int]:
+    """Size and number of the blocks at a site, which is one block if it is no larger."""
+    if block is None or block >= size:
+        return size, 1
+    if size % block:
+        divisors = [power for power in (16, 32, 64, 128, 256) if power < size and size % power == 0]
+        raise UserError(
+            f"{site} has {size} channels, which blocks of {block} do not divide. Those that do: {divisors}."
+        )
+    return block, size // block
 
 
 def require_foldable(graph: ModelGraph, instead: str) -> None:
@@ -75,8 +118,11 @@ def require_foldable(graph: ModelGraph, instead: str) -> None:
         )
 
 
-def around(residual: Rotation | None, on: FitContext, fold_only: bool, head_mixing: bool = False) -> Transforms:
-    """A given R1 with QuaRot's other rotations; with `fold_only` just those that cost nothing at run time.
+def around(
+    residual: Rotation | None, on: FitContext, fold_only: bool, head_mixing: bool = False, block: int | None = None
+) -> Transforms:
+    """A given R1 with QuaRot's other rotations; with `fold_only` just those that cost nothing at run time, with `block`
+    R2 and R4 in blocks.
 
     Without R1 what reads the stream is rotated at run time. Raises UserError if R1 cannot be folded.
     """
@@ -86,16 +132,21 @@ def around(residual: Rotation | None, on: FitContext, fold_only: bool, head_mixi
             on.source.graph, "--method quarot, which rotates what reads the stream at run time, or duquant"
         )
     online = residual is None and not fold_only
-    readers = hadamard("the residual stream", config.hidden_size) if online else None
+    readers = hadamard("the residual stream", config.hidden_size, block=block) if online else None
     head = hadamard("one head", head_dim(config))
+    values = hadamard("one head", head_dim(config), block=block)
     mixing = hadamard("head mixing", config.num_attention_heads, "Leave out --head-mixing.") if head_mixing else None
-    ffn = None if fold_only else hadamard("the input of down_proj", ffn_width(config), "Use --fold-only.")
-    return Transforms(residual, head, None if fold_only else head, ffn, mixing, readers)
+    ffn = None if fold_only else hadamard("the input of down_proj", ffn_width(config), "Use --fold-only.", block)
+    return Transforms(residual, values, None if fold_only else head, ffn, mixing, readers)
 
 
-def hadamard(site: str, size: int, instead: str = "Use --method none, which rotates nothing.") -> Hadamard:
-    """The plain Hadamard matrix of a site; if none of that size is known, raises UserError, which says what to do."""
+def hadamard(
+    site: str, size: int, instead: str = "Use --method none, which rotates nothing.", block: int | None = None
+) -> Rotation:
+    """The plain Hadamard matrix of a site, or of its blocks; if none of that size is known, raises UserError that says
+    what to do."""
+    size, count = _blocks(site, size, block)
     try:
-        return Hadamard(size)
+        return Hadamard(size) if count == 1 else block_diagonal(Hadamard(size), count)
     except ValueError as error:
         raise UserError(f"{site} has size {size}: {error} {instead}") from error

@@ -6,9 +6,14 @@ lowers the error is short ranges,
 
     min_R  Σ w r_τ(xR)²,     r_τ(v) = τ log Σ exp(vⱼ/τ) + τ log Σ exp(−vⱼ/τ)  →  max v − min v   as τ → 0
 
-(for symmetric grids 2 τ log Σ exp(±vⱼ/τ) → 2 max |v|), a smooth function over the orthogonal group. It is descended
-with momentum along geodesics R exp(−η A), A antisymmetric, while τ and η fall. This lowers the error of ordinary tokens
-by a third, several times what alternation reaches from the same start (dev/LOG.md).
+(for symmetric grids 2 τ log Σ exp(±vⱼ/τ) → 2 max |v|; with a scale for a group r_τ² summed over the groups), a smooth
+function over the orthogonal group. It is descended with momentum along geodesics R exp(−η A), A antisymmetric, while τ
+and η fall. This lowers the error of ordinary tokens by a third, several times what alternation reaches from the same
+start (dev/LOG.md).
+
+On 4-bit floats short ranges do not pay (refinement.py says why). There the descent follows the error itself, whose
+gradient is v − Q(v) as long as no v changes its grid point. DFRot's alternation, whose steps need no length, goes
+further on such grids (docs/fp4.md): take that.
 
 As in DFRot massive tokens are weighted by γ², every rotation met is judged by the error that the recipe's own quantizer
 makes, and the best is kept. Differently from it γ is chosen by measurement unless given. SpinQuant (Liu et al. 2024,
@@ -29,6 +34,7 @@ from dfrot.methods.dfrot import DFROT
 from dfrot.methods.method import Look
 from dfrot.methods.quarot import QUAROT
 from dfrot.methods.refinement import Refined, Walk, pieces
+from dfrot.quant.affine import grouped
 from dfrot.quant.spec import TensorSpec
 from dfrot.system.distributed import ProcessGroup
 from dfrot.system.papers import Paper
@@ -54,7 +60,7 @@ class RangeRot(Refined):
     look = Look("#882255", "star-diamond", "solid")
 
     def walk(self, X: Tensor, w: Tensor, R: Tensor, quantizer: TensorSpec, processes: ProcessGroup) -> Walk:
-        """Riemannian descent on the weighted squared ranges."""
+        """Riemannian descent on the weighted squared ranges, for floats on the weighted squared errors."""
         velocity = torch.zeros_like(R)
         for step in itertools.count():
             done = step / self.steps
@@ -62,19 +68,24 @@ class RangeRot(Refined):
             errors, gradient = [], torch.zeros_like(R)
             for x, weight in pieces(X, w[:, None]):
                 XR = x @ R
-                errors.append((XR - quantizer.fake_quantize(XR)).square_().sum(-1))
-                r, slope = soft_range(XR, tau, symmetric=quantizer.symmetric)
-                gradient += x.T @ (slope * (r * weight))
+                left = XR - quantizer.fake_quantize(XR)
+                errors.append(left.square().sum(-1))
+                if quantizer.integer:
+                    r, slope = soft_range(grouped(XR, quantizer.token_granularity), tau, symmetric=quantizer.symmetric)
+                    left = (slope * (r * weight[..., None])).flatten(1)
+                else:
+                    left *= weight
+                gradient += x.T @ left
             yield R, torch.cat(errors)
-            tangent = R.T @ processes.all_reduce_sum(gradient)
+            tangent = self.within_blocks(R.T @ processes.all_reduce_sum(gradient))
             velocity = MOMENTUM * velocity + (tangent - tangent.T)  # the gradient in the Lie algebra
             angle = FIRST_STEP * (1 - done) * math.sqrt(R.shape[0])
             R = R @ torch.matrix_exp(velocity * (-angle / velocity.norm().clamp(min=1e-30)))
 
 
 def soft_range(
-    v: Float[Tensor, "rows hidden"], tau: float, *, symmetric: bool
-) -> tuple[Float[Tensor, "rows 1"], Float[Tensor, "rows hidden"]]:
+    v: Float[Tensor, "*rows hidden"], tau: float, *, symmetric: bool
+) -> tuple[Float[Tensor, "*rows 1"], Float[Tensor, "*rows hidden"]]:
     """r_τ of every row, and its gradient with respect to v."""
     highest, up = _soft_maximum(v / tau)
     lowest, down = _soft_maximum(v / -tau)

@@ -5,7 +5,15 @@ Both look for the rotation that is good for all tokens, those with massive activ
     min_R  Σ_{x ordinary} ‖xR − Q(xR)‖²  +  γ² Σ_{x massive} ‖xR − Q(xR)‖²,       R Rᵀ = I,
 
 over x the outputs of all norms of all blocks (gains folded into their readers). Both start from a random rotation and
-return the best rotation that they meet on their way. They differ in the way: each is a `walk` over rotations.
+return the best rotation that they meet on their way. They differ in the way: each is a `walk` over rotations. With
+`block` R is block-diagonal all the way, as in QuaRot.
+
+Q is the quantizer that the model will have, whatever its grid. On integers the error is uniform, s²/12 per channel, so
+shorter ranges are all that can lower it. On 4-bit floats it depends on the entry. Below a third of the group's largest
+it is uniform; above, where most of the energy is, it grows with the square of the entry itself. The sum of all squares
+is the same in any basis, so ranges explain little of the error, and a rotation that shortens them may even raise it.
+What can still be lowered is how far entries lie from the values of the grid, gaps and rounded scales included. So for
+floats both methods minimise the error of Q itself.
 """
 
 import abc
@@ -23,7 +31,7 @@ from dfrot.linalg.procrustes import polar_factor
 from dfrot.linalg.rotation import Dense, Identity, Rotation
 from dfrot.methods.massive import Rule, Sample, sample_norm_outputs
 from dfrot.methods.method import Fit, FitContext, Method
-from dfrot.methods.quarot import around, random_rotation
+from dfrot.methods.quarot import around, random_rotation, require_block
 from dfrot.methods.sensitivity import kl_divergences
 from dfrot.models.source import ModelSizes
 from dfrot.quant.spec import TensorSpec
@@ -60,6 +68,8 @@ class Refined(Method):
     """Calibration sequences that the rotation is refined on, from the first; weights are fitted to all."""
     fold_only: bool = False
     """Leave out what is rotated while the model runs (R3, R4), for engines that cannot."""
+    block: int | None = None
+    """Rotate blocks of so many channels instead of the whole width; for grids of groups their size, or a multiple."""
 
     def __post_init__(self) -> None:
         if self.sequences < 1:
@@ -68,6 +78,7 @@ class Refined(Method):
             raise UserError(f"gamma is a positive weight or 'auto', got {self.gamma}.")
         if self.steps < 1:
             raise UserError(f"steps is at least 1, got {self.steps}.")
+        require_block(self.block)
 
     @abc.abstractmethod
     def walk(self, X: Tensor, w: Tensor, R: Tensor, quantizer: TensorSpec, processes: ProcessGroup) -> Walk:
@@ -78,6 +89,13 @@ class Refined(Method):
         """How many ordinary tokens are kept; None keeps all."""
         return ORDINARY_TOKENS
 
+    def within_blocks(self, matrix: Float[Tensor, "hidden hidden"]) -> Float[Tensor, "hidden hidden"]:
+        """The diagonal blocks of a matrix, zeros elsewhere; without blocks the matrix."""
+        if self.block is None:
+            return matrix
+        number = torch.arange(len(matrix), device=matrix.device) // self.block
+        return matrix * (number[:, None] == number)
+
     def quantizer(self, activations: TensorSpec) -> TensorSpec:
         """Q of the objective: the recipe's own quantizer, or the paper's if the recipe leaves activations alone."""
         return activations if activations.enabled else PAPER_QUANTIZER
@@ -87,7 +105,7 @@ class Refined(Method):
         return self.sequences
 
     def outline(self, on: FitContext) -> Transforms:
-        return around(Identity(on.source.config.hidden_size), on, self.fold_only)
+        return around(Identity(on.source.config.hidden_size), on, self.fold_only, block=self.block)
 
     def fit(self, on: FitContext) -> Fit:
         quantizer = self.quantizer(on.activations)
@@ -96,7 +114,7 @@ class Refined(Method):
         held_back = max(1, token_ids.shape[1] // HELD_BACK) if len(gammas) > 1 else 0
         refined_on = token_ids.shape[1] - held_back
         sample, massive = sample_norm_outputs(on, token_ids[:, :refined_on], self.massive, self.ordinary_tokens)
-        start = random_rotation(on, self.rotation)
+        start = random_rotation(on, self.rotation, block=self.block)
         found = [self.refine(start, sample, quantizer, gamma, on.processes) for gamma in gammas]
         kl = [math.nan]  # with a single γ there is nothing to choose, and nothing was held back to choose by
         if len(gammas) > 1:
@@ -104,7 +122,8 @@ class Refined(Method):
             kl = kl_divergences(on, candidates, quantizer, token_ids, refined_on)
         chosen = min(range(len(gammas)), key=lambda i: kl[i])
         refined, steps = found[chosen]
-        rotations: dict[str, Rotation] = {"none": Identity(start.size), "RO": random_rotation(on, "orthogonal")}
+        random = random_rotation(on, "orthogonal", block=self.block)
+        rotations: dict[str, Rotation] = {"none": Identity(start.size), "RO": random}
         rotations |= {"start": start, "refined": refined}
         notes = {
             "massive_tokens": massive,
@@ -116,7 +135,7 @@ class Refined(Method):
                 for name, rotation in rotations.items()
             },
         }
-        return Fit(around(refined, on, self.fold_only), notes)
+        return Fit(around(refined, on, self.fold_only, block=self.block), notes)
 
     def refine(
         self, start: Rotation, sample: Sample, quantizer: TensorSpec, gamma: float, processes: ProcessGroup

@@ -68,6 +68,11 @@ class Recipe(Options):
     """Of everything random."""
 
     def __post_init__(self) -> None:
+        if not self.spec.weights.integer and self.rounding.learns_clipping:
+            raise UserError(
+                f"{self.rounding.name} learns by how much ranges of weights are cut, and {self.spec.weights} has "
+                "too few scales for a gradient. Take --weights gptq, or rtn."
+            )
         if not 0 <= self.seed < 2**63:
             raise UserError(f"a seed is between 0 and 2^63 − 1, got {self.seed}.")
         if self.method.mean_keys and not self.spec.keys.enabled:
@@ -144,7 +149,7 @@ class Recipe(Options):
             known = sorted({*METHODS[method].types(), *ROUNDINGS[weights].types()})
             raise UserError(
                 f"'{method}' with '{weights}' weights has no option {', '.join(sorted(given))}; "
-                f"it takes {', '.join(known) or 'no options'}."
+                f"it takes {', '.join(known)}."
             )
         fits_weights = grids.weights.enabled and rounding.needs_data
         if (tokens := calib_tokens) is None:
@@ -164,7 +169,7 @@ class Recipe(Options):
             "weights": self.rounding.name,
             "weight_options": dataclasses.asdict(self.rounding),
             "spec": str(self.spec),
-            "grids": dataclasses.asdict(self.spec),
+            "grids": self.spec.to_json(),
             "calibration": dataclasses.asdict(self.calibration),
             "tune": self.tuning.to_json(),
             "dtype": self.dtype,

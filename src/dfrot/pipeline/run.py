@@ -19,14 +19,14 @@ from torch import Tensor
 
 from dfrot.checkpoint.load import DfrotConfig, usable_device
 from dfrot.checkpoint.writer import CheckpointWriter, ReuseDir, opened_writer
-from dfrot.methods.key_means import key_means
-from dfrot.methods.key_means import summary as key_means_summary
+from dfrot.methods import key_means
 from dfrot.methods.method import Fit, FitContext, FitProgress
 from dfrot.models.source import Source, copy_tokenizer, load_tokenizer, open_source
 from dfrot.models.stream import require_same_logits
 from dfrot.models.texts import calibration_windows, read_text
 from dfrot.pipeline import cache
 from dfrot.pipeline.estimate import VOCABULARY_ROWS, Estimate
+from dfrot.pipeline.ranges import TOKENS, largest_inputs
 from dfrot.pipeline.recipe import Recipe
 from dfrot.quant.affine import grouped
 from dfrot.quant.spec import Spec
@@ -61,7 +61,7 @@ class QuantizeResult:
         """What is worth saying of it, in sentences."""
         return [
             *self.recipe.method.summary(self.notes),
-            *key_means_summary(self.notes.get("key_means", {})),
+            *key_means.summary(self.notes.get("key_means", {})),
             *self.recipe.rounding.summary(self.notes.get("weights_by_block", [])),
             *self.recipe.tuning.summary(self.notes.get("tuning", {}), self.recipe.spec),
             *cache.summary(self.notes.get("cache", {})),
@@ -158,6 +158,8 @@ def quantize(
             notes["tuning"] = loop.tune(windows)
             timings["tune"] = time.perf_counter() - rounded
         if processes.is_main:
+            if recipe.spec.activations.format == "nvfp4":
+                loop.measure_ranges()
             if recipe.spec.keys.enabled and recipe.reads_text:
                 notes["cache"] = loop.cache_cost()
                 cache.warn_if_dear(notes["cache"], recipe.spec)
@@ -170,6 +172,8 @@ def quantize(
 
 def _for_no_speed(spec: Spec) -> list[str]:
     """What is to be said where fewer bits than 8 lose quality and save no time; `dfrot info` measures it."""
+    if not (spec.weights.integer and spec.activations.integer):
+        return ["4-bit floats compute in torch here; dfrot export --to vllm is for GPUs that multiply them"]
     if not (spec.weights.enabled and spec.activations.bits < 8):
         return []
     more = re.sub(r"a\d+", "a8", str(spec), count=1)
@@ -186,7 +190,8 @@ def _identity(source: Source, recipe: Recipe) -> dict[str, Any]:
 def _depended_on_by_fit(on: FitContext, recipe: Recipe) -> dict[str, Any]:
     """What the transforms of a method depend on: neither the rounding nor the cache."""
     record, method = recipe.to_json(), recipe.method
-    read = recipe.calibration.tokens if method.reads_all_text else max(method.sequences_read, method.mean_keys)
+    read = recipe.calibration.tokens if method.reads_all_text else method.sequences_read
+    read = max(read, len(key_means.read_of(on.calibration())) if method.mean_keys else 0)
     text = on.calibration()[:read].numpy().tobytes() if read else b""
     return {
         **_identity(on.source, recipe),
@@ -220,7 +225,7 @@ def _fitted(on: FitContext, recipe: Recipe, writer: CheckpointWriter, reuse: Reu
             progress = FitProgress(writer.load_progress, writer.save_progress)
             (transforms, notes), fitted = recipe.method.fit(replace(on, progress=progress)), dict[str, Tensor]()
             if recipe.method.mean_keys:
-                means = key_means(on, transforms.keys)
+                means = key_means.key_means(on, transforms.keys)
                 transforms = replace(transforms, key_means=means.vectors)
                 notes = notes | {"key_means": means.notes}
             kept = {"transforms": transforms.describe(fitted), "notes": notes}, fitted
@@ -252,7 +257,8 @@ class _Loop:
         made = self.source.without_bias if transforms.offsets else ()
         of_inputs = tuple(transforms.offset_sites(graph)), transforms.clip_sites(graph)
         online = transforms.online(graph, config)
-        self.runtime = RuntimeConfig(recipe.spec, online, keys, blocks, made, *of_inputs, bool(transforms.key_means))
+        means = bool(transforms.key_means)
+        self.runtime = RuntimeConfig(recipe.spec, online, keys, blocks, made, *of_inputs, key_means=means)
         self.tied = self.source.tied and not transforms.unties_head
 
     def run(self) -> float:
@@ -372,6 +378,12 @@ class _Loop:
         notes, self.runtime = run()
         return notes
 
+    def measure_ranges(self) -> None:
+        """Fix the factors of the activations' scales."""
+        sequences = max(1, TOKENS // self.recipe.calibration.seq_len)
+        how = self.on.calibration()[:sequences], self.dtypes.working, self.on.device
+        self.runtime = replace(self.runtime, largest=largest_inputs(self.source, self.runtime, self.writer, *how))
+
     def cache_cost(self) -> dict[str, Any]:
         """What quantized keys and values cost on the first calibration sequence; returns notes."""
         tokens = self.on.calibration()[:1, : cache.TOKENS]
@@ -415,10 +427,11 @@ def calibration_tokens(source: Source, recipe: Recipe) -> Int[Tensor, "sequences
 
 def _check(source: Source, recipe: Recipe, processes: ProcessGroup) -> None:
     """Refuse a group size that does not fit the model, and processes that would have no work."""
-    weights, wanted = recipe.spec.weights, recipe.calibration
-    for name, width in input_widths(source.graph, source.config).items() if weights.enabled else ():
+    wanted, grids = recipe.calibration, (recipe.spec.weights, recipe.spec.activations)
+    for name, width in input_widths(source.graph, source.config).items():
         try:
-            grouped(torch.empty(width), weights.weight_granularity)
+            for grid in grids:
+                grouped(torch.empty(width), grid.weight_granularity)
         except ValueError as error:
             raise UserError(f"{name} cannot be quantized: {error}") from error
     if processes.count > 1 and recipe.fits_weights:

@@ -4,6 +4,7 @@
     asymmetric   s = c · (max(x, 0) − min(x, 0)) / (2^b − 1),    q = clamp(round(x / s) + z),  x̂ = s (q − z)
                  z = round(−c · min(x, 0) / s)
 
+Grids of 4-bit floats are symmetric, with gaps between their integers q and another rule for the step s: see grids.py.
 The range always contains 0, so zeros (padding, dead channels) stay exactly zero. NaN and infinities come out as NaN and
 are never clamped into something that looks like a number.
 """
@@ -14,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dfrot.quant.grids import Granularity, IntGrid, PerGroup
+from dfrot.quant.grids import Granularity, Grid, PerGroup
 
 # Of stored scales. It has the range of float32. Since the integers are chosen for the stored scale, the short mantissa
 # only makes a step up to 2⁻⁷ longer.
@@ -49,7 +50,7 @@ def grouped(x: Tensor, granularity: Granularity) -> Tensor:
 
 def choose_qparams(
     x: Float[Tensor, "..."],
-    grid: IntGrid,
+    grid: Grid,
     granularity: Granularity,
     clip: float | Tensor = 1.0,
     scale_dtype: torch.dtype | None = None,
@@ -72,7 +73,7 @@ def choose_qparams(
     return qparams_of_range(None if low is None else low * clip, high * clip, grid, scale_dtype)
 
 
-def value_range(x: Float[Tensor, "..."], grid: IntGrid, granularity: Granularity) -> tuple[Tensor | None, Tensor]:
+def value_range(x: Float[Tensor, "..."], grid: Grid, granularity: Granularity) -> tuple[Tensor | None, Tensor]:
     """min(x, 0) and max(x, 0) of every group, (…, groups); for symmetric grids None and max |x|."""
     groups = grouped(x, granularity)
     if grid.symmetric:
@@ -80,38 +81,20 @@ def value_range(x: Float[Tensor, "..."], grid: IntGrid, granularity: Granularity
     return groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
 
 
-def qparams_of_range(
-    low: Tensor | None, high: Tensor, grid: IntGrid, scale_dtype: torch.dtype | None = None
-) -> QParams:
+def qparams_of_range(low: Tensor | None, high: Tensor, grid: Grid, scale_dtype: torch.dtype | None = None) -> QParams:
     """The scales (and zero points) whose grid spans [low, high], for symmetric grids [−high, high]."""
-    scale = (high if low is None else high - low) / grid.highest
-    if scale_dtype is not None:
-        scale = _rounded_up(scale, scale_dtype)
-    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    scale = grid.step(high if low is None else high - low, scale_dtype)
     zero = None if low is None else torch.round(-low / scale).clamp(grid.lowest, grid.highest)
     return QParams(scale, zero)
 
 
-def _rounded_up(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Numbers above 0, rounded up to those of a narrower dtype."""
-    if x.dtype == torch.float32 and dtype == torch.bfloat16:
-        # by their bits: torch.compile leaves out a cast there and back
-        up = ((x.view(torch.int32) + 0xFFFF) & ~0xFFFF).view(torch.float32)
-        return torch.where(x.isnan(), x, up)
-    narrow = x.to(dtype)
-    above = torch.nextafter(narrow, torch.full_like(narrow, torch.inf))
-    return torch.where(narrow.to(x.dtype) < x, above, narrow).to(x.dtype)
-
-
-def _rounded(groups: Tensor, grid: IntGrid, qparams: QParams) -> Tensor:
+def _rounded(groups: Tensor, grid: Grid, qparams: QParams) -> Tensor:
     """The integers, still as floats, of a grouped tensor."""
-    q = (groups / qparams.scale.unsqueeze(-1)).round_()
-    if qparams.zero is not None:
-        q += qparams.zero.unsqueeze(-1)
-    return q.clamp_(grid.lowest, grid.highest)
+    zero = None if qparams.zero is None else qparams.zero.unsqueeze(-1)
+    return grid.nearest_(groups / qparams.scale.unsqueeze(-1), zero)
 
 
-def quantize(x: Float[Tensor, "..."], grid: IntGrid, granularity: Granularity, qparams: QParams) -> Tensor:
+def quantize(x: Float[Tensor, "..."], grid: Grid, granularity: Granularity, qparams: QParams) -> Tensor:
     """The integers nearest to x: int8 (uint8 for asymmetric grids), in the shape of x."""
     q = _rounded(grouped(x, granularity), grid, qparams)
     return q.to(torch.int8 if grid.symmetric else torch.uint8).reshape(x.shape)
@@ -127,7 +110,7 @@ def dequantize(q: Tensor, granularity: Granularity, qparams: QParams) -> Float[T
 
 def fake_quantize(
     x: Float[Tensor, "..."],
-    grid: IntGrid,
+    grid: Grid,
     granularity: Granularity,
     clip: float | Tensor = 1.0,
     scale_dtype: torch.dtype | None = None,

@@ -5,20 +5,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dfrot.quant.affine import QParams, dequantize, grouped, qparams_of_range, quantize, value_range
-from dfrot.quant.grids import Granularity, IntGrid, PerChannel
+from dfrot.quant.grids import Granularity, Grid, PerChannel
 
 ERROR_POWER = 2.4  # GPTQ's and QuaRot's norm: between squared error and the largest error
-SMALLEST_CLIP = 0.2
-STEP = 0.01
 
-# Rows are searched in pieces that stay in the cache through all 81 candidates.
+# Rows are searched in pieces that stay in the cache through all candidates.
 _PIECE_ENTRIES = 1 << 17
 
 
 def search_clip(
-    weight: Float[Tensor, "out in"], grid: IntGrid, granularity: Granularity, scale_dtype: torch.dtype | None = None
+    weight: Float[Tensor, "out in"], grid: Grid, granularity: Granularity, scale_dtype: torch.dtype | None = None
 ) -> QParams:
-    """Scales (and zero points) that minimise Σ |ŵ − w|^2.4 in each group over clip ratios 1, 0.99, …, 0.20.
+    """Scales (and zero points) that minimise Σ |ŵ − w|^2.4 in each group over the grid's clip ratios.
 
     Returns:
         Entries of shape (out, groups).
@@ -34,12 +32,11 @@ def search_clip(
     return QParams(scale, torch.cat(zeros).reshape(scale.shape) if zeros else None)
 
 
-def _search_rows(rows: Float[Tensor, "rows size"], grid: IntGrid, scale_dtype: torch.dtype | None) -> QParams:
+def _search_rows(rows: Float[Tensor, "rows size"], grid: Grid, scale_dtype: torch.dtype | None) -> QParams:
     best_error = torch.full(rows.shape[:1], torch.inf, dtype=rows.dtype, device=rows.device)
     low, high = value_range(rows, grid, PerChannel())
     best = qparams_of_range(low, high, grid, scale_dtype)
-    for step in range(round((1 - SMALLEST_CLIP) / STEP) + 1):
-        clip = 1 - step * STEP
+    for clip in grid.clips:
         qparams = qparams_of_range(None if low is None else low * clip, high * clip, grid, scale_dtype)
         restored = dequantize(quantize(rows, grid, PerChannel(), qparams), PerChannel(), qparams)
         error = restored.sub_(rows).abs_().pow_(ERROR_POWER).sum(-1)

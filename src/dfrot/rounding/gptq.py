@@ -37,7 +37,7 @@ from torch import Tensor
 from dfrot.kernels import cuda
 from dfrot.models.source import ModelSizes
 from dfrot.quant.affine import QParams, dequantize, quantize
-from dfrot.quant.grids import IntGrid, PerGroup
+from dfrot.quant.grids import Grid, IntGrid, PerGroup
 from dfrot.quant.spec import TensorSpec
 from dfrot.rounding.rounding import BlockTask, Rounded, Rounding
 from dfrot.rounding.rtn import weight_qparams
@@ -249,7 +249,7 @@ def gptq(
     wanted = error.clone()  # w + Σ (w − ŵ) M, and from the top e
     codes = torch.empty_like(error)
     inner, together = _INNER, round_columns
-    if weight.dtype == torch.float32 and cuda.computable(weight):
+    if weight.dtype == torch.float32 and isinstance(grid, IntGrid) and cuda.computable(weight):
         from dfrot.kernels.cuda.gptq import COLUMNS as inner
         from dfrot.kernels.cuda.gptq import round_columns as together
     for start in range(0, in_features, _OUTER):
@@ -273,7 +273,7 @@ def round_columns(
     scale: Float[Tensor, "groups out"],
     zero: Float[Tensor, "groups out"] | None,
     columns: slice,
-    grid: IntGrid,
+    grid: Grid,
 ) -> None:
     """Round columns one after the other, into `codes`; each changes what is wanted of those after it among them.
 
@@ -284,12 +284,9 @@ def round_columns(
     """
     for j, of_group in zip(range(columns.start, columns.stop), group[columns].tolist(), strict=True):
         step = scale[of_group]
-        code = torch.div(wanted[j], step, out=codes[j]).round_()
-        if zero is None:
-            rounded = code.clamp_(grid.lowest, grid.highest) * step
-        else:
-            shift = zero[of_group]
-            rounded = (code.add_(shift).clamp_(grid.lowest, grid.highest) - shift).mul_(step)
+        steps, shift = torch.div(wanted[j], step, out=codes[j]), None if zero is None else zero[of_group]
+        code = grid.nearest_(steps, shift)
+        rounded = code * step if shift is None else (code - shift).mul_(step)
         error[j] -= rounded
         wanted[j] -= rounded
         after = slice(j + 1, columns.stop)

@@ -1,7 +1,9 @@
 """Round to nearest, with a searched clip ratio."""
 
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -20,8 +22,12 @@ class RTN(Rounding):
     needs_data = False
 
     def round(self, task: BlockTask) -> Rounded:
-        weights = {name: task.module.get_submodule(name).weight for name in task.graph.linears}
-        return Rounded({name: rtn(weight, task.spec) for name, weight in weights.items()}, {})  # type: ignore[arg-type]
+        layers: dict[str, tuple[Tensor, QParams]] = {}
+        for stage in task.graph.rounded_together:  # layers that engines fuse have one factor of their scales
+            weights: dict[str, Any] = {name: task.module.get_submodule(name).weight for name in stage}
+            spec = task.spec.holding(torch.stack([weight.abs().max() for weight in weights.values()]).max())
+            layers |= {name: rtn(weight, spec) for name, weight in weights.items()}
+        return Rounded(layers, {})
 
     def peak_bytes(self, sizes: ModelSizes) -> int:
         codes = 2 * sizes.block  # a byte each, and packed
@@ -39,6 +45,8 @@ def weight_qparams(weight: Float[Tensor, "out in"], spec: TensorSpec) -> QParams
 
     Raises ValueError if the group size does not divide `in`.
     """
+    if spec.largest is None:
+        spec = spec.holding(weight.abs().max())
     if spec.clip_ratio is None:
         return search_clip(weight, spec.grid, spec.weight_granularity, SCALE_DTYPE)
     return choose_qparams(weight, spec.grid, spec.weight_granularity, spec.clip_ratio, SCALE_DTYPE)

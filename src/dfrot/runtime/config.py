@@ -3,7 +3,7 @@
 It lies in `quantization_config` beside the recipe, which says how the checkpoint was made and which nothing here reads.
 """
 
-import dataclasses
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -32,11 +32,15 @@ class RuntimeConfig:
     offsets: tuple[str, ...] = ()
     # Such a norm or layer, keys or values → clip ratio by block.
     clips: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    # Such a norm or layer → the largest magnitude that NVFP4 is to hold there, by block.
+    largest: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     key_means: bool = False  # whether a tensor of each block, in place of the bias of keys, stays out of the cache
 
     def activations(self, site: str, index: int) -> TensorSpec:
         """The grid of a norm's output or a linear layer's input in block `index`."""
-        return self._clipped(self.spec.activations, site, index)
+        grid = self._clipped(self.spec.activations, site, index)
+        known = site in self.largest and grid.enabled
+        return replace(grid, largest=self.largest[site][index]) if known else grid
 
     def heads(self, index: int) -> Spec:
         """The spec with the grids that keys and values have in block `index`."""
@@ -55,7 +59,7 @@ class RuntimeConfig:
         """Plain JSON; `from_json` is its inverse."""
         tensors: dict[str, Tensor] = {}
         record: dict[str, Any] = {
-            "grids": dataclasses.asdict(self.spec),
+            "grids": self.spec.to_json(),
             "online": {name: rotation.describe(tensors, name) for name, rotation in self.online.items()},
             "keys": None if self.keys is None else self.keys.describe(tensors, "keys"),
             "rotation_blocks": {site: list(sizes) for site, sizes in self.rotation_blocks.items()},
@@ -65,6 +69,8 @@ class RuntimeConfig:
             record["offsets"] = list(self.offsets)
         if self.clips:
             record["clips"] = {site: list(clips) for site, clips in self.clips.items()}
+        if self.largest:
+            record["largest"] = {site: list(values) for site, values in self.largest.items()}
         if self.key_means:
             record["key_means"] = True
         assert not tensors, f"format {FORMAT} has no place for the tensors of online rotations: {sorted(tensors)}"
@@ -74,13 +80,9 @@ class RuntimeConfig:
     def from_json(record: Any) -> "RuntimeConfig":
         """Raises UserError if the record is not complete, or says something that this version does not know."""
         wrong = "this is not the runtime record of a dfrot checkpoint"
-        names = {"grids", "online", "keys", "rotation_blocks", "biases", "offsets", "clips", "key_means"}
-        left_out: dict[str, Any] = {
-            "biases": [],
-            "offsets": [],
-            "clips": {},
-            "key_means": False,
-        }  # in records of earlier versions
+        names = {"grids", "online", "keys", "rotation_blocks", "biases", "offsets", "clips", "largest", "key_means"}
+        # what records of earlier versions leave out
+        left_out: dict[str, Any] = {"biases": [], "offsets": [], "clips": {}, "largest": {}, "key_means": False}
         record = left_out | record if isinstance(record, dict) else {}
         if differing := names ^ record.keys():
             raise UserError(f"{wrong}: {min(differing)!r} is unknown or missing.")
@@ -94,12 +96,14 @@ class RuntimeConfig:
             biases, offsets = tuple(record["biases"]), tuple(record["offsets"])
             ",".join(biases + offsets)  # a TypeError unless all of them are names
             clips = {site: tuple(ratios) for site, ratios in record["clips"].items()}
-            for ratio in (ratio for ratios in clips.values() for ratio in ratios):
-                TensorSpec.checked(**vars(spec.activations) | {"clip_ratio": ratio})
+            largest = {site: tuple(values) for site, values in record["largest"].items()}
+            for name, sites in (("clip_ratio", clips), ("largest", largest)):
+                for value in itertools.chain(*sites.values()):
+                    TensorSpec.checked(**vars(spec.activations) | {name: value})
             means = {True: True, False: False}[record["key_means"]]
         except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
             raise UserError(f"{wrong}: {error}") from error
-        return RuntimeConfig(spec, online, keys, blocks, biases, offsets, clips, means)
+        return RuntimeConfig(spec, online, keys, blocks, biases, offsets, clips, largest, means)
 
     @staticmethod
     def of_checkpoint(record: Mapping[str, Any]) -> "RuntimeConfig":

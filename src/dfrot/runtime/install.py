@@ -40,8 +40,11 @@ def install_(model: Any, runtime: RuntimeConfig) -> None:
     blocks = list(root.get_submodule(graph.blocks).children())
     rotary, means = root.get_submodule(graph.rotary), runtime.key_means
     key_bias = KeyBias.of(blocks[0], graph, rotary, runtime.spec.keys, any_bias=means) if blocks else None
-    if wrong := [site for site, clips in runtime.clips.items() if len(clips) != len(blocks)]:
-        raise UserError(f"this checkpoint's config has other than {len(blocks)} clip ratios for '{wrong[0]}'.")
+    by_block = (*runtime.clips.items(), *runtime.largest.items())
+    if wrong := [site for site, values in by_block if len(values) != len(blocks)]:
+        raise UserError(
+            f"this checkpoint's config has other than {len(blocks)} clip ratios, or largest inputs, for '{wrong[0]}'."
+        )
     for index, block in enumerate(blocks):
         install_block_(block, index, graph, runtime, key_bias)
     if runtime.spec.keys.enabled:
@@ -65,9 +68,9 @@ def _check_sizes(block: nn.Module, graph: ModelGraph, runtime: RuntimeConfig) ->
             raise UserError(f"{wrong}: '{name}' has no input of {rotation.size} channels, which are to be rotated.")
     if unknown := [name for name in runtime.biases if name not in graph.linears]:
         raise UserError(f"{wrong}: there is no linear layer {unknown[0]!r}, which is to have a bias.")
-    if unknown := [*(set(runtime.offsets) - sites), *(set(runtime.clips) - sites - {"keys", "values"})]:
+    if unknown := [*({*runtime.offsets, *runtime.largest} - sites), *(set(runtime.clips) - sites - {"keys", "values"})]:
         raise UserError(
-            f"{wrong}: {unknown[0]!r} is no norm and no linear layer without one, as offsets and clips need."
+            f"{wrong}: {unknown[0]!r} is no norm and no linear layer without one, as offsets, clips and largest need."
         )
     for site, (size, _) in runtime.rotation_blocks.items():
         if site not in sites or _width(block, site) % size:

@@ -30,7 +30,8 @@ class QuantLinear(Transforming, nn.Module):
 
     Buffers: `qweight` uint8 (out, ⌈in · bits / 8⌉), `scales` bfloat16 (out, groups), for asymmetric grids `zeros` uint8
     (out, groups), and if there is one the `offset` o, float32 (float64 in a float64 model) (in,). Codes of symmetric
-    grids are stored with 2^(bits−1) added. With 16-bit weights there is a plain `weight` (out, in) instead.
+    grids are stored with 2^(bits−1) added, floats of 4 bits as sign, exponent and mantissa. With 16-bit weights there
+    is a plain `weight` (out, in) instead.
 
     A layer that `leaves_out` something lets others add its bias; or the buffer `apart`, if it has one, float32 (float64
     in a float64 model) (out,), which it takes from what it puts out: see runtime/key_bias.py.
@@ -98,8 +99,9 @@ class QuantLinear(Transforming, nn.Module):
 
     def exact(self, x: Tensor) -> bool:
         """Whether the reference multiplies integers; in 16 bits a product of floats is faster on a GPU."""
-        quantizes = self.weight is None and self.weights.group is None and self.activations.enabled
-        return quantizes and x.dtype in (torch.float32, torch.float64)
+        quantizes = self.weight is None and self.activations.enabled
+        whole_rows = self.weights.group is None and self.activations.group is None
+        return quantizes and whole_rows and x.dtype in (torch.float32, torch.float64)
 
     def integer_product(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         """s t Σ (a − z)(w − v) + b as the kernels compute it: an exact sum of integers, then the scales."""
@@ -173,8 +175,7 @@ class QuantLinear(Transforming, nn.Module):
         return self._integers.get(integers, self.packed[:3], dtype) if keep else integers()
 
     def _codes(self) -> Int[Tensor, "out in"]:
-        codes = unpack(self.qweight, self.weights.bits, self.in_features).to(torch.int16)
-        return codes - 2 ** (self.weights.bits - 1) if self.weights.symmetric else codes
+        return self.weights.grid.decode(unpack(self.qweight, self.weights.bits, self.in_features))
 
     def kept_tensors(self) -> list[Tensor]:
         """All tensors that the layer keeps in memory: the checkpoint's, and those derived from them."""
@@ -184,15 +185,13 @@ class QuantLinear(Transforming, nn.Module):
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"w{self.weights.bits}a{self.activations.bits}, rotation={type(self.rotation).__name__}"
+            f"w{self.weights}a{self.activations}, rotation={type(self.rotation).__name__}"
         )
 
 
 def packed_tensors(codes: Tensor, qparams: QParams, spec: TensorSpec) -> dict[str, Tensor]:
     """The buffers of a `QuantLinear` for integers (out, in) and their scales."""
-    if spec.symmetric:
-        codes = (codes.to(torch.int16) + 2 ** (spec.bits - 1)).to(torch.uint8)
-    tensors = {"qweight": pack(codes, spec.bits), "scales": qparams.scale.to(SCALE_DTYPE)}
+    tensors = {"qweight": pack(spec.grid.encode(codes), spec.bits), "scales": qparams.scale.to(SCALE_DTYPE)}
     if qparams.zero is not None:
         tensors["zeros"] = qparams.zero.to(torch.uint8)
     return tensors

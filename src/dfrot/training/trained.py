@@ -12,7 +12,7 @@ from dfrot.kernels import gradient
 from dfrot.linalg.rotation import Rotation
 from dfrot.models.source import Source
 from dfrot.models.stream import BlockRunner
-from dfrot.quant.affine import grouped
+from dfrot.quant.affine import choose_qparams, grouped
 from dfrot.quant.spec import TensorSpec
 from dfrot.runtime.norms import straight_through
 
@@ -23,6 +23,7 @@ class _Quantized(torch.autograd.Function):
     With the range [l, h] = c · [min(x, 0), max(x, 0)] and the step s = (h − l) / (2ᵇ − 1), an entry that is rounded is
     off by s r, so a longer step moves it by r; an entry that is clipped is the end of the range. Both pull on the
     entries that span the range (as in LSQ, Esser et al. 2020, arXiv 1902.08153, whose step is a parameter), and on c.
+    The scales of 4-bit floats have 8 bits and move in jumps: where there is no jump, their derivative is 0.
     """
 
     @staticmethod
@@ -36,6 +37,9 @@ class _Quantized(torch.autograd.Function):
         (x, *given), spec, grid = ctx.saved_tensors, ctx.spec, ctx.spec.grid
         clip, of_clip = given[0] if given else ctx.clip, None
         groups, slope = grouped(x, spec.token_granularity), grouped(upstream, spec.token_granularity)
+        if not spec.integer:
+            scale = choose_qparams(x, grid, spec.token_granularity, clip).scale.unsqueeze(-1)
+            return (slope * (groups.abs() <= grid.highest * scale)).view_as(x), None, None, None
         if gradient.supported(x):
             of_x, of_ratio = gradient.quantize_backward(groups, slope, spec, clip)
             return of_x.view_as(x), None, None, of_ratio.sum().view_as(clip) if given else None

@@ -275,7 +275,7 @@ class Student:
             return found
 
         def clip(site: str, grid: TensorSpec) -> Trained | None:
-            if "clips" not in self.parts or not grid.enabled:
+            if "clips" not in self.parts or not (grid.enabled and grid.integer):
                 return None
             found = self.clips.setdefault(site, [])
             if len(found) <= index:  # experts share one

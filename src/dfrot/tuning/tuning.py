@@ -99,8 +99,8 @@ class Tuning(Options):
         """
         parts = {word.strip() for word in words.split(",") if word.strip()}
         given = {name: value for name, value in given.items() if value is not None}
-        absent = {} if spec.weights.enabled else {"scales": "weights"}
-        if not any(grid.enabled for grid in (spec.activations, spec.keys, spec.values)):
+        absent = {} if spec.weights.enabled and spec.weights.integer else {"scales": "weights"}
+        if not any(grid.enabled and grid.integer for grid in (spec.activations, spec.keys, spec.values)):
             absent["clips"] = "activations, keys and values"
         if not parts or ({"all", "auto", "none"} & parts and len(parts) > 1):
             raise UserError(f"--tune is auto, all, none, or of {', '.join(PARTS)} joined by commas, got '{words}'.")
@@ -113,7 +113,10 @@ class Tuning(Options):
         if parts == {"all"}:
             parts = {part for part in PARTS if part not in absent}
         if wrong := sorted(parts & absent.keys()):
-            raise UserError(f"--tune {wrong[0]} trains those of quantized {absent[wrong[0]]}, and {spec} has none.")
+            raise UserError(
+                f"--tune {wrong[0]} trains those of {absent[wrong[0]]} quantized to integers, and {spec} has none. The "
+                "scales of nvfp4 and mxfp4 are floats of 8 bits, too coarse to be trained."
+            )
         length = given.setdefault("seq_len", min(Tuning.seq_len, window, given.get("tokens", window)))
         given.setdefault("tokens", max(1, Tuning.tokens // max(1, length)) * length)
         return Tuning.checked(parts=tuple(sorted(parts)), **given)

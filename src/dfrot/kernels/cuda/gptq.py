@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dfrot.kernels.cuda.primitives import code_of
 from dfrot.kernels.cuda.rows import given_or
-from dfrot.quant.grids import IntGrid
+from dfrot.quant.grids import Grid
 
 COLUMNS = 64  # of one launch
 _OUTPUTS = 32  # of one program, which has all of its columns' errors in registers
@@ -64,7 +64,7 @@ def round_columns(
     scale: Tensor,
     zero: Tensor | None,
     columns: slice,
-    grid: IntGrid,
+    grid: Grid,
 ) -> None:
     """What `rounding.gptq.round_columns` does, for at most `COLUMNS` columns."""
     taken = upper[columns, columns].T.contiguous()
