@@ -453,11 +453,21 @@ TARGET_BF16 INLINE void store_tile(const weights_t *w, int64_t rows, int64_t tok
     }
 }
 
+/* The sums of a panel of a run and a pair of tiles of tokens, number `which` of them, to y. */
+TARGET_BF16 static void store_pair(const weights_t *w, const floating_t *own, int64_t rows, int64_t first, int64_t which,
+                                   void *y, int dtype, int64_t y_row) {
+    int64_t pairs = up(rows, 32) / 32, panel = which / pairs, pair = which % pairs;
+    for (int i = 0; i < 4; i++)
+        store_tile(w, rows, pair * 32 + i % 2 * 16, first + panel * PANEL + i / 2 * 16,
+                   (const float(*)[16])own->dots[panel][pair][i], y, dtype, y_row);
+}
+
 /* A run of panels against a chunk: while they pass, a slab of the tokens stays near. */
 TARGET_TILES static void run_amx(const weights_t *w, const chunk_t *chunk, int64_t rows, int64_t first, void *y, int dtype,
                                  int64_t y_row) {
     floating_t *own = scratch(SLOT_TILES, 0);
     int64_t stride = chunk->codes.stride, blocks = stride / BLOCK, pairs = up(rows, 32) / 32;
+    int64_t late = -1; /* the sums before are stored while the processor multiplies: these are not ready */
     for (int64_t from = 0, until; from < blocks; from = until) {
         until = from + SLAB < blocks ? from + SLAB : blocks;
         for (int64_t panel = 0; panel < RUN && first + panel * PANEL < w->out; panel++) {
@@ -493,12 +503,12 @@ TARGET_TILES static void run_amx(const weights_t *w, const chunk_t *chunk, int64
                 _tile_stored(2, dots[2], 64);
                 _tile_stored(3, dots[3], 64);
                 if (until < blocks) continue;
-                for (int i = 0; i < 4; i++)
-                    store_tile(w, rows, pair * 32 + i % 2 * 16, first + panel * PANEL + i / 2 * 16,
-                               (const float(*)[16])dots[i], y, dtype, y_row);
+                if (late >= 0) store_pair(w, own, rows, first, late, y, dtype, y_row);
+                late = panel * pairs + pair;
             }
         }
     }
+    store_pair(w, own, rows, first, late, y, dtype, y_row);
 }
 
 void multiply_floats(int isa, const chunk_t *chunk, int64_t rows, const weights_t *w, void *y, int dtype, int64_t y_row) {
