@@ -50,18 +50,18 @@ def cut_by_llama_cpp(python: str, file: Path, text: str) -> list[int]:
         return np.load(found).tolist()
 
 
-def rounded_to_q4_0(source: Path, out: Path) -> None:
-    """A GGUF file with every linear layer in a block in Q4_0, by llama.cpp's rounding to nearest."""
+def rounded(source: Path, out: Path, to: str = "Q4_0") -> None:
+    """A GGUF file with every linear layer in a block in Q4_0 or Q8_0, by llama.cpp's rounding to nearest."""
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(out, reader.fields["general.architecture"].contents())
     for name, field in reader.fields.items():
         if not name.startswith("GGUF.") and name not in ("general.architecture", "general.file_type"):
             writer.add_key_value(name, field.contents(), field.types[0], field.types[-1])
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_0)
+    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{to}"])
     for tensor in reader.tensors:
         data, kind = tensor.data, tensor.tensor_type
         if tensor.name.startswith("blk.") and data.ndim == 2:
-            kind = gguf.GGMLQuantizationType.Q4_0
+            kind = gguf.GGMLQuantizationType[to]
             data = gguf.quants.quantize(gguf.quants.dequantize(data, tensor.tensor_type), kind)
         writer.add_tensor(tensor.name, data, raw_dtype=kind)
     writer.write_header_to_file()
@@ -118,7 +118,7 @@ def main() -> None:
         equal = cut_by_llama_cpp(arguments.python, file, piece) == tokenizer(piece).input_ids
         print(f"llama.cpp cuts the first 20 000 characters {'alike' if equal else 'OTHERWISE'}")
         if arguments.source is not None:
-            rounded_to_q4_0(Path(folder) / "f32.gguf", file := Path(folder) / "own.gguf")
+            rounded(Path(folder) / "f32.gguf", file := Path(folder) / "own.gguf")
             line("q4_0, its own", by_llama_cpp(arguments.python, file, blocks), ours, file)
 
 

@@ -92,17 +92,27 @@ class Model:
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
         """(tokens, vocabulary), from an empty context."""
+        return self._decoded(tokens, 0, len(tokens))
+
+    def next_token(self, tokens: np.ndarray, start: int) -> int:
+        """The likeliest after tokens at the positions from `start` on; the context has those before."""
+        return int(self._decoded(tokens, start, 1)[0].argmax())
+
+    def _decoded(self, tokens: np.ndarray, start: int, wanted: int) -> np.ndarray:
+        """Logits of so many last tokens."""
         count = len(tokens)
-        self._llama.llama_memory_clear(ctypes.c_void_p(self._llama.llama_get_memory(self._context)), True)
+        if start == 0:
+            self._llama.llama_memory_clear(ctypes.c_void_p(self._llama.llama_get_memory(self._context)), True)
         batch = self._llama.llama_batch_init(count, 0, 1)
         batch.count = count
         for index, token in enumerate(tokens.tolist()):
-            batch.tokens[index], batch.positions[index], batch.wanted[index] = token, index, 1
+            batch.tokens[index], batch.positions[index] = token, start + index
+            batch.wanted[index] = index >= count - wanted
             batch.sequence_counts[index], batch.sequences[index][0] = 1, 0
         if self._llama.llama_decode(self._context, batch):
             raise SystemExit("llama_decode failed")
         address = ctypes.cast(self._llama.llama_get_logits(self._context), ctypes.POINTER(ctypes.c_float))
-        found = np.ctypeslib.as_array(address, (count, self._size)).copy()
+        found = np.ctypeslib.as_array(address, (wanted, self._size)).copy()
         self._llama.llama_batch_free(batch)
         return found
 

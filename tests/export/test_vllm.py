@@ -142,6 +142,21 @@ def test_a_cpu_that_quantizes_more_than_was_asked_for_is_said(tiny: Tiny, tmp_pa
     assert "VLLM_CPU_INT4_W4A8=0" in said
 
 
+def test_eight_bits_beside_four_are_packed_words_and_dynamic_tokens(tiny: Tiny, tmp_path: Path) -> None:
+    """On a CPU on another grid, on a GPU by one kernel, which is said."""
+    checkpoint = made(tiny, tmp_path / "ckpt", "w4g16a8kv16")
+    (said,) = export(checkpoint, "vllm", tmp_path / "out")
+    assert "8 bits of its own grid" in said
+    assert "--plugin has this grid" in said
+    record = quantization_config(tmp_path / "out")
+    (group,) = record["config_groups"].values()
+    assert (record["format"], group["input_activations"]["num_bits"]) == ("pack-quantized", 8)
+    assert (group["weights"]["strategy"], group["weights"]["group_size"]) == ("group", 16)
+    assert (group["input_activations"]["strategy"], group["input_activations"]["dynamic"]) == ("token", True)
+    said = export(checkpoint, "vllm", tmp_path / "gpu", device="cuda")[0]
+    assert "only vLLM's kernel Humming quantizes activations to 8 bits beside 4-bit weights" in said
+
+
 @pytest.mark.parametrize(
     ("spec", "words", "message"),
     [
@@ -149,12 +164,12 @@ def test_a_cpu_that_quantizes_more_than_was_asked_for_is_said(tiny: Tiny, tmp_pa
         ("w4a16kv16", {"fold_only": False}, r"mlp\.down_proj is rotated.*vLLM on a CPU cannot.*--plugin.*--fold-only"),
         ("w8a16kv16", {}, "on a CPU has no kernel for w8a16.*w8a8 or w4a16"),
         ("w16a16kv16", {}, "nothing is quantized: --to huggingface"),
-        ("w3a16kv16", {}, r"no kernel for w3a16.*w4a16, w8a16, w8a8, w4a4"),
+        ("w3a16kv16", {}, r"no kernel for w3a16.*w4a16, w8a16, w8a8, w4a8, w4a4"),
         ("w8a4kv16", {}, "no kernel for w8a4"),
         ("w4a16kv16", {"weight_symmetric": False}, "weights are asymmetric.*--weight-symmetric True"),
         ("w8a8kv16", {"act_symmetric": False}, "activations are asymmetric.*--preset deploy"),
         ("w8a8kv16", {"act_clip": 0.9}, r"clipped at 0\.9 of the range.*--act-clip 1"),
-        ("w8g16a8kv16", {}, "8-bit activations by weights with one scale per channel"),
+        ("w8g16a8kv16", {}, "8-bit activations by 8-bit weights with one scale per channel"),
         ("w4g8a16kv16", {}, "groups of 8; vLLM takes 16, or no groups"),
     ],
 )

@@ -63,6 +63,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "learned": {"method": "learned", "calib_seq_len": 16, "steps": 2, "learn_steps": 2, "learn_tokens": 16},  # offsets
     "none": {"method": "none"},
     "16-bit cache": {"method": "quarot", "spec": "w8a8kv16"},
+    "weights alone": {"method": "quarot", "spec": "w4a16kv4"},
 }
 
 

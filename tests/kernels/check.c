@@ -11,6 +11,7 @@ int dfrot_linear(int isa, int threads, const void *x, int dtype, int64_t rows, c
                  const grid_t *grid, int count, const weights_t *weights, void **y);
 int dfrot_rotate(int isa, int threads, const void *x, void *y, int dtype, int64_t rows, int64_t n,
                  const transform_t *transform);
+extern int dfrot_pairs;
 void dfrot_code_sums(const uint8_t *codes, int64_t out, int64_t in, int bits, int64_t group, int32_t *sums);
 void dfrot_append(int isa, int threads, const void *x, int dtype, int64_t batch, int64_t tokens, int64_t from,
                   const transform_t *transform, float clip, const cache_t *cache);
@@ -55,7 +56,7 @@ static weights_t random_weights(int64_t out, int64_t in, int bits, int64_t group
         zero[i] = (uint8_t)(int)((float)((1 << bits) - 1) * (0.5f + 0.5f * uniform()));
         scale[i] = to_bfloat16(0.6f + 0.5f * uniform());
     }
-    dfrot_code_sums(codes, out, in, bits, group, sums);
+    if (bits == 4 || bits == 8) dfrot_code_sums(codes, out, in, bits, group, sums);
     if (symmetric) free(zero), zero = NULL;
     return (weights_t){out, in, group, groups, bits, codes, bytes, scale, BFLOAT16, zero, sums, random_floats(out)};
 }
@@ -67,6 +68,11 @@ static void free_weights(weights_t *w) {
 static double weight_at(const weights_t *w, int64_t n, int64_t k) {
     uint8_t byte = w->codes[n * w->bytes + k * w->bits / 8];
     int code = w->bits == 8 ? byte : k % 2 ? byte >> 4 : byte & 15;
+    if (w->bits != 4 && w->bits != 8) {
+        code = 0;
+        for (int64_t bit = 0, at = k * w->bits; bit < w->bits; bit++, at++)
+            code |= (w->codes[n * w->bytes + at / 8] >> at % 8 & 1) << bit;
+    }
     int64_t at = n * w->groups + k / w->group;
     return to_float(w->scale, BFLOAT16, at) * (double)(code - (w->zero ? w->zero[at] : 1 << (w->bits - 1)));
 }
@@ -88,6 +94,34 @@ static void check_linear(int isa, int64_t rows, int64_t in, int64_t out, int bit
         }
     }
     free_weights(&w), free(x), free(y), free(q);
+}
+
+/* Rows that are not quantized, in streams of both element types. */
+static void check_floats(int isa, int64_t rows, int64_t in, int64_t out, int bits, int64_t group, int symmetric) {
+    weights_t w = random_weights(out, in, bits, group, symmetric);
+    grid_t grid = {16, 1, 1};
+    transform_t none = {0, NULL, 1};
+    double *dense = exact((size_t)(out * in) * sizeof *dense);
+    for (int64_t i = 0; i < out * in; i++) dense[i] = weight_at(&w, i / in, i % in);
+    for (int dtype = FLOAT32; dtype <= BFLOAT16; dtype++) {
+        float *x = random_floats(rows * in);
+        uint16_t *narrow = exact((size_t)(rows * in) * 2);
+        for (int64_t i = 0; i < rows * in; i++)
+            if (dtype == BFLOAT16) narrow[i] = to_bfloat16(x[i]), x[i] = to_float(narrow, BFLOAT16, i);
+        void *y = exact((size_t)(rows * out * size_of(dtype))), *from = dtype == FLOAT32 ? (void *)x : narrow;
+        CHECK(dfrot_linear(isa, 2, from, dtype, rows, &none, &grid, 1, &w, &y) == 0, "floats: no memory\n");
+        for (int64_t m = 0; m < rows; m++)
+            for (int64_t n = 0; n < out; n++) {
+                double sum = w.bias[n], size = fabs(w.bias[n]), got = to_float(y, dtype, m * out + n);
+                for (int64_t k = 0; k < in; k++)
+                    sum += x[m * in + k] * dense[n * in + k], size += fabs(x[m * in + k] * dense[n * in + k]);
+                CHECK(fabs(sum - got) <= (dtype == FLOAT32 ? 1e-5 : 0x1p-7) * size,
+                      "floats: isa %d, type %d, %ld x %ld x %ld, %d bits, group %ld: %g, not %g\n", isa, dtype, (long)rows,
+                      (long)in, (long)out, bits, (long)group, got, sum);
+            }
+        free(x), free(narrow), free(y);
+    }
+    free_weights(&w), free(dense);
 }
 
 /* Only where it writes, and sizes: tests/kernels/test_gradient.py has the values. */
@@ -189,6 +223,20 @@ int main(void) {
             check_linear(isa, rows[i], 256, 31, 4, 64, 0);
             check_linear(isa, rows[i], 256, 65, 8, 128, 1);
             if (isa >= ISA_AVX512) check_linear(isa, rows[i], 96, 17, 4, 16, 0);
+            for (dfrot_pairs = 0; dfrot_pairs <= (isa == ISA_AVX512 && __builtin_cpu_supports("avx512bf16")); dfrot_pairs++) {
+                if (rows[i] > 33) { /* more than a chunk */
+                    check_floats(isa, rows[i], 136, 33, 4, 136, 0);
+                    continue;
+                }
+                check_floats(isa, rows[i], 2, 1, 4, 2, 0);
+                check_floats(isa, rows[i], 70, 33, 4, 70, 1);
+                check_floats(isa, rows[i], 200, 40, 3, 200, 0);
+                check_floats(isa, rows[i], 256, 31, 4, 64, 0);
+                check_floats(isa, rows[i], 640, 65, 4, 128, 1);
+                check_floats(isa, rows[i], 72, 65, 5, 8, 0);
+                check_floats(isa, rows[i], 264, 30, 4, 8, 0);
+                check_floats(isa, rows[i], 256, 9, 8, 256, 0);
+            }
         }
         check_linear(isa, 193, 5632, 300, 4, 5632, 0); /* wider than what stays near, and more than a run */
         check_rotate(isa);

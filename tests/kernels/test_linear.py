@@ -1,6 +1,8 @@
 """The kernels against integer arithmetic in float64, with each instruction set."""
 
+import ctypes
 import itertools
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dfrot.kernels.library import library
 from dfrot.kernels.linear import PackedWeight, linear, rotate, supported
 from dfrot.kernels.lowering import NO_PASSES, lower
 from dfrot.linalg.rotation import (
@@ -23,7 +26,7 @@ from dfrot.linalg.rotation import (
 )
 from dfrot.quant.affine import QParams, choose_qparams, dequantize, quantize
 from dfrot.quant.packing import pack
-from dfrot.quant.spec import TensorSpec
+from dfrot.quant.spec import UNQUANTIZED, TensorSpec
 
 EPS = {torch.float32: 2**-23, torch.bfloat16: 2**-7}
 SLOW_SETUP = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -118,6 +121,71 @@ def test_rows_of_more_inputs_and_tokens_than_are_worked_on_together(
     assert ((y - q @ w.T).abs() <= width / (group or width) * 4 * EPS[torch.float32] * (q.abs() @ w.abs().T)).all()
 
 
+@pytest.fixture(params=[False, True], ids=["", "pairs"])
+def pairs(request: pytest.FixtureRequest, isa: int) -> Iterator[bool]:
+    """With vdpbf16ps and without, where there is a choice."""
+    if request.param and (isa != 3 or not torch.cpu._is_avx512_bf16_supported()):
+        pytest.skip("this instruction set has no vdpbf16ps, or AMX in its place")
+    found, _ = library()
+    assert found is not None
+    chosen = ctypes.c_int.in_dll(found, "dfrot_pairs")
+    before, chosen.value = chosen.value, request.param
+    yield request.param
+    chosen.value = before
+
+
+FLOATS = [(4, None), (4, 8), (4, 32), (4, 64), (4, 256), (2, None), (3, 32), (3, 256), (5, 8), (6, 64), (7, 128)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 2, 4, 7, 9, 35, 205])
+@pytest.mark.parametrize(("bits", "group"), [*FLOATS, (8, None), (8, 32)])
+def test_inputs_that_are_not_quantized_are_multiplied_by_what_the_integers_stand_for(
+    isa: int, pairs: bool, bits: int, group: int | None, rows: int, dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    for symmetric, width in ((True, 768), (False, 1280), *(((False, 1000), (True, 8)) if group in (None, 8) else ())):
+        weights = TensorSpec(bits, symmetric, group=group)
+        packed, w = random_weight(70, width, weights, generator, bias=True)
+        x = torch.randn(rows, width, generator=generator).to(dtype)
+        assert supported(x, weights, UNQUANTIZED)
+        (y,) = linear(x, [packed], NO_PASSES, weights, UNQUANTIZED)
+        assert packed.bias is not None
+        expected, terms = x.double() @ w.T + packed.bias, x.double().abs() @ w.abs().T + packed.bias.abs()
+        # γ_2n of the terms (floats.c); bfloat16 rounds the result, and of many tokens the weights of groups
+        bound = 2 * width * EPS[torch.float32] / 2 * terms
+        if dtype == torch.bfloat16:
+            bound += EPS[dtype] / 2 * expected.abs() + (EPS[dtype] / 2 * terms if group and rows > 8 else 0)
+        assert ((y.double() - expected).abs() <= bound).all()
+
+
+def test_what_is_not_quantized_is_rotated_and_rounded_to_the_stream(isa: int, generator: torch.Generator) -> None:
+    weights, passes = TensorSpec(4, True), lower(Hadamard(64))
+    packed, w = random_weight(33, 64, weights, generator)
+    assert passes is not None
+    for rows, dtype in itertools.product((1, 40), (torch.float32, torch.bfloat16)):
+        x = torch.randn(rows, 64, generator=generator).to(dtype)
+        turned = x.double() @ Hadamard(64).as_matrix()
+        (y,) = linear(x, [packed], passes, weights, UNQUANTIZED)
+        terms = turned.abs() @ w.abs().T
+        assert ((y.double() - turned @ w.T).abs() <= 2 * EPS[dtype] / 2 * terms + 64 * EPS[torch.float32] * terms).all()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("rows", [3, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_not_finite_stays_in_its_row_without_quantization_too(
+    isa: int, rows: int, bad: float, dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    packed, _ = random_weight(20, 64, TensorSpec(4, False), generator)
+    x = torch.randn(rows, 64, generator=generator).to(dtype)
+    (clean,) = linear(x, [packed], NO_PASSES, TensorSpec(4, False), UNQUANTIZED)
+    x[1, 5] = bad
+    (y,) = linear(x, [packed], NO_PASSES, TensorSpec(4, False), UNQUANTIZED)
+    assert not y[1].isfinite().any()
+    others = torch.arange(rows) != 1
+    assert torch.equal(y[others], clean[others])
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("rows", [3, 40])
 def test_what_is_not_finite_is_not_hidden_and_stays_in_its_row(
@@ -209,5 +277,8 @@ def test_what_there_is_no_kernel_for(isa: int) -> None:
     for bits, spec in itertools.product((3, 16), (weights, activations)):
         other = TensorSpec(bits, spec.symmetric, spec.clip_ratio)
         pair = (other, activations) if spec is weights else (weights, other)
-        assert supported(torch.zeros(1, 64), *pair) == (spec is activations and bits == 3)
+        assert supported(torch.zeros(1, 64), *pair) == (spec is activations)
     assert not supported(torch.zeros(1, 72), TensorSpec(4, True, group=36), activations)
+    assert not supported(torch.zeros(1, 72), TensorSpec(4, True, group=36), UNQUANTIZED)
+    assert not supported(torch.zeros(1, 9), TensorSpec(3, True), UNQUANTIZED)  # the last byte is not full
+    assert not supported(torch.zeros(1, 64), UNQUANTIZED, UNQUANTIZED)

@@ -15,7 +15,7 @@ from dfrot.kernels.library import backend
 from dfrot.quant.spec import Spec
 from dfrot.runtime.linear import QuantLinear
 
-SPECS = ("w4a4kv4", "w4a8kv4", "w8a8kv8")
+SPECS = ("w4a4kv4", "w4a8kv4", "w8a8kv8", "w4a16kv4")
 IN, OUT, PROMPT = 4096, 11008, 128
 ROUNDS, SECONDS = 3, 1.0  # so many rounds of each input at least, and so long
 STEADY = 1.3  # third over first quartile of the rounds' ratios, above which other work is in the way

@@ -27,6 +27,7 @@ FORMATS = {
     ("4", "16"): "pack-quantized",
     ("8", "16"): "pack-quantized",
     ("8", "8"): "int-quantized",
+    ("4", "8"): "pack-quantized",
     ("4", "4"): "pack-quantized",  # left to itself, compressed-tensors infers one byte a weight
     **{("nvfp4", activations): "nvfp4-pack-quantized" for activations in ("nvfp4", "16")},
     **{("mxfp4", activations): "mxfp4-pack-quantized" for activations in ("mxfp4", "16")},
@@ -88,11 +89,17 @@ def _differences(checkpoint: Checkpoint, device: str, plugin: bool, gpus: int, m
             )
     elif plugin:
         yield "vLLM loads this only with dfrot's plugin: pip install 'dfrot[vllm]' in the environment of vLLM."
+    elif device == "cpu" and weights.bits == 4 and activations.bits == 8:
+        yield (
+            "vLLM on a CPU rounds activations to 8 bits of its own grid, which is asymmetric, where the processor has "
+            "AMX and the model runs in bfloat16; elsewhere it silently leaves them in 16 bits. --plugin has this grid."
+        )
     elif device == "cpu" and weights.bits == 4:
         yield "vLLM on a CPU rounds activations to 8 bits beside 4-bit weights, unless VLLM_CPU_INT4_W4A8=0 is set."
-    elif activations.bits == 4:
+    elif activations.enabled and weights.bits == 4:
         yield (
-            "only vLLM's kernel Humming quantizes activations to 4 bits, and vLLM may silently take another. Start it "
+            f"only vLLM's kernel Humming quantizes activations to {activations.bits} bits beside 4-bit weights, and "
+            "vLLM may silently take another. Start it "
             "with --linear-backend humming and read in its log which it took, or export with --plugin, which insists."
         )
     if gpus > 1 and activations.enabled and activations.integer:
@@ -131,8 +138,8 @@ def _problems(checkpoint: Checkpoint, device: str, plugin: bool, gpus: int) -> I
     if activations.enabled and clip != 1:
         what_to_do = "--act-clip 1" + (", and with --fold-only or without --tune clips" if of_layers else "")
         yield f"activations are clipped at {clip:g} of the range, and vLLM cannot. Quantize with {what_to_do}."
-    if activations.bits == 8 and weights.group is not None:
-        yield "vLLM multiplies 8-bit activations by weights with one scale per channel. Quantize without a group."
+    if weights.bits == activations.bits == 8 and weights.group is not None:
+        yield "vLLM multiplies 8-bit activations by 8-bit weights with one scale per channel. Quantize without a group."
     if activations.bits == 4 and plain_cpu:
         # it loads them, and logs nothing
         yield "vLLM on a CPU silently keeps activations in 16 bits. Give --plugin or --device cuda, or take w4a16/w8a8."
@@ -153,8 +160,8 @@ def _problems(checkpoint: Checkpoint, device: str, plugin: bool, gpus: int) -> I
     heads, channels = checkpoint.config.num_attention_heads, checkpoint.config.intermediate_size
     if heads % gpus or channels % gpus:
         yield f"{gpus} GPUs cannot share {heads} heads and {channels} channels equally. Change --tensor-parallel."
-    # 4-bit weights are packed 8 to a word, 8-bit ones 4, but those beside 8-bit activations are single bytes
-    multiple = 1 if activations.bits == 8 else CPU_TILE if device == "cpu" else 32 // weights.bits
+    # 4-bit weights are packed 8 to a word, 8-bit ones 4, but 8-bit ones beside 8-bit activations are single bytes
+    multiple = 1 if weights.bits == activations.bits == 8 else CPU_TILE if device == "cpu" else 32 // weights.bits
     for name, width in input_widths(checkpoint.graph, checkpoint.config).items():
         # among GPUs, layers that write the residual stream are split by inputs, those that read it by outputs
         split = gpus > 1 and name in checkpoint.graph.writers

@@ -1,9 +1,9 @@
 """dfrot's plugin for vLLM: what `dfrot export --to vllm --plugin` wrote is computed as written, or not at all.
 
-vLLM alone, on a CPU, lacks the product for online rotations, leaves 4-bit activations unquantized, and rounds those
-beside 4-bit weights to 8 bits; on a GPU it may take a kernel that computes activations in 16 bits. It reports none of
-this. vLLM calls `register` in each of its processes (entry point `vllm.general_plugins`). Models of other quantization
-methods stay as they are, except that their transforms run on a CPU too. Written for vLLM 0.32.
+vLLM alone, on a CPU, lacks the product for online rotations, leaves 4-bit activations unquantized, and rounds others
+beside 4-bit weights to 8 bits of a grid of its own; on a GPU it may take a kernel that computes activations in 16 bits.
+It reports none of this. vLLM calls `register` in each of its processes (entry point `vllm.general_plugins`). Models of
+other quantization methods stay as they are, except that their transforms run on a CPU too. Written for vLLM 0.32.
 """
 
 import os
@@ -31,6 +31,10 @@ def register() -> None:
     register_quantization_config(PLUGIN_METHOD)(AsWritten)
 
 
+# bits of activations → what vLLM takes for them beside 4-bit weights
+ACTIVATIONS = {4: schemes.CompressedTensorsWNA4Int, 8: schemes.CompressedTensorsWNA8Int}
+
+
 class AsWritten(CompressedTensorsConfig):
     """compressed-tensors, where every 4-bit scheme computes with the activations that the checkpoint asks for."""
 
@@ -44,8 +48,9 @@ class AsWritten(CompressedTensorsConfig):
 
     def get_scheme(self, layer: nn.Module, layer_name: str | None = None) -> schemes.CompressedTensorsScheme | None:
         scheme = super().get_scheme(layer, layer_name)
-        if isinstance(scheme, schemes.CompressedTensorsWNA4Int):
-            return FourBitActivations(scheme) if current_platform.is_cpu() else FourBitKernel(scheme)
+        for bits, kind in ACTIVATIONS.items():
+            if isinstance(scheme, kind):
+                return Activations(scheme, bits) if current_platform.is_cpu() else Kernel(scheme, bits)
         if isinstance(scheme, schemes.CompressedTensorsWNA16) and current_platform.is_cpu():
             return WideActivations(scheme)
         return scheme
@@ -85,15 +90,19 @@ class WideActivations(Wrapped):
             os.environ.update({} if before is None else {name: before})
 
 
-class FourBitActivations(Wrapped):
-    """4-bit weights times 4-bit activations on a CPU, by dfrot's kernels, which take the packed words unchanged."""
+class Activations(Wrapped):
+    """4-bit weights times activations of so many bits on a CPU, by dfrot's kernels, which take the words unchanged."""
+
+    def __init__(self, scheme: schemes.CompressedTensorsScheme, bits: int) -> None:
+        super().__init__(scheme)
+        self.bits = bits
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Choose the product once: vLLM compiles `apply_weights`, which then must not branch."""
         words, scales = layer.weight_packed.data, layer.weight_scale.data
         inputs, dtype = 8 * words.shape[1], scales.dtype
         group = None if self.scheme.group_size == -1 else self.scheme.group_size
-        weights, activations = TensorSpec(4, symmetric=True, group=group), TensorSpec(4, symmetric=True)
+        weights, activations = TensorSpec(4, symmetric=True, group=group), TensorSpec(self.bits, symmetric=True)
         with torch.device("meta"):  # its own buffers are replaced by vLLM's
             reference = QuantLinear(
                 inputs, len(words), bias=False, weights=weights, activations=activations, rotation=None, dtype=dtype
@@ -111,13 +120,17 @@ class FourBitActivations(Wrapped):
         return product if bias is None else product + bias
 
 
-class FourBitKernel(Wrapped):
-    """4-bit weights and activations on a GPU; RuntimeError if vLLM took a kernel that quantizes no activations."""
+class Kernel(Wrapped):
+    """4-bit weights and quantized activations on a GPU; RuntimeError if vLLM took a kernel that quantizes none."""
+
+    def __init__(self, scheme: schemes.CompressedTensorsScheme, bits: int) -> None:
+        super().__init__(scheme)
+        self.bits = bits
 
     def create_weights(self, layer: nn.Module, *arguments: Any, **words: Any) -> None:
         super().create_weights(layer, *arguments, **words)
         if not isinstance(self.scheme.kernel, HummingLinearKernel):
             raise RuntimeError(
-                f"this model has 4-bit activations, and vLLM took {type(self.scheme.kernel).__name__}, which leaves "
-                "them unquantized. Install humming and start vLLM with --linear-backend humming."
+                f"this model has {self.bits}-bit activations, and vLLM took {type(self.scheme.kernel).__name__}, which "
+                "leaves them unquantized. Install humming and start vLLM with --linear-backend humming."
             )

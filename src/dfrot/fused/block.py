@@ -294,8 +294,8 @@ class _NativeBlock:
             return structures.transform(*passes)
 
         def weights(stage: Sequence[str]) -> Any:
-            bits = modules[stage[0]].weights.bits
-            made = [modules[name].packed.structure(bits) for name in stage]
+            bits, quantized = modules[stage[0]].weights.bits, modules[stage[0]].activations.enabled
+            made = [modules[name].packed.structure(bits, quantized) for name in stage]
             array = (Weights * len(made))(*(each for each, _ in made))
             kept.append((made, array))
             return ctypes.cast(array, ctypes.POINTER(Weights))

@@ -1,5 +1,5 @@
 """Linear layers as single operators: inputs are rotated, quantized row by row, multiplied by packed
-integers with exact sums, and scaled.
+integers with exact sums, and scaled. Inputs that are not quantized are multiplied by what the integers stand for.
 
 Weights stay packed as in the checkpoint; a few rows at a time are unpacked, in the processor's nearest cache.
 """
@@ -40,13 +40,15 @@ class PackedWeight(NamedTuple):
     zeros: UInt8[Tensor, "out groups"] | None
     bias: Float[Tensor, " out"] | None
 
-    def structure(self, bits: int) -> tuple[Weights, list[Tensor | None]]:
-        """The same for C, as long as the tensors beside it live: copies where the kernels do not know a dtype."""
+    def structure(self, bits: int, quantized: bool) -> tuple[Weights, list[Tensor | None]]:
+        """The same for C, as long as the tensors beside it live: copies where the kernels do not know a dtype. Sums of
+        codes are there for inputs that are `quantized`."""
         (out, groups), num_bytes = self.scales.shape, self.qweight.shape[1]
         width = num_bytes * 8 // bits
         codes, zeros = self.qweight.contiguous(), None if self.zeros is None else self.zeros.contiguous()
         scales = (self.scales if self.scales.dtype in DTYPES else self.scales.float()).contiguous()
-        bias, sums = None if self.bias is None else self.bias.float().contiguous(), self.code_sums(bits)
+        bias = None if self.bias is None else self.bias.float().contiguous()
+        sums = self.code_sums(bits) if quantized else None
         made = Weights(
             *(out, width, width // groups, groups, bits, pointer(codes), num_bytes, pointer(scales)),
             *(DTYPES[scales.dtype], pointer(zeros), pointer(sums), pointer(bias)),
@@ -76,13 +78,18 @@ def computable(x: Tensor) -> bool:
 
 def supported(x: Tensor, weights: TensorSpec, activations: TensorSpec) -> bool:
     """Whether there is a kernel for such grids and an input like x (…, in)."""
-    if not (computable(x) and activations.enabled and weights.integer and activations.integer):
+    integers = weights.integer and activations.integer
+    if not (computable(x) and integers) or x.shape[-1] * weights.bits % 8:
         return False
     if x.is_cuda:
         from dfrot.kernels.cuda.linear import supported as supported_there
 
-        return supported_there(weights, activations, x.shape[-1])
-    if weights.bits not in (4, 8) or x.shape[-1] * weights.bits % 8:
+        return activations.enabled and supported_there(weights, activations, x.shape[-1])
+    if not activations.enabled:
+        return weights.enabled and (
+            weights.group is None or (weights.group % 128 == 0 or weights.group in (8, 16, 32, 64))
+        )
+    if weights.bits not in (4, 8):
         return False
     if weights.group is None:
         return True
@@ -120,7 +127,7 @@ def _linear(
     x, made = x.contiguous(), _products(x, parts)
     each = len(PackedWeight._fields)
     weights = [PackedWeight(*parts[at : at + each]) for at in range(0, len(parts), each)]  # type: ignore[arg-type]
-    structures, kept = zip(*(weight.structure(weight_bits) for weight in weights), strict=True)
+    structures, kept = zip(*(weight.structure(weight_bits, bits <= 8) for weight in weights), strict=True)
     count = len(kept)
     native().dfrot_linear(
         *(*machine(), pointer(x), DTYPES[x.dtype], x.numel() // x.shape[-1]),

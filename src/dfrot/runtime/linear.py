@@ -9,6 +9,8 @@ sums floats:
 | one layer in C | the kernels know grids and input, but the block is not fused |
 | exact integer product in torch | otherwise, in float32 or float64 with one scale per output channel |
 | float product in torch | 16 bits, weight groups, unquantized tensors; the gradient of the integer product |
+
+In C, inputs that are not quantized are multiplied by what the integers stand for, as floats: see native/floats.c.
 """
 
 import torch

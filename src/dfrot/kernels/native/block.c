@@ -228,7 +228,7 @@ static int get_memory(const block_t *block, int threads, int64_t rows, int64_t o
 /* From the residual stream to queries, keys and values; for all threads of a parallel region together. */
 static void read_half(int isa, const block_t *block, const tokens_t *in, const sinks_t *out, const memory_t *memory) {
     int64_t rows = in->batch * in->tokens, all_heads = block->heads + 2 * block->kv_heads, dim = block->dim;
-    chunk_t chunk = chunk_in(memory->codes, block->readers, memory->most);
+    chunk_t chunk = chunk_in(memory->codes, block->readers, memory->most, block->readers_grid, (int)in->dtype);
     for (int64_t first = 0; first < rows; first += memory->most) {
         int64_t here = rows - first < memory->most ? rows - first : memory->most;
         const float *starts[3] = {memory->projected, memory->projected + here * block->heads * dim,
@@ -259,19 +259,19 @@ static void write_half(int isa, const block_t *block, const void *x, int dtype, 
     int64_t width = block->readers->in, inner = down->in;
     for (int64_t first = 0; first < rows; first += memory->most) {
         int64_t here = rows - first < memory->most ? rows - first : memory->most;
-        chunk_t chunk = chunk_in(memory->codes, output, memory->most);
+        chunk_t chunk = chunk_in(memory->codes, output, memory->most, block->output_grid, dtype);
         rows_t heads = {attended, attended_dtype, first};
         fill_chunk(isa, &chunk, here, output->in, given_rows(isa), &heads, dtype, &block->before_output, block->output_grid);
         multiply_chunk(isa, &chunk, here, output, memory->added, FLOAT32, 0);
 #pragma omp barrier
-        chunk = chunk_in(memory->codes, gates, memory->most);
+        chunk = chunk_in(memory->codes, gates, memory->most, block->gates_grid, dtype);
         stream_t stream = {x, dtype, first, memory->added, memory->stream, block->mlp_norm};
         fill_chunk(isa, &chunk, here, width, normalized_rows(isa), &stream, dtype, &block->before_mlp, block->gates_grid);
         void *of_up = memory->hidden + (block->num_gates == 2 ? here : 1) * inner * size_of(dtype);
         multiply_chunk(isa, &chunk, here, gates, memory->hidden, dtype, 0);
         if (block->num_gates == 2) multiply_chunk(isa, &chunk, here, gates + 1, of_up, dtype, 0);
 #pragma omp barrier
-        chunk = chunk_in(memory->codes, down, memory->most);
+        chunk = chunk_in(memory->codes, down, memory->most, block->down_grid, dtype);
         gated_t gated = {memory->hidden, of_up, dtype, 2 * inner / block->num_gates};
         fill_chunk(isa, &chunk, here, inner, gated_rows(isa), &gated, dtype, &block->before_down, block->down_grid);
         multiply_chunk(isa, &chunk, here, down, memory->added, FLOAT32, 0);

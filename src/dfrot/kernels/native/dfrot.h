@@ -14,11 +14,11 @@ enum { ISA_NONE = 0, ISA_AVX2 = 1, ISA_AVXVNNI = 2, ISA_AVX512 = 3, ISA_AMX = 4 
 /* Element types of activations and scales. */
 enum { FLOAT32 = 0, BFLOAT16 = 1 };
 
-#define TARGET_AVX2 __attribute__((target("avx2,fma")))
-#define TARGET_AVXVNNI __attribute__((target("avxvnni,avx2,fma")))
-#define TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma")))
+#define TARGET_AVX2 __attribute__((target("avx2,fma,bmi2")))
+#define TARGET_AVXVNNI __attribute__((target("avxvnni,avx2,fma,bmi2")))
+#define TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,bmi2")))
 #define TARGET_AMX                                                                                                     \
-    __attribute__((target("prfchw,amx-tile,amx-int8,avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma")))
+    __attribute__((target("prfchw,amx-tile,amx-int8,avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,bmi2")))
 #define INLINE static inline __attribute__((always_inline))
 #define EXPORT __attribute__((visibility("default")))
 

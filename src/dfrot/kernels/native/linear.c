@@ -18,8 +18,6 @@
 #include <immintrin.h>
 #include <string.h>
 
-#define FEW 8       /* tokens, up to which dot products beat tiles */
-#define PANEL 32    /* channels that are worked on together */
 #define DEEP 8      /* tiles of weights that stay in the nearest cache while the tokens of a chunk pass */
 #define AHEAD 8     /* rows of y that are asked for before they are written */
 #define RUN 4       /* panels that a thread takes at a time */
@@ -27,12 +25,8 @@
 #define QUADS 256   /* four inputs each, of a panel whose weights are unpacked together: 32 KB */
 #define TILE (16 * 64)
 
-INLINE int32_t zero_of(const weights_t *w, int64_t at) { return w->zero ? w->zero[at] : 1 << (w->bits - 1); }
-
 /* Σ w − group v */
 INLINE int32_t balance_of(const weights_t *w, int64_t at) { return w->sums[at] - (int32_t)w->group * zero_of(w, at); }
-
-INLINE float scale_of(const weights_t *w, int64_t at) { return to_float(w->scale, w->scale_dtype, at); }
 
 INLINE void store(const weights_t *w, const codes_t *a, int64_t row, int64_t channel, float sum, void *y, int dtype,
                   int64_t y_row) {
@@ -221,32 +215,6 @@ TARGET_AVX512 static void panel_avx512(const weights_t *w, const codes_t *a, int
 }
 
 /* ---- AVX512-VNNI, AVX-VNNI, AVX2: many tokens against 32 channels ------------------------------------------------------ */
-
-/* 16 × 16 entries of 32 bits: row i of the result is column i of `from`. */
-TARGET_AVX512 INLINE void transpose(__m512i v[16]) {
-    __m512i t[16];
-    for (int i = 0; i < 16; i += 2) {
-        t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
-        t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4)
-        for (int j = 0; j < 2; j++) {
-            v[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + j + 2]);
-            v[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + j + 2]);
-        }
-    for (int i = 0; i < 4; i++) { /* v[4 q + i] has columns i, i + 4, … of rows 4 q … 4 q + 3 */
-        t[i] = _mm512_shuffle_i32x4(v[i], v[4 + i], 0x88);
-        t[4 + i] = _mm512_shuffle_i32x4(v[i], v[4 + i], 0xdd);
-        t[8 + i] = _mm512_shuffle_i32x4(v[8 + i], v[12 + i], 0x88);
-        t[12 + i] = _mm512_shuffle_i32x4(v[8 + i], v[12 + i], 0xdd);
-    }
-    for (int i = 0; i < 4; i++) {
-        v[i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88);
-        v[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd);
-        v[4 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0x88);
-        v[12 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0xdd);
-    }
-}
 
 /* What a thread multiplies in: weights of a panel, four inputs of every channel side by side, sums of integers, and sums
  * of scaled groups. */
@@ -475,9 +443,8 @@ typedef struct {
     uint8_t rows[16];
 } tile_config_t;
 
-/* Tiles 0 … 3 are sums, 4 and 5 weights, 6 and 7 tokens, the products `depth` bytes deep. Inline assembly, because gcc
- * 12's intrinsic does not tell the compiler that the whole structure is read. */
-TARGET_AMX static void configure_tiles(int depth) {
+/* Inline assembly, because gcc 12's intrinsic does not tell the compiler that the whole structure is read. */
+TARGET_AMX void configure_tiles(int depth) {
     tile_config_t config = {.palette = 1};
     for (int i = 0; i < 8; i++) config.bytes_per_row[i] = 64, config.rows[i] = 16;
     for (int i = 4; i < 6; i++) config.bytes_per_row[i] = (uint16_t)depth;
@@ -485,7 +452,7 @@ TARGET_AMX static void configure_tiles(int depth) {
     __asm__ volatile("ldtilecfg %0" ::"m"(config));
 }
 
-TARGET_AMX static void release_tiles(void) { _tile_release(); }
+TARGET_AMX void release_tiles(void) { _tile_release(); }
 
 /* Sixteen tokens' codes, [stride/64][16][64], into the order of a right tile, [stride/64][quad 16][token 16][4]; their
  * sums, [16][groups], into [groups][16]. */
@@ -720,14 +687,15 @@ TARGET_AMX static void panels_amx(const product_t *p, int64_t first, int64_t las
 
 /* ---- Chunks of tokens, for all threads of a parallel region together ------------------------------------------------ */
 
-size_t chunk_bytes(const weights_t *w, int64_t most) {
-    return (size_t)(2 * most * up(w->in, BLOCK) + (2 + w->groups) * most * 4);
+size_t chunk_bytes(const weights_t *w, int64_t most) { /* rows that are not quantized have 4 bytes an input */
+    return (size_t)(4 * most * up(w->in, BLOCK) + (2 + w->groups) * most * 4);
 }
 
-chunk_t chunk_in(uint8_t *memory, const weights_t *w, int64_t most) {
+chunk_t chunk_in(uint8_t *memory, const weights_t *w, int64_t most, grid_t grid, int stream) {
     chunk_t chunk = {.codes = {.stride = up(w->in, BLOCK), .paired = w->bits == 4, .group = w->group,
-                               .groups = w->groups}};
-    int64_t code_bytes = most * chunk.codes.stride, row_bytes = most * 4;
+                               .groups = w->groups},
+                     .floating = grid.bits > 8, .interleaved = w->bits == 4, .stream = stream};
+    int64_t code_bytes = (chunk.floating ? 2 : 1) * most * chunk.codes.stride, row_bytes = most * 4;
     chunk.codes.codes = (int8_t *)memory;
     chunk.tiles = (int8_t *)memory + code_bytes;
     chunk.codes.scale = (float *)(memory + 2 * code_bytes);
@@ -736,10 +704,9 @@ chunk_t chunk_in(uint8_t *memory, const weights_t *w, int64_t most) {
     return chunk;
 }
 
-INLINE int tiled(int isa, int64_t rows) { return isa >= ISA_AMX && rows > FEW; }
-
 void fill_chunk(int isa, chunk_t *chunk, int64_t rows, int64_t in, row_t row_of, const void *source, int dtype,
                 const transform_t *transform, grid_t grid) {
+    int element = chunk->floating ? element_of(isa, chunk, rows) : FLOAT32;
 #pragma omp for schedule(static)
     for (int64_t tile = 0; tile < up(rows, 16); tile += 16) {
         float *row = scratch(SLOT_ROW, 0);
@@ -747,14 +714,25 @@ void fill_chunk(int isa, chunk_t *chunk, int64_t rows, int64_t in, row_t row_of,
         for (int64_t i = tile; i < tile + 16 && i < rows; i++) {
             row_of(source, i, in, row);
             transform_row(isa, dtype, row, spare, in, transform);
-            quantize_row(isa, row, in, grid, chunk->codes, i);
+            if (chunk->floating)
+                keep_row(isa, element, row, in, chunk, i);
+            else
+                quantize_row(isa, row, in, grid, chunk->codes, i);
         }
-        if (tiled(isa, rows)) tokens_to_tiles(&chunk->codes, tile, chunk->tiles + tile * chunk->codes.stride);
+        if (!tiled(isa, rows)) continue;
+        if (!chunk->floating)
+            tokens_to_tiles(&chunk->codes, tile, chunk->tiles + tile * chunk->codes.stride);
+        else if (element == BFLOAT16)
+            keep_tiles(chunk, tile);
     }
 }
 
 void multiply_chunk(int isa, const chunk_t *chunk, int64_t rows, const weights_t *w, void *y, int dtype, int64_t y_row) {
     int64_t panels = up(w->out, PANEL) / PANEL;
+    if (chunk->floating) {
+        multiply_floats(isa, chunk, rows, w, y, dtype, y_row);
+        return;
+    }
     if (tiled(isa, rows)) {
         int64_t per_block = w->bits == 4 ? 2 : 1, tiles = up(w->bytes, 64) / 64 * per_block;
         int64_t step = w->groups == 1 ? up(w->bytes, 64) : w->bytes / w->groups, depth = step < 64 ? step : 64;
@@ -778,6 +756,7 @@ void multiply_chunk(int isa, const chunk_t *chunk, int64_t rows, const weights_t
 
 int own_memory(int64_t in, int64_t groups) {
     size_t multiplied = sizeof(own_t) > sizeof(unpacked_t) ? sizeof(own_t) : sizeof(unpacked_t);
+    multiplied = floating_bytes() > multiplied ? floating_bytes() : multiplied;
     return scratch(SLOT_TILES, multiplied) && scratch(SLOT_ROW, (size_t)(up(in, 2) + 4 * in + 16 * groups) * sizeof(float));
 }
 
@@ -809,7 +788,7 @@ EXPORT int dfrot_linear(int isa, int threads, const void *x, int dtype, int64_t 
     int64_t in = weights->in, most = chunk_rows(rows);
     uint8_t *memory = scratch(SLOT_CODES, chunk_bytes(weights, most));
     if (!memory) return -1;
-    chunk_t chunk = chunk_in(memory, weights, most);
+    chunk_t chunk = chunk_in(memory, weights, most, *grid, dtype);
     int failed = 0;
 #pragma omp parallel num_threads(threads) reduction(| : failed)
     failed |= !own_memory(in, weights->groups);
