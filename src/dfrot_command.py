@@ -6,6 +6,7 @@ known to transformers, and so takes the seconds that torch and transformers take
 
 import difflib
 import importlib.metadata
+import os
 import sys
 
 COMMANDS = {
@@ -40,12 +41,16 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command. Returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     first = next((word for word in arguments if word != "--debug"), "")
-    if first == "--version":
-        print(f"dfrot {importlib.metadata.version('dfrot')}")
-        return 0
-    if first in ("", "-h", "--help", "help"):
-        print(HELP, file=sys.stdout if first else sys.stderr)
-        return 0 if first else 2
+    try:
+        if first == "--version":
+            print(f"dfrot {importlib.metadata.version('dfrot')}", flush=True)
+            return 0
+        if first in ("", "-h", "--help", "help"):
+            print(HELP, file=sys.stdout if first else sys.stderr, flush=True)
+            return 0 if first else 2
+    except BrokenPipeError:  # `dfrot --help | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     if first not in COMMANDS and first != "--tyro-print-completion":
         near = difflib.get_close_matches(first, COMMANDS, n=1)
         hint = f"Did you mean '{near[0]}'?" if near else f"Commands: {', '.join(COMMANDS)}."

@@ -197,6 +197,8 @@ def test_models_lists_every_family(capsys: pytest.CaptureFixture[str]) -> None:
         (["generate", "TINY", ""], "the prompt has no tokens"),
         (["generate", "TINY", "x", "--max-new-tokens", "0"], "max-new-tokens is at least 1"),
         (["quantize", "TINY", "-o", "OUT", "--device", "foo"], "the device 'foo' cannot be used"),
+        (["quantize", "TINY", "-o", "OUT", "--memory", "8"], "such as 8GB"),
+        (["report", "OUT"], "there is no directory"),
         (["quantize", "TINY", "-o", "OUT", "--gamma", "nan"], "gamma is a positive weight"),
         (["quantize", "TINY", "-o", "OUT", "--seed", "-1"], "a seed is between 0 and"),
         (["eval", "TINY", "--seq-len", "0", "--ppl", "SHORT"], "a block has at least two tokens"),
@@ -271,9 +273,11 @@ def test_interrupting_says_how_to_resume_and_resuming_finishes(tiny: Tiny, tmp_p
 
 
 def test_a_closed_pipe_ends_quietly() -> None:
-    shell = f"{sys.executable} -m dfrot models | head -n 1"
-    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, env={**os.environ, "COLUMNS": "60"})
-    assert "Traceback" not in done.stderr
+    for words in ("models", "--help"):
+        shell = f"{sys.executable} -m dfrot {words} | head -n 1"
+        environment = {**os.environ, "COLUMNS": "60"}
+        done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, env=environment)
+        assert "Traceback" not in done.stderr
 
 
 def test_help_and_version_import_neither_torch_nor_the_package() -> None:

@@ -39,12 +39,12 @@ def _lines(items: Iterable[T], description: str, total: int | None) -> Iterator[
     """Yield from `items`; print a line at the start, and one with an ETA whenever a minute is over."""
     total = len(items) if total is None and isinstance(items, Sized) else total
     start = last = time.monotonic()
-    _print(f"{description}: {total} steps" if total else description)
+    _print(f"{description}: {total} steps" if total and total > 1 else description)
     for done, item in enumerate(items, 1):
         yield item
         raise_if_interrupted()
         now = time.monotonic()
-        if now - last >= LINE_EVERY_S:
+        if now - last >= LINE_EVERY_S and done != total:
             last, left = now, f" of {total}, ETA {_clock((now - start) / done * (total - done))}" if total else ""
             _print(f"{description}: {done}{left}, {_clock(now - start)} so far")
 
