@@ -65,7 +65,7 @@ def levels(surfaces: dict[str, np.ndarray]) -> None:
 
 def errors(errors: dict[str, np.ndarray], massive: np.ndarray) -> None:
     """Relative error of ordinary and of massive tokens, by rotation."""
-    figure, axis = plt.subplots(figsize=(6, 2.6))
+    figure, axis = plt.subplots(figsize=(7.5, 2.6))
     for place, name in enumerate(TITLES):
         for offset, chosen, alpha in ((-0.18, ~massive, 0.5), (0.18, massive, 1.0)):
             value = float(errors[name][chosen].mean())

@@ -1,3 +1,4 @@
+import inspect
 import json
 import os
 import re
@@ -324,6 +325,8 @@ def test_help_shows_common_flags_on_a_screen_and_help_all_every_flag_with_its_he
     assert "None" not in whole
     shown, every = (set(re.findall(r"--[a-z][a-z-]+", text)) for text in (short, whole))
     assert shown - {"--help-all"} <= every
+    comments = re.findall(r"^    \w+: .*  # (?!type:)(\S.*)$", inspect.getsource(cli.COMMANDS[command]), re.M)
+    assert not [each for each in comments if each not in " ".join(whole.split())]
     assert ("--help-all" in short) == (shown - {"--help-all"} != every)
 
 

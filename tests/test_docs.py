@@ -5,12 +5,13 @@ import re
 import runpy
 import shlex
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 import dfrot
+import dfrot_command
 from dfrot import cli
 from dfrot.export import export
 from dfrot.pipeline.recipe import Recipe
@@ -173,3 +174,27 @@ def test_the_house_list_finds_its_phrases_in_prose_and_not_in_code() -> None:
         (1, "otherwise than", "differently from"),
         (2, "the the", "one of the two words"),
     ]
+
+
+# Everything else in these blocks needs a download or an engine, installs something, or has long tests of its own.
+RUNS = ("dfrot quantize smollm2-135m", "dfrot eval", "dfrot generate")
+
+
+@pytest.mark.filterwarnings("ignore")  # of the tiny model, which nobody would quantize in earnest
+@pytest.mark.parametrize("page", [README, ROOT / "docs" / "start.md"], ids=lambda page: page.name)
+def test_the_commands_of_readme_and_start_run_one_after_the_other(
+    page: Path, tiny: Callable[[str], Path], tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a tiny model in place of the embedded one, whose widths 16 divides and 32 does not, and little text."""
+    monkeypatch.chdir(tmp_path)
+    small = {"smollm2-135m": str(tiny("llama")), "w4g32": "w4g16", "pydoc": str(text_file)}
+    small |= {"--calib-tokens 8192": "--calib-tokens 128", "--max-tokens 8192": "--seq-len 32 --max-tokens 64"}
+    small |= {"--tune-steps 40 --tune-tokens 512": "--tune-steps 2 --tune-tokens 64 --steps 2"}
+    small |= {"-o ckpt": "-o ckpt --steps 2"}
+    lines = [line for block in fences(page, "bash") for line in block.splitlines() if line.startswith(RUNS)]
+    assert len(lines) >= 3
+    for line in lines:
+        for shown, used in small.items():
+            line = line.replace(shown, used)
+        words = shlex.split(line)
+        assert dfrot_command.main(words[1:]) == 0, line

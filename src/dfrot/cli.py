@@ -591,7 +591,9 @@ def _shown(kind: type, everything: bool) -> type:
             hint = Annotated[hint, arg(**QUIET)]
         fields.append((field.name, hint, default))
     shown: Any = dataclasses.make_dataclass(kind.__name__, fields, bases=(kind,), frozen=True)
-    shown.__module__, shown.__qualname__ = kind.__module__, kind.__qualname__  # where tyro finds the comments
+    for name in ("__module__", "__qualname__", "__firstlineno__"):  # where tyro finds the comments
+        if hasattr(kind, name):
+            setattr(shown, name, getattr(kind, name))
     shown.__doc__ = f"{kind.__doc__}\n\n{MORE}" if rare else kind.__doc__
     return shown
 
