@@ -1,6 +1,7 @@
 """README and the site: every command parses, every file and number exists, sentences are short."""
 
 import ast
+import functools
 import re
 import runpy
 import shlex
@@ -182,7 +183,7 @@ RUNS = ("dfrot quantize smollm2-135m", "dfrot eval", "dfrot generate")
 
 @pytest.mark.filterwarnings("ignore")  # of the tiny model, which nobody would quantize in earnest
 @pytest.mark.parametrize("page", [README, ROOT / "docs" / "start.md"], ids=lambda page: page.name)
-def test_the_commands_of_readme_and_start_run_one_after_the_other(
+def test_what_readme_and_start_show_runs_from_the_first_line_to_the_last(
     page: Path, tiny: Callable[[str], Path], tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a tiny model in place of the embedded one, whose widths 16 divides and 32 does not, and little text."""
@@ -191,10 +192,18 @@ def test_the_commands_of_readme_and_start_run_one_after_the_other(
     small |= {"--calib-tokens 8192": "--calib-tokens 128", "--max-tokens 8192": "--seq-len 32 --max-tokens 64"}
     small |= {"--tune-steps 40 --tune-tokens 512": "--tune-steps 2 --tune-tokens 64 --steps 2"}
     small |= {"-o ckpt": "-o ckpt --steps 2"}
+
+    def shorter(text: str) -> str:
+        return functools.reduce(lambda shown, pair: shown.replace(*pair), small.items(), text)
+
     lines = [line for block in fences(page, "bash") for line in block.splitlines() if line.startswith(RUNS)]
     assert len(lines) >= 3
-    for line in lines:
-        for shown, used in small.items():
-            line = line.replace(shown, used)
-        words = shlex.split(line)
-        assert dfrot_command.main(words[1:]) == 0, line
+    for line in map(shorter, lines):
+        assert dfrot_command.main(shlex.split(line)[1:]) == 0, line
+    small |= {
+        'parse(spec="w4a4kv4", ': 'parse("quarot", "rtn", ',
+        "calib_tokens=8192": "calib_tokens=128",
+        '"ckpt"': '"py"',
+    }
+    for block in map(shorter, fences(page, "python")):
+        exec(block, {})
