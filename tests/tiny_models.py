@@ -69,10 +69,18 @@ def _traced() -> dict[str, PreTrainedConfig]:
         "mixtral": {"num_local_experts": 4},
         "olmoe": {"hidden_size": 128, "num_experts": 4, "num_experts_per_tok": 2},
         "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48},
+        "cohere": {"logit_scale": 0.0625, "tie_word_embeddings": True},
+        "cohere2": {**hybrid, "tie_word_embeddings": True},
+        "gpt_neox": {**narrow, "num_key_value_heads": None},
+        "nemotron": {"partial_rotary_factor": 0.5},
         "olmo2": {},
+        "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64, "head_dim": None, "num_key_value_heads": None},
+        "phi": narrow,
         "olmo3": hybrid,
         "seed_oss": {"attention_bias": True},
         "smollm3": {"no_rope_layers": [1, 0]},
+        "stablelm": narrow,
+        "starcoder2": {"sliding_window": 8, "tie_word_embeddings": True},
     }
     return {name: CONFIG_MAPPING[name](**{**_WIDE, **words}) for name, words in other.items()}
 

@@ -29,8 +29,8 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     found: dict[str, Any] = {"hessians": {}, "crosses": {}}
 
     class Watched(CalibrationStream):
-        def __init__(self, source: Any, plan: Any, embedding: Tensor, token_ids: Tensor, *rest: Any) -> None:
-            super().__init__(source, plan, embedding, token_ids, *rest)
+        def __init__(self, source: Any, plan: Any, embeddings: Any, token_ids: Tensor, *rest: Any) -> None:
+            super().__init__(source, plan, embeddings, token_ids, *rest)
             found.update(stream=self, tokens=token_ids)
 
     def hessian(stream: CalibrationStream, index: int, block: nn.Module, linear: str) -> Hessian:

@@ -199,6 +199,6 @@ def test_a_tensor_whose_name_begins_like_that_of_a_layer_is_handed_on(tiny: Tiny
     tensors = source.block(0).state_dict()
     source.skeleton.get_submodule("model.layers.0.mlp").register_buffer("up_proj_scale", torch.ones(1, device="meta"))
     block = loaded(source.empty_block(0), tensors | {"mlp.up_proj_scale": torch.ones(1)})
-    check = InvarianceCheck(source, source.embedding(), 0, torch.device("cpu"))
+    check = InvarianceCheck(source, source.embeddings(), 0, torch.device("cpu"))
     _, state = check.block(0, block, Transforms(), torch.float32)
     assert state.keys() == block.state_dict().keys()

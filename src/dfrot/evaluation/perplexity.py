@@ -24,6 +24,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from dfrot.methods.massive import massive_tokens
 from dfrot.models.graph import graph_for
+from dfrot.models.source import norm_eps
 from dfrot.models.stream import captured_inputs
 from dfrot.models.texts import check_tokens, token_ids
 from dfrot.runtime.linear import QuantLinear
@@ -183,8 +184,9 @@ def massive_positions(original: Any, tokens: Int[Tensor, " seq_len"]) -> dict[st
     masks: dict[str, Tensor] = {}
     for norm, inputs in seen.items():
         x = inputs[0][0].float()  # (tokens, hidden)
+        x = x - x.mean(-1, keepdim=True) if graph.centred else x
         # without the norm's gain, which is folded into its readers before anything is rotated
-        massive = massive_tokens(nn.functional.rms_norm(x, x.shape[-1:], eps=config.rms_norm_eps))
+        massive = massive_tokens(nn.functional.rms_norm(x, x.shape[-1:], eps=norm_eps(original.get_submodule(norm))))
         masks |= dict.fromkeys(readers[norm], massive)
     return masks
 

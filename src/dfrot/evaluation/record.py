@@ -21,7 +21,7 @@ from transformers.utils.generic import flatten_dict
 
 from dfrot.checkpoint.load import read_checkpoint
 from dfrot.kernels.library import backend
-from dfrot.models.graph import head_dim
+from dfrot.models.graph import head_dim, kv_heads
 from dfrot.models.source import read_config, stored_tensors
 from dfrot.models.texts import NAMED
 from dfrot.quant.packing import packed_width
@@ -241,4 +241,4 @@ def model_size(path: Path) -> dict[str, int | float]:
 def kv_bytes_per_token(config: Any, spec: TensorSpec) -> int:
     """Bytes that keys and values of one token take in the cache of all layers, without its position."""
     per_head = packed_width(head_dim(config), spec.bits) + _QPARAM_BYTES if spec.enabled else 2 * head_dim(config)
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * per_head
+    return 2 * config.num_hidden_layers * kv_heads(config) * per_head

@@ -72,7 +72,7 @@ class Checkpoint:
         if self.graph.traced:
             raise UserError(
                 f"exports for {engine} are made for architectures with a table (`dfrot models`), and "
-                f"{self.config.model_type} has none. --to huggingface writes plain weights."
+                f"{self.config.model_type} has none. transformers loads the checkpoint itself, after `import dfrot`."
             )
 
     def refuse_offsets(self) -> None:
@@ -198,6 +198,11 @@ def write_directory(checkpoint: Checkpoint, out: Path, weight: Weight, config: d
 def to_huggingface(checkpoint: Checkpoint, out: Path) -> list[str]:
     """Write plain weights in the checkpoint's dtype, for tools that know nothing of dfrot: folded rotations stay in
     them, integers become floats. Returns and errors are those of `export`."""
+    if checkpoint.graph.centred:
+        raise UserError(
+            f"the norms of {checkpoint.config.model_type} subtract the mean over channels, and those of a rotated "
+            "model do not: plain weights would mean something else. Load the checkpoint itself, after `import dfrot`."
+        )
     checkpoint.refuse_rotations("transformers")
     config = {name: value for name, value in checkpoint.config.to_dict().items() if name != "quantization_config"}
     write_directory(checkpoint, out, lambda _, layer: {"weight": layer.weight.to(checkpoint.config.dtype)}, config)

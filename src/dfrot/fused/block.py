@@ -22,7 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from dfrot.kernels import attention, structures
 from dfrot.kernels.lowering import NO_PASSES, Lowered
 from dfrot.kernels.structures import Block, Grid, Norm, Tokens, Transform, Weights, machine, native, pointer
-from dfrot.models.graph import Config, ModelGraph, head_dim
+from dfrot.models.graph import Config, ModelGraph, head_dim, kv_heads
 from dfrot.quant.spec import UNQUANTIZED
 from dfrot.runtime.key_bias import left_out
 from dfrot.runtime.kv import ATTENTION, KVQuantizer, QuantizedCacheLayer
@@ -314,7 +314,7 @@ class _NativeBlock:
         if quantizer is not None:
             queries, keys, values = quantizer.queries, quantizer.keys, quantizer.values
         structure = Block(
-            *(config.num_attention_heads, config.num_key_value_heads, head_dim(config), _rotary(config)),
+            *(config.num_attention_heads, kv_heads(config), head_dim(config), _rotary(config)),
             *(norm(attention_norm), norm(mlp_norm), norm(query_norm), norm(key_norm)),
             *(weights(readers), len(readers), weights([output]), weights(gates), weights([down]), len(gates)),
             *map(transform, (attention_norm, "keys", output, mlp_norm, down)),

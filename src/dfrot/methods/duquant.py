@@ -31,7 +31,7 @@ from torch import Tensor
 from dfrot.linalg.rotation import Dense, Identity, Rotation, block_diagonal, random_orthogonal
 from dfrot.methods.method import Fit, FitContext, Look, Method
 from dfrot.methods.quarot import hadamard, random_rotation, require_foldable
-from dfrot.models.graph import head_dim
+from dfrot.models.graph import head_dim, kv_heads
 from dfrot.models.source import ModelSizes
 from dfrot.models.stream import BlockRunner, captured_inputs
 from dfrot.system.errors import UserError
@@ -129,7 +129,7 @@ class DuQuant(Method):
                 x, smooth = torch.cat(seen[stage[0]]).flatten(0, -2), None  # (tokens, in)
                 if self.smooth and graph.absorbs_scale(stage[0]):
                     w = torch.cat([block.get_submodule(name).weight for name in stage])  # type: ignore[misc]
-                    shared = config.num_key_value_heads if stage[0] == graph.output else None
+                    shared = kv_heads(config) if stage[0] == graph.output else None
                     assert self.alpha is not None, "a recipe resolves its method"
                     smooth = smoothing(x, w, self.alpha, shared, head_dim(config))
                     x = x / smooth

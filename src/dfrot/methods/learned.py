@@ -99,11 +99,12 @@ class Learned(RangeRot):
         product = product_dtype(dtype, device)
         how: Any = {"dtype": dtype, "product": product, "device": device, "batch": windows.per_step}
         norm, head = source.final_norm().weight, source.head().to(device, product)
-        teacher = Teacher(teacher_states(source, windows.tokens, None, norm, None, **how), head)
+        states = teacher_states(source, windows.tokens, None, norm, None, **how)
+        teacher = Teacher(states, head, source.head_bias())
         activations = on.activations if on.keys.enabled else self.quantizer(on.activations)
         spec, widths = Spec(UNQUANTIZED, activations, on.keys, on.values), input_widths(source.graph, source.config)
-        heads, hidden, ffn = (widths[stage[0]] for stage in source.graph.stages[1:])
-        block, _ = _kept_bytes(heads, hidden, ffn, self.learn_tokens)
+        heads, ffn = widths[source.graph.output], widths[source.graph.down]
+        block, _ = _kept_bytes(heads, source.config.hidden_size, ffn, self.learn_tokens)
         keep = _affordable(source.num_blocks * block, on.budget)
         student = Student(source, start, spec, dtype, product, device, not keep)
         if self._shifts(on):

@@ -15,7 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from dfrot.linalg.procrustes import polar_factor
 from dfrot.linalg.rotation import Dense, Rotation, block_diagonal
-from dfrot.models.graph import head_dim
+from dfrot.models.graph import head_dim, kv_heads
 from dfrot.models.source import Source
 from dfrot.quant.affine import SCALE_DTYPE
 from dfrot.quant.spec import Spec, TensorSpec
@@ -187,7 +187,7 @@ class Student:
         assert start.residual is not None, "RangeRot rotates the stream"
         assert start.values is not None, "and values"
         self.source, self.start, self.spec, self.dtype, self.device = source, start, spec, dtype, device
-        self.embedding = source.embedding().to(device)
+        self.embeddings = {name: matrix.to(device) for name, matrix in source.embeddings().items()}
         self.norm = source.final_norm().to(device, dtype)
         self.rotation = TrainedRotation(start.residual.as_matrix().to(device, dtype), ROTATION_RATE)
         self.value_rotation = TrainedRotation(start.values.as_matrix().to(device, dtype), HEAD_ROTATION_RATE)
@@ -207,7 +207,7 @@ class Student:
         """What the head reads."""
         self.rotation.refresh()
         self.value_rotation.refresh()
-        hidden = self.source.embedded(tokens, self.embedding).to(self.dtype)
+        hidden = self.source.embedded(tokens, self.embeddings).to(self.dtype)
         return self.norm(self.through_blocks(hidden, self.blocks))
 
     @torch.no_grad()
@@ -262,7 +262,8 @@ class Student:
             throughs[readers[0]] = Through(self.rotation, scales(1, widths[readers[0]]), None, spec.activations)
             norm: Any = block.get_submodule(name)
             block.set_submodule(name, ThroughNorm(norm, throughs[readers[0]]))
-        heads, copies = config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads
+        heads = kv_heads(config)
+        copies = config.num_attention_heads // heads
         size, of_heads = head_dim(config), scales(heads, head_dim(config))
         throughs[graph.output] = Through(self.value_rotation, of_heads, None, spec.activations, copies=copies)
         of_down = scales(1, widths[graph.down], rate=SCALE_RATE if graph.absorbs_scale(graph.down) else None)
@@ -271,7 +272,7 @@ class Student:
             block.set_submodule(name, nn.Sequential(throughs[name], block.get_submodule(name)))
         if spec.keys.enabled:
             rotary = self.source.skeleton.get_submodule(graph.rotary)
-            planes = rotary.inv_freq.numel()  # type: ignore[operator]
+            planes = rotary.inv_freq.numel() if graph.rotary else size // 2  # type: ignore[operator]
             # where a norm over the head follows the projection, or RoPE has other planes, nothing folds into it
             stay = graph.head_norms or not graph.rope_in_halves
             of_keys = scales(heads, size - planes, rate=None if stay else SCALE_RATE)

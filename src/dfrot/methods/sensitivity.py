@@ -50,13 +50,15 @@ def kl_divergences(
                 states[number] = _advanced(run, block, index, states.get(number, original))
         original = _advanced(run, block, index, original)
     norm, head = source.final_norm().float().to(device), source.head().float().to(device)
+    bias = source.head_bias()
+    added = None if bias is None else bias.float().to(device)
     totals = [0.0] * len(candidates)
     ends = [original, *(states[number] for number in range(len(candidates)))]
     positions = [norm(end[:, first:]).flatten(0, 1) for end in ends]  # (positions, hidden)
     for exact, *changed in zip(*(state.split(_LOGIT_POSITIONS) for state in positions), strict=True):
-        expected = (exact @ head.T).log_softmax(-1)
+        expected = nn.functional.linear(exact, head, added).log_softmax(-1)
         for number, piece in enumerate(changed):
-            found = (piece @ head.T).log_softmax(-1)
+            found = nn.functional.linear(piece, head, added).log_softmax(-1)
             totals[number] += float(nn.functional.kl_div(found, expected, reduction="sum", log_target=True))
     return [total / len(positions[0]) for total in totals]
 

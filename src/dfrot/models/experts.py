@@ -84,7 +84,8 @@ _IN_FILES = {
         ".w1.weight": ".gate_proj.weight",
         ".w2.weight": ".down_proj.weight",
         ".w3.weight": ".up_proj.weight",
-    }
+    },
+    "gpt_neox": {"embed_out.": "lm_head."},
 }
 
 

@@ -8,6 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
 Config = Any  # transformers' PreTrainedConfig: its fields differ from model to model
 
 
@@ -31,10 +35,15 @@ class ModelGraph:
     experts: int = 0  # `up` and `down` are then the first one's
     head_norms: tuple[str, ...] = ()  # norms of queries and keys (QK-norm); no rotation touches them
     unit_gains: bool = False  # norms multiply by 1 + their weight, as Gemma's
+    # Norms subtract the mean (LayerNorm). As a source is read, what they read has none, and their biases are those of
+    # the layers that read them: see `Source`.
+    centred: bool = False
+    by_heads: bool = False  # the rows of a fused q, k and v: each key's queries, it, its value, and then the next key's
     embedding: str = "model.embed_tokens"
+    positions: str = ""  # the embedding of positions, if they are learned
     decoder: str = "model"
     blocks: str = "model.layers"
-    rotary: str = "model.rotary_emb"
+    rotary: str = "model.rotary_emb"  # "": there is no RoPE
     final_norm: str = "model.norm"
     head: str = "lm_head"
     traced: bool = False  # found out by models/tracing.py, not known from tests
@@ -47,9 +56,12 @@ class ModelGraph:
 
     @property
     def stages(self) -> tuple[tuple[str, ...], ...]:
-        """The linear layers in execution order, grouped by their input."""
-        attention_readers, ffn_readers = self.readers
-        return (attention_readers, (self.output,), ffn_readers, *((down,) for down in self.downs))
+        """The linear layers in execution order, grouped by their input.
+
+        Where attention and the feed-forward network read one norm, their readers are one group.
+        """
+        first, *second = self.readers
+        return (first, (self.output,), *second, *((down,) for down in self.downs))
 
     @property
     def rounded_together(self) -> tuple[tuple[str, ...], ...]:
@@ -103,7 +115,8 @@ class ModelGraph:
 
     @property
     def readers(self) -> tuple[tuple[str, ...], ...]:
-        """The linear layers that read the residual stream: attention's, then those of the feed-forward network."""
+        """The linear layers that read the residual stream: attention's, then those of the feed-forward network, or both
+        at once."""
         return (*self.norms.values(), *self.unnormed)
 
     @property
@@ -129,6 +142,16 @@ class ModelGraph:
         """Where the runtime transforms the input of `linear`: the norm before it, or each layer that reads it."""
         norm = self.norm_before(linear)
         return next(stage for stage in self.stages if linear in stage) if norm is None else (norm,)
+
+
+def rows_of_heads(graph: ModelGraph, config: Config) -> tuple[Int[Tensor, " rows"], ...]:
+    """The rows of a fused q, k and v that make queries, those that make keys and those that make values."""
+    heads, size = kv_heads(config), head_dim(config)
+    copies = config.num_attention_heads // heads
+    if graph.by_heads:
+        rows = torch.arange(heads * (copies + 2) * size).view(heads, copies + 2, size)
+        return tuple(part.flatten() for part in rows.split([copies, 1, 1], 1))
+    return torch.arange(heads * (copies + 2) * size).split([heads * n * size for n in (copies, 1, 1)])
 
 
 _SEPARATE = {
@@ -158,7 +181,13 @@ def graph_for(config: Config) -> ModelGraph:
 
 def ffn_width(config: Config) -> int:
     """Channels that down_proj reads, of one expert if there are some."""
-    return getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+    found = (getattr(config, name, None) for name in ("moe_intermediate_size", "intermediate_size", "ffn_dim"))
+    return next(width for width in found if width)
+
+
+def kv_heads(config: Config) -> int:
+    """Heads of keys and values: as many as of queries where a config knows no other number."""
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
 
 def head_dim(config: Config) -> int:

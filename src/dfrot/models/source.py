@@ -8,6 +8,8 @@ import abc
 import contextlib
 import copy
 import hashlib
+import math
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -17,14 +19,14 @@ from typing import Any, NamedTuple, TypeVar
 import huggingface_hub
 import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from dfrot.models.experts import of_module, use_experts_
-from dfrot.models.graph import Config, ModelGraph, graph_for, head_dim
+from dfrot.models.graph import Config, ModelGraph, graph_for, head_dim, kv_heads
 from dfrot.system.errors import SetupError, UserError
 from dfrot.system.files import RUN_FILE, read_json, translate_io_errors
 
@@ -188,7 +190,13 @@ def open_safetensors(path: Path) -> Any:
 
 @dataclass(frozen=True)
 class Source:
-    """A causal language model on disk."""
+    """A causal language model on disk.
+
+    All its norms are RMSNorms as it is read. Where the model's own subtract the mean over channels (LayerNorm), nothing
+    that is added to the stream has one: embeddings, the columns of writers' weights and writers' biases are less their
+    means (SliceGPT, arXiv 2401.15024, section 3.2). A norm's bias b is part of that of each layer that reads it, as
+    W b. Both are computed in float64.
+    """
 
     path: Path  # of the directory
     config: Config
@@ -196,8 +204,8 @@ class Source:
     stored: dict[str, StoredTensor]
     skeleton: nn.Module  # the transformers model on the meta device, with SDPA attention and torch.nn.RMSNorm norms
     unpacking: int = 0  # bytes that a GGUF file takes once it is unpacked, which is to come
-    # Granite's factors, of what the embedding and the head put out. In the matrices as they are read here they are in
-    # already, and in `config` they are 1.
+    # Granite's and Cohere's factors, of what embedding and head put out. In the matrices as they are read here they are
+    # in already, and in `config` they are 1.
     embedding_factor: float = 1.0
     head_factor: float = 1.0
 
@@ -208,7 +216,8 @@ class Source:
     @property
     def tied(self) -> bool:
         """Whether the head is the embedding."""
-        return bool(self.config.tie_word_embeddings) and self.embedding_factor == self.head_factor
+        alike = self.embedding_factor == self.head_factor and not self.graph.centred
+        return bool(self.config.tie_word_embeddings) and alike
 
     @property
     def dtype(self) -> torch.dtype:
@@ -227,9 +236,20 @@ class Source:
     def block(self, index: int) -> nn.Module:
         """Decoder block `index` with its weights, in their stored dtype."""
         block, prefix = self.empty_block(index), f"{self.graph.blocks}.{index}."
-        tensors = {name: self.tensor(prefix + name) for name in block.state_dict()}
-        norms = {f"{name}.weight" for name, module in block.named_modules() if isinstance(module, nn.RMSNorm)}
-        return loaded(block, {name: self._gain(each) if name in norms else each for name, each in tensors.items()})
+        tensors = {name: self.tensor(prefix + name) for name in block.state_dict() if prefix + name in self.stored}
+        for name, module in block.named_modules():
+            if isinstance(module, nn.RMSNorm):
+                tensors[f"{name}.weight"] = self._gain(tensors[f"{name}.weight"])
+        for writer in self.graph.writers if self.graph.centred else ():
+            for name in {f"{writer}.weight", f"{writer}.bias"} & tensors.keys():
+                tensors[name] = _wide(tensors[name], lambda each: each - each.mean(0))
+        for name, readers in self.graph.norms.items():
+            for reader in readers if f"{prefix}{name}.bias" in self.stored else ():
+                weight = tensors[f"{reader}.weight"]
+                more = weight.double() @ self.tensor(f"{prefix}{name}.bias").double()
+                own = tensors.get(f"{reader}.bias", torch.zeros_like(weight[:, 0]))
+                tensors[f"{reader}.bias"] = _wide(own, more.add)
+        return loaded(block, tensors)
 
     def empty_block(self, index: int) -> nn.Module:
         """Decoder block `index` on the meta device."""
@@ -243,23 +263,64 @@ class Source:
 
     def embedding(self) -> Tensor:
         """The embedding matrix, (vocabulary, hidden)."""
-        return _times(self.tensor(f"{self.graph.embedding}.weight"), self.embedding_factor)
+        matrix = _times(self.tensor(f"{self.graph.embedding}.weight"), self.embedding_factor)
+        return self._centred(matrix)
 
-    def embedded(self, tokens: Tensor, matrix: Tensor | None = None) -> Float[Tensor, "*tokens hidden"]:
-        """What enters the first block: rows of the embedding, or of a checkpoint's, as Gemma scales them."""
-        rows = (self.embedding() if matrix is None else matrix)[tokens.to("cpu" if matrix is None else matrix.device)]
+    def _centred(self, rows: Tensor) -> Tensor:
+        """Rows that are added to the stream, without means if the model's norms subtract them."""
+        return _wide(rows, lambda each: each - each.mean(1, keepdim=True)) if self.graph.centred else rows
+
+    def embeddings(self) -> dict[str, Tensor]:
+        """The embedding matrix, and that of positions where these are learned, (…, hidden), by their names in files."""
+        names = [f"{name}.weight" for name in (self.graph.embedding, self.graph.positions) if name]
+        return {name: self.embedding() if name == names[0] else self._centred(self.tensor(name)) for name in names}
+
+    def embedded(
+        self, tokens: Int[Tensor, "*batch tokens"], matrices: Mapping[str, Tensor] | None = None
+    ) -> Float[Tensor, "*batch tokens hidden"]:
+        """What enters the first block: rows of `embeddings`, or of a checkpoint's, as Gemma scales them.
+
+        Raises:
+            UserError: there are more tokens than learned positions.
+        """
+        matrices = self.embeddings() if matrices is None else matrices
+        matrix = matrices[f"{self.graph.embedding}.weight"]
         module = self.skeleton.get_submodule(self.graph.embedding)
-        return _times(rows, float(getattr(module, "scalar_embed_scale", 1.0)))
+        rows = _times(matrix[tokens.to(matrix.device)], float(getattr(module, "scalar_embed_scale", 1.0)))
+        if not self.graph.positions:
+            return rows
+        first: Any = getattr(self.skeleton.get_submodule(self.graph.positions), "offset", 0)
+        places = matrices[f"{self.graph.positions}.weight"][first : first + tokens.shape[-1]]
+        if len(places) < tokens.shape[-1]:
+            raise UserError(
+                f"the model has learned {len(places)} positions, fewer than the {tokens.shape[-1]} tokens of a "
+                "sequence: choose a smaller --calib-seq-len."
+            )
+        return rows + places
 
     def head(self) -> Tensor:
         """The matrix of the language-model head, (vocabulary, hidden); the embedding if they are tied."""
         name = self.graph.embedding if self.config.tie_word_embeddings else self.graph.head
         return _times(self.tensor(f"{name}.weight"), self.head_factor)
 
+    def head_bias(self) -> Float[Tensor, " vocabulary"] | None:
+        """What is added to the logits, in float64, the last norm's bias included; None if nothing is."""
+        own, norm = f"{self.graph.head}.bias", f"{self.graph.final_norm}.bias"
+        parts = [self.tensor(own).double() * self.head_factor] if own in self.stored else []
+        if norm in self.stored:
+            bias = self.tensor(norm).double()
+            parts.append(torch.cat([rows.double() @ bias for rows in self.head().split(8192)]))
+        return sum(parts[1:], parts[0]) if parts else None
+
     def final_norm(self) -> nn.RMSNorm:
         norm = copy.deepcopy(self.skeleton.get_submodule(self.graph.final_norm))
         assert isinstance(norm, nn.RMSNorm), "the skeleton has torch's norms"
         return loaded(norm, {"weight": self._gain(self.tensor(f"{self.graph.final_norm}.weight"))})
+
+    @property
+    def eps(self) -> float:
+        """ε of the last norm."""
+        return norm_eps(self.skeleton.get_submodule(self.graph.final_norm))
 
     def _gain(self, weight: Tensor) -> Tensor:
         """What a norm multiplies by: 1 + its weight in Gemma, which the weight's own dtype would round."""
@@ -282,6 +343,7 @@ class ModelSizes:
         self.hidden = config.hidden_size  # width of the residual stream
         self.vocabulary = config.vocab_size  # rows of the embedding
         self.heads = config.num_attention_heads * head_dim(config)  # channels of all heads' outputs
+        self.kv_heads = kv_heads(config) * head_dim(config)  # channels of all keys
         self.experts = graph.experts
         self.block = sum(shape.numel() for shape in shapes.values())  # all tensors of a block
         self.linears = linears = {name: shapes[f"{name}.weight"] for name in graph.linears}  # (out, in)
@@ -292,6 +354,7 @@ class ModelSizes:
         self.stages = [(sum(linears[name][0] for name in stage), linears[stage[0]][1]) for stage in together]
         # bytes of an entry in the source, while a block is folded, and in the checkpoint
         self.source, self.working, self.stored = source.dtype.itemsize, working.itemsize, stored.itemsize
+        self.source *= 1 + graph.centred
         self.seq_len = seq_len  # tokens of a calibration sequence
         # one sequence inside a block: the stream, and the widest layer's input with gate and up
         self.chosen = config.num_experts_per_tok if graph.experts else 1  # experts of a token
@@ -355,19 +418,37 @@ def read_config(path: Path) -> Config:
 
 
 def use_torch_norms_(model: nn.Module, graph: ModelGraph) -> None:
-    """Replace the RMS norms by torch.nn.RMSNorm, which computes float64 inputs in float64.
+    """Replace the norms by torch.nn.RMSNorm, which computes float64 inputs in float64.
 
-    transformers' own norms always cast to float32, so that no invariance could be checked below 1e-7.
+    transformers' own RMS norms always cast to float32, so that no invariance could be checked below 1e-7. A norm with a
+    bias leaves it to the layers that read it, and to the head, whose biases have no values yet: see `Source`.
     """
-    within = {*graph.norms, *graph.norms_behind, *graph.head_norms}
-    for name, module in list(model.named_modules()):
-        block = name.removeprefix(graph.blocks + ".").partition(".")[2]
-        if name == graph.final_norm or (name.startswith(graph.blocks + ".") and block in within):
-            eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
-            norm = nn.RMSNorm(module.weight.shape, eps=eps)
-            gain = nn.Parameter(1 + module.weight.detach(), requires_grad=False) if graph.unit_gains else module.weight
-            norm.weight = gain
-            model.set_submodule(name, norm)
+    modules = dict(model.named_modules())
+    blocks: Any = modules[graph.blocks]
+    places = [f"{graph.blocks}.{index}." for index in range(len(blocks))]
+    readers = {f"{at}{norm}": [at + name for name in names] for at in places for norm, names in graph.norms.items()}
+    others = {f"{at}{norm}" for at in places for norm in (*graph.norms_behind, *graph.head_norms)}
+    for name in (*readers, *others, graph.final_norm):
+        module: Any = modules[name]
+        norm = nn.RMSNorm(module.weight.shape, eps=norm_eps(module))
+        gain = nn.Parameter(1 + module.weight.detach(), requires_grad=False) if graph.unit_gains else module.weight
+        norm.weight = gain
+        model.set_submodule(name, norm)
+        if getattr(module, "bias", None) is not None:
+            for reader in readers.get(name, [graph.head] if graph.head in modules else []):
+                add_bias_(modules[reader])
+
+
+def norm_eps(norm: Any) -> float:
+    """ε of a norm."""
+    return norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
+
+
+def add_bias_(linear: Any) -> None:
+    """Give a linear layer a bias, without values, unless it has one."""
+    if linear.bias is None:
+        empty = torch.empty_like(linear.weight[:, 0])
+        linear.bias = nn.Parameter(empty, requires_grad=False)
 
 
 def open_source(model: str, *, unpack: bool = True) -> Source:
@@ -421,11 +502,17 @@ def _described(path: Path, config: Config, stored: dict[str, StoredTensor]) -> S
     with building(path):
         skeleton = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", trust_remote_code=False)
         use_experts_(skeleton, config)
-    use_torch_norms_(skeleton, graph)
     _check_blocks(path, skeleton.get_submodule(graph.blocks))
     _check_tensors(path, skeleton, graph, stored)
+    use_torch_norms_(skeleton, graph)
     factors = _without_factors_(config)
     return Source(path, config, graph, stored, skeleton.eval(), 0, *factors)
+
+
+def _wide(tensor: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """The tensor changed in float64, in a dtype wider than its own, which would round it more than it was."""
+    made = torch.empty_like(tensor, dtype=torch.float32 if tensor.itemsize == 2 else torch.float64)
+    return made.copy_(change(tensor.double()))
 
 
 def _times(matrix: Tensor, factor: float) -> Tensor:
@@ -433,13 +520,19 @@ def _times(matrix: Tensor, factor: float) -> Tensor:
     return matrix if factor == 1 else matrix.to(torch.float32 if matrix.itemsize == 2 else torch.float64) * factor
 
 
+# Fields of configs by which an embedding or logits are multiplied, or (−1) divided.
+_OF_EMBEDDING, _OF_HEAD = {"embedding_multiplier": 1}, {"logits_scaling": -1, "logit_scale": 1}
+
+
 def _without_factors_(config: Config) -> tuple[float, float]:
-    """Granite's factors of the embedding and the head, which become 1 in the config."""
-    if not hasattr(config, "embedding_multiplier") or not hasattr(config, "logits_scaling"):
-        return 1.0, 1.0
-    factors = float(config.embedding_multiplier), 1 / float(config.logits_scaling)
-    config.embedding_multiplier = config.logits_scaling = 1.0
-    return factors
+    """Granite's and Cohere's factors of the embedding and the head, which become 1 in the config."""
+    found = []
+    for fields in (_OF_EMBEDDING, _OF_HEAD):
+        given = {name: power for name, power in fields.items() if hasattr(config, name)}
+        found.append(math.prod((float(getattr(config, name)) ** power for name, power in given.items()), start=1.0))
+        for name in given:
+            setattr(config, name, 1.0)
+    return found[0], found[1]
 
 
 @contextlib.contextmanager
@@ -500,6 +593,8 @@ def _check_tensors(path: Path, skeleton: Any, graph: ModelGraph, stored: Mapping
     check_shapes(path, expected, stored)
     if wrong := next((stored[name] for name in expected if not stored[name].dtype.is_floating_point), None):
         raise UserError(f"'{wrong.name}' in {path} has the dtype {wrong.dtype}; weights are floating-point numbers.")
+    passed_over = skeleton._keys_to_ignore_on_load_unexpected or ()
+    unread |= {name for name in stored if any(re.search(pattern, name) for pattern in passed_over)}
     if left := sorted(stored.keys() - expected.keys() - unread):
         raise UserError(f"the weights in {path} hold '{left[0]}', for which its config has no place.")
 

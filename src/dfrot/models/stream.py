@@ -27,9 +27,13 @@ class BlockRunner:
 
     def __init__(self, source: Source, like: Float[Tensor, "batch tokens hidden"]) -> None:
         self._config = source.config
-        positions = torch.arange(like.shape[1], device=like.device)[None]
-        rotary = type(source.skeleton.get_submodule(source.graph.rotary))(config=source.config).to(like.device)
-        self._positions, self._embeddings = positions, position_embeddings(rotary, like, positions)
+        self._positions = positions = torch.arange(like.shape[1], device=like.device)[None]
+        self._embeddings: dict[str | None, Any] = {None: None}
+        if source.graph.rotary:
+            rotary = type(source.skeleton.get_submodule(source.graph.rotary))(config=source.config).to(like.device)
+            self._embeddings = position_embeddings(rotary, like, positions)
+        takes = inspect.signature(source.empty_block(0).forward).parameters
+        self._cache_name = "layer_past" if "layer_past" in takes else "past_key_values"
         window = getattr(source.config, "sliding_window", None)
         self._sliding_mask = None
         if window is not None and window < like.shape[1]:  # else the window changes nothing
@@ -46,8 +50,8 @@ class BlockRunner:
         slides = kind in (None, "sliding_attention")
         mask = self._sliding_mask if slides else None  # None: SDPA's own causal mask
         embeddings = self._embeddings.get(kind, self._embeddings.get(None))
-        how = {"position_ids": self._positions, "position_embeddings": embeddings}
-        return block(hidden, attention_mask=mask, past_key_values=cache, **how)
+        how = {"position_ids": self._positions, "position_embeddings": embeddings, self._cache_name: cache}
+        return block(hidden, attention_mask=mask, **how)
 
     def until(
         self, layer: nn.Module, block: nn.Module, index: int, hidden: Float[Tensor, "batch tokens hidden"]
@@ -55,7 +59,7 @@ class BlockRunner:
         """The input of one layer of the block; nothing after it is computed."""
 
         def stop(_: nn.Module, args: tuple[Tensor]) -> None:
-            raise _Reached(args[0])
+            raise _Reached(_in_batch(args[0]))
 
         with layer.register_forward_pre_hook(stop):
             try:
@@ -72,6 +76,11 @@ def position_embeddings(rotary: Any, like: Tensor, positions: Int[Tensor, "1 tok
     return {kind: rotary(like, positions, *([kind] if takes else [])) for kind in types}
 
 
+def _in_batch(x: Float[Tensor, "*batch channels"]) -> Float[Tensor, "batch tokens channels"]:
+    """What a layer reads; OPT hands its feed-forward network tokens without a batch."""
+    return x if x.ndim > 2 else x[None]
+
+
 class _Reached(Exception):
     """Carries a layer's input out of a forward pass."""
 
@@ -83,7 +92,8 @@ def captured_inputs(modules: dict[str, nn.Module]) -> Iterator[dict[str, list[Te
     with contextlib.ExitStack() as hooks:
         for name, module in modules.items():
             keep = seen[name].append
-            hooks.enter_context(module.register_forward_pre_hook(lambda _, args, keep=keep: keep(args[0].detach())))
+            hook = module.register_forward_pre_hook(lambda _, args, keep=keep: keep(_in_batch(args[0].detach())))
+            hooks.enter_context(hook)
         yield seen
 
 
@@ -101,7 +111,9 @@ def logits_by_blocks(source: Source, tokens: Int[Tensor, "batch tokens"]) -> Flo
             hidden = run(source.block(index).float(), index, hidden)
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError) as error:
         raise UserError(f"{source.path / 'config.json'} describes no model that can be run: {error!r}") from error
-    return source.final_norm().float()(hidden) @ source.head().float().T
+    bias = source.head_bias()
+    head, added = source.head().float(), None if bias is None else bias.float()
+    return nn.functional.linear(source.final_norm().float()(hidden), head, added)
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dfrot.checkpoint.writer import CheckpointWriter
 from dfrot.linalg.rotation import Rotation
+from dfrot.models.graph import head_dim
 from dfrot.models.source import Source, loaded
 from dfrot.models.stream import BlockRunner
 from dfrot.quant.spec import Spec
@@ -64,10 +65,8 @@ def cache_cost(
         residual: R1.
         dtype: of the computation.
     """
-    (embedding,) = writer.read(0).values()
     original = source.embedded(tokens).to(device, dtype)
-    cached = plain = source.embedded(tokens, embedding).to(device, dtype)
-    del embedding
+    cached = plain = source.embedded(tokens, writer.read(0)).to(device, dtype)
     run, errors = BlockRunner(source, original), []
     for index in track(range(source.num_blocks), "cache"):
         original = run(source.block(index).to(device, dtype), index, original)
@@ -79,14 +78,14 @@ def cache_cost(
         expected = run(without, index, before)
         errors.append(float((cached - expected).norm() / (expected - before).norm()))
         plain = run(without, index, plain)
-    norm, head = written_head(source, writer)
-    gain, eps = norm.to(device, dtype), source.config.rms_norm_eps
+    norm, head, bias = written_head(source, writer)
+    gain, eps = norm.to(device, dtype), source.eps
 
     def read_by_head(states: Tensor) -> Float[Tensor, "1 tokens hidden"]:
         return nn.functional.rms_norm(states, gain.shape, gain, eps)
 
     goal = read_by_head(original if residual is None else residual.apply(original))
-    teacher = Teacher(goal, head.to(device, product_dtype(dtype, device)))
+    teacher = Teacher(goal, head.to(device, product_dtype(dtype, device)), bias)
     kl, kl_without = (float(teacher.divergence(read_by_head(states), [0])[0]) for states in (cached, plain))
     return CacheCost(kl, kl_without, errors)
 
@@ -106,7 +105,7 @@ def _block(
     block = loaded(block, dict(tensors)).to(device, dtype)
     if spec.keys.enabled:
         attention: Any = block.get_submodule(graph.attention)
-        how = runtime.keys, attention.head_dim, spec.queries, key_bias
+        how = runtime.keys, head_dim(source.config), spec.queries, key_bias
         attention.kv_quantizer = KVQuantizer(spec.keys, spec.values, *how)
         attention.config._attn_implementation = ATTENTION
     return block

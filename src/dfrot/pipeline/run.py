@@ -250,14 +250,15 @@ class _Loop:
     def run(self) -> float:
         """Write all shards that are not there; returns the largest float64 error that folding made."""
         source, residual = self.source, self.transforms.residual
-        embedding = source.embedding()
-        check = InvarianceCheck(source, embedding, self.recipe.seed, self.on.device)
+        embeddings = source.embeddings()
+        check = InvarianceCheck(source, embeddings, self.recipe.seed, self.on.device)
         if not self.writer.has(0):
-            folded = self._fold_rows(embedding, Fold(input_rotation=residual))
-            self.writer.write(0, {f"{source.graph.embedding}.weight": folded})
+            fold = Fold(input_rotation=residual)
+            folded = {name: self._fold_rows(matrix, fold) for name, matrix in embeddings.items()}
+            self.writer.write(0, folded)
             del folded
-        del embedding  # a gigabyte for some models
-        (written,) = self.writer.read(0).values()
+        del embeddings  # a gigabyte for some models
+        written = self.writer.read(0)
         check.embedding(written, residual)
         stream = self._stream(written)
         del written
@@ -269,7 +270,7 @@ class _Loop:
         del stream  # the head may need the room
         return max(*errors, self._head(check))
 
-    def _stream(self, embedding: Tensor) -> CalibrationStream | None:
+    def _stream(self, embeddings: dict[str, Tensor]) -> CalibrationStream | None:
         """The inputs of the blocks that are still to be rounded; None if they need no data."""
         missing = not all(map(self.writer.has, range(1, self.source.num_blocks + 1)))
         if not (missing and self.recipe.fits_weights):
@@ -279,7 +280,7 @@ class _Loop:
         how = rounding.needs_teacher, rounding.quantizes_activations, on.processes
         fits = on.device.type == "cuda" and self.estimate.states <= on.budget // 2  # of what is free there
         home = on.device if fits else torch.device("cpu")
-        return CalibrationStream(self.source, self.runtime, embedding, text, working, on.device, home, spill, *how)
+        return CalibrationStream(self.source, self.runtime, embeddings, text, working, on.device, home, spill, *how)
 
     def _block(self, index: int, check: InvarianceCheck, stream: CalibrationStream | None) -> float:
         """Prove, quantize and write one block; returns the float64 error. Nothing of the block outlives the call."""
@@ -337,12 +338,15 @@ class _Loop:
             tensors = {f"{graph.final_norm}.weight": fold.norm_gain(norm.weight).to(self.dtypes.stored)}
             if not self.tied:
                 tensors[f"{graph.head}.weight"] = self._fold_rows(head, fold)
+            if (bias := self.source.head_bias()) is not None:
+                tensors[f"{graph.head}.bias"] = _narrowed(bias, self.dtypes.stored, "the head's bias")
             self.writer.write(last, tensors)
             del tensors
         del head  # before it is read back
         written = self.writer.read(last) | (self.writer.read(0) if self.tied else {})
         name = graph.embedding if self.tied else graph.head
-        check.written_head(written[f"{graph.final_norm}.weight"], written[f"{name}.weight"])
+        ends = written[f"{graph.final_norm}.weight"], written[f"{name}.weight"], written.get(f"{graph.head}.bias")
+        check.written_head(*ends)
         return error
 
     def _fold_rows(self, matrix: Tensor, fold: Fold) -> Tensor:

@@ -8,7 +8,7 @@ import contextlib
 import mmap
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,7 +42,7 @@ class CalibrationStream:
     """Hidden states of the calibration text before one block after the other.
 
     Args:
-        runtime, embedding: the checkpoint's.
+        runtime, embeddings: the checkpoint's.
         home: where the states lie.
         offload: a directory for a memory-mapped file that holds them instead.
         with_teacher: also carry what the original model computes, the teacher.
@@ -55,7 +55,7 @@ class CalibrationStream:
         self,
         source: Source,
         runtime: RuntimeConfig,
-        embedding: Float[Tensor, "vocabulary hidden"],
+        embeddings: Mapping[str, Tensor],
         token_ids: Int[Tensor, "sequences seq_len"],
         dtype: torch.dtype,
         device: torch.device,
@@ -67,13 +67,13 @@ class CalibrationStream:
     ) -> None:
         self.source, self.runtime, self.device, self.processes = source, runtime, device, processes
         token_ids = token_ids[processes.shard]
-        shape = (*token_ids.shape, embedding.shape[1])
+        shape = (*token_ids.shape, source.config.hidden_size)
         self._passed = runtime if quantizes_activations else runtime.without("activations")
         self._home, self._offload = home, offload
         self._mapped: list[mmap.mmap] = []  # the offloaded states
         self.hidden_states = self._allocated(shape, dtype)
         for state, ids in zip(self.hidden_states, token_ids, strict=True):
-            state.copy_(source.embedded(ids, embedding))
+            state.copy_(source.embedded(ids, embeddings))
         together = max(1, TOGETHER[device.type] // shape[1])
         self._parts = [slice(start, start + together) for start in range(0, len(token_ids), together)]
         self.teacher_states = self._allocated(shape, dtype).copy_(self.hidden_states) if with_teacher else None
@@ -238,7 +238,7 @@ class CalibrationStream:
         graph = self.source.graph
         attention, output = block.get_submodule(graph.attention), block.get_submodule(graph.output)
         heads = self._heads[part].to(self.device)
-        attention.forward = lambda **_: (output(heads), None)
+        attention.forward = lambda *_, **__: (output(heads), None)
         try:
             yield
         finally:

@@ -31,6 +31,8 @@ def install_(model: Any, runtime: RuntimeConfig) -> None:
     if decoder is not model and kind.base_model_prefix != graph.decoder:  # transformers would find no tensor
         raise UserError(f"{kind.__name__} has no '{graph.decoder}', as checkpoints have: put its head on AutoModel.")
     root = nn.ModuleDict({graph.decoder: decoder})  # the names of a language model, whatever the head
+    if decoder is not model and (head := model.get_output_embeddings()) is not None:
+        root[graph.head] = head
     use_torch_norms_(root, graph)
     if graph.experts:
         with torch.device("meta"):

@@ -28,6 +28,7 @@ from transformers.masking_utils import sdpa_mask
 from dfrot.kernels import attention
 from dfrot.kernels.lowering import NO_PASSES, Lowered, lower
 from dfrot.linalg.rotation import Rotation
+from dfrot.models.graph import head_dim
 from dfrot.quant.affine import SCALE_DTYPE, QParams, choose_qparams, dequantize, quantize
 from dfrot.quant.packing import pack, packed_width, unpack
 from dfrot.quant.spec import UNQUANTIZED, Spec, TensorSpec
@@ -359,7 +360,7 @@ def install_kv_(
 ) -> None:
     """Give every attention module its quantizer, with `rotation` for R3, and `generate` its cache."""
     for module, spec in zip(attentions, specs, strict=True):
-        size: Any = module.head_dim
+        size = head_dim(decoder.config)
         module.kv_quantizer = KVQuantizer(spec.keys, spec.values, rotation, size, spec.queries, key_bias)
     decoder.register_forward_pre_hook(_quantize_empty_cache, with_kwargs=True)
 

@@ -92,12 +92,17 @@ class Teacher:
     Args:
         states: (windows, seq_len, hidden).
         head: (vocabulary, hidden), in the dtype of its products.
+        bias: what is added to the logits.
     """
 
     def __init__(
-        self, states: Float[Tensor, "windows seq_len hidden"], head: Float[Tensor, "vocabulary hidden"]
+        self,
+        states: Float[Tensor, "windows seq_len hidden"],
+        head: Float[Tensor, "vocabulary hidden"],
+        bias: Float[Tensor, " vocabulary"] | None = None,
     ) -> None:
         self.states, self.head = states, head
+        self.bias = None if bias is None else bias.to(head.device)
 
     @torch.no_grad()
     def divergence(
@@ -124,7 +129,8 @@ class Teacher:
         return total / len(flat), torch.cat(slopes).view_as(hidden) if gradient else None
 
     def _logits(self, states: Tensor) -> Tensor:
-        return (states.to(self.head.dtype) @ self.head.T).to(states.dtype)
+        logits = (states.to(self.head.dtype) @ self.head.T).to(states.dtype)
+        return logits if self.bias is None else logits + self.bias.to(logits)
 
 
 class Distillation(NamedTuple):
@@ -189,10 +195,10 @@ def teacher_states(
         between = path.with_name(path.name + ".tmp")
         states = mapped(between, shape, dtype)
         between.unlink()  # it lives as long as the mapping: a kill leaves nothing
-    embedding = source.embedding()
+    embeddings = source.embeddings()
     for state, ids in zip(states, tokens, strict=True):
-        state.copy_(source.embedded(ids, embedding))
-    del embedding
+        state.copy_(source.embedded(ids, embeddings))
+    del embeddings
     run = BlockRunner(source, states[:1].to(device))
     for index in track(range(source.num_blocks), "teacher"):
         block = source.block(index).to(device, dtype)
@@ -204,7 +210,7 @@ def teacher_states(
     gain = norm.to(device, dtype)
     for part, into in zip(states.split(batch), made.split(batch), strict=True):
         rotated = part.to(device) if residual is None else residual.apply(part.to(device))
-        into.copy_(nn.functional.rms_norm(rotated, gain.shape, gain, source.config.rms_norm_eps))
+        into.copy_(nn.functional.rms_norm(rotated, gain.shape, gain, source.eps))
     return made
 
 

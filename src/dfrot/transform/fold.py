@@ -7,7 +7,8 @@ and let its output leave as y P. Then
 
 so the folded weight is Pᵀ W Q and the folded bias b P. If a norm's gain g stood in between, x = x̂ diag(g), W is
 replaced by W diag(g) first: RMSNorm without gain commutes with Q, since ‖x Q‖ = ‖x‖; with a gain it does not. Nothing
-needs centring: RMSNorm subtracts no mean, and subtracting the embedding's is a known mistake.
+needs centring here: RMSNorm subtracts no mean, and subtracting the embedding's is a known mistake. (A LayerNorm became
+an RMSNorm when the model was read: `models.source.Source`.)
 
 Smoothing divides the rotated input by s, channel by channel, before the online rotation R. The layer before, or the
 norm's gain, absorbs the division, and
@@ -23,7 +24,7 @@ Everything is computed in float64 and cast once, by the caller.
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from dfrot.linalg.rotation import Rotation
@@ -38,14 +39,14 @@ class Fold:
     smooth: Float[Tensor, " in"] | None = None  # s, which divides the rotated input
     online: Rotation | None = None  # R, which the runtime then applies just before the layer
     output_rotation: Rotation | None = None  # P, in whose basis the output leaves
-    first_output_row: int = 0  # P acts on the rows from here on: the values are the last rows of a fused qkv
-    output_divisor: Float[Tensor, " rows"] | None = None  # divides the last rotated output rows
-    output_offset: Float[Tensor, " shifted_rows"] | None = None  # is then subtracted from these
+    output_rows: Int[Tensor, " rows"] | None = None  # on which P acts, if not on all: in a fused qkv the values
+    output_divisor: Float[Tensor, " out"] | None = None  # divides the rotated output
+    output_offset: Float[Tensor, " out"] | None = None  # is then subtracted from it
     offset: Float[Tensor, " in"] | None = None  # o, in the basis behind R
     offset_online: bool = True  # whether the runtime subtracts it; else the layer before
 
     def weight(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
-        """Pᵀ W diag(g) Q diag(s) R in float64, its last rows shrunk; always a new tensor."""
+        """Pᵀ W diag(g) Q diag(s) R in float64, its rows divided; always a new tensor."""
         w = weight.to(torch.float64, copy=True)
         if self.gain is not None:
             w = w * self.gain.to(w)
@@ -56,13 +57,14 @@ class Fold:
         if self.online is not None:
             w = self.online.apply(w)
         if self.output_rotation is not None:
-            w[self.first_output_row :] = self.output_rotation.apply(w[self.first_output_row :].T).T
+            rows = slice(None) if self.output_rows is None else self.output_rows
+            w[rows] = self.output_rotation.apply(w[rows].T).T
         if self.output_divisor is not None:
-            w[-len(self.output_divisor) :] /= self.output_divisor.to(w)[:, None]
+            w /= self.output_divisor.to(w)[:, None]
         return w
 
     def bias(self, bias: Float[Tensor, " out"] | None, weight: Float[Tensor, "out in"]) -> Float[Tensor, " out"] | None:
-        """b P + o Ŵᵀ in float64, its last entries shrunk and shifted; always a new tensor, None if there is no bias.
+        """b P + o Ŵᵀ in float64, divided and shifted; always a new tensor, None if there is no bias.
 
         Args:
             weight: Ŵ, the folded weight in float64.
@@ -71,13 +73,14 @@ class Fold:
             return None
         b = torch.zeros_like(weight[:, 0]) if bias is None else bias.to(torch.float64, copy=True)
         if self.output_rotation is not None:
-            b[self.first_output_row :] = self.output_rotation.apply(b[self.first_output_row :])
+            rows = slice(None) if self.output_rows is None else self.output_rows
+            b[rows] = self.output_rotation.apply(b[rows])
         if self.output_divisor is not None:
-            b[-len(self.output_divisor) :] /= self.output_divisor.to(b)
+            b /= self.output_divisor.to(b)
         if self.offset is not None:
             b += weight @ self.offset.to(weight)
         if self.output_offset is not None:
-            b[-len(self.output_offset) :] -= self.output_offset.to(b)
+            b -= self.output_offset.to(b)
         return b
 
     def arriving(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch in"]:

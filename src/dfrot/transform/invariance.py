@@ -11,7 +11,7 @@ after; they are compared with the proved tensors once they lie in the checkpoint
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -40,30 +40,32 @@ class InvarianceCheck:
     """Carries a few tokens through the original model, block by block, and the folded blocks beside it.
 
     Args:
-        embedding: of the original model, (vocabulary, hidden).
+        embeddings: of the original model, as `Source.embeddings` has them.
         device: where to compute; blocks come there.
     """
 
-    def __init__(
-        self, source: Source, embedding: Float[Tensor, "vocabulary hidden"], seed: int, device: torch.device
-    ) -> None:
+    def __init__(self, source: Source, embeddings: Mapping[str, Tensor], seed: int, device: torch.device) -> None:
         generator = torch.Generator().manual_seed(seed)
-        self._tokens = torch.randint(embedding.shape[0], (1, PROBE_TOKENS), generator=generator)
+        vocabulary = len(embeddings[f"{source.graph.embedding}.weight"])
+        tokens = torch.randint(vocabulary, (1, PROBE_TOKENS), generator=generator)
         # Hidden states of the original model, in float64.
-        self._hidden = source.embedded(self._tokens, embedding).double().to(device)
-        self._rows = embedding[self._tokens].double().to(device)
+        self._hidden = source.embedded(tokens, embeddings).double().to(device)
+        # of each matrix as many rows
+        self._chosen = {name: tokens[0] % len(matrix) for name, matrix in embeddings.items()}
+        self._rows = {name: embeddings[name][rows].double().to(device) for name, rows in self._chosen.items()}
         self._source = source
         self._proved_head: tuple[slice, Tensor, Tensor] | None = None
         self._run = {dtype: BlockRunner(source, self._hidden.to(dtype)) for dtype in (torch.float64, torch.float32)}
 
-    def embedding(self, written: Float[Tensor, "vocabulary hidden"], residual: Rotation | None) -> None:
-        """Compare the checkpoint's embedding with the rotated one; call before the first block.
+    def embedding(self, written: Mapping[str, Tensor], residual: Rotation | None) -> None:
+        """Compare the checkpoint's embeddings with the rotated ones; call before the first block.
 
         Raises:
             InvarianceError: they differ by more than rounding.
         """
-        rows = self._rows if residual is None else residual.apply(self._rows)
-        _require_written("the embedding", written[self._tokens], rows)
+        for name, rows in self._rows.items():
+            rotated = rows if residual is None else residual.apply(rows)
+            _require_written("the embedding", written[name][self._chosen[name]], rotated)
 
     def block(
         self, index: int, block: nn.Module, transforms: Transforms, dtype: torch.dtype
@@ -133,8 +135,14 @@ class InvarianceCheck:
         self._proved_head = rows, left, folded
         return errors[torch.float64]
 
-    def written_head(self, norm: Float[Tensor, " hidden"], head: Float[Tensor, "vocabulary hidden"]) -> None:
-        """Compare the last norm's gain and the head of the checkpoint (its embedding, if tied) with those proved.
+    def written_head(
+        self,
+        norm: Float[Tensor, " hidden"],
+        head: Float[Tensor, "vocabulary hidden"],
+        bias: Float[Tensor, " vocabulary"] | None = None,
+    ) -> None:
+        """Compare the last norm's gain and the head of the checkpoint (its embedding, if tied) with those proved, and
+        the head's bias, which no fold changes, with the source's.
 
         Raises:
             InvarianceError: they differ by more than rounding.
@@ -143,6 +151,9 @@ class InvarianceCheck:
         rows, left, folded = self._proved_head
         _require_written("the last norm", norm, left)
         _require_written("the head", head[rows], folded)
+        if (expected := self._source.head_bias()) is not None:
+            assert bias is not None, "a checkpoint has the bias of the source's head"
+            _require_written("the head's bias", bias, expected)
 
     def _rotated(self, residual: Rotation | None) -> Float[Tensor, "1 tokens hidden"]:
         """The original's hidden states in the basis of the folded model."""

@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dfrot.linalg.rotation import Identity, Kronecker, Rotation, block_diagonal, block_rotation, rotation_from
-from dfrot.models.graph import Config, ModelGraph, ffn_width, head_dim
+from dfrot.models.graph import Config, ModelGraph, ffn_width, head_dim, kv_heads, rows_of_heads
 from dfrot.transform.fold import Fold
 
 SITES = ("residual", "values", "keys", "ffn", "heads", "readers")
@@ -47,8 +47,8 @@ class InputTransform:
 def input_widths(graph: ModelGraph, config: Config) -> dict[str, int]:
     """Input channels of each linear layer of a block."""
     heads = config.num_attention_heads * head_dim(config)
-    widths = config.hidden_size, heads, config.hidden_size, *[ffn_width(config)] * len(graph.downs)
-    return {name: width for stage, width in zip(graph.stages, widths, strict=True) for name in stage}
+    others = {graph.output: heads} | dict.fromkeys(graph.downs, ffn_width(config))
+    return {name: others.get(name, config.hidden_size) for name in graph.linears}
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,10 +166,9 @@ class Transforms:
         """The fold of every linear layer of block `index`, with the gains of its norms."""
         online = self.online(graph, config)
         smooth: dict[str, Tensor | None] = {KEYS: self.scales[index].get(KEYS)} if self.scales else {}
-        attention_readers, heads_readers, ffn_readers, *downs = graph.stages
+        stages = graph.stages
         if graph.router is not None:
-            ffn_readers = (*ffn_readers, graph.router)
-        stages = attention_readers, heads_readers, ffn_readers, *downs
+            stages = (*stages[:2], (*stages[2], graph.router), *stages[3:])
         for stage in stages if self.inputs else ():
             transform = self.inputs[index][stage[0]]
             online |= dict.fromkeys(stage, transform.rotation)
@@ -179,21 +178,37 @@ class Transforms:
         offsets = self.offsets[index] if self.offsets else {}
 
         def of_values(of_heads: Tensor | None) -> Tensor | None:  # the same for all heads that read one value head
-            shape = config.num_key_value_heads, -1, head_dim(config)
+            shape = kv_heads(config), -1, head_dim(config)
             return None if of_heads is None else of_heads.view(shape)[:, 0].flatten()
 
-        output_divisor = {up: smooth.get(down) for up, down in zip(graph.ups, graph.downs, strict=bool(graph.ups))}
-        output_divisor[graph.value] = of_values(smooth.get(graph.output))
+        def outputs(name: str, part: Tensor | None, rows: Tensor | slice | None, others: float) -> Tensor | None:
+            """A vector for all outputs of a layer, `part` at its rows."""
+            if part is None:
+                return None
+            weight: Any = block.get_submodule(name).weight
+            full = part.new_full((len(weight),), others)
+            full[slice(None) if rows is None else rows] = part
+            return full
+
+        value_rows = None
+        if graph.key is None:
+            query_rows, key_rows, value_rows = rows_of_heads(graph, config)
+        last = slice(-ffn_width(config), None)
+        pairs = zip(graph.ups, graph.downs, strict=bool(graph.ups))
+        output_divisor = {up: outputs(up, smooth.get(down), last, 1.0) for up, down in pairs}
+        divisor = outputs(graph.value, of_values(smooth.get(graph.output)), value_rows, 1.0)
+        output_divisor[graph.value] = divisor
         if (of_keys := smooth.get(KEYS)) is not None:
-            shape = config.num_key_value_heads, 1, head_dim(config)
-            copies = config.num_attention_heads // config.num_key_value_heads
+            shape = kv_heads(config), 1, head_dim(config)
+            copies = config.num_attention_heads // kv_heads(config)
             of_queries = (1 / of_keys).view(shape).expand(-1, copies, -1).flatten()
             if graph.key is not None:
                 output_divisor |= {graph.stages[0][0]: of_queries, graph.key: of_keys}
             else:
-                of_all = output_divisor[graph.value]
-                behind = torch.ones_like(of_keys) if of_all is None else of_all
-                output_divisor[graph.value] = torch.cat([of_queries, of_keys, behind])
+                of_all = outputs(graph.value, of_keys, key_rows, 1.0) if divisor is None else divisor
+                of_all[query_rows], of_all[key_rows] = of_queries, of_keys  # type: ignore[index]
+                output_divisor[graph.value] = of_all
+        shift = outputs(graph.value, of_values(offsets.get(graph.output)), value_rows, 0.0)
         offset_of = {name: offsets.get(stage[0]) for stage in stages for name in stage}
         folds = {}
         for name in graph.folded:
@@ -202,18 +217,18 @@ class Transforms:
             if name == graph.output and self.values is not None:
                 reads = block_diagonal(self.values, config.num_attention_heads)
             if name == graph.value and self.values is not None:
-                writes = block_diagonal(self.values, config.num_key_value_heads)
+                writes = block_diagonal(self.values, kv_heads(config))
             folds[name] = Fold(
                 gain=block.get_submodule(norm).weight if norm and self.residual is not None else None,  # type: ignore[arg-type]
                 input_rotation=reads,
                 smooth=smooth.get(name),
                 online=online.get(norm or name, online.get(name)),
                 output_rotation=writes,
-                first_output_row=-config.num_key_value_heads * head_dim(config) if name == graph.value else 0,
+                output_rows=value_rows if name == graph.value else None,
                 output_divisor=output_divisor.get(name),
                 offset=offset_of[name],
                 offset_online=name != graph.output,
-                output_offset=of_values(offsets.get(graph.output)) if name == graph.value else None,
+                output_offset=shift if name == graph.value else None,
             )
         return folds
 

@@ -55,13 +55,13 @@ def require_whole(writer: CheckpointWriter, shards: int) -> None:
         )
 
 
-def written_head(source: Source, writer: CheckpointWriter) -> tuple[Tensor, Tensor]:
-    """The gain of the last norm, and the head: the embedding where they are tied."""
+def written_head(source: Source, writer: CheckpointWriter) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The gain of the last norm, and the head, which is the embedding where they are tied, with its bias."""
     graph, tail = source.graph, writer.read(source.num_blocks + 1)
     head = tail.get(f"{graph.head}.weight")
     if head is None:
         head = writer.read(0)[f"{graph.embedding}.weight"]
-    return tail[f"{graph.final_norm}.weight"], head
+    return tail[f"{graph.final_norm}.weight"], head, tail.get(f"{graph.head}.bias")
 
 
 @dataclass(frozen=True)
@@ -150,17 +150,17 @@ class TuningRun:
     def _teacher(self, made: str | None) -> tuple[Teacher, str]:
         """The teacher, and the digest of its file, which is kept if it has the one of the interrupted run."""
         source, path = self.source, self.writer.path / TEACHER_FILE.format(self.processes.rank)
-        norm, head = written_head(source, self.writer)
+        norm, head, bias = written_head(source, self.writer)
         head = head.to(self.device, self.product)
         if made is not None and path.is_file() and digest(path) == made:
             states = mapped(path, (*self.windows.tokens.shape, source.config.hidden_size))
-            return Teacher(states, head), made
+            return Teacher(states, head, bias), made
         path.unlink(missing_ok=True)
         how: Any = {"dtype": self.dtype, "product": self.product, "device": self.device}
         states = teacher_states(
             source, self.windows.tokens, self.residual, norm, path, batch=self.windows.per_step, **how
         )
-        return Teacher(states, head), digest(path)
+        return Teacher(states, head, bias), digest(path)
 
     def _student(self) -> Student:
         source, writer = self.source, self.writer
@@ -173,7 +173,7 @@ class TuningRun:
         return Student(
             source,
             self.biased_runtime,
-            writer.read(0)[f"{graph.embedding}.weight"],
+            writer.read(0),
             blocks,
             writer.read(source.num_blocks + 1)[f"{graph.final_norm}.weight"],
             self.tuning.parts,

@@ -189,7 +189,7 @@ class Student:
 
     Args:
         runtime: the checkpoint's, with the biases that are to be made.
-        embedding: (vocabulary, hidden).
+        embeddings: as `Source.embeddings` has them.
         blocks: the tensors of each block, by the names within it, as the checkpoint has them.
         norm: gain of the final norm.
         parts: what is trained.
@@ -203,7 +203,7 @@ class Student:
         self,
         source: Source,
         runtime: RuntimeConfig,
-        embedding: Float[Tensor, "vocabulary hidden"],
+        embeddings: Mapping[str, Tensor],
         blocks: Sequence[Mapping[str, Tensor]],
         norm: Float[Tensor, " hidden"],
         parts: Sequence[str],
@@ -218,7 +218,7 @@ class Student:
         self.source, self.runtime, self.parts = source, runtime, parts
         self.stored_dtype, self.dtype, self.product, self.device = stored, dtype, product, device
         self.keep = keep
-        self.embedding = embedding.to(device)
+        self.embeddings = {name: matrix.to(device) for name, matrix in embeddings.items()}
         self.norm = norm.to(device, dtype)
         self.trained: dict[str, Trained] = {}  # by name in the model, in order
         self.clips: dict[str, list[Trained]] = {}  # likewise, by site of `RuntimeConfig.clips`, then block
@@ -227,9 +227,9 @@ class Student:
 
     def __call__(self, tokens: Int[Tensor, "windows seq_len"]) -> Float[Tensor, "windows seq_len hidden"]:
         """What the head reads."""
-        hidden = self.source.embedded(tokens, self.embedding).to(self.dtype)
+        hidden = self.source.embedded(tokens, self.embeddings).to(self.dtype)
         hidden = self.through_blocks(hidden, self.blocks)
-        return nn.functional.rms_norm(hidden, self.norm.shape, self.norm, self.source.config.rms_norm_eps)
+        return nn.functional.rms_norm(hidden, self.norm.shape, self.norm, self.source.eps)
 
     @property
     def moving(self) -> list[Trained]:

@@ -140,7 +140,7 @@ class Tuning(Options):
         # numbers that the backward pass of a block reads, as counted: what norms read and hand out, queries and what
         # attention makes of them, keys and values before and after rounding, the gate before and behind its activation
         # function, up, and their product; on demand what scales and gains multiply
-        kept = 4 * sizes.hidden + 3 * sizes.heads + 2 * (sizes.stages[0][0] - sizes.heads)
+        kept = 4 * sizes.hidden + 3 * sizes.heads + 4 * sizes.kv_heads
         kept += 4 * sizes.chosen * sizes.stages[-1][1]
         kept += 2 * sizes.chosen * sizes.hidden * bool(sizes.experts)  # what each expert reads, and makes
         kept += outputs * ("scales" in self.parts) + 2 * sizes.hidden * ("gains" in self.parts)
