@@ -14,7 +14,7 @@ class CompileKernels(BuildHookInterface[Any]):
         if version == "editable":
             return
         tools = runpy.run_path(str(Path(self.root) / "src/dfrot/kernels/library.py"))
-        made = Path(self.directory) / "kernels" / tools["library_name"]()
+        made = Path(self.root) / "build" / "kernels" / tools["library_name"]()
         try:
             tools["compile_library"](made)
         except (OSError, subprocess.CalledProcessError) as error:

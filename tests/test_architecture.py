@@ -35,8 +35,8 @@ FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 # kernels, training and tuning, which it has room for but could do without.
 CORE = ("linalg", "quant", "models", "transform", "methods", "rounding", "checkpoint", "runtime", "pipeline", "system")
 # From here on the whole grows by whole capabilities only, each of which names its lines in the CHANGELOG.
-CORE_BUDGET = 9_999
-BUDGET = 19_999
+CORE_BUDGET = 9_122
+BUDGET = 17_740
 
 
 def modules() -> Iterator[tuple[str, Path, ast.Module]]:
@@ -130,7 +130,8 @@ def test_no_file_is_named_after_helpfulness() -> None:
     assert not names & {"utils", "util", "helpers", "misc", "common"}
 
 
-def test_four_files_stand_outside_of_folders() -> None:
+def test_four_files_stand_outside_of_folders_and_the_console_script_outside_of_the_package() -> None:
+    assert {path.name for path in PACKAGE.parent.glob("*.py")} == {"dfrot_command.py"}
     assert {path.name for path in PACKAGE.glob("*.py")} == {"__init__.py", "__main__.py", "cli.py", "version.py"}
 
 
@@ -159,8 +160,12 @@ def test_every_name_is_bound_somewhere() -> None:
             assert not used - known, path
 
 
+def python_files(path: Path) -> Iterator[Path]:
+    return path.rglob("*.py") if path.is_dir() else iter([path])
+
+
 def lines(*folders: str) -> int:
-    return sum(len(path.read_text().splitlines()) for folder in folders for path in (PACKAGE / folder).rglob("*.py"))
+    return sum(len(path.read_text().splitlines()) for folder in folders for path in python_files(PACKAGE / folder))
 
 
 def test_the_core_keeps_its_line_budget() -> None:
@@ -168,4 +173,4 @@ def test_the_core_keeps_its_line_budget() -> None:
 
 
 def test_the_whole_keeps_its_line_budget() -> None:
-    assert lines(".") <= BUDGET
+    assert lines(".", "../dfrot_command.py") <= BUDGET

@@ -1,5 +1,7 @@
+import inspect
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -11,9 +13,13 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import dfrot_command
+from dfrot import cli
 from dfrot.cli import main
 from dfrot.evaluation.bench import SHAPES
+from dfrot.methods import METHODS
 from dfrot.models.graph import GRAPHS
+from dfrot.rounding import ROUNDINGS
 from dfrot.system.files import RUN_FILE
 from tests.tiny_models import write_tiny_model
 
@@ -192,6 +198,8 @@ def test_models_lists_every_family(capsys: pytest.CaptureFixture[str]) -> None:
         (["generate", "TINY", ""], "the prompt has no tokens"),
         (["generate", "TINY", "x", "--max-new-tokens", "0"], "max-new-tokens is at least 1"),
         (["quantize", "TINY", "-o", "OUT", "--device", "foo"], "the device 'foo' cannot be used"),
+        (["quantize", "TINY", "-o", "OUT", "--memory", "8"], "such as 8GB"),
+        (["report", "OUT"], "there is no directory"),
         (["quantize", "TINY", "-o", "OUT", "--gamma", "nan"], "gamma is a positive weight"),
         (["quantize", "TINY", "-o", "OUT", "--seed", "-1"], "a seed is between 0 and"),
         (["eval", "TINY", "--seq-len", "0", "--ppl", "SHORT"], "a block has at least two tokens"),
@@ -266,6 +274,81 @@ def test_interrupting_says_how_to_resume_and_resuming_finishes(tiny: Tiny, tmp_p
 
 
 def test_a_closed_pipe_ends_quietly() -> None:
-    shell = f"{sys.executable} -m dfrot models | head -n 1"
-    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, env={**os.environ, "COLUMNS": "60"})
-    assert "Traceback" not in done.stderr
+    for words in ("models", "--help"):
+        shell = f"{sys.executable} -m dfrot {words} | head -n 1"
+        environment = {**os.environ, "COLUMNS": "60"}
+        done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, env=environment)
+        assert "Traceback" not in done.stderr
+
+
+def test_help_and_version_import_neither_torch_nor_the_package() -> None:
+    script = (
+        "import runpy, sys\n"
+        "import dfrot_command\n"
+        "assert dfrot_command.main(sys.argv[1:]) == 0\n"
+        "assert not {'torch', 'transformers', 'dfrot', 'tyro'} & set(sys.modules)\n"
+    )
+    for words in (["--help"], ["--version"], ["-h"]):
+        done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "dfrot" in done.stdout
+
+
+def test_the_console_script_lists_every_command_as_the_command_describes_itself() -> None:
+    described = {name: (kind.__doc__ or "").splitlines()[0] for name, kind in cli.COMMANDS.items()}
+    assert described == dfrot_command.COMMANDS
+    assert all(f"  {name} " in dfrot_command.HELP for name in described)
+
+
+def test_a_command_that_there_is_none_of_is_one_message(capsys: pytest.CaptureFixture[str]) -> None:
+    assert dfrot_command.main(["quantise", "model"]) == 2
+    assert capsys.readouterr().err == "dfrot: there is no command 'quantise'. Did you mean 'quantize'?\n"
+    assert dfrot_command.main([]) == 2
+    assert "quantize" in capsys.readouterr().err
+
+
+def shown_help(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as ended:
+        cli.parse(words)
+    assert ended.value.code == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", list(dfrot_command.COMMANDS))
+def test_help_shows_common_flags_on_a_screen_and_help_all_every_flag_with_its_help(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    short = shown_help([command, "--help"], capsys)
+    whole = shown_help([command, "--help-all"], capsys)
+    assert len(short.splitlines()) <= 55
+    assert "None" not in whole
+    shown, every = (set(re.findall(r"--[a-z][a-z-]+", text)) for text in (short, whole))
+    assert shown - {"--help-all"} <= every
+    comments = re.findall(r"^    \w+: .*  # (?!type:)(\S.*)$", inspect.getsource(cli.COMMANDS[command]), re.M)
+    assert not [each for each in comments if each not in " ".join(whole.split())]
+    assert ("--help-all" in short) == (shown - {"--help-all"} != every)
+
+
+def test_options_stand_under_the_names_of_the_methods_that_have_them(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")  # one column of boxes
+    whole = shown_help(["quantize", "--help-all"], capsys)
+    for owner, kind in {**METHODS, **ROUNDINGS}.items():
+        for name in kind.types():
+            heads = re.findall(r"^ (\S.*) options +$", whole[: whole.index(f"--{name.replace('_', '-')} ")], re.M)
+            assert owner in heads[-1].split(", "), name
+
+
+def test_switches_with_no_default_of_their_own_take_true_and_false() -> None:
+    words = ["quantize", "m", "-o", "out", "--method", "duquant", "--smooth", "False", "--weights", "gptq"]
+    recipe = cli.parse([*words, "--act-order", "True"]).recipe()
+    assert (recipe.method.smooth, recipe.rounding.act_order) == (False, True)
+
+
+def test_a_completion_script_knows_rare_flags_too(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.parse(["--tyro-print-completion", "bash"])
+    script = capsys.readouterr().out
+    assert all(name in script for name in (*dfrot_command.COMMANDS, "--greedy-steps"))

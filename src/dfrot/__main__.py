@@ -2,7 +2,7 @@
 
 import sys
 
-from dfrot.cli import main
+from dfrot_command import main
 
 if __name__ == "__main__":
     sys.exit(main())

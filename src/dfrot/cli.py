@@ -13,7 +13,9 @@ import re
 import shlex
 import signal
 import sys
+import typing
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,7 +24,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from tyro.conf import Positional, Suppress, arg
+from tyro.conf import DisallowNone, FlagConversionOff, FlagCreatePairsOff, OmitArgPrefixes, Positional, Suppress, arg
 
 from dfrot.evaluation.record import log_records, model_size
 from dfrot.evaluation.run import Measurement, evaluate
@@ -42,7 +44,6 @@ from dfrot.system.options import Options
 from dfrot.system.progress import console
 from dfrot.transform.invariance import InvarianceError
 from dfrot.tuning.tuning import Tuning
-from dfrot.version import __version__
 
 out = Console()
 err = Console(stderr=True)
@@ -60,6 +61,7 @@ CalibTokens = Annotated[
     int | None, arg(help="Calibration tokens in total (default 65536 where weights are fitted to them, else 2048).")
 ]
 Words = Annotated[str, arg(metavar="A,B,…")]
+QUIET: Any = {"help_behavior_hint": ""}  # no "(default: None)"
 Tune = Annotated[
     str,
     arg(
@@ -75,6 +77,7 @@ TuneSeqLen = Annotated[
     int | None, arg(help=f"Tokens of one window of text (default {Tuning.seq_len}, at most calib-seq-len).")
 ]
 TuneText = Annotated[str | None, arg(help="Text for training (default: that of the calibration).")]
+TUNE_FLAGS = ("tune_steps", "tune_tokens", "tune_seq_len", "tune_text")
 LogTo = Annotated[
     str | None,
     arg(help="Also log it to a tracker: wandb, trackio, mlflow, tensorboard or another that accelerate knows."),
@@ -84,7 +87,7 @@ RoundingName: Any = Literal[tuple(ROUNDINGS)]
 PresetName: Any = Literal[tuple(PRESETS)]
 
 
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+_UNITS = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
 def parse_size(text: str) -> int:
@@ -107,12 +110,12 @@ def _device(name: str, *, spread: bool = False, quiet: bool = False) -> str:
     return device
 
 
-def _options() -> list[tuple[str, Any, Any]]:
-    """The options of all methods, roundings and presets, as fields with the types and descriptions of their classes."""
+def _options() -> dict[str, list[tuple[str, Any, Any]]]:
+    """The options of all methods, roundings and presets as fields, by the names of the classes that have them."""
     types: dict[str, Any] = {}
     owners: dict[str, dict[str, list[str]]] = {}  # name → help → who has it
     flags: dict[str, bool] = {}  # name → whether every owner's default is off
-    kinds: dict[str, type[Options]] = {**METHODS, **ROUNDINGS, "overrides the preset": Preset}
+    kinds: dict[str, type[Options]] = {**METHODS, **ROUNDINGS, "preset": Preset}
     for owner, kind in kinds.items():
         hints, helps = kind.types(), kind.help()
         for field in dataclasses.fields(kind):
@@ -123,56 +126,85 @@ def _options() -> list[tuple[str, Any, Any]]:
             if field.default not in (None, False, dataclasses.MISSING):
                 text += f" (default {field.default})"
             owners.setdefault(name, {}).setdefault(text, []).append(owner)
-    found = []
+    found: dict[str, list[tuple[str, Any, Any]]] = {}
     for name, hint in types.items():
-        texts = " ".join(f"{', '.join(whose)}: {text}." for text, whose in owners[name].items())
-        # None means not given; a switch that is off says as much
+        texts = [f"{', '.join(whose)}: {text}." for text, whose in owners[name].items()]
+        if len(texts) == 1:  # the group says whose it is
+            texts = [text + "." for text in owners[name]]
+        # None means not given, so that True and False are words there; a switch that is off says as much
         hint, default = (bool, False) if flags[name] else (hint | None, None)
-        found.append((name, Annotated[hint, arg(help=texts)], default))
+        group = ", ".join(owner for owner, kind in kinds.items() if name in kind.types())
+        shown: Any = Annotated[hint, arg(help=" ".join(texts), **QUIET)]
+        if default is None:
+            shown = Annotated[shown, FlagConversionOff]
+        found.setdefault(group, []).append((name, shown, default))
     return found
 
 
-MethodOptions: Any = dataclasses.make_dataclass("MethodOptions", _options(), frozen=True)
+def _groups() -> Iterator[tuple[str, Any, Any]]:
+    """A field for each group of options, itself a dataclass."""
+    for number, (owners, fields) in enumerate(_options().items()):
+        kind = dataclasses.make_dataclass(f"Group{number}", fields, frozen=True)
+        yield f"group{number}", Annotated[kind, OmitArgPrefixes, arg(name=owners, help="")], kind()
+
+
+MethodOptions: Any = dataclasses.make_dataclass("MethodOptions", _groups(), frozen=True)
 NONE_GIVEN: Any = MethodOptions()
+
+
+def _flat(options: Any) -> dict[str, Any]:
+    """The options of all groups, by name."""
+    return {name: value for group in vars(options).values() for name, value in vars(group).items()}
 
 
 @dataclass(frozen=True)
 class Quantize:
     """Rotate and quantize a model into a checkpoint."""
 
+    rare = (
+        "check_source",
+        "dtype",
+        "calib_seq_len",
+        "tune_steps",
+        "tune_tokens",
+        "tune_seq_len",
+        "tune_text",
+        "options",
+    )
+
     model: Source
     out: Out  # Checkpoint directory to make.
     method: MethodName = "rangerot"  # Which rotations.
+    spec: str = "w4a4kv4"  # w<bits>[g<group>]a<bits>kv<bits>; 16 leaves alone; nvfp4, mxfp4: 4-bit floats.
     weights: RoundingName | None = None  # How weights are rounded (default gptq below 8 bits, else rtn).
-    spec: str = "w4a4kv4"  # w<bits>[g<group>]a<bits>kv<bits>; 16 leaves alone.
     preset: PresetName = "paper"
     """Symmetry and clip ratios: the papers', what stock servers compute, or DuQuant's command."""
     calib: Calib = "wikitext2"
     calib_tokens: CalibTokens = None
-    calib_seq_len: int | None = None  # Tokens of one calibration sequence (default 2048, or calib-tokens if fewer).
     tune: Tune = "auto"
+    seed: Seed = 0
+    device: Device = "auto"
+    memory: str | None = None
+    """Memory that may be taken, such as 8GB (default: what is available); hidden states beyond it go to disk."""
+    dry_run: Annotated[bool, arg(aliases=["--plan"])] = False  # Only print what is expected: memory and disk.
+    resume: bool = False  # Continue an interrupted run.
+    overwrite: bool = False  # Replace a checkpoint that is there.
+    check_source: Literal["never", "auto", "always"] = "auto"
+    """Compare logits of a few tokens with those of transformers on the source before the work (auto: if it fits)."""
+    dtype: Literal["auto", "float16", "bfloat16", "float32", "float64"] = "auto"
+    """Of unquantized tensors (auto: the model's own; float16 beside quantized weights if that is wider)."""
+    calib_seq_len: int | None = None  # Tokens of one calibration sequence (default 2048, or calib-tokens if fewer).
     tune_steps: TuneSteps = None
     tune_tokens: TuneTokens = None
     tune_seq_len: TuneSeqLen = None
     tune_text: TuneText = None
-    seed: Seed = 0
-    dtype: Literal["auto", "float16", "bfloat16", "float32", "float64"] = "auto"
-    """Of unquantized tensors (auto: the model's own; float16 beside quantized weights if that is wider)."""
-    device: Device = "auto"
-    resume: bool = False  # Continue an interrupted run.
-    overwrite: bool = False  # Replace a checkpoint that is there.
-    memory: str | None = None
-    """Memory that may be taken, such as 8GB (default: what is available); hidden states beyond it go to disk."""
-    check_source: Literal["never", "auto", "always"] = "auto"
-    """Compare logits of a few tokens with those of transformers on the source before the work (auto: if it fits)."""
-    dry_run: Annotated[bool, arg(aliases=["--plan"])] = False  # Only print what is expected: memory and disk.
     options: Annotated[MethodOptions, arg(name="")] = NONE_GIVEN
 
     def recipe(self) -> Recipe:
         """From everything given except where to write and how to run."""
         names = ["method", "weights", "spec", "preset", "calib", "calib_tokens", "calib_seq_len", "dtype", "seed"]
         names += [name for name in vars(self) if name.startswith("tune")]
-        given = vars(self.options).items() - vars(NONE_GIVEN).items()
+        given = _flat(self.options).items() - _flat(NONE_GIVEN).items()
         return Recipe.parse(**{name: getattr(self, name) for name in names}, **dict(given))
 
     def run(self) -> None:
@@ -208,7 +240,9 @@ class Quantize:
 class Measured(Measurement):
     """The flags of `eval` and `compare`: a measurement that is complete, and checked, once `against` is known."""
 
-    texts: Annotated[tuple[str, ...] | None, arg(name="ppl")] = None  # type: ignore[assignment]
+    rare = ("massive_unquantized", "task_path", "batch_size")
+
+    texts: Annotated[tuple[str, ...] | None, arg(name="ppl", metavar="TEXT …")] = None  # type: ignore[assignment]
     """Texts for perplexity: wikitext2, c4, pydoc, or paths (default wikitext2, unless there are tasks)."""
     tasks: Words = ""  # type: ignore[assignment]
     """Tasks or groups of lm-eval, joined by commas: piqa,arc_easy,mmlu."""
@@ -224,12 +258,17 @@ class Measured(Measurement):
         return Measurement(**vars(self) | {"texts": texts, "against": against, "tasks": tasks, "task_path": folder})
 
 
+MeasuringFlags = Annotated[Measured, OmitArgPrefixes, arg(name="measuring", help="")]
+
+
 @dataclass(frozen=True)
 class Eval:
-    """Measure a model or checkpoint."""
+    """Measure a model or checkpoint: perplexity, KL divergence, zero-shot tasks."""
+
+    rare = ("per_token", "log_to")
 
     model: Model  # Checkpoint, or a model as `quantize` takes it.
-    measured: Annotated[Measured, arg(name="")] = Measured()
+    measured: MeasuringFlags = Measured()
     against: str | None = None
     """The unquantized model: also KL divergence from its predictions, and top-1 agreement with them."""
     per_token: Path | None = None  # Also write what --against measures on every token to this safetensors file.
@@ -254,7 +293,12 @@ class Eval:
 
 @dataclass(frozen=True)
 class Compare:
-    """Quantize and measure a model by many recipes. Finished trials are kept: the same command goes on."""
+    """Quantize and measure a model by many recipes.
+
+    Finished trials are kept: the same command goes on.
+    """
+
+    rare = (*TUNE_FLAGS, "threads", "ray", "log_to")
 
     model: Source
     out: Out  # Folder for results.jsonl and the checkpoints.
@@ -271,8 +315,8 @@ class Compare:
     preset: Literal["auto"] | PresetName = "auto"  # Symmetry and clip ratios (auto: each method's own).
     calib: Calib = "wikitext2"
     calib_tokens: CalibTokens = None
-    unquantized: bool = True  # Also measure the unquantized model.
-    measured: Annotated[Measured, arg(name="")] = Measured()
+    unquantized: bool = True  # Leave out the unquantized model, which is measured first.
+    measured: MeasuringFlags = Measured()
     divergence: bool = False
     """Also KL divergence from the unquantized model's predictions, and top-1 agreement with them."""
     jobs: int = 1  # Trials at a time, each in a separate process.
@@ -311,7 +355,7 @@ class Compare:
 
 @dataclass(frozen=True)
 class Inspect:
-    """Look into a model: massive tokens, outlier channels, quantization errors by rotation."""
+    """Show why a model is hard to quantize: massive tokens, outlier channels, errors."""
 
     model: Model  # Hub id, directory with safetensors weights, .gguf file, or smollm2-135m; not a checkpoint.
     out: Out  # Directory for inspect.json and inspect.safetensors.
@@ -336,7 +380,7 @@ class Inspect:
 
 @dataclass(frozen=True)
 class Report:
-    """Write result records and inspections as one HTML page that needs no network."""
+    """Write result records and inspections as one HTML page."""
 
     directory: Annotated[Path, Positional, arg(metavar="DIR")]  # What `dfrot compare` or `dfrot inspect` wrote.
     out: Annotated[Path | None, arg(aliases=["-o"])] = None  # The page (default: report.html in the directory).
@@ -350,7 +394,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Export:
-    """Write a checkpoint for another engine."""
+    """Write a checkpoint for vLLM, llama.cpp or plain transformers."""
 
     checkpoint: Checkpoint
     to: Literal["huggingface", "vllm", "gguf"]
@@ -397,10 +441,10 @@ class Push:
 
 @dataclass(frozen=True)
 class Generate:
-    """Continue a prompt with a quantized model."""
+    """Continue a prompt."""
 
     model: Model  # Checkpoint, or a model as `quantize` takes it.
-    prompt: Positional[str]  # Text to continue.
+    prompt: Annotated[str, Positional, arg(metavar="PROMPT")]  # Text to continue.
     max_new_tokens: int = 50  # Tokens to add at most.
     sample: bool = False  # Sample instead of taking the likeliest token.
     seed: int = 0  # Of sampling.
@@ -429,9 +473,9 @@ class Generate:
 
 @dataclass(frozen=True)
 class Bench:
-    """Time a checkpoint against the model that it was made from, and compare their memory."""
+    """Time a checkpoint against the model that it was made from."""
 
-    checkpoint: Positional[str | None] = None  # Checkpoint; none with --shape.
+    checkpoint: Annotated[str | None, Positional, arg(metavar="[CKPT]")] = None  # Checkpoint; none with --shape.
     source: str = "smollm2-135m"  # The unquantized model.
     shape: str | None = None  # Instead time one block of a real model's shape with random weights, such as llama-3-8b.
     spec: str = "w4a4kv4"  # Of that block.
@@ -470,10 +514,10 @@ class Bench:
 
 @dataclass(frozen=True)
 class Info:
-    """Say what a checkpoint is; without one, what computes on this machine and which spec suits it."""
+    """Describe a checkpoint, or this machine and the spec that suits it."""
 
     checkpoint: Annotated[
-        Path | None, Positional, arg(metavar="CKPT", help="Directory written by `dfrot quantize`.")
+        Path | None, Positional, arg(metavar="[CKPT]", help="Directory written by `dfrot quantize`.")
     ] = None
     device: Device = "auto"
 
@@ -503,9 +547,9 @@ class Info:
 
 @dataclass(frozen=True)
 class Models:
-    """List the known architectures, or show what is traced of a model whose architecture is not among them."""
+    """List the known architectures, or show how an unknown one was traced."""
 
-    model: Positional[str | None] = None  # A model, as for quantize.
+    model: Annotated[str | None, Positional, arg(metavar="[MODEL]")] = None  # A model, as for quantize.
 
     def run(self) -> None:
         from dfrot.models.graph import GRAPHS
@@ -527,22 +571,52 @@ COMMANDS: dict[str, Any] = {
 }
 
 
+MORE = "These are the flags that matter most; --help-all shows every flag."
+
+
+def _shown(kind: type, everything: bool) -> type:
+    """The command as its help shows it: rare flags only if `everything`, defaults only where they say something."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    rare = () if everything else getattr(kind, "rare", ())
+    fields: list[tuple[str, Any, Any]] = []
+    for field in dataclasses.fields(kind):
+        hint, default = hints[field.name], field
+        if dataclasses.is_dataclass(field.default):
+            nested, *marks = typing.get_args(hint)
+            nested = _shown(nested, everything)
+            hint, default = Annotated[nested, *marks], nested()
+        if field.name in rare:
+            hint = Annotated[hint, Suppress]
+        elif field.default in (None, "", ()) or isinstance(field.default, bool):
+            hint = Annotated[hint, arg(**QUIET)]
+        fields.append((field.name, hint, default))
+    shown: Any = dataclasses.make_dataclass(kind.__name__, fields, bases=(kind,), frozen=True)
+    for name in ("__module__", "__qualname__", "__firstlineno__"):  # where tyro finds the comments
+        if hasattr(kind, name):
+            setattr(shown, name, getattr(kind, name))
+    shown.__doc__ = f"{kind.__doc__}\n\n{MORE}" if rare else kind.__doc__
+    return shown
+
+
+def parse(arguments: list[str]) -> Any:
+    """The command that the words ask for, as an instance of its class. A mistake in them ends the program."""
+    everything = not {"-h", "--help"} & set(arguments)
+    return tyro.extras.subcommand_cli_from_dict(
+        {name: _shown(kind, everything) for name, kind in COMMANDS.items()},
+        prog="dfrot",
+        args=["--help" if word == "--help-all" else word for word in arguments],
+        config=(DisallowNone, FlagCreatePairsOff),
+    )
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run one command. Returns the exit code: 2 for the user's mistake, 1 for the environment's fault or dfrot's."""
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
-    if arguments == ["--version"]:
-        out.print(f"dfrot {__version__}")
-        return 0
     keep_freed_memory()
     warnings.showwarning = _show_warning  # type: ignore[assignment]
-    command: Any = tyro.extras.subcommand_cli_from_dict(
-        COMMANDS,
-        prog="dfrot",
-        args=arguments,
-        description="Run large language models in 4 bits and keep their quality. --debug shows tracebacks.",
-    )
+    command = parse(arguments)
     try:
         if not isinstance(command, Quantize) and (count := ProcessGroup.of().count) > 1:
             raise UserError(f"only `dfrot quantize` can be shared by processes; torchrun has started {count}.")

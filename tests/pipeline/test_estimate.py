@@ -110,7 +110,7 @@ def test_sizes_have_units(text: str, size: int) -> None:
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "lots", "0GB", "-1GB", "8 GBit", "8i"])
+@pytest.mark.parametrize("text", ["", "lots", "0GB", "-1GB", "8 GBit", "8i", "8"])
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(UserError, match="such as 8GB, 6GiB or 512MB"):
         parse_size(text)

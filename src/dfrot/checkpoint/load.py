@@ -121,7 +121,10 @@ def usable_device(device: str | torch.device) -> torch.device:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"the device '{device}' cannot be used: {str(error).splitlines()[0]}") from error
+        raise UserError(
+            f"the device '{device}' cannot be used: {str(error).splitlines()[0].split('. ')[0]}. "
+            "Give --device cpu, or cuda where torch sees a GPU."
+        ) from error
     return torch.device(device)
 
 

@@ -1,4 +1,4 @@
-"""The result record: numbers and everything they depend on, as one line of JSON (docs/index.md, "Results").
+"""The result record: numbers and everything they depend on, as one line of JSON (docs/reference/records.md).
 
 Records are kept in files, and logged to experiment trackers through accelerate.
 """

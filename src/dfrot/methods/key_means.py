@@ -20,7 +20,7 @@ from dfrot.runtime.key_bias import KeyBias
 from dfrot.system.errors import UserError
 from dfrot.system.progress import track
 
-TOKENS = 16384  # whose mean is taken, but one sequence at least; one of 2048 brings half as much as two
+TOKENS = 16384  # whose mean is taken, but one sequence at least
 
 
 class KeyMeans(NamedTuple):

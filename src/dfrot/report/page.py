@@ -49,6 +49,8 @@ def report(directory: Path, out: Path | None = None) -> Path:
         UserError: there is nothing to report, or it cannot be read.
         SetupError: plotly is missing, or the page cannot be written.
     """
+    if not directory.is_dir():
+        raise UserError(f"there is no directory '{directory}'. Give one that `dfrot compare` or `dfrot inspect` wrote.")
     records, inspection = read_records(directory / RESULTS_FILE), read_inspection(directory)
     if not records and inspection is None:
         raise UserError(

@@ -1,0 +1,209 @@
+"""README and the site: every command parses, every file and number exists, sentences are short."""
+
+import ast
+import functools
+import re
+import runpy
+import shlex
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import dfrot
+import dfrot_command
+from dfrot import cli
+from dfrot.export import export
+from dfrot.pipeline.recipe import Recipe
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+RESULTS = ROOT / "docs" / "results.md"
+
+
+def fences(page: Path, language: str) -> Iterator[str]:
+    for found in re.finditer(rf"^( *)```{language}\n(.*?)^\1```", page.read_text(), re.S | re.M):
+        yield found[2]
+
+
+def commands(page: Path) -> Iterator[str]:
+    """Command lines of a page: those in blocks, and those between backticks."""
+    for block in (*fences(page, "bash"), *fences(page, "sh")):
+        yield from block.replace("\\\n", " ").splitlines()
+    for found in re.finditer(r"(?<!`)`([^`]+)`(?!`)", page.read_text()):
+        words = " ".join(found[1].split())
+        if "…" not in words and "COMMAND" not in words:
+            yield from words.split(" && ")
+
+
+ALL = sorted({(page.name, each.strip()) for page in PAGES for each in commands(page)})
+
+
+def those_of(program: str) -> list[tuple[str, str]]:
+    return [(page, command) for page, command in ALL if command.startswith(f"{program} ") and " " in command]
+
+
+@pytest.mark.parametrize(("page", "command"), those_of("dfrot"))
+def test_every_dfrot_command_of_readme_and_docs_parses(
+    page: str, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = shlex.split(command.partition(" > ")[0].partition(" # ")[0])[1:]
+    if words[0] in ("--help", "--version", "--tyro-print-completion") or words[-1].startswith("--help"):
+        return
+    if len(words) == 1 or words[1:2] == ["--json"]:  # only the name of a command
+        assert words[0] in cli.COMMANDS
+        return
+    try:
+        parsed = cli.parse(["8" if word == "N" else word for word in words if word != "--debug"])
+    except SystemExit:
+        # `dfrot eval --json` and its like name a flag in running text
+        assert [word for word in words[1:] if not word.startswith("-")] == [], f"{command}\n{capsys.readouterr().err}"
+        flags = {flag for flag in re.findall(r"--[a-z][a-z-]+", command)}
+        with pytest.raises(SystemExit):
+            cli.parse([words[0], "--help-all"])
+        assert flags <= set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out)), command
+        return
+    if isinstance(parsed, cli.Quantize):
+        assert isinstance(parsed.recipe(), Recipe)
+
+
+@pytest.mark.parametrize(("page", "command"), [*those_of("python"), *those_of("pip"), *those_of("make")])
+def test_every_other_command_names_files_extras_and_targets_that_exist(page: str, command: str) -> None:
+    words = shlex.split(command)
+    if words[0] == "python" and words[1].endswith(".py"):
+        script = ROOT / words[1]
+        assert script.is_file()
+        flags = {word for word in words[2:] if word.startswith("--")}
+        text = script.read_text() + (ROOT / "benchmarks" / "rows.py").read_text()
+        assert all(f'"{flag}"' in text for flag in flags), command
+    elif words[0] == "make":
+        assert all(re.search(rf"^{word}:", (ROOT / "Makefile").read_text(), re.M) for word in words[1:] if word != "&&")
+    elif found := re.search(r"\[([a-z,]+)\]", command):
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        assert set(found[1].split(",")) <= project["optional-dependencies"].keys()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_of_the_docs_names_what_exists(page: Path) -> None:
+    for block in fences(page, "python"):
+        if "--8<--" in block:
+            continue
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "dfrot":
+                assert hasattr(dfrot, node.attr)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_paths_between_backticks_exist(page: Path) -> None:
+    named = re.findall(r"`((?:src|tests|benchmarks|runs|examples|docs|dev)/[\w/.-]+)`", page.read_text())
+    assert not [path for path in named if not (ROOT / path).exists()]
+
+
+def test_readme_is_short_and_its_links_lead_somewhere() -> None:
+    text = README.read_text()
+    assert len(text.splitlines()) <= 130
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", text)
+    assert links
+    assert not [link for link in links if not (ROOT / link).exists()]
+
+
+def sentences(page: Path) -> Iterator[str]:
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
+    text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text)
+    for paragraph in re.split(r"\n\s*\n|\n(?=[-|#]|\d+\. )", text):
+        if not paragraph.lstrip().startswith(("|", "#", "!")):
+            yield from re.split(r"(?<=[.!?:])\s+", paragraph)
+
+
+@pytest.mark.parametrize("page", [README, ROOT / "docs" / "start.md"], ids=lambda page: page.name)
+def test_no_sentence_of_readme_and_start_is_longer_than_35_words(page: Path) -> None:
+    counted = {sentence: len(re.findall(r"[\w'`./-]+", sentence)) for sentence in sentences(page)}
+    assert len(counted) > 10
+    assert not {sentence: words for sentence, words in counted.items() if words > 35}
+
+
+def figures(text: str) -> set[str]:
+    """Numbers with a decimal point, and whole numbers of three digits and more."""
+    text = re.sub(r"```.*?```|`[^`]*`|\]\([^)]*\)", "", text, flags=re.S)
+    return set(re.findall(r"\d+\.\d+|\d{3,}", text))
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/choose.md", "docs/how/tuning.md"])
+def test_figures_outside_of_the_results_are_those_of_the_results_or_the_log(page: str) -> None:
+    measured = figures(RESULTS.read_text()) | figures((ROOT / "dev" / "LOG.md").read_text())
+    # versions, papers, and settings that the text names; 40 960 is written with a space
+    others = {
+        "3.11",
+        "2402.17762",
+        "2404.00456",
+        "2412.00648",
+        "2406.01721",
+        "2024",
+        "200",
+        "135",
+        "1024",
+        "4096",
+        "512",
+    }
+    others |= {"960", "536", "2048"}
+    assert not figures((ROOT / page).read_text()) - measured - others
+
+
+def test_every_table_of_results_stands_beside_its_command() -> None:
+    sections = re.split(r"^##+ ", RESULTS.read_text(), flags=re.M)[1:]
+    tables = [section for section in sections if "\n|---" in section]
+    assert len(tables) >= 8
+    assert not [
+        section.splitlines()[0]
+        for section in tables
+        if not re.search(r"`(?:\n?python|make|dfrot)\s", section.replace("\n", " "))
+    ]
+
+
+def test_the_list_of_engines_is_what_export_takes() -> None:
+    page = (ROOT / "docs" / "guides" / "engines.md").read_text()
+    assert all(f"| `{engine}` |" in page for engine in ("huggingface", "vllm", "gguf"))
+    with pytest.raises(dfrot.UserError):
+        export(ROOT, "tensorrt", ROOT / "nowhere")
+
+
+def test_the_house_list_finds_its_phrases_in_prose_and_not_in_code() -> None:
+    page = "It is so otherwise than\nthat that the the end. `otherwise than` [x](otherwise than)\n```\nis none\n```\n"
+    assert runpy.run_path(str(ROOT / "dev" / "prose.py"))["findings"](page) == [
+        (1, "otherwise than", "differently from"),
+        (2, "the the", "one of the two words"),
+    ]
+
+
+# Everything else in these blocks needs a download or an engine, installs something, or has long tests of its own.
+RUNS = ("dfrot quantize smollm2-135m", "dfrot eval", "dfrot generate")
+
+
+@pytest.mark.filterwarnings("ignore")  # of the tiny model, which nobody would quantize in earnest
+@pytest.mark.parametrize("page", [README, ROOT / "docs" / "start.md"], ids=lambda page: page.name)
+def test_what_readme_and_start_show_runs_from_the_first_line_to_the_last(
+    page: Path, tiny: Callable[[str], Path], tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a tiny model in place of the embedded one, whose widths 16 divides and 32 does not, and little text."""
+    monkeypatch.chdir(tmp_path)
+    small = {"smollm2-135m": str(tiny("llama")), "w4g32": "w4g16", "pydoc": str(text_file)}
+    small |= {"--calib-tokens 8192": "--calib-tokens 128", "--max-tokens 8192": "--seq-len 32 --max-tokens 64"}
+    small |= {"--tune-steps 40 --tune-tokens 512": "--tune-steps 2 --tune-tokens 64 --steps 2"}
+    small |= {"-o ckpt": "-o ckpt --steps 2"}
+
+    def shorter(text: str) -> str:
+        return functools.reduce(lambda shown, pair: shown.replace(*pair), small.items(), text)
+
+    lines = [line for block in fences(page, "bash") for line in block.splitlines() if line.startswith(RUNS)]
+    assert len(lines) >= 3
+    for line in map(shorter, lines):
+        assert dfrot_command.main(shlex.split(line)[1:]) == 0, line
+    small |= {
+        'parse(spec="w4a4kv4", ': 'parse("quarot", "rtn", ',
+        "calib_tokens=8192": "calib_tokens=128",
+        '"ckpt"': '"py"',
+    }
+    for block in map(shorter, fences(page, "python")):
+        exec(block, {})
