@@ -189,6 +189,7 @@ def test_models_lists_every_family(capsys: pytest.CaptureFixture[str]) -> None:
         (["quantize", "TINY", "-o", "OUT", "--method", "quarot", "--gamma", "3"], "has no option gamma"),
         (["quantize", "TINY", "-o", "OUT", "--memory", "lots"], "such as 8GB"),
         (["quantize", "./nowhere", "-o", "OUT"], "there is no model at './nowhere'"),
+        (["info", "nowhere"], "there is no directory nowhere"),
         (["quantize", "TINY", "-o", "OUT", "--calib", "EMPTY"], "is empty"),
         (["quantize", "TINY", "-o", "OUT", "--calib", "SHORT"], "fewer than one sample of 2048"),
         (["quantize", "TINY", "-o", "TINY"], "is not a dfrot checkpoint; nothing there is touched"),

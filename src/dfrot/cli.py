@@ -26,7 +26,7 @@ from rich.table import Table
 from rich.text import Text
 from tyro.conf import DisallowNone, FlagConversionOff, FlagCreatePairsOff, OmitArgPrefixes, Positional, Suppress, arg
 
-from dfrot.evaluation.record import log_records, model_size
+from dfrot.evaluation.record import log_records, model_size, tracker_class
 from dfrot.evaluation.run import Measurement, evaluate
 from dfrot.methods import METHODS, ROTATIONS
 from dfrot.models.source import open_source
@@ -279,6 +279,8 @@ class Eval:
     def run(self) -> None:
         if self.json is not None and not self.json.parent.is_dir():
             raise UserError(f"the directory of --json {self.json} does not exist.")
+        if self.log_to is not None:
+            tracker_class(self.log_to)  # its errors come before the work
         measurement = self.measured.measurement(self.against)
         record = evaluate(self.model, measurement, device=_device(self.device, spread=True), per_token=self.per_token)
         errors = record.conditions.get("standard_errors", {})
@@ -332,6 +334,8 @@ class Compare:
         from dfrot.compare.table import LiveTable, recipes
         from dfrot.compare.trials import compare
 
+        if self.log_to is not None:
+            tracker_class(self.log_to)  # its errors come before the work
         words = (self.methods, self.weights, self.specs, self.seeds, self.tune)
         methods, weights, specs, seeds, tunes = map(_separated, words)
         calibration = {"calib": _absolute(self.calib), "calib_tokens": self.calib_tokens}

@@ -3,6 +3,7 @@ from typing import Any
 import pytest
 from accelerate import tracking
 
+from dfrot.cli import main
 from dfrot.evaluation.record import Record, log_records
 from dfrot.pipeline.recipe import Recipe
 from dfrot.system.errors import SetupError, UserError
@@ -44,6 +45,11 @@ def test_records_reach_a_tracker_of_accelerate(monkeypatch: pytest.MonkeyPatch) 
     assert (first[0], second[0], finish[0]) == ("step 0", "step 1", "finish")
     assert second[1]["ppl/pydoc"] == 10.5
     assert (second[1]["recipe/method"], second[1]["recipe/seed"]) == ("quarot", 1)
+
+
+def test_a_tracker_that_is_not_there_is_said_before_anything_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", "nowhere", "--log-to", "paper"]) == 2
+    assert "no tracker 'paper'" in capsys.readouterr().err
 
 
 def test_trackers_that_are_not_there_are_said(monkeypatch: pytest.MonkeyPatch) -> None:

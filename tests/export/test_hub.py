@@ -124,6 +124,11 @@ def test_what_the_hub_refuses_is_one_message_without_a_token(
     assert "hf_secret" not in str(caught.value)
 
 
+def test_a_repository_has_an_owner(checkpoint: Path) -> None:
+    with pytest.raises(UserError, match="is called owner/name, got 'llama-4bit'"):
+        push(checkpoint, "llama-4bit")
+
+
 def test_a_card_can_be_read_before_anything_is_uploaded(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["push", str(checkpoint), "me/tiny", "--card"]) == 0
     assert capsys.readouterr().out == model_card(checkpoint, "me/tiny")

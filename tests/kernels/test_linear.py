@@ -121,16 +121,14 @@ def test_rows_of_more_inputs_and_tokens_than_are_worked_on_together(
     assert ((y - q @ w.T).abs() <= width / (group or width) * 4 * EPS[torch.float32] * (q.abs() @ w.abs().T)).all()
 
 
-@pytest.fixture(params=[False, True], ids=["", "pairs"])
-def pairs(request: pytest.FixtureRequest, isa: int) -> Iterator[bool]:
-    """With vdpbf16ps and without, where there is a choice."""
-    if request.param and (isa != 3 or not torch.cpu._is_avx512_bf16_supported()):
-        pytest.skip("this instruction set has no vdpbf16ps, or AMX in its place")
+def with_vdpbf16ps_and_without(isa: int) -> Iterator[None]:
+    """Without it, and with it where an instruction set has it and takes no AMX in its place."""
     found, _ = library()
     assert found is not None
     chosen = ctypes.c_int.in_dll(found, "dfrot_pairs")
-    before, chosen.value = chosen.value, request.param
-    yield request.param
+    before = chosen.value
+    for chosen.value in (False, True) if isa == 3 and torch.cpu._is_avx512_bf16_supported() else (False,):
+        yield
     chosen.value = before
 
 
@@ -141,21 +139,22 @@ FLOATS = [(4, None), (4, 8), (4, 32), (4, 64), (4, 256), (2, None), (3, 32), (3,
 @pytest.mark.parametrize("rows", [1, 2, 4, 7, 9, 35, 205])
 @pytest.mark.parametrize(("bits", "group"), [*FLOATS, (8, None), (8, 32)])
 def test_inputs_that_are_not_quantized_are_multiplied_by_what_the_integers_stand_for(
-    isa: int, pairs: bool, bits: int, group: int | None, rows: int, dtype: torch.dtype, generator: torch.Generator
+    isa: int, bits: int, group: int | None, rows: int, dtype: torch.dtype, generator: torch.Generator
 ) -> None:
     for symmetric, width in ((True, 768), (False, 1280), *(((False, 1000), (True, 8)) if group in (None, 8) else ())):
         weights = TensorSpec(bits, symmetric, group=group)
         packed, w = random_weight(70, width, weights, generator, bias=True)
         x = torch.randn(rows, width, generator=generator).to(dtype)
         assert supported(x, weights, UNQUANTIZED)
-        (y,) = linear(x, [packed], NO_PASSES, weights, UNQUANTIZED)
         assert packed.bias is not None
         expected, terms = x.double() @ w.T + packed.bias, x.double().abs() @ w.abs().T + packed.bias.abs()
         # γ_2n of the terms (floats.c); bfloat16 rounds the result, and of many tokens the weights of groups
         bound = 2 * width * EPS[torch.float32] / 2 * terms
         if dtype == torch.bfloat16:
             bound += EPS[dtype] / 2 * expected.abs() + (EPS[dtype] / 2 * terms if group and rows > 8 else 0)
-        assert ((y.double() - expected).abs() <= bound).all()
+        for _ in with_vdpbf16ps_and_without(isa):
+            (y,) = linear(x, [packed], NO_PASSES, weights, UNQUANTIZED)
+            assert ((y.double() - expected).abs() <= bound).all()
 
 
 def test_what_is_not_quantized_is_rotated_and_rounded_to_the_stream(isa: int, generator: torch.Generator) -> None:

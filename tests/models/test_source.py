@@ -64,14 +64,15 @@ def test_torch_norms_equal_transformers_norms_in_float32(tiny: Tiny, architectur
     assert error < 1e-5  # 2⁻²³ through a hundred additions
 
 
-def test_captured_inputs_are_what_the_modules_got() -> None:
+@pytest.mark.parametrize("shape", [(2, 5, 4), (5, 4)])
+def test_captured_inputs_are_what_the_modules_got_and_have_a_batch(shape: tuple[int, ...]) -> None:
     first, second = torch.nn.Linear(4, 3), torch.nn.Linear(3, 2)
-    x = torch.randn(5, 4)
+    x = torch.randn(shape)
     with captured_inputs({"second": second}) as seen:
         second(first(x))
     second(first(x))
     assert len(seen["second"]) == 1
-    assert torch.equal(seen["second"][0], first(x))
+    assert torch.equal(seen["second"][0], first(x).view(-1, 5, 3))
 
 
 @pytest.fixture
@@ -106,7 +107,7 @@ def test_a_hub_that_cannot_be_reached_is_the_environments_fault(monkeypatch: pyt
 
 def test_an_architecture_that_cannot_be_read_says_why(tmp_path: Path) -> None:
     GPT2Config().save_pretrained(tmp_path)
-    refused(tmp_path, "the architecture 'gpt2' has no table, and none could be found out: its positions are not RoPE's")
+    refused(tmp_path, "the architecture 'gpt2' has no table, and none could be found out: 'attn.c_attn' is a Conv1D")
 
 
 def test_a_config_that_needs_remote_code_is_refused(broken: Path) -> None:

@@ -140,15 +140,14 @@ def read_records(path: Path, *, repair: bool = False) -> list[Record]:
     return records
 
 
-def log_records(records: Iterable[Record], tracker: str) -> None:
-    """Log records to a tracker that accelerate knows (wandb, trackio, mlflow, tensorboard, …), one step each.
+def tracker_class(tracker: str) -> Any:
+    """The class of accelerate's for a tracker, such as wandb.
 
     Raises:
         UserError: accelerate knows no such tracker.
-        SetupError: accelerate or the tracker's package is not installed, or the tracker refuses.
+        SetupError: accelerate or the tracker's package is not installed.
     """
     try:
-        from accelerate import PartialState
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
     except ImportError as error:
         raise SetupError("logging to a tracker needs the package accelerate: pip install accelerate.") from error
@@ -156,8 +155,18 @@ def log_records(records: Iterable[Record], tracker: str) -> None:
         raise UserError(f"there is no tracker '{tracker}'. Trackers: {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}.")
     if tracker not in map(str, get_available_trackers()):
         raise SetupError(f"the package of the tracker '{tracker}' is not installed: pip install {tracker}.")
+    return LOGGER_TYPE_TO_CLASS[tracker]
+
+
+def log_records(records: Iterable[Record], tracker: str) -> None:
+    """Log records to a tracker that accelerate knows (wandb, trackio, mlflow, tensorboard, …), one step each.
+
+    Raises what `tracker_class` raises; SetupError if the tracker refuses.
+    """
+    kind = tracker_class(tracker)
+    from accelerate import PartialState
+
     PartialState()  # accelerate's trackers ask it which process they are in
-    kind = LOGGER_TYPE_TO_CLASS[tracker]
     try:
         logger = kind("dfrot", logging_dir=".") if kind.requires_logging_directory else kind("dfrot")
         logger.start()

@@ -85,12 +85,14 @@ def push(checkpoint: Path, repository: str, *, private: bool = False, **card_opt
         The address of the repository, which is made if it does not exist.
 
     Raises:
-        UserError: there is no checkpoint, or nobody is logged in who may write there.
+        UserError: there is no checkpoint, nobody is logged in who may write there, or that is no name.
         SetupError: the Hub cannot be reached, or refuses.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
+    if repository.count("/") != 1:
+        raise UserError(f"a repository is called owner/name, got '{repository}'.")
     card = model_card(checkpoint, repository, **card_options)
     api = HfApi(library_name="dfrot", library_version=__version__)
     try:

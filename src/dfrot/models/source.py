@@ -402,6 +402,8 @@ def config_json(path: Path) -> dict[str, Any]:
         return read_json(path / "config.json")
     if (path / RUN_FILE).is_file():
         raise UserError(f"{path} holds an interrupted run of `dfrot quantize`. Repeat the command with --resume.")
+    if not path.exists():
+        raise UserError(f"there is no directory {path}.")
     if path.suffix == ".gguf":
         raise UserError(f"{path} is a GGUF file, which is a model to start from, not a directory.")
     raise UserError(f"{path} holds no complete model: config.json is missing.")

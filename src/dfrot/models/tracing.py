@@ -28,7 +28,7 @@ from dfrot.models.stream import position_embeddings
 from dfrot.system.errors import UserError
 
 _TOKENS = 3
-_FIELDS = ("hidden_size", "intermediate_size", "num_attention_heads")
+_FIELDS = ("hidden_size", "num_attention_heads")
 _FEW = 8  # channels of what is tried out with numbers
 
 
