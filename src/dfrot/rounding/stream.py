@@ -251,7 +251,14 @@ def _read(layer: nn.Module, x: Tensor) -> Float[Tensor, "tokens in"]:
 
 
 def runtime_block(source: Source, index: int, tensors: dict[str, Tensor], runtime: RuntimeConfig) -> nn.Module:
-    """Block `index` with the runtime's modules."""
+    """Block `index` with the runtime's modules.
+
+    Products of inputs that are not quantized are torch's, as while the block is rounded, when its weights are floats:
+    kernels sum in another order, and a resumed run would differ from one that was never interrupted.
+    """
     block = source.empty_block(index)
     install_block_(block, index, source.graph, runtime)
+    for module in block.modules():
+        if isinstance(module, QuantLinear):
+            module.by_reference = not module.activations.enabled
     return loaded(block, tensors)

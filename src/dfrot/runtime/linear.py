@@ -47,6 +47,7 @@ class QuantLinear(Transforming, nn.Module):
     zeros: Tensor
     offset: Tensor | None
     apart: Tensor | None
+    by_reference = False  # whether torch computes it, whatever kernels there are
 
     def __init__(
         self,
@@ -119,7 +120,7 @@ class QuantLinear(Transforming, nn.Module):
 
     def native(self, x: Tensor) -> bool:
         """Whether the kernels can compute the layer for such an input."""
-        fits = self.weight is None and supported(x, self.weights, self.activations)
+        fits = self.weight is None and not self.by_reference and supported(x, self.weights, self.activations)
         return fits and not self.qweight.is_meta and not differentiated(*self._graded)
 
     @property
