@@ -97,7 +97,9 @@ def test_a_new_rounding_chooses_the_integers_that_are_stored(tmp_path: Path) -> 
 
 
 def test_options_of_a_new_method_are_refused_and_listed_like_any_other() -> None:
-    with pytest.raises(dfrot.UserError, match="'toy' with 'down' weights has no option gamma; it takes turn"):
+    with pytest.raises(
+        dfrot.UserError, match="'toy' with 'down' weights has no option gamma; it takes mean_keys, turn"
+    ):
         dfrot.Recipe.parse("toy", "down", gamma=1.0)
     with pytest.raises(dfrot.UserError, match="turn is a whole number, got 'x'"):
         dfrot.Recipe.parse("toy", "down", turn="x")

@@ -70,8 +70,11 @@ def test_all_is_every_part_that_the_spec_has() -> None:
         ({"tune": "offsets"}, "there is no 'offsets' to tune. --tune is all, none, or of biases, clips, gains, scales"),
         ({"tune": "all,biases"}, "joined by commas, got 'all,biases'"),
         ({"tune": " , "}, "joined by commas"),
-        ({"tune": "scales", "spec": "w16a4kv4"}, "those of quantized weights, and w16a4kv4 has none"),
-        ({"tune": "clips", "spec": "w4a16kv16"}, "of quantized activations, keys and values, and w4a16kv16 has none"),
+        ({"tune": "scales", "spec": "w16a4kv4"}, "of weights quantized to integers, and w16a4kv4 has none"),
+        (
+            {"tune": "clips", "spec": "w4a16kv16"},
+            "activations, keys and values quantized to integers, and w4a16kv16 has none",
+        ),
         ({"tune": "none"}, "--tune-seq-len needs --tune"),
         ({"tune_steps": 0}, "one step and windows of two tokens at least, got 0 steps"),
         ({"tune_seq_len": 1}, "windows of 1"),
