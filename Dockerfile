@@ -2,7 +2,7 @@
 #
 #   docker build -t dfrot .                              # CPU
 #   docker build -t dfrot --build-arg TORCH=cu128 .      # GPU; run with --gpus all
-#   docker run --rm -v "$PWD:/work" dfrot quantize MODEL -o ckpt
+#   docker run --rm -v "$PWD:/data" dfrot quantize MODEL -o ckpt
 #
 # The kernels are compiled in the first stage; the second has no compiler.
 FROM python:3.12-slim-bookworm AS build
@@ -18,7 +18,7 @@ RUN apt-get update && apt-get install -y --no-install-recommends libgomp1 && rm 
 RUN pip install --no-cache-dir torch --index-url https://download.pytorch.org/whl/${TORCH}
 COPY --from=build /wheels /wheels
 RUN pip install --no-cache-dir "$(ls /wheels/*.whl)[gguf,eval,report]" && rm -r /wheels
-ENV HF_HOME=/work/.cache/huggingface DFROT_CACHE=/work/.cache/dfrot
-WORKDIR /work
+ENV HF_HOME=/data/.cache/huggingface DFROT_CACHE=/data/.cache/dfrot
+WORKDIR /data
 ENTRYPOINT ["dfrot"]
 CMD ["--help"]

@@ -77,7 +77,7 @@ class MixtureOfExperts(nn.Module):
         return y.view_as(x)
 
 
-# In the files of a `model_type` → here.
+# In the files of a `model_type` → here; GPT-NeoX, which has no experts, only calls its head otherwise.
 _IN_FILES = {
     "mixtral": {
         ".block_sparse_moe.": ".mlp.",

@@ -234,7 +234,7 @@ class Source:
         return tensor
 
     def block(self, index: int) -> nn.Module:
-        """Decoder block `index` with its weights, in their stored dtype."""
+        """Decoder block `index` with its weights, in their stored dtype, or a wider one where they are changed."""
         block, prefix = self.empty_block(index), f"{self.graph.blocks}.{index}."
         tensors = {name: self.tensor(prefix + name) for name in block.state_dict() if prefix + name in self.stored}
         for name, module in block.named_modules():
