@@ -28,8 +28,8 @@ from dfrot.methods.massive import sample_norm_outputs
 from dfrot.methods.method import FitContext
 from dfrot.methods.quarot import random_rotation
 from dfrot.methods.refinement import ORDINARY_TOKENS, class_errors, squared_errors
-from dfrot.models.source import load_tokenizer, open_source
-from dfrot.models.texts import calibration_windows, read_text
+from dfrot.models.source import open_source
+from dfrot.models.texts import calibration_windows, load_tokenizer, read_text
 from dfrot.quant.spec import Spec, TensorSpec
 from dfrot.system.distributed import SINGLE_PROCESS
 

@@ -21,8 +21,8 @@ from dfrot.methods.massive import Sample, drawn, massive_tokens, sample_norm_out
 from dfrot.methods.method import FitContext
 from dfrot.methods.rangerot import RangeRot
 from dfrot.methods.refinement import ORDINARY_TOKENS, squared_errors
-from dfrot.models.source import load_tokenizer, open_source
-from dfrot.models.texts import calibration_windows, read_text
+from dfrot.models.source import open_source
+from dfrot.models.texts import calibration_windows, load_tokenizer, read_text
 from dfrot.quant.spec import TensorSpec
 from dfrot.system.distributed import SINGLE_PROCESS
 

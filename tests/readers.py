@@ -32,8 +32,10 @@ from dfrot.evaluation.record import read_records
 from dfrot.gguf.reader import read_header
 from dfrot.inspect.inspection import read_inspection
 from dfrot.kernels.library import instruction_set
-from dfrot.models.source import load_tokenizer, open_safetensors, open_source, read_config, stored_tensors
-from dfrot.models.texts import read_text
+from dfrot.models.configs import read_config
+from dfrot.models.files import open_safetensors, stored_tensors
+from dfrot.models.source import open_source
+from dfrot.models.texts import load_tokenizer, read_text
 from dfrot.pipeline.recipe import Recipe
 from dfrot.report.page import page
 from dfrot.runtime.config import RuntimeConfig

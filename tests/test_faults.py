@@ -22,7 +22,9 @@ from dfrot.gguf.reader import read_header
 from dfrot.inspect.inspection import read_inspection
 from dfrot.linalg.hadamard import is_hadamard_size, require_hadamard_size
 from dfrot.linalg.rotation import rotation_from
-from dfrot.models.source import open_source, read_config, stored_tensors
+from dfrot.models.configs import read_config
+from dfrot.models.files import stored_tensors
+from dfrot.models.source import open_source
 from dfrot.models.texts import read_text
 from dfrot.pipeline import run as pipeline
 from dfrot.pipeline.recipe import Recipe

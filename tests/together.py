@@ -14,7 +14,7 @@ from dfrot.methods.dfrot import DFRot
 from dfrot.methods.massive import Sample
 from dfrot.methods.rangerot import RangeRot
 from dfrot.methods.refinement import PAPER_QUANTIZER
-from dfrot.models.source import stored_tensors
+from dfrot.models.files import stored_tensors
 from dfrot.rounding.stream import CalibrationStream, Hessian
 from dfrot.system.distributed import SINGLE_PROCESS, ProcessGroup
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import dfrot
 from dfrot.models.graph import GRAPHS
-from dfrot.models.source import use_torch_norms_
+from dfrot.models.norms import use_torch_norms_
 from tests.tiny_models import CONFIGS
 
 Tiny = Callable[[str], Path]

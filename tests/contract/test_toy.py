@@ -12,7 +12,8 @@ from dfrot.linalg.rotation import random_orthogonal
 from dfrot.methods import METHODS
 from dfrot.methods.method import Fit, FitContext, Method
 from dfrot.models.graph import GRAPHS
-from dfrot.models.source import ModelSizes, use_torch_norms_
+from dfrot.models.norms import use_torch_norms_
+from dfrot.models.sizes import ModelSizes
 from dfrot.quant.affine import QParams, choose_qparams
 from dfrot.rounding import ROUNDINGS
 from dfrot.rounding.rounding import BlockTask, Rounded, Rounding

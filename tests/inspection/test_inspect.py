@@ -21,7 +21,8 @@ from dfrot.cli import main
 from dfrot.inspect.inspect import as_quantized, inspect
 from dfrot.linalg.rotation import Hadamard, random_hadamard, random_orthogonal
 from dfrot.methods.method import FitContext
-from dfrot.models.source import load_tokenizer, open_source
+from dfrot.models.source import open_source
+from dfrot.models.texts import load_tokenizer
 from dfrot.pipeline.recipe import Recipe
 from dfrot.pipeline.run import calibration_tokens
 from dfrot.quant.spec import Spec

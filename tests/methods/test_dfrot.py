@@ -15,7 +15,7 @@ from dfrot.methods.dfrot import DFRot
 from dfrot.methods.massive import Sample, describe_massive, drawn, massive_tokens
 from dfrot.methods.rangerot import RangeRot, soft_range
 from dfrot.methods.refinement import PAPER_QUANTIZER, Refined, squared_errors
-from dfrot.models.source import load_tokenizer
+from dfrot.models.texts import load_tokenizer
 from dfrot.quant.spec import TensorSpec
 from dfrot.system.distributed import SINGLE_PROCESS
 from tests.reference import kl_of_quantized_norm_outputs

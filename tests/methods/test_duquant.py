@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import dfrot
 from dfrot.methods.duquant import DuQuant, block_rotations, block_size, greedy_rotation, smoothing, spreading, zigzag
-from dfrot.models.source import load_tokenizer
+from dfrot.models.texts import load_tokenizer
 from dfrot.pipeline.recipe import Recipe
 from dfrot.transform.transforms import InputTransform
 

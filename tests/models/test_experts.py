@@ -12,7 +12,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import dfrot
 from dfrot.evaluation.run import Measurement, evaluate
-from dfrot.models.experts import MixtureOfExperts, in_file, of_module, use_experts_
+from dfrot.models.experts import MixtureOfExperts, use_experts_
+from dfrot.models.files import in_file, of_module
 from dfrot.models.source import open_source
 from dfrot.models.stream import captured_inputs
 from dfrot.pipeline import run as pipeline

@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config
 
 import dfrot
-from dfrot.models import source as models_source
+from dfrot.models import files as models_files
 from dfrot.models.graph import GRAPHS
-from dfrot.models.source import Source, open_source, use_torch_norms_
+from dfrot.models.norms import use_torch_norms_
+from dfrot.models.source import Source, open_source
 from dfrot.models.stream import BlockRunner, captured_inputs
 from dfrot.system.errors import SetupError, UserError
 from tests.tiny_models import CONFIGS
@@ -128,7 +129,7 @@ def test_a_file_too_large_to_be_mapped_is_said(tiny: Tiny, monkeypatch: pytest.M
     def no_room(*_: Any, **__: Any) -> None:
         raise RuntimeError("unable to mmap 137953388012 bytes: Cannot allocate memory (12)")
 
-    monkeypatch.setattr(models_source, "safe_open", no_room)
+    monkeypatch.setattr(models_files, "safe_open", no_room)
     with pytest.raises(SetupError, match=r"cannot be opened: unable to mmap.* A model in shards"):
         open_source(str(tiny("llama")))
 

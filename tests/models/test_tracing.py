@@ -23,7 +23,8 @@ from dfrot.kernels.library import instruction_set
 from dfrot.models import graph as graphs
 from dfrot.models import tracing
 from dfrot.models.graph import GRAPHS, graph_for
-from dfrot.models.source import open_source, use_torch_norms_
+from dfrot.models.norms import use_torch_norms_
+from dfrot.models.source import open_source
 from dfrot.models.tracing import table_of, traced_graph
 from dfrot.pipeline.estimate import Estimate
 from dfrot.system.errors import UserError

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 import dfrot
 from dfrot.models.graph import graph_for
-from dfrot.models.source import open_source, use_torch_norms_
+from dfrot.models.norms import use_torch_norms_
+from dfrot.models.source import open_source
 from dfrot.pipeline.run import calibration_tokens
 from tests.tiny_models import CONFIGS, write_biased_model
 

@@ -10,7 +10,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 import dfrot
 from dfrot.evaluation.record import kv_bytes_per_token
 from dfrot.linalg.rotation import Hadamard
-from dfrot.models.source import read_config
+from dfrot.models.configs import read_config
 from dfrot.quant.affine import fake_quantize
 from dfrot.quant.grids import IntGrid, PerToken
 from dfrot.quant.spec import UNQUANTIZED, TensorSpec

@@ -15,18 +15,11 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from dfrot.models.configs import building, check_shapes, config_json, read_config, silent_transformers
+from dfrot.models.files import StoredTensor, stored_tensors
 from dfrot.models.graph import graph_for
-from dfrot.models.source import (
-    StoredTensor,
-    building,
-    check_shapes,
-    config_json,
-    load_tokenizer,
-    locate,
-    read_config,
-    silent_transformers,
-    stored_tensors,
-)
+from dfrot.models.source import locate
+from dfrot.models.texts import load_tokenizer
 from dfrot.runtime.config import FORMAT, RuntimeConfig
 from dfrot.runtime.install import install_
 from dfrot.runtime.kv import ATTENTION

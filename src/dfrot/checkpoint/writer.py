@@ -20,7 +20,7 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor
 
-from dfrot.models.source import INDEX_FILE, open_safetensors, tensors_in
+from dfrot.models.files import INDEX_FILE, open_safetensors, tensors_in
 from dfrot.system.distributed import SINGLE_PROCESS, ProcessGroup
 from dfrot.system.errors import UserError
 from dfrot.system.files import (

@@ -24,7 +24,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from dfrot.methods.massive import massive_tokens
 from dfrot.models.graph import graph_for
-from dfrot.models.source import norm_eps
+from dfrot.models.norms import norm_eps
 from dfrot.models.stream import captured_inputs
 from dfrot.models.texts import check_tokens, token_ids
 from dfrot.runtime.linear import QuantLinear

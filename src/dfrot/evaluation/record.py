@@ -21,8 +21,9 @@ from transformers.utils.generic import flatten_dict
 
 from dfrot.checkpoint.load import read_checkpoint
 from dfrot.kernels.library import backend
+from dfrot.models.configs import read_config
+from dfrot.models.files import stored_tensors
 from dfrot.models.graph import head_dim, kv_heads
-from dfrot.models.source import read_config, stored_tensors
 from dfrot.models.texts import NAMED
 from dfrot.quant.packing import packed_width
 from dfrot.quant.spec import UNQUANTIZED, TensorSpec

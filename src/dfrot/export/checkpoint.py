@@ -12,9 +12,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dfrot.checkpoint.load import read_checkpoint
-from dfrot.models.experts import in_file
+from dfrot.models.configs import read_config
+from dfrot.models.files import INDEX_FILE, StoredTensor, in_file, stored_tensors
 from dfrot.models.graph import Config, ModelGraph, graph_for
-from dfrot.models.source import INDEX_FILE, StoredTensor, copy_tokenizer, read_config, stored_tensors
+from dfrot.models.texts import copy_tokenizer
 from dfrot.quant.affine import QParams, dequantize
 from dfrot.quant.packing import unpack
 from dfrot.runtime.config import RuntimeConfig

@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dfrot.models.source import load_tokenizer
+from dfrot.models.texts import load_tokenizer
 from dfrot.system.errors import UserError
 
 if TYPE_CHECKING:

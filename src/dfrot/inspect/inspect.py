@@ -30,9 +30,9 @@ from dfrot.methods.massive import describe_massive, massive_tokens
 from dfrot.methods.method import FitContext
 from dfrot.methods.quarot import hadamard
 from dfrot.methods.sensitivity import kl_divergences
-from dfrot.models.source import Source, load_tokenizer, open_source
+from dfrot.models.source import Source, open_source
 from dfrot.models.stream import BlockRunner, captured_inputs
-from dfrot.models.texts import read_text
+from dfrot.models.texts import load_tokenizer, read_text
 from dfrot.pipeline.recipe import Recipe
 from dfrot.pipeline.run import calibration_tokens
 from dfrot.quant.affine import dequantize

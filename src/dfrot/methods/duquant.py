@@ -32,7 +32,7 @@ from dfrot.linalg.rotation import Dense, Identity, Rotation, block_diagonal, ran
 from dfrot.methods.method import Fit, FitContext, Look, Method
 from dfrot.methods.quarot import hadamard, random_rotation, require_foldable
 from dfrot.models.graph import head_dim, kv_heads
-from dfrot.models.source import ModelSizes
+from dfrot.models.sizes import ModelSizes
 from dfrot.models.stream import BlockRunner, captured_inputs
 from dfrot.system.errors import UserError
 from dfrot.system.papers import Paper

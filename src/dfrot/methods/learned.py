@@ -33,7 +33,7 @@ from dfrot.methods.learned_student import Student
 from dfrot.methods.method import Fit, FitContext, Look
 from dfrot.methods.quarot import QUAROT
 from dfrot.methods.rangerot import SPINQUANT, RangeRot
-from dfrot.models.source import ModelSizes
+from dfrot.models.sizes import ModelSizes
 from dfrot.quant.spec import UNQUANTIZED, Spec
 from dfrot.system.errors import UserError
 from dfrot.system.papers import Paper

@@ -14,7 +14,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from dfrot.models.source import ModelSizes, Source
+from dfrot.models.sizes import ModelSizes
+from dfrot.models.source import Source
 from dfrot.quant.spec import UNQUANTIZED, TensorSpec
 from dfrot.system.distributed import SINGLE_PROCESS, ProcessGroup
 from dfrot.system.options import Options

@@ -33,7 +33,7 @@ from dfrot.methods.massive import Rule, Sample, sample_norm_outputs
 from dfrot.methods.method import Fit, FitContext, Method
 from dfrot.methods.quarot import around, random_rotation, require_block
 from dfrot.methods.sensitivity import kl_divergences
-from dfrot.models.source import ModelSizes
+from dfrot.models.sizes import ModelSizes
 from dfrot.quant.spec import TensorSpec
 from dfrot.system.distributed import ProcessGroup
 from dfrot.system.errors import UserError

@@ -77,33 +77,6 @@ class MixtureOfExperts(nn.Module):
         return y.view_as(x)
 
 
-# In the files of a `model_type` → here; GPT-NeoX, which has no experts, only calls its head otherwise.
-_IN_FILES = {
-    "mixtral": {
-        ".block_sparse_moe.": ".mlp.",
-        ".w1.weight": ".gate_proj.weight",
-        ".w2.weight": ".down_proj.weight",
-        ".w3.weight": ".up_proj.weight",
-    },
-    "gpt_neox": {"embed_out.": "lm_head."},
-}
-
-
-def of_module(model_type: str, name: str) -> str:
-    """The name that a tensor of a file has here."""
-    for theirs, ours in _IN_FILES.get(model_type, {}).items():
-        name = name.replace(theirs, ours)
-    return name
-
-
-def in_file(model_type: str, name: str) -> str:
-    """The inverse: the name that a tensor of a model has in files."""
-    if ".mlp." in name:
-        for theirs, ours in _IN_FILES.get(model_type, {}).items():
-            name = name.replace(ours, theirs)
-    return name
-
-
 def recognized(module: nn.Module) -> bool:
     """Whether a module of transformers consists of a router and experts in tensors of three dimensions, alone."""
     children = {name: dict(child.named_parameters()) for name, child in module.named_children()}

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.masking_utils import create_sliding_window_causal_mask
 
-from dfrot.models.source import Source, silent_transformers
+from dfrot.models.configs import silent_transformers
+from dfrot.models.source import Source
 from dfrot.system.errors import UserError
 
 PROBE_TOKENS = 32

@@ -1,4 +1,4 @@
-"""Texts by name, and their tokens.
+"""Texts by name, tokenizers, and tokens.
 
 A text is `wikitext2`, `c4`, `pydoc` or a path. A text file is one stream; the rows of `wiki.*.raw` are joined with two
 newlines, as in the quantization papers; `.jsonl`, a list in a `.json`, and both as `.gz` give their field `text`.
@@ -6,6 +6,7 @@ newlines, as in the quantization papers; `.jsonl`, a list in a `.json`, and both
 
 import contextlib
 import gzip
+import shutil
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -16,9 +17,10 @@ import torch
 from huggingface_hub import constants
 from jaxtyping import Int
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from dfrot.system.errors import SetupError, UserError
-from dfrot.system.files import parse_json
+from dfrot.system.files import parse_json, translate_io_errors
 
 Split = Literal["train", "test"]
 NAMED = ("wikitext2", "c4", "pydoc")
@@ -116,6 +118,26 @@ def _hub_rows(repository: str, config: str | None, split: str, **options: Any) -
             f"{repository} cannot be downloaded from the hub ({type(error).__name__}). Give 'pydoc', which needs no "
             "network, or the path of a text file."
         ) from error
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer of a model directory. Raises UserError if there is none, or it cannot be read."""
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # transformers and tokenizers raise errors of many kinds for broken files
+        raise UserError(f"{path} has no tokenizer that transformers can load: {error}") from error
+
+
+def copy_tokenizer(path: Path, to: Path) -> None:
+    """Copy tokenizer and settings; UserError if names in them lead elsewhere, SetupError if `to` cannot be written."""
+    tokenizer = load_tokenizer(path)
+    with translate_io_errors(to):
+        try:
+            tokenizer.save_pretrained(to)
+        except ValueError as error:
+            raise UserError(f"the tokenizer of {path} cannot be kept: {error}") from error
+        if (settings := path / "generation_config.json").is_file():
+            shutil.copyfile(settings, to / settings.name)
 
 
 def token_ids(tokenizer: Any, text: str, rows: int) -> Int[Tensor, " tokens"]:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from dfrot.methods.method import FitContext
-from dfrot.models.source import ModelSizes, Source
+from dfrot.models.sizes import ModelSizes
+from dfrot.models.source import Source
 from dfrot.pipeline.recipe import Recipe
 from dfrot.quant.packing import packed_width
 from dfrot.system.distributed import SINGLE_PROCESS, ProcessGroup

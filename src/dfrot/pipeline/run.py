@@ -21,9 +21,9 @@ from dfrot.checkpoint.load import DfrotConfig, usable_device
 from dfrot.checkpoint.writer import CheckpointWriter, ReuseDir, opened_writer
 from dfrot.methods import key_means
 from dfrot.methods.method import Fit, FitContext, FitProgress
-from dfrot.models.source import Source, copy_tokenizer, load_tokenizer, open_source
+from dfrot.models.source import Source, open_source
 from dfrot.models.stream import require_same_logits
-from dfrot.models.texts import calibration_windows, read_text
+from dfrot.models.texts import calibration_windows, copy_tokenizer, load_tokenizer, read_text
 from dfrot.pipeline import cache
 from dfrot.pipeline.estimate import VOCABULARY_ROWS, Estimate
 from dfrot.pipeline.ranges import TOKENS, largest_inputs

@@ -35,7 +35,7 @@ from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
 from dfrot.kernels import cuda
-from dfrot.models.source import ModelSizes
+from dfrot.models.sizes import ModelSizes
 from dfrot.quant.affine import QParams, dequantize, quantize
 from dfrot.quant.grids import Grid, IntGrid, PerGroup
 from dfrot.quant.spec import TensorSpec

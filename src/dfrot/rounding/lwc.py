@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dfrot.models.source import ModelSizes
+from dfrot.models.sizes import ModelSizes
 from dfrot.quant.affine import SCALE_DTYPE, QParams, grouped, qparams_of_range, quantize, value_range
 from dfrot.quant.grids import IntGrid
 from dfrot.quant.spec import TensorSpec

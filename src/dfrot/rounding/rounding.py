@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Tensor, nn
 
 from dfrot.models.graph import ModelGraph
-from dfrot.models.source import ModelSizes
+from dfrot.models.sizes import ModelSizes
 from dfrot.quant.affine import QParams
 from dfrot.quant.spec import TensorSpec
 from dfrot.rounding.stream import CalibrationStream

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dfrot.models.source import ModelSizes
+from dfrot.models.sizes import ModelSizes
 from dfrot.quant.affine import SCALE_DTYPE, QParams, choose_qparams, quantize
 from dfrot.quant.clip import search_clip
 from dfrot.quant.spec import TensorSpec

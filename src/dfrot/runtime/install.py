@@ -11,7 +11,7 @@ from transformers.activations import SiLUActivation
 from dfrot.linalg.rotation import Rotation
 from dfrot.models.experts import use_experts_
 from dfrot.models.graph import Config, ModelGraph, graph_for, head_dim
-from dfrot.models.source import use_torch_norms_
+from dfrot.models.norms import use_torch_norms_
 from dfrot.runtime.config import RuntimeConfig
 from dfrot.runtime.key_bias import KeyBias
 from dfrot.runtime.kv import install_kv_

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from dfrot.checkpoint.writer import CheckpointWriter, digest, read_fit, write_fit
 from dfrot.linalg.rotation import Rotation
-from dfrot.models.source import Source, load_tokenizer
-from dfrot.models.texts import read_text, token_ids
+from dfrot.models.source import Source
+from dfrot.models.texts import load_tokenizer, read_text, token_ids
 from dfrot.runtime.config import RuntimeConfig
 from dfrot.system.devices import memory_on
 from dfrot.system.distributed import SINGLE_PROCESS, ProcessGroup

@@ -18,7 +18,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from dfrot.models.source import ModelSizes
+from dfrot.models.sizes import ModelSizes
 from dfrot.quant.spec import Spec
 from dfrot.system.errors import UserError
 from dfrot.system.options import Options
