@@ -9,8 +9,8 @@ from dfrot.quant.grids import Granularity, Grid, PerChannel
 
 ERROR_POWER = 2.4  # GPTQ's and QuaRot's norm: between squared error and the largest error
 
-# Rows are searched in pieces that stay in the cache through all candidates.
-_PIECE_ENTRIES = 1 << 17
+# Entries that are worked on together, of some rows and all candidates: on a CPU what its cache holds.
+_PIECE_ENTRIES = {"cpu": 1 << 19, "cuda": 1 << 26}
 
 
 def search_clip(
@@ -25,7 +25,8 @@ def search_clip(
         ValueError: the group size does not divide `in`.
     """
     groups = grouped(weight, granularity)
-    rows = groups.flatten(0, -2).split(max(1, _PIECE_ENTRIES // groups.shape[-1]))
+    together = _PIECE_ENTRIES[weight.device.type] // (groups.shape[-1] * len(grid.clips))
+    rows = groups.flatten(0, -2).split(max(1, together))
     found = [_search_rows(piece, grid, scale_dtype) for piece in rows]
     scale = torch.cat([qparams.scale for qparams in found]).reshape(groups.shape[:-1])
     zeros = [qparams.zero for qparams in found if qparams.zero is not None]
@@ -33,17 +34,13 @@ def search_clip(
 
 
 def _search_rows(rows: Float[Tensor, "rows size"], grid: Grid, scale_dtype: torch.dtype | None) -> QParams:
-    best_error = torch.full(rows.shape[:1], torch.inf, dtype=rows.dtype, device=rows.device)
     low, high = value_range(rows, grid, PerChannel())
-    best = qparams_of_range(low, high, grid, scale_dtype)
-    for clip in grid.clips:
-        qparams = qparams_of_range(None if low is None else low * clip, high * clip, grid, scale_dtype)
-        restored = dequantize(quantize(rows, grid, PerChannel(), qparams), PerChannel(), qparams)
-        error = restored.sub_(rows).abs_().pow_(ERROR_POWER).sum(-1)
-        better = error < best_error
-        best_error = torch.where(better, error, best_error)
-        scale, zero = torch.where(better[:, None], qparams.scale, best.scale), None
-        if qparams.zero is not None and best.zero is not None:
-            zero = torch.where(better[:, None], qparams.zero, best.zero)
-        best = QParams(scale, zero)
-    return best
+    clips = torch.tensor(grid.clips, dtype=rows.dtype, device=rows.device)[:, None, None]
+
+    def clipped(clip: Tensor) -> QParams:
+        return qparams_of_range(None if low is None else low * clip, high * clip, grid, scale_dtype)
+
+    tried, each = clipped(clips), rows.expand(len(clips), -1, -1)
+    restored = dequantize(quantize(each, grid, PerChannel(), tried), PerChannel(), tried)
+    error = restored.sub_(rows).abs_().pow_(ERROR_POWER).sum(-1).nan_to_num_(nan=torch.inf)
+    return clipped(clips[error.argmin(0), 0])  # of equals the first
