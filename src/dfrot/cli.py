@@ -165,6 +165,7 @@ class Quantize:
         "check_source",
         "dtype",
         "calib_seq_len",
+        "kv_bits_by_block",
         "tune_steps",
         "tune_tokens",
         "tune_seq_len",
@@ -194,6 +195,8 @@ class Quantize:
     dtype: Literal["auto", "float16", "bfloat16", "float32", "float64"] = "auto"
     """Of unquantized tensors (auto: the model's own; float16 beside quantized weights if that is wider)."""
     calib_seq_len: int | None = None  # Tokens of one calibration sequence (default 2048, or calib-tokens if fewer).
+    kv_bits_by_block: float | None = None
+    """Average bits of keys and values, such as 4.5: blocks that lose most by the spec's get 8."""
     tune_steps: TuneSteps = None
     tune_tokens: TuneTokens = None
     tune_seq_len: TuneSeqLen = None
@@ -203,6 +206,7 @@ class Quantize:
     def recipe(self) -> Recipe:
         """From everything given except where to write and how to run."""
         names = ["method", "weights", "spec", "preset", "calib", "calib_tokens", "calib_seq_len", "dtype", "seed"]
+        names += ["kv_bits_by_block"]
         names += [name for name in vars(self) if name.startswith("tune")]
         given = _flat(self.options).items() - _flat(NONE_GIVEN).items()
         return Recipe.parse(**{name: getattr(self, name) for name in names}, **dict(given))

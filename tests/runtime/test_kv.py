@@ -77,8 +77,9 @@ def test_unpacking_gives_what_quantizing_leaves(bits: int) -> None:
 def test_the_bytes_of_a_cached_token_are_those_of_the_record(model: Any) -> None:
     cache = model(TOKENS, use_cache=True).past_key_values
     assert all(isinstance(layer, QuantizedCacheLayer) for layer in cache.layers)
+    config = read_config(Path(model.name_or_path))
     stored = sum(packed.nbytes for layer in cache.layers for packed in layer._packed)
-    assert stored == TOKENS.numel() * kv_bytes_per_token(read_config(Path(model.name_or_path)), SPEC)
+    assert stored == TOKENS.numel() * kv_bytes_per_token(config, [SPEC] * config.num_hidden_layers)
     layer = cache.layers[0]
     layer._room = layer._packed
     assert layer.nbytes == stored / 2 + 4 * TOKENS.numel()  # the positions at which the keys' bias is turned

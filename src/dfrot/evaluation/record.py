@@ -227,7 +227,8 @@ def model_size(path: Path) -> dict[str, int | float]:
     """
     config = read_config(path)
     checkpoint = read_checkpoint(path)
-    spec = checkpoint.runtime.spec if checkpoint else None
+    spec, blocks = checkpoint.runtime.spec if checkpoint else None, range(config.num_hidden_layers)
+    cached = [checkpoint.runtime.heads(block).keys if checkpoint else UNQUANTIZED for block in blocks]
     total = entries = decoder_bytes = decoder_weights = 0
     for name, tensor in stored_tensors(path).items():
         total += tensor.nbytes
@@ -243,12 +244,13 @@ def model_size(path: Path) -> dict[str, int | float]:
         "weight_bytes": total,
         "decoder_bits_per_weight": 8 * decoder_bytes / decoder_weights,
         "unquantized_bytes": checkpoint.unquantized_bytes if checkpoint else 2 * entries,
-        "kv_bytes_per_token": kv_bytes_per_token(config, UNQUANTIZED if spec is None else spec.keys),
-        "unquantized_kv_bytes_per_token": kv_bytes_per_token(config, UNQUANTIZED),
+        "kv_bytes_per_token": kv_bytes_per_token(config, cached),
+        "unquantized_kv_bytes_per_token": kv_bytes_per_token(config, [UNQUANTIZED for _ in blocks]),
     }
 
 
-def kv_bytes_per_token(config: Any, spec: TensorSpec) -> int:
-    """Bytes that keys and values of one token take in the cache of all layers, without its position."""
-    per_head = packed_width(head_dim(config), spec.bits) + _QPARAM_BYTES if spec.enabled else 2 * head_dim(config)
-    return 2 * config.num_hidden_layers * kv_heads(config) * per_head
+def kv_bytes_per_token(config: Any, grids: Iterable[TensorSpec]) -> int:
+    """Bytes that keys and values of one token take in the cache, without its position, from the grid of each block."""
+    size = head_dim(config)
+    heads = (packed_width(size, grid.bits) + _QPARAM_BYTES if grid.enabled else 2 * size for grid in grids)
+    return 2 * kv_heads(config) * sum(heads)

@@ -58,6 +58,8 @@ def model_card(path: Path, repository: str, records: Sequence[Record] = (), base
     data = ModelCardData(base_model=base_model, library_name="transformers", pipeline_tag="text-generation", tags=tags)
     kinds = {"weights": spec.weights, "activations": spec.activations, "keys and values": spec.keys}
     grids = ", ".join(f"{kind} in {grid.in_words}" for kind, grid in kinds.items() if grid.enabled)
+    if more := sum(bits != spec.keys.bits for bits in checkpoint.runtime.kv_bits):
+        grids += f" (more in {more} of {len(checkpoint.runtime.kv_bits)} blocks)"
     provenance = json.loads(json.dumps(recipe))
     if isinstance(calibration := provenance.get("calibration"), dict):
         calibration["text"] = text_label(str(calibration.get("text")))  # without its folder

@@ -1,13 +1,13 @@
 """What the cache costs: how far quantized keys and values take a checkpoint from the original model's predictions.
 
-Three streams of the same tokens go through the blocks side by side: the original model, the checkpoint, and the
-checkpoint with keys and values as they are. At the end their predictions are compared. In each block the checkpoint's
-stream goes through attention with and without the cache's grids; how much that changes of what the block adds tells
-blocks apart.
+Several streams of the same tokens go through the blocks side by side: the original model, the checkpoint, and the
+checkpoint with keys and values as they are, or with more bits in one of its blocks. At the end their predictions are
+compared. In each block the checkpoint's stream goes through attention with and without the cache's grids; how much that
+changes of what the block adds tells blocks apart.
 """
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from dfrot.tuning.run import written_head
 
 TOKENS = 1024  # at most; of the first calibration sequence
 NAMED = 3  # blocks that the summary names
+MORE_BITS = 8  # of keys and values in blocks that are to have more than others
 
 
 @dataclass(frozen=True)
@@ -49,66 +50,99 @@ class CacheCost:
         return {"tokens": tokens, **vars(self), "share": self.share}
 
 
-@torch.no_grad()
-def cache_cost(
-    source: Source,
-    runtime: RuntimeConfig,
-    residual: Rotation | None,
-    writer: CheckpointWriter,
-    tokens: Int[Tensor, "1 tokens"],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> CacheCost:
-    """Measure a checkpoint whose shards are written, on one sequence.
+@dataclass(frozen=True)
+class Written:
+    """A checkpoint whose shards are written.
 
     Args:
+        runtime: how it computes.
         residual: R1.
         dtype: of the computation.
     """
-    original = source.embedded(tokens).to(device, dtype)
-    cached = plain = source.embedded(tokens, writer.read(0)).to(device, dtype)
+
+    source: Source
+    runtime: RuntimeConfig
+    residual: Rotation | None
+    writer: CheckpointWriter
+    dtype: torch.dtype
+    device: torch.device
+
+    def embedded(self, tokens: Int[Tensor, "1 tokens"]) -> Float[Tensor, "1 tokens hidden"]:
+        return self.source.embedded(tokens, self.writer.read(0)).to(self.device, self.dtype)
+
+    def block(self, index: int, *runtimes: RuntimeConfig) -> list[nn.Module]:
+        """Block `index`, computing as each of these says."""
+        prefix = f"{self.source.graph.blocks}.{index}."
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in self.writer.read(index + 1).items()}
+        return [self._block(index, tensors, runtime) for runtime in runtimes]
+
+    def _block(self, index: int, tensors: dict[str, Tensor], runtime: RuntimeConfig) -> nn.Module:
+        source, graph, spec = self.source, self.source.graph, runtime.heads(index)
+        block = source.empty_block(index)
+        key_bias = KeyBias.of(block, graph, source.rotary, spec.keys, any_bias=runtime.key_means)
+        install_block_(block, index, graph, runtime, key_bias)
+        block = loaded(block, dict(tensors)).to(self.device, self.dtype)
+        if spec.keys.enabled:
+            attention: Any = block.get_submodule(graph.attention)
+            how = runtime.keys, head_dim(source.config), spec.queries, key_bias
+            attention.kv_quantizer = KVQuantizer(spec.keys, spec.values, *how)
+            attention.config._attn_implementation = ATTENTION
+        return block
+
+    def divergences(
+        self, original: Float[Tensor, "1 tokens hidden"], others: list[Float[Tensor, "1 tokens hidden"]]
+    ) -> list[float]:
+        """KL divergences from the original model in nats a token, of streams behind the last block."""
+        norm, head, bias = written_head(self.source, self.writer)
+        gain, eps = norm.to(self.device, self.dtype), self.source.eps
+
+        def read_by_head(states: Tensor) -> Float[Tensor, "1 tokens hidden"]:
+            return nn.functional.rms_norm(states, gain.shape, gain, eps)
+
+        goal = read_by_head(original if self.residual is None else self.residual.apply(original))
+        teacher = Teacher(goal, head.to(self.device, product_dtype(self.dtype, self.device)), bias)
+        return [float(teacher.divergence(read_by_head(states), [0])[0]) for states in others]
+
+
+@torch.no_grad()
+def cache_cost(model: Written, tokens: Int[Tensor, "1 tokens"]) -> CacheCost:
+    """Measure it on one sequence."""
+    source, runtime = model.source, model.runtime
+    original = source.embedded(tokens).to(model.device, model.dtype)
+    cached = plain = model.embedded(tokens)
     run, errors = BlockRunner(source, original), []
     for index in track(range(source.num_blocks), "cache"):
-        original = run(source.block(index).to(device, dtype), index, original)
-        prefix = f"{source.graph.blocks}.{index}."
-        tensors = {name.removeprefix(prefix): tensor for name, tensor in writer.read(index + 1).items()}
-        with_cache = _block(source, index, tensors, runtime, dtype, device)
-        without = _block(source, index, tensors, runtime.without("keys", "values"), dtype, device)
+        original = run(source.block(index).to(model.device, model.dtype), index, original)
+        with_cache, without = model.block(index, runtime, runtime.without("keys", "values"))
         before, cached = cached, run(with_cache, index, cached)
         expected = run(without, index, before)
         errors.append(float((cached - expected).norm() / (expected - before).norm()))
         plain = run(without, index, plain)
-    norm, head, bias = written_head(source, writer)
-    gain, eps = norm.to(device, dtype), source.eps
-
-    def read_by_head(states: Tensor) -> Float[Tensor, "1 tokens hidden"]:
-        return nn.functional.rms_norm(states, gain.shape, gain, eps)
-
-    goal = read_by_head(original if residual is None else residual.apply(original))
-    teacher = Teacher(goal, head.to(device, product_dtype(dtype, device)), bias)
-    kl, kl_without = (float(teacher.divergence(read_by_head(states), [0])[0]) for states in (cached, plain))
+    kl, kl_without = model.divergences(original, [cached, plain])
     return CacheCost(kl, kl_without, errors)
 
 
-def _block(
-    source: Source,
-    index: int,
-    tensors: dict[str, Tensor],
-    runtime: RuntimeConfig,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> nn.Module:
-    """Block `index` of the checkpoint, its attention with the grids of the cache if there are any."""
-    graph, block, spec = source.graph, source.empty_block(index), runtime.heads(index)
-    key_bias = KeyBias.of(block, graph, source.rotary, spec.keys, any_bias=runtime.key_means)
-    install_block_(block, index, graph, runtime, key_bias)
-    block = loaded(block, dict(tensors)).to(device, dtype)
-    if spec.keys.enabled:
-        attention: Any = block.get_submodule(graph.attention)
-        how = runtime.keys, head_dim(source.config), spec.queries, key_bias
-        attention.kv_quantizer = KVQuantizer(spec.keys, spec.values, *how)
-        attention.config._attn_implementation = ATTENTION
-    return block
+@torch.no_grad()
+def bits_by_block(model: Written, tokens: Int[Tensor, "1 tokens"], average: float) -> dict[str, Any]:
+    """Choose `bits` of keys and values for every block: 8 where these lower the divergence most, as often as the
+    average allows, elsewhere those of the model. Returns them with what they were chosen by.
+
+    The time grows with the square of the number of blocks: each of them is a checkpoint of its own.
+    """
+    source, few = model.source, model.runtime.spec.keys.bits
+    more = replace(model.runtime, kv_bits=(MORE_BITS,) * source.num_blocks)
+    original = source.embedded(tokens).to(model.device, model.dtype)
+    run, streams = BlockRunner(source, original), [model.embedded(tokens)]
+    for index in track(range(source.num_blocks), "bits of the cache"):
+        original = run(source.block(index).to(model.device, model.dtype), index, original)
+        with_few, with_more = model.block(index, model.runtime, more)
+        other = run(with_more, index, streams[0])
+        streams = [*(run(with_few, index, stream) for stream in streams), other]
+    kl, *kls = model.divergences(original, streams)
+    count = int(source.num_blocks * (average - few) / (MORE_BITS - few) + 1e-9)
+    best = {block for block in sorted(range(source.num_blocks), key=kls.__getitem__)[:count] if kls[block] < kl}
+    bits = [MORE_BITS if block in best else few for block in range(source.num_blocks)]
+    return {"bits": bits, "kl": kl, f"kl_with_{MORE_BITS}_in_block": kls}
 
 
 def warn_if_dear(notes: dict[str, Any], spec: Spec) -> None:
@@ -117,18 +151,21 @@ def warn_if_dear(notes: dict[str, Any], spec: Spec) -> None:
         warnings.warn(
             "quantized keys and values cost more than all else that is quantized: with them the KL divergence from the "
             f"original model is {notes['kl']:.3f} nats a token, without {notes['kl_without']:.3f}. Give them more bits "
-            f"than in {spec} (kv8), or leave them alone (kv16).",
+            f"than in {spec} (kv8, or --kv-bits-by-block for some of them), or leave them alone (kv16).",
             stacklevel=2,
         )
 
 
-def summary(notes: dict[str, Any]) -> list[str]:
-    """What was found out, in sentences."""
+def summary(notes: dict[str, Any], kv_bits: dict[str, Any]) -> list[str]:
+    """What was found out, in sentences, from notes of `CacheCost` and of `bits_by_block`; either may be empty."""
+    chosen = [str(block) for block, bits in enumerate(kv_bits.get("bits", ())) if bits == MORE_BITS]
+    said = [f"keys and values have {MORE_BITS} bits in blocks {', '.join(chosen)}"] if chosen else []
     if not notes:
-        return []
+        return said
     worst = sorted(range(len(notes["error_by_block"])), key=lambda block: -notes["error_by_block"][block])[:NAMED]
     named = ", ".join(f"{block} ({notes['error_by_block'][block]:.1%} of what it adds)" for block in worst)
     return [
+        *said,
         f"keys and values cost {notes['share']:.0%} of the KL divergence from the original model, "
-        f"{notes['kl']:.3f} nats a token; they change most in block {named}"
+        f"{notes['kl']:.3f} nats a token; they change most in block {named}",
     ]

@@ -66,6 +66,8 @@ class Recipe(Options):
     """Of tensors that are not quantized; auto is the model's own, at most 16 bits beside quantized weights."""
     seed: int = 0
     """Of everything random."""
+    kv_bits_by_block: float | None = None
+    """Bits of keys and values, averaged over blocks: those that need it most get 8, the others what the spec says."""
 
     def __post_init__(self) -> None:
         if not self.spec.weights.integer and self.rounding.learns_clipping:
@@ -75,6 +77,13 @@ class Recipe(Options):
             )
         if not 0 <= self.seed < 2**63:
             raise UserError(f"a seed is between 0 and 2^63 − 1, got {self.seed}.")
+        keys, average = self.spec.keys, self.kv_bits_by_block
+        if average is not None and not (keys.bits < average < 8 and self.reads_text):
+            raise UserError(
+                f"--kv-bits-by-block is an average between the bits of keys in {self.spec} and 8, such as "
+                f"{min(keys.bits, 7) + 0.5}, of a recipe that reads calibration text; got {average} with "
+                f"{self.method.name} and {self.rounding.name}."
+            )
         if self.method.mean_keys and not self.spec.keys.enabled:
             raise UserError(f"--mean-keys is about quantized keys, and {self.spec} leaves them alone: leave it out.")
         drawn, wanted = self.calibration.tokens // self.calibration.seq_len, self.method.sequences_read
@@ -116,6 +125,7 @@ class Recipe(Options):
         dtype: str = "auto",
         seed: int = 0,
         tune: str = "auto",
+        kv_bits_by_block: float | None = None,
         **options: Any,
     ) -> "Recipe":
         """A recipe from the words of the command line.
@@ -129,6 +139,7 @@ class Recipe(Options):
             calib_tokens: tokens of calibration text in total; None takes 65 536 where weights are fitted, else 2048.
             tune: what is trained after rounding: all, none, or of biases, clips, gains, scales, joined by commas. auto
                 takes biases where activations have at most 4 bits and weights are fitted, else none.
+            kv_bits_by_block: average bits of keys and values; blocks that need it most get 8.
             options: fields of `Preset`, method and rounding, and of `Tuning` as tune_…; None means not given.
 
         Raises:
@@ -159,10 +170,12 @@ class Recipe(Options):
         seq_len = calib_seq_len if calib_seq_len is not None else min(tokens, 2048)
         calibration = Calibration.checked(text=calib, tokens=tokens, seq_len=seq_len)
         how: Any = {"calibration": calibration, "tuning": Tuning.parse(tune, grids, fits_weights, seq_len, **tuned)}
+        how["kv_bits_by_block"] = kv_bits_by_block
         return Recipe.checked(method=fitted, rounding=rounding, spec=grids, dtype=dtype, seed=seed, **how)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON; `Recipe.from_json` is its inverse."""
+        by_block = {} if self.kv_bits_by_block is None else {"kv_bits_by_block": self.kv_bits_by_block}
         return {
             "method": self.method.name,
             "options": dataclasses.asdict(self.method),
@@ -174,6 +187,7 @@ class Recipe(Options):
             "tune": self.tuning.to_json(),
             "dtype": self.dtype,
             "seed": self.seed,
+            **by_block,
         }
 
     @staticmethod
@@ -190,6 +204,7 @@ class Recipe(Options):
                 tuning=Tuning.from_json(record.get("tune", {})),
                 dtype=record["dtype"],
                 seed=record["seed"],
+                kv_bits_by_block=record.get("kv_bits_by_block"),
             )
         except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
             raise UserError(f"this is not the recipe of a dfrot checkpoint: {error!r}") from error

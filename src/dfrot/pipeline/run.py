@@ -64,7 +64,7 @@ class QuantizeResult:
             *key_means.summary(self.notes.get("key_means", {})),
             *self.recipe.rounding.summary(self.notes.get("weights_by_block", [])),
             *self.recipe.tuning.summary(self.notes.get("tuning", {}), self.recipe.spec),
-            *cache.summary(self.notes.get("cache", {})),
+            *cache.summary(self.notes.get("cache", {}), self.notes.get("kv_bits", {})),
             *_for_no_speed(self.recipe.spec),
             f"folding changed the model by {self.invariance:.0e} (float64, relative)",
         ]
@@ -154,6 +154,8 @@ def quantize(
             notes["weights_by_block"] = by_block
         rounded = time.perf_counter()
         timings = {"fit": fitted - began, "quantize": rounded - fitted}
+        if recipe.kv_bits_by_block is not None:
+            notes["kv_bits"] = loop.choose_kv_bits(recipe.kv_bits_by_block)
         if windows is not None:
             notes["tuning"] = loop.tune(windows)
             timings["tune"] = time.perf_counter() - rounded
@@ -205,7 +207,7 @@ def _depended_on_by_fit(on: FitContext, recipe: Recipe) -> dict[str, Any]:
 def _depended_on_by_blocks(on: FitContext, recipe: Recipe) -> dict[str, Any]:
     """What the blocks of a checkpoint depend on, before they are tuned: all of the recipe but the cache."""
     record = recipe.to_json()
-    del record["spec"], record["tune"]
+    record = {name: value for name, value in record.items() if name not in ("spec", "tune", "kv_bits_by_block")}
     kinds = ("weights", "activations", *["keys"] * recipe.method.mean_keys)
     record["grids"] = {kind: record["grids"][kind] for kind in kinds}
     return {**_identity(on.source, recipe), "recipe": record, "device": on.device.type}
@@ -384,12 +386,30 @@ class _Loop:
         how = self.on.calibration()[:sequences], self.dtypes.working, self.on.device
         self.runtime = replace(self.runtime, largest=largest_inputs(self.source, self.runtime, self.writer, *how))
 
+    def choose_kv_bits(self, average: float) -> dict[str, Any]:
+        """Give keys and values of some blocks more bits; a resumed run takes what was chosen. Returns notes."""
+        record, tensors = self.writer.load_fit() or ({}, {})
+        if "kv_bits" not in record:
+            if self.on.processes.is_main:
+                record["kv_bits"] = cache.bits_by_block(self._written, self._few_tokens, average)
+            self.writer.save_fit(record, tensors)
+            record, _ = self.writer.load_fit() or (record, tensors)
+        self.runtime = replace(self.runtime, kv_bits=tuple(record["kv_bits"]["bits"]))
+        return record["kv_bits"]
+
     def cache_cost(self) -> dict[str, Any]:
         """What quantized keys and values cost on the first calibration sequence; returns notes."""
-        tokens = self.on.calibration()[:1, : cache.TOKENS]
+        tokens = self._few_tokens
+        return cache.cache_cost(self._written, tokens).notes(tokens.shape[1])
+
+    @property
+    def _few_tokens(self) -> Int[Tensor, "1 tokens"]:
+        return self.on.calibration()[:1, : cache.TOKENS]
+
+    @property
+    def _written(self) -> cache.Written:
         model = self.source, self.runtime, self.transforms.residual, self.writer
-        found = cache.cache_cost(*model, tokens, self.dtypes.working, self.on.device)
-        return found.notes(tokens.shape[1])
+        return cache.Written(*model, self.dtypes.working, self.on.device)
 
     def finish(self, notes: dict[str, Any]) -> None:
         """Write the tokenizer, the notes and, last of all, the config, which makes the directory a checkpoint."""

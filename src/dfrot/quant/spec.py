@@ -172,6 +172,13 @@ class Spec:
         group = "" if self.weights.group is None or not self.weights.integer else f"g{self.weights.group}"
         return f"w{self.weights}{group}a{self.activations}kv{self.keys}"
 
+    def with_kv_bits(self, bits: int) -> "Spec":
+        """The same with keys, values and quantized queries of so many bits. Where these are more than before, ranges
+        are not clipped: in 8 bits that costs more than it saves."""
+        kinds = {kind: getattr(self, kind) for kind in ("keys", "values", "queries")}
+        grids = {kind: grid for kind, grid in kinds.items() if grid.enabled and grid.bits != bits}
+        return replace(self, **{kind: replace(grid, bits=bits, clip_ratio=1.0) for kind, grid in grids.items()})
+
     def to_json(self) -> dict[str, dict[str, Any]]:
         """Plain JSON of each kind of tensors."""
         return {kind: grid.to_json() for kind, grid in vars(self).items()}

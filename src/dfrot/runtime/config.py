@@ -34,6 +34,7 @@ class RuntimeConfig:
     clips: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     # Such a norm or layer → the largest magnitude that NVFP4 is to hold there, by block.
     largest: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    kv_bits: tuple[int, ...] = ()  # of keys and values by block, if not all have those of the grids
     key_means: bool = False  # whether a tensor of each block, in place of the bias of keys, stays out of the cache
 
     def activations(self, site: str, index: int) -> TensorSpec:
@@ -44,8 +45,9 @@ class RuntimeConfig:
 
     def heads(self, index: int) -> Spec:
         """The spec with the grids that keys and values have in block `index`."""
-        keys, values = (self._clipped(getattr(self.spec, kind), kind, index) for kind in ("keys", "values"))
-        return replace(self.spec, keys=keys, values=values)
+        spec = self.spec.with_kv_bits(self.kv_bits[index]) if self.kv_bits else self.spec
+        keys, values = (self._clipped(getattr(spec, kind), kind, index) for kind in ("keys", "values"))
+        return replace(spec, keys=keys, values=values)
 
     def _clipped(self, grid: TensorSpec, site: str, index: int) -> TensorSpec:
         return replace(grid, clip_ratio=self.clips[site][index]) if site in self.clips and grid.enabled else grid
@@ -71,6 +73,8 @@ class RuntimeConfig:
             record["clips"] = {site: list(clips) for site, clips in self.clips.items()}
         if self.largest:
             record["largest"] = {site: list(values) for site, values in self.largest.items()}
+        if self.kv_bits:
+            record["kv_bits"] = list(self.kv_bits)
         if self.key_means:
             record["key_means"] = True
         assert not tensors, f"format {FORMAT} has no place for the tensors of online rotations: {sorted(tensors)}"
@@ -80,9 +84,10 @@ class RuntimeConfig:
     def from_json(record: Any) -> "RuntimeConfig":
         """Raises UserError if the record is not complete, or says something that this version does not know."""
         wrong = "this is not the runtime record of a dfrot checkpoint"
-        names = {"grids", "online", "keys", "rotation_blocks", "biases", "offsets", "clips", "largest", "key_means"}
         # what records of earlier versions leave out
-        left_out: dict[str, Any] = {"biases": [], "offsets": [], "clips": {}, "largest": {}, "key_means": False}
+        left_out: dict[str, Any] = {"biases": [], "offsets": [], "clips": {}, "largest": {}}
+        left_out |= {"kv_bits": [], "key_means": False}
+        names = {"grids", "online", "keys", "rotation_blocks", *left_out}
         record = left_out | record if isinstance(record, dict) else {}
         if differing := names ^ record.keys():
             raise UserError(f"{wrong}: {min(differing)!r} is unknown or missing.")
@@ -100,10 +105,13 @@ class RuntimeConfig:
             for name, sites in (("clip_ratio", clips), ("largest", largest)):
                 for value in itertools.chain(*sites.values()):
                     TensorSpec.checked(**vars(spec.activations) | {name: value})
+            kv_bits = tuple(record["kv_bits"])
+            if not all(spec.keys.enabled and bits in range(2, 9) for bits in kv_bits):
+                raise ValueError(f"keys and values of {spec} have the bits {kv_bits} by block")
             means = {True: True, False: False}[record["key_means"]]
         except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
             raise UserError(f"{wrong}: {error}") from error
-        return RuntimeConfig(spec, online, keys, blocks, biases, offsets, clips, largest, means)
+        return RuntimeConfig(spec, online, keys, blocks, biases, offsets, clips, largest, kv_bits, means)
 
     @staticmethod
     def of_checkpoint(record: Mapping[str, Any]) -> "RuntimeConfig":

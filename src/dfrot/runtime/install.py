@@ -40,11 +40,10 @@ def install_(model: Any, runtime: RuntimeConfig) -> None:
     blocks = list(root.get_submodule(graph.blocks).children())
     rotary, means = root.get_submodule(graph.rotary), runtime.key_means
     key_bias = KeyBias.of(blocks[0], graph, rotary, runtime.spec.keys, any_bias=means) if blocks else None
-    by_block = (*runtime.clips.items(), *runtime.largest.items())
+    of_cache = (("the bits of keys and values", runtime.kv_bits),) if runtime.kv_bits else ()
+    by_block = (*runtime.clips.items(), *runtime.largest.items(), *of_cache)
     if wrong := [site for site, values in by_block if len(values) != len(blocks)]:
-        raise UserError(
-            f"this checkpoint's config has other than {len(blocks)} clip ratios, or largest inputs, for '{wrong[0]}'."
-        )
+        raise UserError(f"this checkpoint's config has other than {len(blocks)} values for '{wrong[0]}', one a block.")
     for index, block in enumerate(blocks):
         install_block_(block, index, graph, runtime, key_bias)
     if runtime.spec.keys.enabled:
