@@ -12,6 +12,7 @@ from dfrot.models.source import open_source
 from dfrot.pipeline.estimate import Estimate, free_disk
 from dfrot.system.errors import SetupError, UserError
 from dfrot.system.memory import available_memory
+from dfrot.training.teacher import LOGITS
 from tests.tiny_models import write_tiny_model
 
 Tiny = Callable[[str], Path]
@@ -66,6 +67,19 @@ def test_more_text_and_finer_fitting_need_more_memory(tiny: Tiny) -> None:
     assert few.memory < many.memory
     rtn, gptq = (planned(tiny("llama"), weights=weights) for weights in ("rtn", "gptq"))
     assert rtn.memory < gptq.memory
+
+
+def test_measuring_what_the_cache_costs_is_planned(tiny: Tiny, tmp_path: Path) -> None:
+    path = write_tiny_model("llama", tmp_path / "model", vocab_size=65536)
+    words: dict[str, Any] = {"method": "quarot", "tune": "none", "dtype": "float32"}
+    words |= {"weights": "gptq", "calib_tokens": 64, "calib_seq_len": 32}
+    without, measured, chosen = (
+        planned(path, **words, **more)
+        for more in ({"spec": "w4a4kv16"}, {"spec": "w4a4kv4"}, {"spec": "w4a4kv4", "kv_bits_by_block": 6.0})
+    )
+    streams, head, logits = 3 * 32 * 48, 2 * 65536 * 48, 4 * LOGITS  # in float32; the head as it is stored, too
+    assert without.resident < measured.resident > 1.1 * 4 * (streams + head + logits)
+    assert chosen.resident - measured.resident == pytest.approx(1.1 * 4 * 2 * 32 * 48, abs=1)
 
 
 @pytest.mark.parametrize("width", [1024, 2048])

@@ -15,6 +15,7 @@ from transformers import DynamicCache
 
 from dfrot.linalg.rotation import Rotation
 from dfrot.methods.method import FitContext
+from dfrot.models.sizes import ModelSizes
 from dfrot.models.stream import BlockRunner
 from dfrot.runtime.key_bias import KeyBias
 from dfrot.system.errors import UserError
@@ -77,6 +78,12 @@ def key_means(on: FitContext, rotation: Rotation | None) -> KeyMeans:
         vectors.append(choices[found[1] < found[0]].cpu())
         errors.append(found)
     return KeyMeans(tuple(vectors), {"error": errors, "tokens": tokens.numel()})
+
+
+def peak_bytes(sizes: ModelSizes) -> int:
+    """Memory that `key_means` takes: a block and the text's hidden states, in float32, before and behind it."""
+    text = max(sizes.seq_len, min(TOKENS, sizes.tokens)) * sizes.hidden
+    return 4 * 2 * text + sizes.block * (sizes.source + 4) + 4 * sizes.sequence
 
 
 def summary(notes: Mapping[str, Any]) -> list[str]:

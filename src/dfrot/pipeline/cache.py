@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dfrot.checkpoint.writer import CheckpointWriter
 from dfrot.linalg.rotation import Rotation
 from dfrot.models.graph import head_dim
+from dfrot.models.sizes import ModelSizes
 from dfrot.models.source import Source, loaded
 from dfrot.models.stream import BlockRunner
 from dfrot.quant.spec import Spec
@@ -25,7 +26,7 @@ from dfrot.runtime.install import install_block_
 from dfrot.runtime.key_bias import KeyBias
 from dfrot.runtime.kv import ATTENTION, KVQuantizer
 from dfrot.system.progress import track
-from dfrot.training.teacher import Teacher, product_dtype
+from dfrot.training.teacher import LOGITS, Teacher, product_dtype
 from dfrot.tuning.run import written_head
 
 TOKENS = 1024  # at most; of the first calibration sequence
@@ -143,6 +144,14 @@ def bits_by_block(model: Written, tokens: Int[Tensor, "1 tokens"], average: floa
     best = {block for block in sorted(range(source.num_blocks), key=kls.__getitem__)[:count] if kls[block] < kl}
     bits = [MORE_BITS if block in best else few for block in range(source.num_blocks)]
     return {"bits": bits, "kl": kl, f"kl_with_{MORE_BITS}_in_block": kls}
+
+
+def peak_bytes(sizes: ModelSizes, choosing: bool) -> int:
+    """Memory that `cache_cost` takes, or `bits_by_block`, which is `choosing`."""
+    streams = (3 + sizes.num_blocks * choosing) * min(sizes.seq_len, TOKENS) * sizes.hidden * sizes.working
+    block = sizes.block * (sizes.source + sizes.working)  # the original's; those of the checkpoint are packed
+    head = sizes.vocabulary * sizes.hidden * (sizes.stored + 4) + 4 * 4 * LOGITS
+    return streams + max(block, head)
 
 
 def warn_if_dear(notes: dict[str, Any], spec: Spec) -> None:

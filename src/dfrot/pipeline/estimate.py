@@ -1,9 +1,10 @@
 """What quantizing a model will take, from its config and the headers of its files: memory and disk.
 
-Three stages may need the most memory: fitting the rotations, folding the embedding or head, and a decoder block. All
-count the tensors that are there at the same time; methods and roundings count their own. malloc may keep as much again
-of freed memory (system/memory.py), which is not counted; the command line lets it only where there is room. The hidden
-states of the calibration text come on top, unless they do not fit: then they are offloaded to disk.
+Any of some stages may need the most memory: fitting the rotations, folding the embedding or head, a decoder block,
+tuning, and measuring what the cache costs. All count the tensors that are there at the same time; methods and roundings
+count their own. malloc may keep as much again of freed memory (system/memory.py), which is not counted; the command
+line lets it only where there is room. The hidden states of the calibration text come on top, unless they do not fit:
+then they are offloaded to disk.
 """
 
 import shutil
@@ -13,9 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dfrot.methods import key_means
 from dfrot.methods.method import FitContext
 from dfrot.models.sizes import ModelSizes
 from dfrot.models.source import Source
+from dfrot.pipeline import cache
 from dfrot.pipeline.recipe import Recipe
 from dfrot.quant.packing import packed_width
 from dfrot.system.distributed import SINGLE_PROCESS, ProcessGroup
@@ -80,7 +83,16 @@ class Estimate:
         vocabulary += _FOLD64 * min(sizes.vocabulary, VOCABULARY_ROWS) * sizes.hidden
         budget = (available_memory() if memory is None else memory) // processes.local
         tuning = recipe.tuning.needs(sizes, recipe.spec)
-        stages = recipe.method.peak_bytes(sizes, budget), vocabulary, _block_bytes(sizes, recipe), tuning.memory(budget)
+        stages = [
+            recipe.method.peak_bytes(sizes, budget),
+            vocabulary,
+            _block_bytes(sizes, recipe),
+            tuning.memory(budget),
+        ]
+        if recipe.method.mean_keys:
+            stages.append(key_means.peak_bytes(sizes))
+        if recipe.spec.keys.enabled and recipe.reads_text:
+            stages.append(cache.peak_bytes(sizes, recipe.kv_bits_by_block is not None))
         state = sizes.working * sizes.hidden + recipe.rounding.state_bytes(sizes)
         # the whole model in float32, and its files, which are mapped
         check = int(_SLACK * (_PROCESS + sum(4 * each.shape.numel() + each.nbytes for each in source.stored.values())))
