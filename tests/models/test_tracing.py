@@ -1,5 +1,7 @@
 """Architectures without a table: what is traced of them is proved, or refused by name."""
 
+import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -48,6 +50,8 @@ GEMMA_KEYS |= {"attention.layer_norm_rms_epsilon": 1e-6, "attention.value_length
 
 GAINS = traced_graph(TRACED["gemma3_text"])
 every_traced = pytest.mark.parametrize("architecture", TRACED)
+# One of every structure: the others differ from one of these in numbers alone.
+STRUCTURES = ("cohere", "gemma3_text", "glm4", "gpt_neox", "granite", "mixtral", "nemotron", "olmo2", "opt", "phi")
 
 # What stands in the way, where nothing is read wrongly but nothing is supported either.
 REFUSED = {
@@ -100,22 +104,33 @@ def made(tiny: Tiny, out: Path, architecture: str, text: Path, **words: Any) -> 
     return dfrot.quantize(tiny(architecture), recipe, out, check_source="auto").path
 
 
-@every_traced
+@pytest.fixture(scope="module")
+def quantized(tiny: Tiny, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A checkpoint of an architecture, made on first use."""
+    folder = tmp_path_factory.mktemp("quantized")
+    return functools.cache(lambda name: made(tiny, folder / name, name, text_file, dtype="float32"))
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "quarot": {"head_mixing": True},
+    "duquant": {"block": 8, "greedy_steps": 4},
+    "learned": {"steps": 3, "learn_steps": 3, "learn_tokens": 32, "calib_tokens": 128},
+    "none": {},
+}
+
+
 @pytest.mark.parametrize(
-    "words",
+    ("architecture", "method"),
     [
-        {"method": "quarot", "head_mixing": True},
-        {"method": "duquant", "block": 8, "greedy_steps": 4},
-        {"method": "learned", "steps": 3, "learn_steps": 3, "learn_tokens": 32, "calib_tokens": 128},
-        {"method": "none"},
+        *itertools.product(TRACED, ("quarot", "duquant")),
+        *itertools.product(STRUCTURES, ("learned", "none")),
     ],
-    ids=lambda words: words["method"],
 )
 def test_folding_leaves_the_logits_of_transformers(
-    tiny: Tiny, tmp_path: Path, text_file: Path, architecture: str, words: dict[str, Any]
+    tiny: Tiny, tmp_path: Path, text_file: Path, architecture: str, method: str
 ) -> None:
-    graph = graph_for(TRACED[architecture])
-    if words["method"] == "learned" and (graph.experts or not graph.rotates_stream):
+    graph, words = graph_for(TRACED[architecture]), {"method": method, **METHODS[method]}
+    if method == "learned" and (graph.experts or not graph.rotates_stream):
         wrong = r"the norm 'post_\w+norm' stands between layers and the residual stream|has experts, for whose inputs"
         with pytest.raises(UserError, match=wrong):
             made(tiny, tmp_path / "out", architecture, text_file, **words)
@@ -129,30 +144,26 @@ def test_folding_leaves_the_logits_of_transformers(
 
 
 @every_traced
-def test_it_generates_with_a_packed_cache_as_without_one(
-    tiny: Tiny, tmp_path: Path, text_file: Path, architecture: str
-) -> None:
-    path = made(tiny, tmp_path / "out", architecture, text_file, dtype="float64")
-    model, _ = dfrot.load(path)
+def test_it_generates_with_a_packed_cache_as_without_one(quantized: Callable[[str], Path], architecture: str) -> None:
+    model, _ = dfrot.load(quantized(architecture), dtype=torch.float64)
     how: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     assert torch.equal(model.generate(TOKENS, **how), model.generate(TOKENS, use_cache=False, **how))
 
 
 @every_traced
 def test_kernels_compute_what_the_reference_computes(
-    tiny: Tiny, tmp_path: Path, text_file: Path, architecture: str, monkeypatch: pytest.MonkeyPatch
+    quantized: Callable[[str], Path], architecture: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = made(tiny, tmp_path / "out", architecture, text_file, dtype="float32")
-    found = []
+    found: list[torch.Tensor] = []
     for used in (instruction_set(), 0):
         monkeypatch.setattr("dfrot.kernels.library.instruction_set", lambda used=used: used)
-        model, _ = dfrot.load(path)
+        model, _ = dfrot.load(quantized(architecture))
         with torch.no_grad():
             found.append(model(TOKENS).logits)
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5 * float(found[1].abs().max()))
 
 
-@every_traced
+@pytest.mark.parametrize("architecture", STRUCTURES)
 def test_tuning_takes_it(tiny: Tiny, tmp_path: Path, text_file: Path, architecture: str) -> None:
     words = {"tune": "all", "tune_steps": 2, "tune_tokens": 32, "tune_seq_len": 16}
     path = made(tiny, tmp_path / "out", architecture, text_file, **words)
