@@ -1,6 +1,7 @@
 """README and the site: every command parses, every file and number exists, sentences are short."""
 
 import ast
+import dataclasses
 import functools
 import re
 import runpy
@@ -16,6 +17,7 @@ import dfrot_command
 from dfrot import cli
 from dfrot.export import export
 from dfrot.pipeline.recipe import Recipe
+from dfrot.runtime.config import RuntimeConfig
 from tests.tiny_models import write_tiny_model
 
 ROOT = Path(__file__).parents[1]
@@ -100,6 +102,12 @@ def test_python_of_the_docs_names_what_exists(page: Path) -> None:
 def test_paths_between_backticks_exist(page: Path) -> None:
     named = re.findall(r"`((?:src|tests|benchmarks|runs|examples|docs|dev)/[\w/.-]+)`", page.read_text())
     assert not [path for path in named if not (ROOT / path).exists()]
+
+
+def test_the_format_of_checkpoints_names_every_field_of_the_runtime_record() -> None:
+    page = (ROOT / "docs" / "reference" / "checkpoint.md").read_text()
+    names = {"grids", *(field.name for field in dataclasses.fields(RuntimeConfig))} - {"spec"}
+    assert not {name for name in names if f"`{name}`" not in page}
 
 
 def test_readme_is_short_and_its_links_lead_somewhere() -> None:
