@@ -255,8 +255,8 @@ def test_interrupting_says_how_to_resume_and_resuming_finishes(tiny: Tiny, tmp_p
         "import signal, sys, time\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # background jobs inherit that it is ignored
         "from dfrot import cli\n"
-        "from dfrot.pipeline import run as pipeline\n"
-        "pipeline._Loop.quantize_block = lambda *_: time.sleep(20)\n"
+        "from dfrot.pipeline import loop\n"
+        "loop.Loop.quantize_block = lambda *_: time.sleep(20)\n"
         "sys.exit(cli.main(sys.argv[1:]))\n"
     )
     words = ["quantize", str(tiny("llama")), "-o", str(tmp_path / "out"), "--method", "quarot", "--weights", "rtn"]

@@ -26,7 +26,7 @@ from dfrot.models.configs import read_config
 from dfrot.models.files import stored_tensors
 from dfrot.models.source import open_source
 from dfrot.models.texts import read_text
-from dfrot.pipeline import run as pipeline
+from dfrot.pipeline import loop
 from dfrot.pipeline.recipe import Recipe
 from dfrot.system import files as save
 from dfrot.system.errors import SetupError, UserError
@@ -141,8 +141,8 @@ def test_a_model_that_vanishes_between_two_blocks_is_one_message(
             broken.rename(kept)
         return quantize_block(*given)
 
-    quantize_block = pipeline._Loop.quantize_block
-    monkeypatch.setattr(pipeline._Loop, "quantize_block", vanish)
+    quantize_block = loop.Loop.quantize_block
+    monkeypatch.setattr(loop.Loop, "quantize_block", vanish)
     words = ["quantize", str(broken), "-o", str(tmp_path / "out"), "--method", "quarot", "--weights", "rtn"]
     assert main(words) == 1
     assert "model.safetensors is not there, or not any more" in " ".join(capsys.readouterr().err.split())

@@ -31,6 +31,7 @@ from dfrot.inspect.inspect import inspect
 from dfrot.methods.dfrot import DFRot
 from dfrot.methods.method import Fit, FitContext
 from dfrot.models.source import Source
+from dfrot.pipeline import loop
 from dfrot.pipeline import run as pipeline
 from dfrot.pipeline.recipe import Recipe
 from dfrot.report.page import report
@@ -240,7 +241,7 @@ def test_blocks_are_quantized_once_for_recipes_that_differ_in_the_cache_alone(
 ) -> None:
     made = [Recipe.parse("quarot", "rtn", spec) for spec in ("w4a4kv4", "w4a4kv16", "w4a4kv8")]
     dfrot.quantize(tiny("llama"), made[0], tmp_path / "0", reuse_dir=tmp_path / "shared")
-    monkeypatch.setattr(pipeline._Loop, "quantize_block", None)  # would be called, and cannot be
+    monkeypatch.setattr(loop.Loop, "quantize_block", None)  # would be called, and cannot be
     for number in (1, 2):
         dfrot.quantize(tiny("llama"), made[number], tmp_path / str(number), reuse_dir=tmp_path / "shared")
         for shard in (tmp_path / "0").glob("*.safetensors"):

@@ -16,7 +16,7 @@ from dfrot.models.experts import MixtureOfExperts, use_experts_
 from dfrot.models.files import in_file, of_module
 from dfrot.models.source import open_source
 from dfrot.models.stream import captured_inputs
-from dfrot.pipeline import run as pipeline
+from dfrot.pipeline import loop
 from dfrot.rounding.stream import CalibrationStream, Hessian
 from dfrot.runtime.linear import QuantLinear
 from dfrot.system.errors import UserError
@@ -89,7 +89,7 @@ def test_an_expert_is_fitted_to_the_tokens_that_choose_it_and_to_others_where_th
                 seen.append((Hessian(found.inputs.clone(), found.cross, found.filled), own))
             return found
 
-    monkeypatch.setattr(pipeline, "CalibrationStream", Watched)
+    monkeypatch.setattr(loop, "CalibrationStream", Watched)
     words = {"method": "none", "weights": "gptq", "dtype": "float64", "calib_tokens": 192, "target": target}
     made(tiny, tmp_path / "out", architecture, text_file, spec="w4a16kv16", **words)
     assert len(seen) == 2 * TRACED[architecture].num_local_experts

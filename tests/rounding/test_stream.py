@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 import dfrot
 from dfrot.models.graph import ModelGraph
 from dfrot.models.source import open_source
-from dfrot.pipeline import run as pipeline
+from dfrot.pipeline import loop
 from dfrot.pipeline.estimate import Estimate
 from dfrot.rounding.stream import TOGETHER, CalibrationStream, Hessian
 from dfrot.runtime.linear import QuantLinear
@@ -39,7 +39,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         return hessian
 
     original = CalibrationStream.hessian
-    monkeypatch.setattr(pipeline, "CalibrationStream", Watched)
+    monkeypatch.setattr(loop, "CalibrationStream", Watched)
     monkeypatch.setattr(CalibrationStream, "hessian", hessian)
     return found
 
@@ -203,7 +203,7 @@ def test_resuming_with_another_calibration_text_is_refused(
     text = tmp_path / "text.txt"
     text.write_text(text_file.read_text())
     recipe = dfrot.Recipe.parse("none", "gptq", tune="none", calib=str(text), calib_tokens=96)
-    monkeypatch.setattr(pipeline._Loop, "quantize_block", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(loop.Loop, "quantize_block", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         dfrot.quantize(tiny("llama"), recipe, tmp_path / "out")
     monkeypatch.undo()

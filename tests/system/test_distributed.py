@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import dfrot
 from dfrot.cli import main
 from dfrot.models.source import open_source
-from dfrot.pipeline import run as pipeline
+from dfrot.pipeline import loop
 from dfrot.pipeline.estimate import Estimate
 from dfrot.system.distributed import SINGLE_PROCESS, ProcessGroup
 from dfrot.system.errors import UserError
@@ -89,8 +89,8 @@ def test_torchrun_goes_on_with_what_one_process_began(
             raise KeyboardInterrupt
         return original(loop, index, *rest)
 
-    original = pipeline._Loop.quantize_block
-    monkeypatch.setattr(pipeline._Loop, "quantize_block", dies)
+    original = loop.Loop.quantize_block
+    monkeypatch.setattr(loop.Loop, "quantize_block", dies)
     assert main(words) == 130
     done = torchrun("-m", "dfrot", *words, "--resume")
     assert done.returncode == 0, done.stderr

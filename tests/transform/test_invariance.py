@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 import dfrot
 from dfrot.models.source import loaded, open_source
-from dfrot.pipeline.run import _Loop
+from dfrot.pipeline.loop import Loop
 from dfrot.transform.fold import Fold
 from dfrot.transform.invariance import InvarianceCheck, InvarianceError, require_fall
 from dfrot.transform.transforms import Transforms
@@ -188,7 +188,7 @@ def test_a_head_that_stays_tied_though_it_was_folded_ends_the_run(
 def test_an_embedding_that_was_not_rotated_ends_the_run(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_Loop, "_fold_rows", lambda _, matrix, fold: matrix.half())
+    monkeypatch.setattr(Loop, "_fold_rows", lambda _, matrix, fold: matrix.half())
     with pytest.raises(InvarianceError, match="the embedding in the checkpoint is not the one that was checked"):
         dfrot.quantize(tiny("llama"), dfrot.Recipe.parse("quarot", "rtn"), tmp_path / "out")
     assert not (tmp_path / "out" / "config.json").exists()
