@@ -29,7 +29,7 @@ import dfrot
 from dfrot.checkpoint.load import read_checkpoint
 from dfrot.checkpoint.writer import is_ours, opened_writer, read_fit, write_fit
 from dfrot.evaluation.record import read_records
-from dfrot.gguf.reader import read_header
+from dfrot.gguf.header import read_header
 from dfrot.inspect.inspection import read_inspection
 from dfrot.kernels.library import instruction_set
 from dfrot.models.configs import read_config

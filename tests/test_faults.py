@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import dfrot
 from dfrot.checkpoint.writer import opened_writer, read_fit, write_fit
 from dfrot.cli import main
-from dfrot.gguf.reader import read_header
+from dfrot.gguf.header import read_header
 from dfrot.inspect.inspection import read_inspection
 from dfrot.linalg.hadamard import is_hadamard_size, require_hadamard_size
 from dfrot.linalg.rotation import rotation_from

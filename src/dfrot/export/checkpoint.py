@@ -162,7 +162,7 @@ class Checkpoint:
     def _less_one(self, name: str) -> Tensor:
         """A tensor, no linear layer's; smaller by 1 if it is of a norm to whose weight transformers adds 1."""
         tensor = self.tensor(name)
-        return (tensor.double() - 1).to(tensor.dtype) if self.graph.unit_gains and "norm" in name else tensor
+        return (tensor.double() - 1).to(tensor.dtype) if self.graph.adds_one(name) else tensor
 
 
 def write_directory(checkpoint: Checkpoint, out: Path, weight: Weight, config: dict[str, Any]) -> None:

@@ -124,6 +124,13 @@ class ModelGraph:
         """Whether R1 can be folded. The gain of a norm behind a writer stands in the stream's own basis."""
         return not self.norms_behind
 
+    def adds_one(self, tensor: str) -> bool:
+        """Whether it is the weight of a norm that multiplies by 1 plus it."""
+        module = tensor.removesuffix(".weight")
+        of_block = module.removeprefix(f"{self.blocks}.").partition(".")[2]
+        norms = (*self.norms, *self.norms_behind, *self.head_norms)
+        return self.unit_gains and (module == self.final_norm or of_block in norms)
+
     def norm_before(self, linear: str) -> str | None:
         """The norm whose output `linear` reads, if it reads one."""
         if linear == self.router:
