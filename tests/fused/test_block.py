@@ -175,3 +175,22 @@ def test_a_reader_of_a_norm_with_a_transform_of_its_own_takes_the_long_way(
 def test_configurations_have_the_heads_that_they_were_given(wide: Callable[[str], Path]) -> None:
     config: PreTrainedConfig = AutoModelForCausalLM.from_pretrained(wide("phi3")).config
     assert config.head_dim == 32
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["cache", "past_key_values", "kept"])
+def test_a_cache_is_known_by_its_names_and_never_passed_over(
+    wide: Callable[[str], Path], tmp_path: Path, text_file: Path, name: str
+) -> None:
+    """transformers 5.24 calls it otherwise than before; by a third name the block goes the long way."""
+    model = checkpoint(wide("llama"), tmp_path / "out", text_file)
+    block, cache = model.model.layers[0], model(TOKENS, use_cache=True).past_key_values
+    x = torch.randn(2, 1, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    positions = torch.full((2, 1), TOKENS.shape[1])
+    how = {"position_embeddings": model.model.rotary_emb(x, positions), "position_ids": positions}
+    found = block.fused(block, x, **{name: cache}, **how)
+    if name == "kept":
+        assert found is None
+        return
+    assert found is not None
+    assert cache.layers[0].get_seq_length() == TOKENS.shape[1] + 1

@@ -20,6 +20,12 @@ PROBE_TOKENS = 32
 FLOAT32_BOUND = 1e-3
 
 
+def cache_name(block: nn.Module) -> str:
+    """What a decoder block calls the cache that it is given; `cache` from transformers 5.24 on."""
+    takes = inspect.signature(block.forward).parameters
+    return next((name for name in ("layer_past", "cache") if name in takes), "past_key_values")
+
+
 class BlockRunner:
     """Runs single decoder blocks on hidden states of one length and dtype, as the whole model would.
 
@@ -33,8 +39,7 @@ class BlockRunner:
         if source.graph.rotary:
             rotary = type(source.rotary)(config=source.config).to(like.device)
             self._embeddings = position_embeddings(rotary, like, positions)
-        takes = inspect.signature(source.empty_block(0).forward).parameters
-        self._cache_name = "layer_past" if "layer_past" in takes else "past_key_values"
+        self._cache_name = cache_name(source.empty_block(0))
         window = getattr(source.config, "sliding_window", None)
         self._sliding_mask = None
         if window is not None and window < like.shape[1]:  # else the window changes nothing

@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dfrot.models.experts import EXPERTS, ROUTER, MixtureOfExperts, use_experts_
 from dfrot.models.graph import Config, ModelGraph, head_dim, kv_heads
-from dfrot.models.stream import position_embeddings
+from dfrot.models.stream import cache_name, position_embeddings
 from dfrot.system.errors import UserError
 
 _TOKENS = 3
@@ -205,7 +205,7 @@ def _calls(block: nn.Module, rotary: Any, config: Config) -> list[_Call]:
             if rotary is not None:
                 embeddings = position_embeddings(type(rotary)(config=config), hidden, positions)
                 how["position_embeddings"] = next(iter(embeddings.values()))
-            block.eval()(hidden, attention_mask=None, past_key_values=None, **how)
+            block.eval()(hidden, attention_mask=None, **{cache_name(block): None}, **how)
         except Exception as error:  # whatever such a block expects
             raise _Refusal(f"its block does not run on a stream and positions alone ({error!r})") from error
     return calls

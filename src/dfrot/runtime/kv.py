@@ -14,6 +14,8 @@ few bits. Three of transformers' extension points carry this, and nothing is pat
 A full-precision cache gives the same numbers: quantization is per token, so it does not matter when it happens.
 """
 
+import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -331,6 +333,12 @@ def _graded(unpacked: Tensor, new: Tensor | None) -> Tensor:
     return torch.cat([before, straight_through(last, new)], dim=2)
 
 
+@functools.cache
+def _cache_name(kind: type[nn.Module]) -> str:
+    """What a decoder calls the cache that it is given; `cache` from transformers 5.24 on."""
+    return "cache" if "cache" in inspect.signature(kind.forward).parameters else "past_key_values"
+
+
 def _quantize_empty_cache(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A forward pre-hook of the decoder; a function of the module, so that a model can be copied and pickled."""
     if (chosen := decoder.config._attn_implementation) != ATTENTION:  # type: ignore[union-attr]
@@ -338,10 +346,12 @@ def _quantize_empty_cache(decoder: nn.Module, args: tuple[Any, ...], kwargs: dic
             f"this checkpoint quantizes keys and values, which the attention '{chosen}' cannot do: "
             f"set_attn_implementation('{ATTENTION}')"
         )
-    given = dict(zip(("input_ids", "attention_mask", "position_ids", "past_key_values"), args, strict=False)) | kwargs
-    cache, wanted = given.get("past_key_values"), given.get("use_cache")
+    kind: Any = type(decoder)
+    name = _cache_name(kind)
+    given = dict(zip(("input_ids", "attention_mask", "position_ids", name), args, strict=False)) | kwargs
+    cache, wanted = given.get(name, given.get("past_key_values")), given.get("use_cache")
     if cache is None and (decoder.config.use_cache if wanted is None else wanted):  # type: ignore[union-attr]
-        cache = kwargs["past_key_values"] = DynamicCache()
+        cache = kwargs[name] = DynamicCache()
     if isinstance(cache, DynamicCache) and cache.get_seq_length() == 0:
         quantizers = [module for module in decoder.modules() if isinstance(module, KVQuantizer)]
         cache.layers = [QuantizedCacheLayer(quantizer) for quantizer in quantizers]
