@@ -206,8 +206,7 @@ class Quantize:
     def recipe(self) -> Recipe:
         """From everything given except where to write and how to run."""
         names = ["method", "weights", "spec", "preset", "calib", "calib_tokens", "calib_seq_len", "dtype", "seed"]
-        names += ["kv_bits_by_block"]
-        names += [name for name in vars(self) if name.startswith("tune")]
+        names += ["kv_bits_by_block", *(name for name in vars(self) if name.startswith("tune"))]
         given = _flat(self.options).items() - _flat(NONE_GIVEN).items()
         return Recipe.parse(**{name: getattr(self, name) for name in names}, **dict(given))
 

@@ -182,7 +182,7 @@ def test_configurations_have_the_heads_that_they_were_given(wide: Callable[[str]
 def test_a_cache_is_known_by_its_names_and_never_passed_over(
     wide: Callable[[str], Path], tmp_path: Path, text_file: Path, name: str
 ) -> None:
-    """transformers 5.24 calls it otherwise than before; by a third name the block goes the long way."""
+    """transformers 5.24 calls it differently from 5.23; by a third name the block goes the long way."""
     model = checkpoint(wide("llama"), tmp_path / "out", text_file)
     block, cache = model.model.layers[0], model(TOKENS, use_cache=True).past_key_values
     x = torch.randn(2, 1, model.config.hidden_size, generator=torch.Generator().manual_seed(0))

@@ -100,7 +100,7 @@ class FusedBlock:
         """The block's output for x (batch, tokens, width); None if it has to be computed the long way.
 
         Args:
-            cache, past_key_values: its name from transformers 5.24 on, and before.
+            cache, past_key_values: the cache, as transformers calls it from 5.24 on, and before.
         """
         if any(isinstance(each, Cache) for each in others.values()):  # by a name that nobody knows yet
             return None

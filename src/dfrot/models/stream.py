@@ -20,9 +20,9 @@ PROBE_TOKENS = 32
 FLOAT32_BOUND = 1e-3
 
 
-def cache_name(block: nn.Module) -> str:
-    """What a decoder block calls the cache that it is given; `cache` from transformers 5.24 on."""
-    takes = inspect.signature(block.forward).parameters
+def cache_name(module: nn.Module) -> str:
+    """What a decoder or one of its blocks calls the cache that it is given; `cache` from transformers 5.24 on."""
+    takes = inspect.signature(module.forward).parameters
     return next((name for name in ("layer_past", "cache") if name in takes), "past_key_values")
 
 

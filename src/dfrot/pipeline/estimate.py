@@ -1,7 +1,7 @@
 """What quantizing a model will take, from its config and the headers of its files: memory and disk.
 
-Any of some stages may need the most memory: fitting the rotations, folding the embedding or head, a decoder block,
-tuning, and measuring what the cache costs. All count the tensors that are there at the same time; methods and roundings
+One of several stages needs the most memory: fitting the rotations, folding the embedding or head, a decoder block,
+tuning, or measuring what the cache costs. All count the tensors that are there at the same time; methods and roundings
 count their own. malloc may keep as much again of freed memory (system/memory.py), which is not counted; the command
 line lets it only where there is room. The hidden states of the calibration text come on top, unless they do not fit:
 then they are offloaded to disk.

@@ -34,7 +34,7 @@ from dfrot.tuning.run import TuningRun
 
 
 class Loop:
-    """From a model and its transforms to the shards of a checkpoint, and to the config that makes them one."""
+    """A checkpoint under way: `run` writes its shards, `finish` the config that makes them one."""
 
     def __init__(
         self, on: FitContext, recipe: Recipe, transforms: Transforms, writer: CheckpointWriter, estimate: Estimate

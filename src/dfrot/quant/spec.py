@@ -173,8 +173,8 @@ class Spec:
         return f"w{self.weights}{group}a{self.activations}kv{self.keys}"
 
     def with_kv_bits(self, bits: int) -> "Spec":
-        """The same with keys, values and quantized queries of so many bits. Where these are more than before, ranges
-        are not clipped: in 8 bits that costs more than it saves."""
+        """The same with so many bits for keys, values and quantized queries, whose ranges are then not clipped: in 8
+        bits that costs more than it saves."""
         kinds = {kind: getattr(self, kind) for kind in ("keys", "values", "queries")}
         grids = {kind: grid for kind, grid in kinds.items() if grid.enabled and grid.bits != bits}
         return replace(self, **{kind: replace(grid, bits=bits, clip_ratio=1.0) for kind, grid in grids.items()})

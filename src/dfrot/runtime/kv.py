@@ -15,7 +15,6 @@ A full-precision cache gives the same numbers: quantization is per token, so it 
 """
 
 import functools
-import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -31,6 +30,7 @@ from dfrot.kernels import attention
 from dfrot.kernels.lowering import NO_PASSES, Lowered, lower
 from dfrot.linalg.rotation import Rotation
 from dfrot.models.graph import head_dim
+from dfrot.models.stream import cache_name
 from dfrot.quant.affine import SCALE_DTYPE, QParams, choose_qparams, dequantize, quantize
 from dfrot.quant.packing import pack, packed_width, unpack
 from dfrot.quant.spec import UNQUANTIZED, Spec, TensorSpec
@@ -333,21 +333,14 @@ def _graded(unpacked: Tensor, new: Tensor | None) -> Tensor:
     return torch.cat([before, straight_through(last, new)], dim=2)
 
 
-@functools.cache
-def _cache_name(kind: type[nn.Module]) -> str:
-    """What a decoder calls the cache that it is given; `cache` from transformers 5.24 on."""
-    return "cache" if "cache" in inspect.signature(kind.forward).parameters else "past_key_values"
-
-
-def _quantize_empty_cache(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A forward pre-hook of the decoder; a function of the module, so that a model can be copied and pickled."""
+def _quantize_empty_cache(name: str, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A forward pre-hook of the decoder, which calls its cache by this name; holds no module, so that a model can be
+    copied and pickled."""
     if (chosen := decoder.config._attn_implementation) != ATTENTION:  # type: ignore[union-attr]
         raise ValueError(
             f"this checkpoint quantizes keys and values, which the attention '{chosen}' cannot do: "
             f"set_attn_implementation('{ATTENTION}')"
         )
-    kind: Any = type(decoder)
-    name = _cache_name(kind)
     given = dict(zip(("input_ids", "attention_mask", "position_ids", name), args, strict=False)) | kwargs
     cache, wanted = given.get(name, given.get("past_key_values")), given.get("use_cache")
     if cache is None and (decoder.config.use_cache if wanted is None else wanted):  # type: ignore[union-attr]
@@ -372,7 +365,8 @@ def install_kv_(
     for module, spec in zip(attentions, specs, strict=True):
         size = head_dim(decoder.config)
         module.kv_quantizer = KVQuantizer(spec.keys, spec.values, rotation, size, spec.queries, key_bias)
-    decoder.register_forward_pre_hook(_quantize_empty_cache, with_kwargs=True)
+    hook = functools.partial(_quantize_empty_cache, cache_name(decoder))
+    decoder.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 AttentionInterface.register(ATTENTION, quantized_attention)
