@@ -1,6 +1,6 @@
 """What the kernels for GPUs compute, checked, and how fast, against torch in bfloat16 in the same run.
 
-    python benchmarks/gpu.py OUT [--seconds 240] [--model DIR]
+    python benchmarks/gpu.py OUT [--seconds 240] [--model DIR] [--only checks,products]
 
 Shapes are those of Llama-3-8B, weights are random. First every kernel is compared with integer arithmetic in float64.
 Then it is timed under a CUDA graph, each layer with copies of its weights that do not fit into the cache together;
@@ -15,7 +15,6 @@ goes through all of it on tiny shapes in Triton's interpreter, without a GPU; it
 
 import argparse
 import json
-import os
 import statistics
 import time
 import traceback
@@ -24,13 +23,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-os.environ["DFROT_KERNELS"] = "triton"
-
 import torch
 import triton
 from torch import Tensor
+from transformers import StaticCache
 
 import dfrot
+from dfrot.evaluation.bench import _decoder_bytes as decoder_bytes
 from dfrot.evaluation.bench import random_block
 from dfrot.evaluation.run import Measurement, evaluate
 from dfrot.kernels.cuda import attention, gptq, linear, training
@@ -302,20 +301,61 @@ def attentions(run: Run) -> None:
         run.note("attention", f"batch {batch}, {length} tokens", other / ours, "× bfloat16")
 
 
-@torch.inference_mode()
-def block(run: Run) -> None:
-    """A decoder block as transformers runs it: no graph, so that Python is part of it."""
-    recipe = dfrot.Recipe.parse("quarot", "rtn", "w4a4kv4")
+def blocks(run: Run) -> dict[str, Any]:
+    """A decoder block as transformers runs it, ours and in bfloat16."""
+    recipe = dfrot.Recipe.parse("quarot", "rtn", "w4a4kv4", tune="none")
     with torch.inference_mode(False):  # nothing that is derived from inference tensors is kept
-        ours = random_block("llama-3-8b", recipe, torch.bfloat16).to(run.device)
-        eager = random_block("llama-3-8b", None, torch.bfloat16).to(run.device)
-    models = {"ours": ours, "bfloat16": eager, "bfloat16 compiled": torch.compile(eager)}
+        return {
+            "ours": random_block("llama-3-8b", recipe, torch.bfloat16).to(run.device),
+            "bfloat16": random_block("llama-3-8b", None, torch.bfloat16).to(run.device),
+        }
+
+
+@torch.inference_mode()
+def prefill(run: Run) -> None:
+    """A prompt through a block, eager and compiled."""
+    models = blocks(run)
+    models |= {f"{name} compiled": torch.compile(made) for name, made in models.items()}
     for prompt in (2048, 8192):
         tokens = torch.randint(256, (1, prompt), device=run.device)
-        times = {name: milliseconds(partial(made, tokens, logits_to_keep=1)) for name, made in models.items()}
-        for name, taken in times.items():
-            run.note("block", f"prompt of {prompt}, {name}", taken, "ms")
-            run.note("block", f"prompt of {prompt}, {name}", taken / times["ours"], "× ours")
+        call = {name: partial(made, tokens, logits_to_keep=1, use_cache=False) for name, made in models.items()}
+        compare(run, f"prompt of {prompt}", {name: milliseconds(each) for name, each in call.items()})
+    for name in ("ours", "bfloat16"):
+        run.note("prefill", f"weights of a block, {name}", decoder_bytes(models[name]) / 1e6, "MB")
+
+
+@torch.no_grad()
+def decode(run: Run) -> None:
+    """One more token over a full static cache, compiled and under a CUDA graph."""
+    for batch in (1, 16):
+        times = {}
+        for name, made in blocks(run).items():
+            cache = StaticCache(made.config, max_cache_len=4096)
+            made(torch.randint(256, (batch, 64), device=run.device), past_key_values=cache, use_cache=True)
+            layer: Any = cache.layers[0]
+            for tensor in (part for part in vars(layer).values() if isinstance(part, Tensor) and part.dim() == 4):
+                tensor.normal_()
+            step, token = torch.compile(made), torch.randint(256, (batch, 1), device=run.device)
+
+            def one(step: Any = step, token: Tensor = token, cache: Any = cache, layer: Any = layer) -> None:
+                layer.cumulative_length.fill_(4095)
+                step(token, past_key_values=cache, use_cache=True)
+
+            times[name] = run.microseconds([one]) / 1e3
+            run.note("decode", f"cache of batch {batch}, {name}", cache_bytes(layer) / 1e6, "MB")
+        compare(run, f"decode of batch {batch} over 4096 tokens", times)
+
+
+def compare(run: Run, what: str, times: dict[str, float]) -> None:
+    """Milliseconds, and as multiples of ours, compiled if that was measured."""
+    ours = times.get("ours compiled", times["ours"])
+    for name, taken in times.items():
+        run.note("block", f"{what}, {name}", taken, "ms")
+        run.note("block", f"{what}, {name}", taken / ours, "× ours")
+
+
+def cache_bytes(layer: Any) -> int:
+    return layer.nbytes if hasattr(layer, "nbytes") else layer.keys.nbytes + layer.values.nbytes
 
 
 def milliseconds(call: Callable[[], Any]) -> float:
@@ -347,20 +387,22 @@ def model(run: Run) -> None:
 
 
 SECTIONS = {"checks": checks, "products": products, "quantizers": quantizers, "attention": attentions}
-SECTIONS |= {"calibration": calibration, "block": block}
+SECTIONS |= {"calibration": calibration, "prefill": prefill, "decode": decode}
 
 
 def sections(run: Run) -> Iterator[tuple[str, Callable[[Run], None]]]:
-    wanted = {name: section for name, section in SECTIONS.items() if not (run.tiny and name == "block")}
+    wanted = {name: section for name, section in SECTIONS.items() if not (run.tiny and name in ("prefill", "decode"))}
     if run.given.model:
         wanted["model"] = model
-    yield from wanted.items()
+    chosen = run.given.only.split(",") if run.given.only else wanted
+    yield from ((name, section) for name, section in wanted.items() if name in chosen)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--seconds", type=float, default=240)
+    parser.add_argument("--only", help="sections, joined by commas")
     parser.add_argument("--model")
     parser.add_argument("--calib", default="pydoc", help="calibration text of --model")
     parser.add_argument("--tune", default="none", help="what is tuned of --model")

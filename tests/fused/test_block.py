@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 import dfrot
 from dfrot.fused.block import FusedBlock
+from dfrot.kernels import structures
 from dfrot.kernels.library import backend, instruction_set
 from dfrot.linalg.rotation import Hadamard
 from tests.tiny_models import CONFIGS, write_biased_model, write_tiny_model
@@ -156,6 +157,20 @@ def test_hooks_and_other_caches_take_the_long_way(wide: Callable[[str], Path], t
     with torch.no_grad():
         states = model(TOKENS, output_hidden_states=True, use_cache=True).hidden_states
     assert len(states) == 3
+
+
+def test_a_block_on_another_device_takes_the_long_way_even_where_that_has_kernels(
+    wide: Callable[[str], Path], tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton", reason="Triton is not there: pip install 'dfrot[dev]'")
+    block = checkpoint(wide("llama"), tmp_path / "out", text_file, spec="w4a4kv4").model.layers[0]
+    monkeypatch.setattr("dfrot.kernels.cuda.computable", lambda x: True)
+    monkeypatch.setattr("dfrot.kernels.cuda.linear.supported", lambda *_: True)
+    monkeypatch.setattr("dfrot.kernels.cuda.attention.supported", lambda *_: True)
+    x = torch.empty(1, 1, block.hidden_size, device="meta")
+    assert block.fused(block, x, position_embeddings=(x, x)) is None
+    with pytest.raises(AssertionError, match="C cannot read a tensor on meta"):
+        structures.pointer(x)
 
 
 @pytest.mark.parametrize("change", ["rotation", "offset"])

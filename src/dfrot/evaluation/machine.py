@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from dfrot.kernels import cuda
 from dfrot.kernels.library import backend
 from dfrot.quant.spec import Spec
 from dfrot.runtime.linear import QuantLinear
@@ -75,7 +76,7 @@ def _seconds(layer: nn.Module, x: torch.Tensor) -> float:
 def computes_with(device: torch.device) -> str:
     """The hardware and what computes on it, for people."""
     if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+        return f"{cuda.backend(device)} on {torch.cuda.get_device_name(device)}, torch {torch.__version__}"
     return f"{backend()}; {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 

@@ -117,7 +117,7 @@ class FusedBlock:
         """The block as the kernels take it; None if they cannot compute what it is now, or not for such an input."""
         if type(x) is not Tensor or torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
             return None
-        if differentiated(x):
+        if differentiated(x) or not structures.computable(x):  # C reads addresses
             return None
         known = self._parts(self._modules, x)
         if known is None or self._made_from is None or not _same(known, self._made_from):
@@ -195,7 +195,7 @@ class _NativeBlock:
         batch, count = x.shape[:2]
         x = x.contiguous()
         cos, sin = (each.expand(batch, -1, -1).to(x.dtype).contiguous() for each in angles)
-        tokens = Tokens(x.data_ptr(), structures.DTYPES[x.dtype], batch, count, cos.data_ptr(), sin.data_ptr())
+        tokens = Tokens(pointer(x), structures.DTYPES[x.dtype], batch, count, pointer(cos), pointer(sin))
         packed, scaling = isinstance(layer, QuantizedCacheLayer), self.attention.scaling
         quantizer: Any = self.quantizer
         few = packed and (count == 1 or (mask is not None and count <= attention.FEW))
@@ -313,7 +313,7 @@ class _NativeBlock:
                 return Norm(None, 0)
             weight = modules[name].weight.detach().to(x.dtype).contiguous()
             kept.append(weight)
-            return Norm(weight.data_ptr(), modules[name].eps)
+            return Norm(pointer(weight), modules[name].eps)
 
         attention_norm, mlp_norm = graph.norms
         query_norm, key_norm = graph.head_norms or (None, None)

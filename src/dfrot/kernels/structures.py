@@ -117,13 +117,15 @@ def computable(x: Tensor) -> bool:
 
 
 def pointer(tensor: Tensor | None) -> int | None:
+    """Where the numbers lie; C reads them, so anything but this machine's memory is an error of ours."""
+    assert tensor is None or tensor.device.type == "cpu", f"C cannot read a tensor on {tensor.device}"
     return None if tensor is None else tensor.data_ptr()
 
 
 def transform(passes: Sequence[int], data: Sequence[Tensor], square: int) -> Transform:
     """From the parts of a `Lowered`, which must outlive it."""
     tensors, numbers = iter(data), zip(passes[::3], passes[1::3], passes[2::3], strict=True)
-    made = [Pass(kind, *sizes, None if kind == BUTTERFLIES else next(tensors).data_ptr()) for kind, *sizes in numbers]
+    made = [Pass(kind, *sizes, None if kind == BUTTERFLIES else pointer(next(tensors))) for kind, *sizes in numbers]
     return Transform(len(made), (Pass * len(made))(*made), square)
 
 
@@ -141,6 +143,11 @@ def cache(packed: Sequence[Tensor], bits: int) -> Cache:
 
 def looks(mask: Tensor | None) -> tuple[int | None, int, int]:
     """A contiguous mask (batch, 1, tokens, length), and its strides from one sequence and one query to the next."""
+    return pointer(mask), *mask_strides(mask)
+
+
+def mask_strides(mask: Tensor | None) -> tuple[int, int]:
+    """Of `looks`; 0 where all sequences look alike."""
     if mask is None:
-        return None, 0, 0
-    return mask.data_ptr(), (mask.stride(0) if mask.shape[0] > 1 else 0), mask.stride(2)
+        return 0, 0
+    return (mask.stride(0) if mask.shape[0] > 1 else 0), mask.stride(2)

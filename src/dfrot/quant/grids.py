@@ -56,7 +56,7 @@ class IntGrid:
 
     def step(self, width: Float[Tensor, "..."], dtype: torch.dtype | None = None) -> Float[Tensor, "..."]:
         """The step of a range, rounded up to a narrower dtype if one is given; 1 for an empty range."""
-        scale = width / self.highest
+        scale = width / width.new_full((), self.highest)  # a GPU multiplies by the reciprocal of a Python number
         if dtype is not None:
             scale = _rounded_up(scale, dtype)
         return torch.where(scale == 0, torch.ones_like(scale), scale)

@@ -34,7 +34,7 @@ def launches() -> list[tuple[JITFunction, tuple[Any, ...], dict[str, Any]]]:
     JITFunction.run = lambda self, *args, grid, warmup, **how: found.append((self, args, how))
     try:
         specs = [((4, 4), None, False), ((4, 8), None, False), ((4, 4), 128, True)]
-        for rows in (1, 64, 2048):
+        for rows in (1, 8, 64, 2048):
             for bits, group, varied in specs:
                 layer(rows, 4096, 6144, NO_PASSES, bits, group, varied)
         for bits, group, varied in specs:
@@ -126,7 +126,7 @@ def compiled(source: ASTSource, options: dict[str, Any], capability: int) -> dic
         command = [str(TOOLS / "cuobjdump"), "--dump-resource-usage", file.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     used = {name: int(number) for name, number in re.findall(r"\b(REG|STACK):(\d+)", usage)}
-    return {"registers": used["REG"], "stack": used["STACK"]}
+    return {"registers": used["REG"], "stack": used["STACK"], "shared": made.metadata.shared}
 
 
 if __name__ == "__main__":

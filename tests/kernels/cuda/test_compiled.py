@@ -17,7 +17,7 @@ def test_every_kernel_compiles_and_spills_no_register(capability: int) -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
-    kernels = {"quantize", "rotate", "product", "few", "append", "unpack", "attend", "combine"}
+    kernels = {"quantize", "rotate", "product", "few", "vector", "append", "unpack", "attend", "combine"}
     kernels |= {"grid", "gradient", "columns"}
     assert {line["kernel"] for line in lines} == {f"{name}_kernel" for name in kernels}
     assert not [line for line in lines if line["stack"]]

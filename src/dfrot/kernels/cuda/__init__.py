@@ -1,8 +1,4 @@
-"""The operators on NVIDIA GPUs, in Triton, which torch brings along there.
-
-They are tested in Triton's interpreter and compiled for several GPUs, but no GPU has run them yet. Until one has, they
-are used only where DFROT_KERNELS=triton asks for them; otherwise the reference computes on GPUs.
-"""
+"""The operators on NVIDIA GPUs, in Triton, which torch brings along there. `backend()` says whether they are used."""
 
 import functools
 import importlib
@@ -13,25 +9,36 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@torch.compiler.assume_constant_result
-@functools.cache
-def available() -> bool:
-    """Whether they are asked for, and Triton is there. It takes a second to import, and most machines have none."""
-    if os.environ.get("DFROT_KERNELS") != "triton":
-        return False
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return False
-    return True
+_OLDEST = 8, 0  # capability: from there on bfloat16 and products of int8 are in hardware
 
 
 def computable(x: Tensor) -> bool:
     """Whether there are kernels for such a tensor: on a GPU, with nothing to differentiate."""
-    known = x.is_cuda and x.dtype in DTYPES and available()
+    known = x.is_cuda and x.dtype in DTYPES and _why_not(x.get_device()) is None
     return known and not (x.requires_grad and torch.is_grad_enabled())
+
+
+def backend(device: torch.device) -> str:
+    """What computes on a GPU, for people."""
+    why = _why_not(torch.cuda.current_device() if device.index is None else device.index)
+    return "Triton kernels" if why is None else f"torch reference: {why}"
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def _why_not(device: int) -> str | None:
+    """What keeps the kernels from being used. Triton is looked for last: that takes a second."""
+    if os.environ.get("DFROT_KERNELS") == "reference":
+        return "DFROT_KERNELS=reference is set"
+    if torch.version.hip is not None:
+        return "there are no kernels for AMD GPUs"
+    if torch.cuda.get_device_capability(device) < _OLDEST:
+        return "the GPU is older than the kernels know (capability {}.{})".format(*_OLDEST)
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"Triton cannot be imported ({error})"
+    return None
 
 
 def register(operator: Any, module: str, name: str) -> None:

@@ -14,14 +14,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dfrot.kernels.cuda.primitives import NATIVE, code_of, dot, element_type, grid_of
+from dfrot.kernels.cuda.primitives import NATIVE, code_of, dot, element_type, float_nibbles, grid_of
 from dfrot.kernels.cuda.rows import rotate
-from dfrot.kernels.structures import looks
+from dfrot.kernels.structures import mask_strides
 from dfrot.quant.spec import TensorSpec
 
 LARGEST_HEAD = 256  # channels
 _KEYS = 64  # cached tokens of one step
 _PROGRAMS = 512  # as many as keep a large GPU busy
+_LAUNCH = {"num_warps": 4, "num_stages": 3}
 _LOG2E = 1.4426950408889634
 
 
@@ -77,6 +78,18 @@ def _codes(CODES, slot, rd, ok, D2: tl.constexpr, BITS: tl.constexpr):
     else:
         at = CODES + slot * (2 * D2) + 2 * rd
         return tl.load(at, mask=ok, other=0).to(tl.int32), tl.load(at + 1, mask=ok, other=0).to(tl.int32)
+
+
+@triton.jit
+@no_type_check
+def _floats(CODES, slot, rd, ok, D2: tl.constexpr, BITS: tl.constexpr, TYPE: tl.constexpr, NATIVE: tl.constexpr):
+    """The same as numbers to be multiplied: nibbles in 16 bits with the base of `float_nibbles`, others as they are."""
+    if BITS == 4 and tl.float32 != TYPE:
+        byte = tl.load(CODES + slot * D2 + rd, mask=ok, other=0)
+        return float_nibbles(byte, False, TYPE, NATIVE), float_nibbles(byte, True, TYPE, NATIVE)
+    else:
+        even, odd = _codes(CODES, slot, rd, ok, D2, BITS)
+        return even.to(tl.float32).to(TYPE), odd.to(tl.float32).to(TYPE)
 
 
 @triton.jit
@@ -144,6 +157,8 @@ def attend_kernel(
     Q: (batch · kv heads, rows, 2 D2), rows = queries of one kv head, `new` of each query head. PARTIAL: float32 (…,
     parts, RP, 2 BLOCK), even channels first; ML: (…, parts, 2, RP), the largest score to base 2 and the sum.
     """
+    FLOATS: tl.constexpr = BITS == 4 and tl.float32 != TYPE
+    BASE: tl.constexpr = (128 if tl.bfloat16 == TYPE else 1024) if FLOATS else 0
     head, part = tl.program_id(0), tl.program_id(1)
     rr, rd = tl.arange(0, RP), tl.arange(0, BLOCK)
     okr, okd = rr < rows, rd < D2
@@ -162,10 +177,10 @@ def attend_kernel(
         rt = t + tl.arange(0, BT)
         ok = rt < length
         slot = first + rt
-        k_even, k_odd = _codes(KC, slot[None, :], rd[:, None], ok[None, :] & okd[:, None], D2, BITS)
+        k_even, k_odd = _floats(KC, slot[None, :], rd[:, None], ok[None, :] & okd[:, None], D2, BITS, TYPE, NATIVE)
         k_scale = tl.load(KS + slot, mask=ok, other=0.0).to(tl.float32)
-        k_zero = tl.load(KZ + slot, mask=ok, other=0).to(tl.float32)
-        scores = dot(q_even, k_even.to(tl.float32).to(TYPE), NATIVE) + dot(q_odd, k_odd.to(tl.float32).to(TYPE), NATIVE)
+        k_zero = tl.load(KZ + slot, mask=ok, other=0).to(tl.float32) + BASE
+        scores = dot(q_even, k_even, NATIVE) + dot(q_odd, k_odd, NATIVE)
         scores = (scores - q_sum[:, None] * k_zero[None, :]) * (k_scale * scaling)[None, :]
         seen = okr[:, None] & ok[None, :]
         if MORED:
@@ -180,14 +195,14 @@ def attend_kernel(
         shrink = tl.exp2(largest - base)
         p = tl.exp2(scores - base[:, None])
         total = total * shrink + tl.sum(p, 1)
-        v_even, v_odd = _codes(VC, slot[:, None], rd[None, :], ok[:, None] & okd[None, :], D2, BITS)
+        v_even, v_odd = _floats(VC, slot[:, None], rd[None, :], ok[:, None] & okd[None, :], D2, BITS, TYPE, NATIVE)
         v_scale = tl.load(VS + slot, mask=ok, other=0.0).to(tl.float32)
-        v_zero = tl.load(VZ + slot, mask=ok, other=0).to(tl.float32)
+        v_zero = tl.load(VZ + slot, mask=ok, other=0).to(tl.float32) + BASE
         # where nobody looks, a NaN must not be met
         weighted = tl.where(seen, p * v_scale[None, :], 0.0).to(TYPE)
         shift = shift * shrink + tl.sum(weighted.to(tl.float32) * v_zero[None, :], 1)
-        even = even * shrink[:, None] + dot(weighted, v_even.to(tl.float32).to(TYPE), NATIVE)
-        odd = odd * shrink[:, None] + dot(weighted, v_odd.to(tl.float32).to(TYPE), NATIVE)
+        even = even * shrink[:, None] + dot(weighted, v_even, NATIVE)
+        odd = odd * shrink[:, None] + dot(weighted, v_odd, NATIVE)
         largest = now
     place = (head * tl.num_programs(1) + part).to(tl.int64) * RP
     o_at = PARTIAL + (place + rr)[:, None] * (2 * BLOCK) + rd[None, :]
@@ -293,14 +308,24 @@ def attend(
     partial = query.new_empty(batch * heads * parts, padded, 2 * block, dtype=torch.float32)
     sums = query.new_empty(batch * heads * parts, 2, padded, dtype=torch.float32)
     y = query.new_empty(batch, new, query_heads, head_dim)
-    _, *strides = looks(mask)
     attend_kernel[(batch * heads, parts)](
         *(query, *keys, *values, query if mask is None else mask.view(torch.uint8), query if more is None else more),
-        *(partial, sums, rows, new, length, per_split, _capacity(keys), heads, *strides, scaling * _LOG2E, _LOG2E),
+        *(
+            partial,
+            sums,
+            rows,
+            new,
+            length,
+            per_split,
+            _capacity(keys),
+            heads,
+            *mask_strides(mask),
+            scaling * _LOG2E,
+            _LOG2E,
+        ),
         **{"D2": head_dim // 2, "BLOCK": block, "RP": padded, "BT": _KEYS, "BITS": bits, "NATIVE": NATIVE},
         **{"MASKED": mask is not None, "MORED": more is not None, "TYPE": element_type(query.dtype)},
-        num_warps=4,
-        num_stages=2,
+        **_LAUNCH,
     )
     combine_kernel[(batch * heads, rows)](
         *(partial, sums, y, parts, rows, new, heads),

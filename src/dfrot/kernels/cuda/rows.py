@@ -17,10 +17,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dfrot.kernels.cuda.primitives import NATIVE, code_of, dot, dot_in_two, element_type, grid_of
+from dfrot.kernels.cuda.primitives import NATIVE, code_of, dot, element_type, grid_of
 from dfrot.kernels.cuda.transforms import rotated, sides
 from dfrot.kernels.lowering import SUBTRACT
 from dfrot.quant.grids import IntGrid
+
+_PROGRAMS = 528  # as many as keep a large GPU busy; each rotates several rows, and reads the matrices once
 
 
 class Codes(NamedTuple):
@@ -34,22 +36,8 @@ class Codes(NamedTuple):
 
 @triton.jit
 @no_type_check
-def _store_codes(
-    x,
-    inside,
-    at,
-    row,
-    C,
-    S,
-    Z,
-    SUMS,
-    clip,
-    SUMMED: tl.constexpr,
-    LOWEST: tl.constexpr,
-    HIGHEST: tl.constexpr,
-    SHIFTED: tl.constexpr,
-):
-    """Quantize one row, float32, and store it; a row that is not finite gets the scale NaN."""
+def _codes(x, inside, row, S, Z, clip, LOWEST: tl.constexpr, HIGHEST: tl.constexpr, SHIFTED: tl.constexpr):
+    """a′ of one row, int8; its scale and zero point are stored, for a row that is not finite the scale NaN."""
     bad = tl.max(tl.where((tl.abs(x) < float("inf")) | (inside == 0), 0, 1))
     x = tl.where(inside & (bad == 0), x, 0.0)
     low, high = tl.minimum(tl.min(x), 0.0), tl.maximum(tl.max(x), 0.0)
@@ -58,11 +46,8 @@ def _store_codes(
     if SHIFTED:
         shift = zero * 0 + 128.0
         tl.store(Z + row, zero - 128.0)
-    codes = (code_of(x, scale, zero, LOWEST, HIGHEST) - shift).to(tl.int32)
-    tl.store(C + at, codes.to(tl.int8), mask=inside)
     tl.store(S + row, tl.where(bad > 0, float("nan"), scale))
-    if SUMMED:
-        tl.store(SUMS + row, tl.sum(tl.where(inside, codes, 0)))
+    return (code_of(x, scale, zero, LOWEST, HIGHEST) - shift).to(tl.int32).to(tl.int8)
 
 
 @triton.jit
@@ -91,11 +76,17 @@ def quantize_kernel(
     x = tl.load(X + row * width + channel, mask=inside, other=0.0).to(tl.float32)
     if OFF:
         x -= tl.load(OFFSET + channel, mask=inside, other=0.0)
-    place = channel
+    codes = _codes(x, inside, row, S, Z, clip, LOWEST, HIGHEST, SHIFTED)
+    if SUMMED:
+        tl.store(SUMS + row, tl.sum(tl.where(inside, codes, 0).to(tl.int32)))
     if EVENS_FIRST:
-        place = (channel % 2) * (width // 2) + channel // 2
-    at = row * width + place
-    _store_codes(x, inside, at, row, C, S, Z, SUMS, clip, SUMMED, LOWEST, HIGHEST, SHIFTED)
+        even, odd = tl.split(tl.reshape(codes, (BLOCK // 2, 2)))
+        pair = tl.arange(0, BLOCK // 2)
+        at = C + row * width + pair
+        tl.store(at, even, mask=pair < width // 2)
+        tl.store(at + width // 2, odd, mask=pair < width // 2)
+    else:
+        tl.store(C + row * width + channel, codes, mask=inside)
 
 
 @triton.jit
@@ -103,7 +94,6 @@ def quantize_kernel(
 def rotate_kernel(
     X,
     HL,
-    HM,
     HR,
     OFFSET,
     Y,
@@ -112,16 +102,19 @@ def rotate_kernel(
     Z,
     SUMS,
     rows,
+    width,
     norm,
     clip,
     L: tl.constexpr,
+    L2: tl.constexpr,
     LP: tl.constexpr,
-    M: tl.constexpr,
-    MP: tl.constexpr,
     R: tl.constexpr,
+    R2: tl.constexpr,
     RP: tl.constexpr,
+    STEP_L: tl.constexpr,
+    STEP_L2: tl.constexpr,
+    STEP_R: tl.constexpr,
     LEFT: tl.constexpr,
-    MIDDLE: tl.constexpr,
     RIGHT: tl.constexpr,
     TYPE: tl.constexpr,
     QUANTIZED: tl.constexpr,
@@ -133,47 +126,46 @@ def rotate_kernel(
     SHIFTED: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
-    """A row at a time, seen as an array (L, M, R): multiplied along its axes, times norm, less OFFSET, to codes or Y.
+    """A row at a time, seen as an array (L, R): multiplied from both sides, times norm, less OFFSET, to codes or Y.
 
-    HL (LP, LP), HM (MP, MP) and HR (RP, RP) are zero beyond L, M and R; LEFT, MIDDLE and RIGHT: whether they are there.
+    Entry (l, r) is channel l // L2 · STEP_L + l % L2 · STEP_L2 + r // R2 · STEP_R + r % R2. HL (LP, LP) and HR (RP, RP)
+    are zero beyond L and R; LEFT and RIGHT: whether they are there. Between the two products numbers have TYPE, as
+    torch has it. With EVENS_FIRST the columns of HR, and so those of the product, stand in order of the codes.
     """
-    width: tl.constexpr = L * M * R
-    lm, r = tl.arange(0, LP * MP)[:, None], tl.arange(0, RP)[None, :]
-    inside_x = (lm // MP < L) & (lm % MP < M) & (r < R)
-    channel_x = ((lm // MP) * M + lm % MP) * R + r
-    if LEFT:
-        hl = tl.load(HL + tl.arange(0, LP)[:, None] * LP + tl.arange(0, LP)[None, :])
-        left, mr = tl.arange(0, LP)[:, None], tl.arange(0, MP * RP)[None, :]
-        inside = (left < L) & (mr // RP < M) & (mr % RP < R)
-        channel = (left * M + mr // RP) * R + mr % RP
-    else:
-        inside, channel = inside_x, channel_x
-    if MIDDLE:
-        hm = tl.load(HM + tl.arange(0, MP)[:, None] * MP + tl.arange(0, MP)[None, :])
-        hm = tl.broadcast_to(hm[None, :, :], (LP, MP, MP))
-    if RIGHT:
-        hr = tl.load(HR + tl.arange(0, RP)[:, None] * RP + r)
-    place = channel
+    left, right = tl.arange(0, LP)[:, None], tl.arange(0, RP)[None, :]
+    inside = (left < L) & (right < R)
+    start = (left // L2) * STEP_L + (left % L2) * STEP_L2
+    read = start + (right // R2) * STEP_R + right % R2
+    channel = read
+    place = read
     if EVENS_FIRST:
-        place = (channel % 2) * (width // 2) + channel // 2
+        odd, pair = right // (R // 2), right % (R // 2)
+        column = 2 * pair + odd
+        channel = start + (column // R2) * STEP_R + column % R2
+        place = odd * (width // 2) + start // 2 + (pair // (R2 // 2)) * (STEP_R // 2) + pair % (R2 // 2)
+        if not RIGHT:
+            read = channel
+    if LEFT:
+        hl = tl.load(HL + left * LP + tl.arange(0, LP)[None, :])
+    if RIGHT:
+        hr = tl.load(HR + tl.arange(0, RP)[:, None] * RP + right)
     far = tl.program_id(0).to(tl.int64) * 0  # so that places are counted in 64 bits
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
-        start = (row + far) * width
-        x = tl.load(X + start + channel_x, mask=inside_x, other=0.0)
+        first = (row + far) * width
+        x = tl.load(X + first + read, mask=inside, other=0.0)
         y = dot(x, hr, NATIVE) if RIGHT else x.to(tl.float32)
-        if MIDDLE:
-            y = dot_in_two(hm, tl.reshape(y, (LP, MP, RP)), TYPE, NATIVE)
-            y = tl.reshape(y, (LP * MP, RP))
         if LEFT:
-            y = dot_in_two(hl, tl.reshape(y, (LP, MP * RP)), TYPE, NATIVE)
+            y = dot(hl, y.to(TYPE), NATIVE)
         y = y * norm
         if OFF:
             y -= tl.load(OFFSET + channel, mask=inside, other=0.0)
         if QUANTIZED:
-            at = start + place
-            _store_codes(y, inside, at, row, C, S, Z, SUMS, clip, SUMMED, LOWEST, HIGHEST, SHIFTED)
+            codes = _codes(y, inside, row, S, Z, clip, LOWEST, HIGHEST, SHIFTED)
+            if SUMMED:
+                tl.store(SUMS + row, tl.sum(tl.where(inside, codes, 0).to(tl.int32)))
+            tl.store(C + first + place, codes, mask=inside)
         else:
-            tl.store(Y + start + channel, y.to(Y.dtype.element_ty), mask=inside)
+            tl.store(Y + first + channel, y.to(Y.dtype.element_ty), mask=inside)
 
 
 def quantize_rows(
@@ -257,19 +249,21 @@ def _rotate(
     """Rotate rows into y, int8 codes or numbers; False if the kernel cannot."""
     offset = data[-1].to(x.device) if passes and passes[-3] == SUBTRACT else None
     found = sides(passes, data, x.shape[1], x.dtype, x.device)
-    if found is None:
+    if found is None or (how["EVENS_FIRST"] and found.shape[3] % 2):
         return False
-    (left, middle, right), rows = found[:3], len(x)
-    (lp, mp, rp), (size_l, size_m, size_r), rotates_only = found.padded, found.shape, y.dtype != torch.int8
-    if size_l == size_m == 1 and rotates_only and offset is None:  # heads: several rows are one
-        size_l = math.gcd(rows, lp)
-        rows //= size_l
-    entries = max(lp * mp * rp, rp * rp if x.dtype == torch.float32 else 0)
-    rotate_kernel[(min(rows, 1 << 16),)](
-        *(x, given_or(left, x), given_or(middle, x), given_or(right, x), given_or(offset, x), y, y, made.scale),
-        *(given_or(made.shift, made.scale), given_or(made.sums, y), rows, square**-0.5, clip),
-        **{"L": size_l, "LP": lp, "M": size_m, "MP": mp, "R": size_r, "RP": rp, "LEFT": left is not None},
-        **{"MIDDLE": middle is not None, "RIGHT": right is not None, "TYPE": element_type(x.dtype)},
+    (size_l, inner_l, size_r, inner_r), (lp, rp), steps = found.shape, found.padded, found.steps
+    left, right = found.left, found.codes if how["EVENS_FIRST"] else found.right
+    (rows, width), rotates_only = x.shape, y.dtype != torch.int8
+    if size_l == 1 and rotates_only and offset is None:  # heads: several rows are one
+        size_l = inner_l = math.gcd(rows, lp)
+        rows, width, steps = rows // size_l, width * size_l, (0, width, steps[2])
+    entries = max(lp * rp, rp * rp if x.dtype == torch.float32 else 0)
+    rotate_kernel[(min(rows, _PROGRAMS),)](
+        *(x, given_or(left, x), given_or(right, x), given_or(offset, x), y, y, made.scale),
+        *(given_or(made.shift, made.scale), given_or(made.sums, y), rows, width, square**-0.5, clip),
+        **{"L": size_l, "L2": inner_l, "LP": lp, "R": size_r, "R2": inner_r, "RP": rp},
+        **dict(zip(("STEP_L", "STEP_L2", "STEP_R"), steps, strict=True)),
+        **{"LEFT": left is not None, "RIGHT": right is not None, "TYPE": element_type(x.dtype)},
         **{"QUANTIZED": not rotates_only, "OFF": offset is not None, "NATIVE": NATIVE, **how},
         num_warps=_warps(entries // 2),
         num_stages=1,

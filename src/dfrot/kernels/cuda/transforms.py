@@ -1,12 +1,13 @@
-"""Rotations of rows on a GPU: those that are small products along the axes of a row, and the rest.
+"""Rotations of rows on a GPU: those that are small products from two sides of a row, and the rest.
 
-A Hadamard matrix of n channels is a Kronecker product of two or three, so a row, seen as an array (L, M, R), is
-multiplied along each axis: tiles that fit into registers, and (L + M + R) / n of the whole matrix's cost.
+A Hadamard matrix of n channels is a Kronecker product of two or three. So a row, seen as an array (L, R), is multiplied
+from the left and from the right: tiles that fit into registers, and (L + R) / n of the whole matrix's cost. Of three
+factors the first or the second, which is a power of two, is shared between the sides.
 """
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,24 +18,41 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from dfrot.kernels.lowering import BUTTERFLIES, DENSE, SUBTRACT
 from dfrot.linalg.hadamard import hadamard_matrix
 
-LARGEST_SIDE, LARGEST_TILE = 256, 1 << 15  # entries
+SHARED_MEMORY = 99 << 10  # bytes that a program can have on every GPU from Ampere on
 
 _KEPT = WeakTensorKeyDictionary()  # first matrix of a transform → passes, width, dtype and device → its sides
 
 
+class Group(NamedTuple):
+    """A part of a side: channels `step` apart, and what multiplies them; None: nothing."""
+
+    size: int
+    step: int
+    matrix: Tensor | None = None
+
+
 class Sides(NamedTuple):
-    """What multiplies each axis of a row (L, M, R), padded with zeros to powers of two of 16 or more; None: nothing."""
+    """What multiplies a row (L, R) from both sides, padded with zeros to powers of two of 16 or more; None: nothing.
+
+    Entry (l, r) is channel l // L₂ · s₁ + l % L₂ · s₂ + r // R₂ · s₃ + r % R₂.
+    """
 
     left: Tensor | None  # transposed
-    middle: Tensor | None  # transposed
     right: Tensor | None
-    shape: tuple[int, int, int]  # L, M, R
+    codes: Tensor | None  # right, its even columns first
+    shape: tuple[int, int, int, int]  # L, L₂, R, R₂
+    steps: tuple[int, int, int]
 
     @property
-    def padded(self) -> tuple[int, int, int]:
-        """The same in powers of two; without a middle M is 1."""
-        left, middle, right = self.shape
-        return _padded(left), 1 if middle == 1 else _padded(middle), _padded(right)
+    def padded(self) -> tuple[int, int]:
+        """L and R as powers of two."""
+        return _padded(self.shape[0]), _padded(self.shape[2])
+
+    @property
+    def entries(self) -> int:
+        """What a program keeps in shared memory: a row, and both matrices."""
+        left, right = self.padded
+        return left * right + (left**2 if self.left is not None else 0) + (right**2 if self.right is not None else 0)
 
 
 def sides(
@@ -59,7 +77,7 @@ def _sides(
     passes: tuple[int, ...], width: int, dtype: torch.dtype, device: torch.device, data: tuple[Tensor, ...]
 ) -> Sides | None:
     matrices, behind = iter(data), width
-    axes: list[tuple[int, Tensor | None]] = []
+    axes: list[Group] = []
     for kind, size, after in zip(passes[::3], passes[1::3], passes[2::3], strict=True):
         if kind == SUBTRACT:
             continue
@@ -69,26 +87,67 @@ def _sides(
         if ((matrix != 0) & (matrix.abs() != 1)).any():
             return None  # 16 bits would round it
         if behind > size * after:
-            axes.append((behind // (size * after), None))
-        axes.append((size, matrix))
+            axes.append(Group(behind // (size * after), size * after))
+        axes.append(Group(size, after, matrix))
         behind = after
     if behind > 1:
-        axes.append((behind, None))
-    if len(axes) == 1:
-        axes.insert(0, (1, None))
-    if not 2 <= len(axes) <= 3 or all(matrix is None for _, matrix in axes):
+        axes.append(Group(behind, 1))
+    if not axes or len(axes) > 3 or all(axis.matrix is None for axis in axes):
         return None
-    if len(axes) == 2:
-        axes.insert(1, (1, None))
-    (left, first), (middle, second), (right, third) = axes
-    parts = [_pad(part, dtype, device) for part in (_mT(first), _mT(second), third)]
-    made = Sides(parts[0], parts[1], parts[2], (left, middle, right))
-    fits = max(made.padded) <= LARGEST_SIDE and math.prod(made.padded) <= LARGEST_TILE
-    return made if fits and not (middle > 1 and second is None) else None
+    limit = _shared_memory(device) // dtype.itemsize
+    possible = [made for pair in _layouts(axes) if (made := _shape(*pair)).entries <= limit]
+    if not possible:
+        return None
+    best = min(possible, key=lambda made: math.prod(made.padded) * sum(made.padded))
+    right, size = best.right, best.shape[2]
+    even_first = None if right is None else right[:, [*range(0, size, 2), *range(1, size, 2)]]
+    parts = None if best.left is None else best.left.T, right, even_first
+    left, right, even_first = (_pad(part, dtype, device) for part in parts)
+    return Sides(left, right, even_first, best.shape, best.steps)
 
 
-def _mT(matrix: Tensor | None) -> Tensor | None:
-    return None if matrix is None else matrix.T
+def _layouts(axes: list[Group]) -> Iterator[tuple[list[Group], list[Group]]]:
+    """Axes from the outermost on, shared between left and right."""
+    if len(axes) < 3:
+        yield axes[:-1] or [Group(1, 0)], axes[-1:]
+        return
+    outer, middle, inner = axes
+    for one, two in _shares(outer):
+        yield [one, middle], [two, inner]
+    for one, two in _shares(middle):
+        yield [outer, one], [two, inner]
+
+
+def _shares(axis: Group) -> Iterator[tuple[Group, Group]]:
+    """An axis as two, if it is a Hadamard matrix of a power of two, or one of them is all of it."""
+    size, step, matrix = axis
+    powers = matrix is not None and not size & (size - 1) and bool((matrix == hadamard_matrix(size)).all())
+    for two in (2**n for n in range(size.bit_length())) if powers else (1, size):
+        parts = [None if matrix is None else hadamard_matrix(n).float() for n in (size // two, two)]
+        if not powers:
+            parts = [None if n == 1 else matrix for n in (size // two, two)]
+        yield Group(size // two, step * two, parts[0]), Group(two, step, parts[1])
+
+
+def _shape(left: list[Group], right: list[Group]) -> Sides:
+    """Both sides, not yet padded; the last group of each is the inner one."""
+    inner, outer = left[-1], right[0] if len(right) > 1 else Group(1, 0)
+    shape = math.prod(axis.size for axis in left), inner.size, math.prod(axis.size for axis in right), right[-1].size
+    return Sides(_product(left), _product(right), None, shape, (left[0].step, inner.step, outer.step))
+
+
+def _product(axes: list[Group]) -> Tensor | None:
+    """The Kronecker product of what multiplies some axes."""
+    if all(axis.matrix is None for axis in axes):
+        return None
+    return functools.reduce(torch.kron, [torch.eye(n) if matrix is None else matrix for n, _, matrix in axes])
+
+
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that a program can have there."""
+    if device.type != "cuda":
+        return SHARED_MEMORY
+    return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", SHARED_MEMORY))
 
 
 def _padded(size: int) -> int:
