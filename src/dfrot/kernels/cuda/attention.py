@@ -32,6 +32,7 @@ def append_kernel(
     CODES,
     SCALE,
     ZERO,
+    START,
     tokens,
     position,
     capacity,
@@ -39,8 +40,9 @@ def append_kernel(
     D2: tl.constexpr,
     BLOCK: tl.constexpr,
     BITS: tl.constexpr,
+    STARTED: tl.constexpr,
 ):
-    """X (heads, tokens, 2 D2) into a cache from a position on; program (head, 16 tokens)."""
+    """X (heads, tokens, 2 D2) into a cache from a position on, to which START is added; program (head, 16 tokens)."""
     HIGHEST: tl.constexpr = 2**BITS - 1
     head = tl.program_id(0).to(tl.int64)
     rt, rd = tl.program_id(1) * 16 + tl.arange(0, 16), tl.arange(0, BLOCK)
@@ -56,7 +58,12 @@ def append_kernel(
     scale, zero = grid_of(low, high, clip, 0, HIGHEST, True)
     even = code_of(even, scale[:, None], zero[:, None], 0, HIGHEST).to(tl.int32)
     odd = code_of(odd, scale[:, None], zero[:, None], 0, HIGHEST).to(tl.int32)
-    slot = head * capacity + position + rt
+    at = position + rt
+    if STARTED:
+        at += tl.load(START)
+        oks &= at < capacity
+        ok &= (at < capacity)[:, None]
+    slot = head * capacity + at
     if BITS == 4:
         tl.store(CODES + slot[:, None] * D2 + rd[None, :], (even | (odd << 4)).to(tl.uint8), mask=ok)
     else:
@@ -162,33 +169,36 @@ def attend_kernel(
         rt = t + tl.arange(0, BT)
         ok = rt < length
         slot = first + rt
-        k_even, k_odd = _codes(KC, slot[None, :], rd[:, None], ok[None, :] & okd[:, None], D2, BITS)
-        k_scale = tl.load(KS + slot, mask=ok, other=0.0).to(tl.float32)
-        k_zero = tl.load(KZ + slot, mask=ok, other=0).to(tl.float32)
-        scores = dot(q_even, k_even.to(tl.float32).to(TYPE), NATIVE) + dot(q_odd, k_odd.to(tl.float32).to(TYPE), NATIVE)
-        scores = (scores - q_sum[:, None] * k_zero[None, :]) * (k_scale * scaling)[None, :]
         seen = okr[:, None] & ok[None, :]
-        if MORED:
-            more = MORE + (head.to(tl.int64) * rows + rr)[:, None] * length + rt[None, :]
-            scores += tl.load(more, mask=seen, other=0.0).to(tl.float32) * more_scaling
         if MASKED:
             looked = MASK + (head // heads) * mask_batch + (rr % new)[:, None] * mask_new + rt[None, :]
             seen &= tl.load(looked, mask=seen, other=0) != 0
-        scores = tl.where(seen, scores, float("-inf"))
-        now = tl.maximum(largest, tl.max(scores, 1))
-        base = tl.where(now == float("-inf"), 0.0, now)
-        shrink = tl.exp2(largest - base)
-        p = tl.exp2(scores - base[:, None])
-        total = total * shrink + tl.sum(p, 1)
-        v_even, v_odd = _codes(VC, slot[:, None], rd[None, :], ok[:, None] & okd[None, :], D2, BITS)
-        v_scale = tl.load(VS + slot, mask=ok, other=0.0).to(tl.float32)
-        v_zero = tl.load(VZ + slot, mask=ok, other=0).to(tl.float32)
-        # where nobody looks, a NaN must not be met
-        weighted = tl.where(seen, p * v_scale[None, :], 0.0).to(TYPE)
-        shift = shift * shrink + tl.sum(weighted.to(tl.float32) * v_zero[None, :], 1)
-        even = even * shrink[:, None] + dot(weighted, v_even.to(tl.float32).to(TYPE), NATIVE)
-        odd = odd * shrink[:, None] + dot(weighted, v_odd.to(tl.float32).to(TYPE), NATIVE)
-        largest = now
+        # else nobody looks here, as at the room of a static cache
+        if not MASKED or tl.max(tl.max(seen.to(tl.int32), 0), 0) > 0:
+            k_even, k_odd = _codes(KC, slot[None, :], rd[:, None], ok[None, :] & okd[:, None], D2, BITS)
+            k_scale = tl.load(KS + slot, mask=ok, other=0.0).to(tl.float32)
+            k_zero = tl.load(KZ + slot, mask=ok, other=0).to(tl.float32)
+            scores = dot(q_even, k_even.to(tl.float32).to(TYPE), NATIVE)
+            scores += dot(q_odd, k_odd.to(tl.float32).to(TYPE), NATIVE)
+            scores = (scores - q_sum[:, None] * k_zero[None, :]) * (k_scale * scaling)[None, :]
+            if MORED:
+                more = MORE + (head.to(tl.int64) * rows + rr)[:, None] * length + rt[None, :]
+                scores += tl.load(more, mask=seen, other=0.0).to(tl.float32) * more_scaling
+            scores = tl.where(seen, scores, float("-inf"))
+            now = tl.maximum(largest, tl.max(scores, 1))
+            base = tl.where(now == float("-inf"), 0.0, now)
+            shrink = tl.exp2(largest - base)
+            p = tl.exp2(scores - base[:, None])
+            total = total * shrink + tl.sum(p, 1)
+            v_even, v_odd = _codes(VC, slot[:, None], rd[None, :], ok[:, None] & okd[None, :], D2, BITS)
+            v_scale = tl.load(VS + slot, mask=ok, other=0.0).to(tl.float32)
+            v_zero = tl.load(VZ + slot, mask=ok, other=0).to(tl.float32)
+            # where nobody looks, a NaN must not be met
+            weighted = tl.where(seen, p * v_scale[None, :], 0.0).to(TYPE)
+            shift = shift * shrink + tl.sum(weighted.to(tl.float32) * v_zero[None, :], 1)
+            even = even * shrink[:, None] + dot(weighted, v_even.to(tl.float32).to(TYPE), NATIVE)
+            odd = odd * shrink[:, None] + dot(weighted, v_odd.to(tl.float32).to(TYPE), NATIVE)
+            largest = now
     place = (head * tl.num_programs(1) + part).to(tl.int64) * RP
     o_at = PARTIAL + (place + rr)[:, None] * (2 * BLOCK) + rd[None, :]
     tl.store(o_at, even - shift[:, None])
@@ -248,13 +258,15 @@ def append(
     square: int,
     bits: int,
     clip: float,
+    start: Tensor | None = None,
 ) -> None:
     """`dfrot::append` on a GPU."""
     x = rotate(x, passes, data, square, torch.float32) if passes else x.contiguous()
     batch, heads, tokens, head_dim = x.shape
     append_kernel[(batch * heads, triton.cdiv(tokens, 16))](
-        *(x, *packed, tokens, position, _capacity(packed), clip),
-        **{"D2": head_dim // 2, "BLOCK": _half(head_dim), "BITS": bits, "enable_fp_fusion": False},
+        *(x, *packed, x if start is None else start, tokens, position, _capacity(packed), clip),
+        **{"D2": head_dim // 2, "BLOCK": _half(head_dim), "BITS": bits, "STARTED": start is not None},
+        enable_fp_fusion=False,
     )
 
 
