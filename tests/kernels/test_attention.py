@@ -54,6 +54,20 @@ def test_tokens_are_packed_and_unpacked_as_by_the_reference(
         )
 
 
+def test_tokens_go_where_a_tensor_says_or_are_refused_where_there_is_no_room(
+    isa: int, generator: torch.Generator
+) -> None:
+    spec = TensorSpec(4, False, 0.95)
+    wanted, found = KVQuantizer(spec, spec, None, 32).room(BATCH, HEADS, LENGTH, torch.device("cpu"))
+    x = torch.randn(BATCH, HEADS, 3, 32, generator=generator)
+    attention.append(x, [*wanted], LENGTH - 3, *NO_PASSES, 4, 0.95)
+    attention.append(x, [*found], 1, *NO_PASSES, 4, 0.95, torch.tensor(LENGTH - 4))
+    assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+    assert found.codes[:, :, -3:].any()
+    with pytest.raises(IndexError, match="a cache of 201 tokens has no room for 202"):
+        attention.append(x, [*found], 0, *NO_PASSES, 4, 0.95, torch.tensor(LENGTH - 2))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("head_dim", [32, 64, 128])

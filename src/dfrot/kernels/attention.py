@@ -39,9 +39,14 @@ def append(
     square: int,
     bits: int,
     clip: float,
+    start: Tensor | None = None,
 ) -> None:
-    """Quantize x R, x (batch, heads, tokens, head_dim), into a cache, from a position on."""
+    """Quantize x R, x (batch, heads, tokens, head_dim), into a cache, from a position on; `start`, int64 of one
+    element where x is, is added to it without waiting for a GPU, which leaves out tokens behind the capacity."""
     x = x.contiguous()
+    position += 0 if start is None else int(start)
+    if position + x.shape[2] > packed[0].shape[2]:
+        raise IndexError(f"a cache of {packed[0].shape[2]} tokens has no room for {position + x.shape[2]}")
     rows = pointer(x), DTYPES[x.dtype], x.shape[0], x.shape[2]
     native().dfrot_append(*machine(), *rows, position, transform(passes, data, square), clip, cache(packed, bits))
 

@@ -7,9 +7,10 @@ few bits. Three of transformers' extension points carry this, and nothing is pat
 
 * an attention function, registered as "dfrot", which quantizes keys and values that arrive as plain tensors, and leaves
   a few new tokens to the kernels, and many, for which it unpacks them, to SDPA;
-* a cache layer, which keeps codes, scales and zero points, and hands them to the attention function unchanged;
-* a forward pre-hook on the decoder, which puts these layers into an empty `DynamicCache`, so that `generate` uses
-  4-bit keys and values without being told.
+* cache layers, growing and static, which keep codes, scales and zero points, and hand them to the attention function
+  unchanged;
+* a forward pre-hook on the decoder, which puts these layers into an empty `DynamicCache` or `StaticCache`, so that
+  `generate` uses 4-bit keys and values without being told.
 
 A full-precision cache gives the same numbers: quantization is per token, so it does not matter when it happens.
 """
@@ -22,7 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, StaticCache, StaticLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -57,10 +58,13 @@ class PackedKV(NamedTuple):
         """A view of the first tokens."""
         return PackedKV(*(part[:, :, :tokens] for part in self))
 
-    def put(self, new: "PackedKV", at: int) -> None:
+    def put(self, new: "PackedKV", at: int | Tensor) -> None:
         """Overwrite tokens from position `at` on."""
         for part, of_new in zip(self, new, strict=True):
-            part[:, :, at : at + of_new.shape[2]] = of_new
+            if isinstance(at, Tensor):
+                part.index_copy_(2, at + torch.arange(of_new.shape[2], device=at.device), of_new)
+            else:
+                part[:, :, at : at + of_new.shape[2]] = of_new
 
 
 class GradedKV(NamedTuple):
@@ -123,12 +127,24 @@ class KVQuantizer(nn.Module):
             self._lowered = self.rotation, None if self.rotation is None else lower(self.rotation)
         return NO_PASSES if self.rotation is None else self._lowered[1]
 
-    def write(self, keys: Heads, values: Heads, room: tuple[PackedKV, PackedKV], at: int) -> None:
+    def room(self, batch: int, heads: int, capacity: int, device: torch.device) -> tuple[PackedKV, PackedKV]:
+        """For keys and values of so many tokens."""
+        parts = (packed_width(self.head_dim, self.keys.bits), torch.uint8), (1, SCALE_DTYPE), (1, torch.uint8)
+
+        def packed() -> PackedKV:
+            made = (torch.zeros(batch, heads, capacity, n, dtype=dtype, device=device) for n, dtype in parts)
+            return PackedKV(*made)
+
+        return packed(), packed()
+
+    def write(self, keys: Heads, values: Heads, room: tuple[PackedKV, PackedKV], at: int | Tensor) -> None:
         """Quantize new keys, rotated, and values into `room`, from position `at` on."""
         if self.native(keys):
             assert self.passes is not None, "native() has checked the rotation"
-            attention.append(keys, [*room[0]], at, *self.passes, self.keys.bits, self.keys.fixed_clip)
-            attention.append(values, [*room[1]], at, *NO_PASSES, self.values.bits, self.values.fixed_clip)
+            position, start = (0, at) if isinstance(at, Tensor) else (at, None)
+            grids = (self.keys.bits, self.keys.fixed_clip), (self.values.bits, self.values.fixed_clip)
+            attention.append(keys, [*room[0]], position, *self.passes, *grids[0], start)
+            attention.append(values, [*room[1]], position, *NO_PASSES, *grids[1], start)
         else:
             room[0].put(self.pack_keys(keys), at)
             room[1].put(self.pack_values(values), at)
@@ -159,15 +175,16 @@ class KVQuantizer(nn.Module):
         return dequantize(codes, self.keys.token_granularity, qparams).to(dtype)
 
 
-class QuantizedCacheLayer(DynamicLayer):
-    """A growing cache layer of packed keys and values.
+class PackedLayer:
+    """What cache layers of packed keys and values share.
 
     `update` returns `PackedKV` keys and values, which only the "dfrot" attention understands.
     """
 
+    dtype: torch.dtype
     is_sliding = is_initialized = False
 
-    def __init__(self, quantizer: KVQuantizer) -> None:  # the base class would set keys and values
+    def __init__(self, quantizer: KVQuantizer) -> None:  # transformers' base class would set keys and values
         self._quantizer = quantizer
         self.coming: Positions | None = None  # positions of the next tokens; None: those after the last one
         self._room: tuple[PackedKV, PackedKV] | None = None  # of which the first tokens are used
@@ -184,6 +201,21 @@ class QuantizedCacheLayer(DynamicLayer):
             return None
         shown, rotation = self._quantizer.unpack(self._packed[which], self.dtype), self._quantizer.rotation
         return shown if which or rotation is None else in_float64(rotation.T.apply, shown)
+
+    @property
+    def positions(self) -> Positions | None:
+        """Of all tokens; kept only where the bias of keys stays out of them."""
+        return None if self._positions is None else self._positions[:, 0, :, 0]
+
+    @property
+    def nbytes(self) -> int:
+        """With the room for tokens to come."""
+        parts = [*self._room, self._positions] if self._room is not None else []
+        return sum(part.nbytes for part in parts if part is not None)
+
+
+class QuantizedCacheLayer(PackedLayer, DynamicLayer):
+    """A growing cache layer of packed keys and values."""
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -208,14 +240,7 @@ class QuantizedCacheLayer(DynamicLayer):
         if writable and self._room is not None and self._room[0].codes.shape[-2] >= needed:
             return self._room
         capacity = -(-(needed + needed // 16) // _ROOM) * _ROOM
-        width = packed_width(self._quantizer.head_dim, self._quantizer.keys.bits)
-
-        def packed() -> PackedKV:
-            parts = (width, torch.uint8), (1, SCALE_DTYPE), (1, torch.uint8)
-            made = (torch.zeros(batch, heads, capacity, n, dtype=dtype, device=self.device) for n, dtype in parts)
-            return PackedKV(*made)
-
-        room = packed(), packed()
+        room = self._quantizer.room(batch, heads, capacity, self.device)
         for old, new in zip(self._packed or (), room, strict=False):
             new.put(old, 0)
         self._room = room
@@ -239,19 +264,8 @@ class QuantizedCacheLayer(DynamicLayer):
         if self._packed is not None:
             self._packed = self._room = tuple(PackedKV(*map(change, packed)) for packed in self._packed)  # type: ignore[assignment]
 
-    @property
-    def positions(self) -> Positions | None:
-        """Of all tokens; kept only where the bias of keys stays out of them."""
-        return None if self._positions is None else self._positions[:, 0, :, 0]
-
     def get_seq_length(self) -> int:
         return 0 if self._packed is None else self._packed[0].codes.shape[-2]
-
-    @property
-    def nbytes(self) -> int:
-        """With the room for tokens to come."""
-        parts = [*self._room, self._positions] if self._room is not None else []
-        return sum(part.nbytes for part in parts if part is not None)
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove > 0:
@@ -276,6 +290,58 @@ class QuantizedCacheLayer(DynamicLayer):
 
     def prefetch(self) -> None:
         self._map(lambda part: part.to(self.device, non_blocking=True))
+
+
+class StaticQuantizedLayer(PackedLayer, StaticLayer):
+    """A cache layer of packed keys and values for so many tokens, all written in place, where tensors say: it can be
+    compiled, and recorded as a CUDA graph."""
+
+    def __init__(self, quantizer: KVQuantizer, max_cache_len: int) -> None:
+        super().__init__(quantizer)
+        self.max_cache_len = max_cache_len
+        self.cumulative_length = torch.tensor(0)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        batch, heads = self.batch_size, self.num_heads = key_states.shape[:2]
+        self._room = self._packed = self._quantizer.room(batch, heads, self.max_cache_len, self.device)
+        self.cumulative_length = self.cumulative_length.to(self.device)
+        if self._quantizer.key_bias is not None:
+            shape = batch, 1, self.max_cache_len, 1
+            self._positions = torch.zeros(shape, dtype=torch.int32, device=self.device)
+        if not torch.compiler.is_compiling():
+            for tensor in self._tensors():
+                torch._dynamo.mark_static_address(tensor)
+        self.is_initialized = True
+
+    def _tensors(self) -> list[Tensor]:
+        assert self._room is not None, "lazy_initialization comes first"
+        positions = [] if self._positions is None else [self._positions]
+        return [*self._room[0], *self._room[1], *positions, self.cumulative_length]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if differentiated(key_states, value_states):
+            raise ValueError("a static cache has no gradients: compute without them, or with another cache")
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self._room is not None
+        keys, values = self._room
+        self._quantizer.write(key_states, value_states, (keys, values), self.cumulative_length)
+        if self._positions is not None:
+            at = torch.arange(key_states.shape[2], device=self.device) + self.cumulative_length
+            new = (at[None] if self.coming is None else self.coming).to(self.device, torch.int32)
+            self._positions.index_copy_(2, at, new.expand(len(key_states), -1)[:, None, :, None])
+            self.coming = None
+        self.cumulative_length.add_(key_states.shape[2])
+        return (keys, values) if self.positions is None else (GradedKV(keys, None, self.positions), GradedKV(values))
+
+    def reset(self) -> None:
+        for tensor in self._tensors() if self.is_initialized else ():
+            tensor.zero_()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        for tensor in self._tensors()[:-1] if self.is_initialized else ():
+            tensor.copy_(tensor.index_select(0, beam_idx.to(tensor.device)))
 
 
 def quantized_attention(
@@ -333,6 +399,11 @@ def _graded(unpacked: Tensor, new: Tensor | None) -> Tensor:
     return torch.cat([before, straight_through(last, new)], dim=2)
 
 
+def _empty_and_static(layer: Any) -> bool:
+    """No window: of one, transformers' layers and masks hold as much as is looked at."""
+    return type(layer) is StaticLayer and not layer.is_initialized
+
+
 def _quantize_empty_cache(name: str, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A forward pre-hook of the decoder, which calls its cache by this name; holds no module, so that a model can be
     copied and pickled."""
@@ -348,8 +419,14 @@ def _quantize_empty_cache(name: str, decoder: nn.Module, args: tuple[Any, ...], 
     if isinstance(cache, DynamicCache) and cache.get_seq_length() == 0:
         quantizers = [module for module in decoder.modules() if isinstance(module, KVQuantizer)]
         cache.layers = [QuantizedCacheLayer(quantizer) for quantizer in quantizers]
-    for layer in cache.layers if isinstance(cache, DynamicCache) else ():
-        if isinstance(layer, QuantizedCacheLayer):
+    elif isinstance(cache, StaticCache) and not cache.offloading and any(map(_empty_and_static, cache.layers)):
+        quantizers = [module for module in decoder.modules() if isinstance(module, KVQuantizer)]
+        cache.layers = [
+            StaticQuantizedLayer(quantizer, layer.max_cache_len) if _empty_and_static(layer) else layer
+            for quantizer, layer in zip(quantizers, cache.layers, strict=True)
+        ]
+    for layer in cache.layers if isinstance(cache, DynamicCache | StaticCache) else ():
+        if isinstance(layer, PackedLayer):
             layer.coming = given.get("position_ids")
     return args, kwargs
 

@@ -40,8 +40,8 @@ def launches() -> list[tuple[JITFunction, tuple[Any, ...], dict[str, Any]]]:
         for bits, group, varied in specs:
             layer(1, 14336, 4096, lower(Hadamard(14336)), bits, group, varied)
         layer(1, 4096, 4096, lower(Kronecker(Hadamard(32), Identity(128))), *specs[0])
-        for batch, tokens in [(1, 1), (16, 1), (1, 8)]:
-            cache(batch, tokens)
+        for batch, tokens, static in [(1, 1, False), (16, 1, True), (1, 8, True)]:
+            cache(batch, tokens, static)
         for width, symmetric in [(4096, False), (14336, False), (128, False), (4096, True)]:
             tokens_on_a_grid(width, symmetric)
         for symmetric in (True, False):
@@ -64,17 +64,18 @@ def layer(
     linear.products(x, parts, *rotation, bits[0], bits[1], False, 0.9)
 
 
-def cache(batch: int, tokens: int) -> None:
+def cache(batch: int, tokens: int, static: bool) -> None:
     heads, query_heads, head_dim, length = 8, 32, 128, 4096
     rotation = lower(Hadamard(head_dim))
     assert rotation is not None
     with torch.device("meta"):
         keys, query = (torch.empty(batch, n, tokens, head_dim, dtype=torch.bfloat16) for n in (heads, query_heads))
-        mask = torch.empty(batch, 1, tokens, length, dtype=torch.bool) if tokens > 1 else None
+        mask = torch.empty(batch, 1, tokens, length, dtype=torch.bool) if static else None
+        start = torch.empty((), dtype=torch.int64) if static else None
         parts = (head_dim // 2, torch.uint8), (1, torch.bfloat16), (1, torch.uint8)
         packed = [torch.empty(batch, heads, length, width, dtype=dtype) for width, dtype in parts]
-    attention.append(keys, packed, 0, *rotation, 4, 0.95)
-    attention.append(keys, packed, 0, *NO_PASSES, 4, 0.95)
+    attention.append(keys, packed, 0, *rotation, 4, 0.95, start)
+    attention.append(keys, packed, 0, *NO_PASSES, 4, 0.95, start)
     attention.attend(query, packed, packed, mask, None, *rotation, head_dim**-0.5, 4)
     attention.unpack(packed, 4, torch.bfloat16)
 

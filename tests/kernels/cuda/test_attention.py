@@ -54,6 +54,46 @@ def test_tokens_are_packed_and_unpacked_as_by_the_reference(
     assert ((restored.double() - wide).abs() <= bound)[finite.expand_as(x)].all()
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("tokens", [1, 19])
+def test_tokens_go_where_a_tensor_says_and_never_behind_the_room(
+    tokens: int, bits: int, generator: torch.Generator
+) -> None:
+    quantizer = KVQuantizer(dataclasses.replace(SPEC, bits=bits), dataclasses.replace(SPEC, bits=bits), None, 32)
+    x = torch.randn(BATCH, HEADS, tokens, 32, generator=generator).to(DEVICE)
+    for at in (0, 5, LENGTH - tokens, LENGTH - tokens + 1, LENGTH + 3):
+        wanted, found = quantizer.room(BATCH, HEADS, LENGTH, x.device)
+        fitting = x[:, :, : max(0, LENGTH - at)]
+        if fitting.shape[2]:
+            append(fitting, [*wanted], at, *NO_PASSES, bits, 0.95)
+        append(x, [*found], 0, *NO_PASSES, bits, 0.95, torch.tensor(at, device=x.device))
+        assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+        found = quantizer.room(BATCH, HEADS, LENGTH, x.device)[0]
+        append(x, [*found], 2, *NO_PASSES, bits, 0.95, torch.tensor([at - 2], device=x.device))
+        assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_room_that_nobody_looks_at_changes_no_bit_whatever_is_in_it(tokens: int, generator: torch.Generator) -> None:
+    room, seen = 70 + 3 * 64, 70  # three blocks of keys, and a part of one
+    quantizer = KVQuantizer(SPEC, SPEC, None, 64)
+    keys, values = torch.randn(2, BATCH, HEADS, room, 64, generator=generator)
+    query = torch.randn(BATCH, 4 * HEADS, tokens, 64, generator=generator).to(DEVICE)
+    mask = (torch.arange(room) < seen).expand(BATCH, 1, tokens, room).clone()
+    mask[0, ..., :66] = False  # not even the first block
+    found = []
+    for unseen in (0.0, torch.nan):
+        keys[:, :, seen:], values[:, :, seen:] = unseen, unseen
+        packed = [*quantizer.pack_keys(keys.to(DEVICE))], [*quantizer.pack_values(values.to(DEVICE))]
+        found.append(attend(query, packed[0], packed[1], mask.to(DEVICE), None, *NO_PASSES, 0.125, 4).cpu())
+    assert found[0].isfinite().all()
+    assert torch.equal(*found)
+    k, v = (reference(PackedKV(*part), SPEC, 64)[:, :, :seen].repeat_interleave(4, 1) for part in packed)
+    scores = (query.double() @ k.mT * 0.125).masked_fill(~mask[..., :seen].to(DEVICE), -torch.inf)
+    expected = (scores.softmax(-1) @ v).transpose(1, 2).cpu()
+    assert (found[0].double() - expected).abs().max() <= 80 * 2**-23 * v.abs().max()
+
+
 @pytest.mark.parametrize("dtype", EPS)
 @pytest.mark.parametrize(("bits", "head_dim"), [(4, 64), (8, 80)])
 @pytest.mark.parametrize(("tokens", "repeats", "more"), [(1, 1, False), (1, 4, True), (3, 2, True)])

@@ -33,6 +33,7 @@ def append_kernel(
     CODES,
     SCALE,
     ZERO,
+    START,
     tokens,
     position,
     capacity,
@@ -40,8 +41,9 @@ def append_kernel(
     D2: tl.constexpr,
     BLOCK: tl.constexpr,
     BITS: tl.constexpr,
+    STARTED: tl.constexpr,
 ):
-    """X (heads, tokens, 2 D2) into a cache from a position on; program (head, 16 tokens)."""
+    """X (heads, tokens, 2 D2) into a cache from a position on, to which START is added; program (head, 16 tokens)."""
     HIGHEST: tl.constexpr = 2**BITS - 1
     head = tl.program_id(0).to(tl.int64)
     rt, rd = tl.program_id(1) * 16 + tl.arange(0, 16), tl.arange(0, BLOCK)
@@ -57,7 +59,12 @@ def append_kernel(
     scale, zero = grid_of(low, high, clip, 0, HIGHEST, True)
     even = code_of(even, scale[:, None], zero[:, None], 0, HIGHEST).to(tl.int32)
     odd = code_of(odd, scale[:, None], zero[:, None], 0, HIGHEST).to(tl.int32)
-    slot = head * capacity + position + rt
+    at = position + rt
+    if STARTED:
+        at += tl.load(START)
+        oks &= at < capacity
+        ok &= (at < capacity)[:, None]
+    slot = head * capacity + at
     if BITS == 4:
         tl.store(CODES + slot[:, None] * D2 + rd[None, :], (even | (odd << 4)).to(tl.uint8), mask=ok)
     else:
@@ -157,6 +164,7 @@ def attend_kernel(
     Q: (batch · kv heads, rows, 2 D2), rows = queries of one kv head, `new` of each query head. PARTIAL: float32 (…,
     parts, RP, 2 BLOCK), even channels first; ML: (…, parts, 2, RP), the largest score to base 2 and the sum.
     """
+    SPAN: tl.constexpr = 1024
     FLOATS: tl.constexpr = BITS == 4 and tl.float32 != TYPE
     BASE: tl.constexpr = (128 if tl.bfloat16 == TYPE else 1024) if FLOATS else 0
     head, part = tl.program_id(0), tl.program_id(1)
@@ -173,9 +181,18 @@ def attend_kernel(
     odd = tl.zeros([RP, BLOCK], tl.float32)
     first = head.to(tl.int64) * capacity
     begin = part * per_split
-    for t in range(begin, tl.minimum(begin + per_split, length), BT):
+    end = tl.minimum(begin + per_split, length)
+    if MASKED:  # nothing is read behind the last token that somebody looks at, such as the room of a static cache
+        mask_at, last = MASK + (head // heads) * mask_batch, begin
+        for query in range(0, new):
+            for t in range(begin, end, SPAN):
+                rt = t + tl.arange(0, SPAN)
+                seen = tl.load(mask_at + query * mask_new + rt, mask=rt < end, other=0) != 0
+                last = tl.maximum(last, tl.max(tl.where(seen, rt + 1, 0)))
+        end = last
+    for t in range(begin, end, BT):
         rt = t + tl.arange(0, BT)
-        ok = rt < length
+        ok = rt < end
         slot = first + rt
         k_even, k_odd = _floats(KC, slot[None, :], rd[:, None], ok[None, :] & okd[:, None], D2, BITS, TYPE, NATIVE)
         k_scale = tl.load(KS + slot, mask=ok, other=0.0).to(tl.float32)
@@ -187,8 +204,7 @@ def attend_kernel(
             more = MORE + (head.to(tl.int64) * rows + rr)[:, None] * length + rt[None, :]
             scores += tl.load(more, mask=seen, other=0.0).to(tl.float32) * more_scaling
         if MASKED:
-            looked = MASK + (head // heads) * mask_batch + (rr % new)[:, None] * mask_new + rt[None, :]
-            seen &= tl.load(looked, mask=seen, other=0) != 0
+            seen &= tl.load(mask_at + (rr % new)[:, None] * mask_new + rt[None, :], mask=seen, other=0) != 0
         scores = tl.where(seen, scores, float("-inf"))
         now = tl.maximum(largest, tl.max(scores, 1))
         base = tl.where(now == float("-inf"), 0.0, now)
@@ -263,13 +279,15 @@ def append(
     square: int,
     bits: int,
     clip: float,
+    start: Tensor | None = None,
 ) -> None:
     """`dfrot::append` on a GPU."""
     x = rotate(x, passes, data, square, torch.float32) if passes else x.contiguous()
     batch, heads, tokens, head_dim = x.shape
     append_kernel[(batch * heads, triton.cdiv(tokens, 16))](
-        *(x, *packed, tokens, position, _capacity(packed), clip),
-        **{"D2": head_dim // 2, "BLOCK": _half(head_dim), "BITS": bits, "enable_fp_fusion": False},
+        *(x, *packed, x if start is None else start, tokens, position, _capacity(packed), clip),
+        **{"D2": head_dim // 2, "BLOCK": _half(head_dim), "BITS": bits, "STARTED": start is not None},
+        enable_fp_fusion=False,
     )
 
 
