@@ -41,9 +41,9 @@ def test_tokens_are_packed_and_unpacked_as_by_the_reference(
     quantizer = KVQuantizer(spec, dataclasses.replace(spec, clip_ratio=1.0), None, head_dim)
     keys, values = torch.randn(2, BATCH, HEADS, LENGTH, head_dim, generator=generator).to(dtype)
     values[0, 0, 5], values[1, 2, 7, 3] = 0, torch.nan
-    by_reference = (quantizer.pack_keys, keys), (quantizer.pack_values, values)
-    for packed, (pack, x) in zip(filled(quantizer, keys, values), by_reference, strict=True):
-        expected = pack(x)
+    by_reference = (quantizer.keys, keys), (quantizer.values, values)
+    for packed, (grid, x) in zip(filled(quantizer, keys, values), by_reference, strict=True):
+        expected = quantizer.pack(x, grid)
         finite = x.isfinite().all(-1, keepdim=True)
         assert torch.equal(packed.scale.isfinite(), finite)
         for part, whole in zip(packed, expected, strict=True):
@@ -58,7 +58,7 @@ def test_tokens_go_where_a_tensor_says_or_are_refused_where_there_is_no_room(
     isa: int, generator: torch.Generator
 ) -> None:
     spec = TensorSpec(4, False, 0.95)
-    wanted, found = KVQuantizer(spec, spec, None, 32).room(BATCH, HEADS, LENGTH, torch.device("cpu"))
+    wanted, found = KVQuantizer(spec, spec, None, 32).rooms(BATCH, HEADS, LENGTH, torch.device("cpu"))
     x = torch.randn(BATCH, HEADS, 3, 32, generator=generator)
     attention.append(x, [*wanted], LENGTH - 3, *NO_PASSES, 4, 0.95)
     attention.append(x, [*found], 1, *NO_PASSES, 4, 0.95, torch.tensor(LENGTH - 4))

@@ -156,7 +156,7 @@ def rotate(x: Tensor, passes: Sequence[int], data: Sequence[Tensor], square: int
 
 @rotate.register_fake
 def _(x: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(x)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 cuda.register(_linear, "linear", "products")

@@ -27,7 +27,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, StaticCache, St
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from dfrot.kernels import attention
+from dfrot.kernels import attention, linear
 from dfrot.kernels.lowering import NO_PASSES, Lowered, lower
 from dfrot.linalg.rotation import Rotation
 from dfrot.models.graph import head_dim
@@ -109,7 +109,11 @@ class KVQuantizer(nn.Module):
 
     def rotate(self, x: Heads) -> Heads:
         """Queries or keys, rotated by R3."""
-        return x if self.rotation is None else in_float64(self.rotation.apply, x)
+        if self.rotation is None:
+            return x
+        if linear.computable(x) and self.passes is not None:
+            return linear.rotate(x, *self.passes)
+        return in_float64(self.rotation.apply, x)
 
     def quantize_queries(self, x: Heads) -> Heads:
         """Queries as keys meet them: rotated, and quantized if that is asked for."""
@@ -127,15 +131,15 @@ class KVQuantizer(nn.Module):
             self._lowered = self.rotation, None if self.rotation is None else lower(self.rotation)
         return NO_PASSES if self.rotation is None else self._lowered[1]
 
-    def room(self, batch: int, heads: int, capacity: int, device: torch.device) -> tuple[PackedKV, PackedKV]:
-        """For keys and values of so many tokens."""
+    def room(self, batch: int, heads: int, capacity: int, device: torch.device) -> PackedKV:
+        """For keys or values of so many tokens."""
         parts = (packed_width(self.head_dim, self.keys.bits), torch.uint8), (1, SCALE_DTYPE), (1, torch.uint8)
+        made = (torch.zeros(batch, heads, capacity, n, dtype=dtype, device=device) for n, dtype in parts)
+        return PackedKV(*made)
 
-        def packed() -> PackedKV:
-            made = (torch.zeros(batch, heads, capacity, n, dtype=dtype, device=device) for n, dtype in parts)
-            return PackedKV(*made)
-
-        return packed(), packed()
+    def rooms(self, batch: int, heads: int, capacity: int, device: torch.device) -> tuple[PackedKV, PackedKV]:
+        """For both."""
+        return self.room(batch, heads, capacity, device), self.room(batch, heads, capacity, device)
 
     def write(self, keys: Heads, values: Heads, room: tuple[PackedKV, PackedKV], at: int | Tensor) -> None:
         """Quantize new keys, rotated, and values into `room`, from position `at` on."""
@@ -151,12 +155,21 @@ class KVQuantizer(nn.Module):
 
     def pack_keys(self, x: Heads) -> PackedKV:
         """Keys, rotated and quantized."""
-        return self._pack(self.rotate(x), self.keys)
+        if self.native(x) and self.passes is not None:
+            return self._append(x, self.passes, self.keys)
+        return self.pack(self.rotate(x), self.keys)
 
     def pack_values(self, x: Heads) -> PackedKV:
-        return self._pack(x, self.values)
+        return self._append(x, NO_PASSES, self.values) if self.native(x) else self.pack(x, self.values)
 
-    def _pack(self, x: Heads, spec: TensorSpec) -> PackedKV:
+    def _append(self, x: Heads, passes: Lowered, spec: TensorSpec) -> PackedKV:
+        """The kernels' way: to a cache that is empty."""
+        packed = self.room(x.shape[0], x.shape[1], x.shape[2], x.device)
+        attention.append(x, [*packed], 0, *passes, spec.bits, spec.fixed_clip)
+        return packed
+
+    def pack(self, x: Heads, spec: TensorSpec) -> PackedKV:
+        """Heads quantized as they are, by torch alone."""
         wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
         grid, granularity = spec.grid, spec.token_granularity
         qparams = choose_qparams(wide, grid, granularity, spec.fixed_clip, SCALE_DTYPE)
@@ -240,7 +253,7 @@ class QuantizedCacheLayer(PackedLayer, DynamicLayer):
         if writable and self._room is not None and self._room[0].codes.shape[-2] >= needed:
             return self._room
         capacity = -(-(needed + needed // 16) // _ROOM) * _ROOM
-        room = self._quantizer.room(batch, heads, capacity, self.device)
+        room = self._quantizer.rooms(batch, heads, capacity, self.device)
         for old, new in zip(self._packed or (), room, strict=False):
             new.put(old, 0)
         self._room = room
@@ -304,7 +317,7 @@ class StaticQuantizedLayer(PackedLayer, StaticLayer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         batch, heads = self.batch_size, self.num_heads = key_states.shape[:2]
-        self._room = self._packed = self._quantizer.room(batch, heads, self.max_cache_len, self.device)
+        self._room = self._packed = self._quantizer.rooms(batch, heads, self.max_cache_len, self.device)
         self.cumulative_length = self.cumulative_length.to(self.device)
         if self._quantizer.key_bias is not None:
             shape = batch, 1, self.max_cache_len, 1

@@ -43,7 +43,7 @@ def test_tokens_are_packed_and_unpacked_as_by_the_reference(
     spec = dataclasses.replace(SPEC, bits=bits)
     x = torch.randn(BATCH, HEADS, LENGTH, head_dim, generator=generator).to(dtype)
     x[0, 0, 5], x[1, 0, 7, 3], x[1, 1, 8, 0] = 0, torch.nan, torch.inf
-    packed, expected = cached(x, spec, None), KVQuantizer(spec, spec, None, head_dim).pack_keys(x)
+    packed, expected = cached(x, spec, None), KVQuantizer(spec, spec, None, head_dim).pack(x, spec)
     finite = x.isfinite().all(-1, keepdim=True)
     assert torch.equal(packed.scale.cpu().isfinite(), finite)
     for part, whole in zip(packed, expected, strict=True):
@@ -62,13 +62,13 @@ def test_tokens_go_where_a_tensor_says_and_never_behind_the_room(
     quantizer = KVQuantizer(dataclasses.replace(SPEC, bits=bits), dataclasses.replace(SPEC, bits=bits), None, 32)
     x = torch.randn(BATCH, HEADS, tokens, 32, generator=generator).to(DEVICE)
     for at in (0, 5, LENGTH - tokens, LENGTH - tokens + 1, LENGTH + 3):
-        wanted, found = quantizer.room(BATCH, HEADS, LENGTH, x.device)
+        wanted, found = quantizer.rooms(BATCH, HEADS, LENGTH, x.device)
         fitting = x[:, :, : max(0, LENGTH - at)]
         if fitting.shape[2]:
             append(fitting, [*wanted], at, *NO_PASSES, bits, 0.95)
         append(x, [*found], 0, *NO_PASSES, bits, 0.95, torch.tensor(at, device=x.device))
         assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
-        found = quantizer.room(BATCH, HEADS, LENGTH, x.device)[0]
+        found = quantizer.room(BATCH, HEADS, LENGTH, x.device)
         append(x, [*found], 2, *NO_PASSES, bits, 0.95, torch.tensor([at - 2], device=x.device))
         assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
 

@@ -14,7 +14,7 @@ _OLDEST = 8, 0  # capability: from there on bfloat16 and products of int8 are in
 
 def computable(x: Tensor) -> bool:
     """Whether there are kernels for such a tensor: on a GPU, with nothing to differentiate."""
-    known = x.is_cuda and x.dtype in DTYPES and _why_not(x.get_device()) is None
+    known = x.is_cuda and x.dtype in DTYPES and _usable(x.get_device())
     return known and not (x.requires_grad and torch.is_grad_enabled())
 
 
@@ -25,6 +25,11 @@ def backend(device: torch.device) -> str:
 
 
 @torch.compiler.assume_constant_result
+def _usable(device: int) -> bool:
+    """Which torch.compile need not look into."""
+    return _why_not(device) is None
+
+
 @functools.cache
 def _why_not(device: int) -> str | None:
     """What keeps the kernels from being used. Triton is looked for last: that takes a second."""
