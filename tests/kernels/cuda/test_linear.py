@@ -98,6 +98,14 @@ def test_rotated_rows_are_the_rotations(name: str, dtype: torch.dtype, generator
     assert ((y.double() - expected).abs() <= bound).all()
 
 
+def test_large_inputs_in_float16_stay_finite(generator: torch.Generator) -> None:
+    rotation, lowered = Hadamard(8960), lower(Hadamard(8960))
+    assert lowered is not None
+    x = torch.where(torch.rand(2, 8960, generator=generator) > 0.5, 3000.0, -3000.0).half()
+    error = rotate(x.to(DEVICE), *lowered).cpu().double() - rotation.apply(x.double())
+    assert error.abs().max() <= 3000 * 8 * ROUNDING[torch.float16]
+
+
 @pytest.mark.parametrize("name", [name for name in ROTATIONS if name != "any matrix"])
 @pytest.mark.parametrize("offset", [False, True])
 def test_codes_behind_a_rotation_are_those_of_the_rotated_rows(

@@ -117,6 +117,7 @@ def rotate_kernel(
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
     TYPE: tl.constexpr,
+    SHRINK: tl.constexpr,
     QUANTIZED: tl.constexpr,
     EVENS_FIRST: tl.constexpr,
     OFF: tl.constexpr,
@@ -130,7 +131,8 @@ def rotate_kernel(
 
     Entry (l, r) is channel l // L2 · STEP_L + l % L2 · STEP_L2 + r // R2 · STEP_R + r % R2. HL (LP, LP) and HR (RP, RP)
     are zero beyond L and R; LEFT and RIGHT: whether they are there. Between the two products numbers have TYPE, as
-    torch has it. With EVENS_FIRST the columns of HR, and so those of the product, stand in order of the codes.
+    torch has it, and are SHRINK times as large. With EVENS_FIRST the columns of HR, and so those of the product, stand
+    in order of the codes.
     """
     left, right = tl.arange(0, LP)[:, None], tl.arange(0, RP)[None, :]
     inside = (left < L) & (right < R)
@@ -155,7 +157,7 @@ def rotate_kernel(
         x = tl.load(X + first + read, mask=inside, other=0.0)
         y = dot(x, hr, NATIVE) if RIGHT else x.to(tl.float32)
         if LEFT:
-            y = dot(hl, y.to(TYPE), NATIVE)
+            y = dot(hl, (y * SHRINK).to(TYPE), NATIVE)
         y = y * norm
         if OFF:
             y -= tl.load(OFFSET + channel, mask=inside, other=0.0)
@@ -257,13 +259,15 @@ def _rotate(
     if size_l == 1 and rotates_only and offset is None:  # heads: several rows are one
         size_l = inner_l = math.gcd(rows, lp)
         rows, width, steps = rows // size_l, width * size_l, (0, width, steps[2])
+    # the sums of a side go beyond float16 where inputs are large
+    shrink = 2.0 ** -(rp.bit_length() // 2) if x.dtype == torch.float16 and left is not None else 1.0
     entries = max(lp * rp, rp * rp if x.dtype == torch.float32 else 0)
     rotate_kernel[(min(rows, _PROGRAMS),)](
         *(x, given_or(left, x), given_or(right, x), given_or(offset, x), y, y, made.scale),
-        *(given_or(made.shift, made.scale), given_or(made.sums, y), rows, width, square**-0.5, clip),
+        *(given_or(made.shift, made.scale), given_or(made.sums, y), rows, width, square**-0.5 / shrink, clip),
         **{"L": size_l, "L2": inner_l, "LP": lp, "R": size_r, "R2": inner_r, "RP": rp},
         **dict(zip(("STEP_L", "STEP_L2", "STEP_R"), steps, strict=True)),
-        **{"LEFT": left is not None, "RIGHT": right is not None, "TYPE": element_type(x.dtype)},
+        **{"LEFT": left is not None, "RIGHT": right is not None, "TYPE": element_type(x.dtype), "SHRINK": shrink},
         **{"QUANTIZED": not rotates_only, "OFF": offset is not None, "NATIVE": NATIVE, **how},
         num_warps=_warps(entries // 2),
         num_stages=1,

@@ -19,6 +19,7 @@ from dfrot.kernels.lowering import BUTTERFLIES, DENSE, SUBTRACT
 from dfrot.linalg.hadamard import hadamard_matrix
 
 SHARED_MEMORY = 99 << 10  # bytes that a program can have on every GPU from Ampere on
+LARGEST_TILE = 1 << 15  # numbers that its registers hold
 
 _KEPT = WeakTensorKeyDictionary()  # first matrix of a transform → passes, width, dtype and device → its sides
 
@@ -47,12 +48,6 @@ class Sides(NamedTuple):
     def padded(self) -> tuple[int, int]:
         """L and R as powers of two."""
         return _padded(self.shape[0]), _padded(self.shape[2])
-
-    @property
-    def entries(self) -> int:
-        """What a program keeps in shared memory: a row, and both matrices."""
-        left, right = self.padded
-        return left * right + (left**2 if self.left is not None else 0) + (right**2 if self.right is not None else 0)
 
 
 def sides(
@@ -95,15 +90,27 @@ def _sides(
     if not axes or len(axes) > 3 or all(axis.matrix is None for axis in axes):
         return None
     limit = _shared_memory(device) // dtype.itemsize
-    possible = [made for pair in _layouts(axes) if (made := _shape(*pair)).entries <= limit]
-    if not possible:
-        return None
-    best = min(possible, key=lambda made: math.prod(made.padded) * sum(made.padded))
-    right, size = best.right, best.shape[2]
-    even_first = None if right is None else right[:, [*range(0, size, 2), *range(1, size, 2)]]
-    parts = None if best.left is None else best.left.T, right, even_first
-    left, right, even_first = (_pad(part, dtype, device) for part in parts)
-    return Sides(left, right, even_first, best.shape, best.steps)
+    possible = [
+        pair for pair in _layouts(axes) if _entries(*pair) <= limit and math.prod(_sizes(*pair)) <= LARGEST_TILE
+    ]
+    return _made_of(*min(possible, key=_cost), dtype, device) if possible else None
+
+
+def _sizes(left: list[Group], right: list[Group]) -> tuple[int, int]:
+    return _padded(math.prod(axis.size for axis in left)), _padded(math.prod(axis.size for axis in right))
+
+
+def _entries(left: list[Group], right: list[Group]) -> int:
+    """What a program keeps in shared memory: a row, and the matrices."""
+    sizes = _sizes(left, right)
+    there = (any(axis.matrix is not None for axis in side) for side in (left, right))
+    return math.prod(sizes) + sum(size**2 for size, is_there in zip(sizes, there, strict=True) if is_there)
+
+
+def _cost(pair: tuple[list[Group], list[Group]]) -> int:
+    """Multiplications for a row."""
+    sizes = _sizes(*pair)
+    return math.prod(sizes) * sum(sizes)
 
 
 def _layouts(axes: list[Group]) -> Iterator[tuple[list[Group], list[Group]]]:
@@ -129,11 +136,17 @@ def _shares(axis: Group) -> Iterator[tuple[Group, Group]]:
         yield Group(size // two, step * two, parts[0]), Group(two, step, parts[1])
 
 
-def _shape(left: list[Group], right: list[Group]) -> Sides:
-    """Both sides, not yet padded; the last group of each is the inner one."""
+def _made_of(left: list[Group], right: list[Group], dtype: torch.dtype, device: torch.device) -> Sides:
+    """Both sides; the last group of each is the inner one."""
     inner, outer = left[-1], right[0] if len(right) > 1 else Group(1, 0)
-    shape = math.prod(axis.size for axis in left), inner.size, math.prod(axis.size for axis in right), right[-1].size
-    return Sides(_product(left), _product(right), None, shape, (left[0].step, inner.step, outer.step))
+    sizes = math.prod(axis.size for axis in left), math.prod(axis.size for axis in right)
+    first, last = _product(left), _product(right)
+    even_first = None if last is None else last[:, [*range(0, sizes[1], 2), *range(1, sizes[1], 2)]]
+    parts = None if first is None else first.T, last, even_first
+    one, two, three = (_pad(part, dtype, device) for part in parts)
+    return Sides(
+        one, two, three, (sizes[0], inner.size, sizes[1], right[-1].size), (left[0].step, inner.step, outer.step)
+    )
 
 
 def _product(axes: list[Group]) -> Tensor | None:
