@@ -11,9 +11,11 @@ pytest.importorskip("triton", reason="Triton is not there: pip install 'dfrot[de
 
 ALLOWED = {100: 80}  # bytes: 17 of the 255 registers of a rotation of 14 336 channels, where no GPU could be tried
 
+SHARED = {80: 163, 89: 99, 90: 227, 100: 227}  # KB that a program can have (CUDA C++ Programming Guide, table 30)
 
-@pytest.mark.parametrize("capability", [80, 89, 90, 100])
-def test_every_kernel_compiles_and_spills_no_register(capability: int) -> None:
+
+@pytest.mark.parametrize("capability", SHARED)
+def test_every_kernel_compiles_fits_and_spills_no_register(capability: int) -> None:
     command = [sys.executable, "-m", "tests.kernels.cuda.compiled", str(capability)]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -23,3 +25,4 @@ def test_every_kernel_compiles_and_spills_no_register(capability: int) -> None:
     kernels |= {"grid", "gradient", "columns"}
     assert {line["kernel"] for line in lines} == {f"{name}_kernel" for name in kernels}
     assert not [line for line in lines if line["stack"] > ALLOWED.get(capability, 0)]
+    assert not [line for line in lines if line["shared"] > SHARED[capability] << 10]
