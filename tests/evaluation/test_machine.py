@@ -5,7 +5,8 @@ import torch
 
 from dfrot.cli import main
 from dfrot.evaluation import machine
-from dfrot.evaluation.machine import SPECS, Speed, advice
+from dfrot.evaluation.machine import SPECS, Speed, advice, computes_with
+from dfrot.kernels import cuda
 
 
 def made(four: float, eight: float) -> list[Speed]:
@@ -37,3 +38,29 @@ def test_info_alone_measures_every_spec(monkeypatch: pytest.MonkeyPatch, capsys:
     assert main(["info", "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
     assert all(word in printed for word in (*SPECS, "threads"))
+
+
+@pytest.mark.parametrize(
+    ("capability", "hip", "variable", "says"),
+    [
+        ((9, 0), None, None, "Triton kernels on NVIDIA H100"),
+        ((7, 5), None, None, "torch reference: the GPU's capability is below 8.0 on NVIDIA H100"),
+        ((9, 0), "7.0", None, "torch reference: there are no kernels for AMD GPUs on NVIDIA H100"),
+        ((9, 0), None, "reference", "torch reference: DFROT_KERNELS=reference is set on NVIDIA H100"),
+    ],
+)
+def test_what_computes_on_a_gpu_is_said_and_why(
+    capability: tuple[int, int], hip: str | None, variable: str | None, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton", reason="Triton is not there: pip install 'dfrot[dev]'")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.delenv("DFROT_KERNELS", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("DFROT_KERNELS", variable)
+    cuda._why_not.cache_clear()
+    try:
+        assert computes_with(torch.device("cuda", 0)).startswith(says)
+    finally:
+        cuda._why_not.cache_clear()

@@ -38,7 +38,7 @@ def _why_not(device: int) -> str | None:
     if torch.version.hip is not None:
         return "there are no kernels for AMD GPUs"
     if torch.cuda.get_device_capability(device) < _OLDEST:
-        return "the GPU is older than the kernels know (capability {}.{})".format(*_OLDEST)
+        return "the GPU's capability is below {}.{}".format(*_OLDEST)
     try:
         import triton  # noqa: F401
     except ImportError as error:
