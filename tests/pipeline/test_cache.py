@@ -113,6 +113,12 @@ def test_an_interrupted_run_keeps_its_choice(
     assert resumed["tuning"] == notes["tuning"]
 
 
+def test_an_average_that_no_block_can_use_is_refused_before_the_work(tiny: Tiny, tmp_path: Path) -> None:
+    recipe = dfrot.Recipe.parse("quarot", "gptq", "w4a4kv4", calib="nowhere.txt", kv_bits_by_block=5.9)
+    with pytest.raises(dfrot.UserError, match=r"one block of 2 with 8 bits is 6.000 bits on average, more than"):
+        dfrot.quantize(tiny("llama"), recipe, tmp_path / "out")
+
+
 def interrupted(*_: Any) -> Any:
     raise KeyboardInterrupt
 

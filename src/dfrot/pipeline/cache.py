@@ -25,6 +25,7 @@ from dfrot.runtime.config import RuntimeConfig
 from dfrot.runtime.install import install_block_
 from dfrot.runtime.key_bias import KeyBias
 from dfrot.runtime.kv import ATTENTION, KVQuantizer
+from dfrot.system.errors import UserError
 from dfrot.system.progress import track
 from dfrot.training.teacher import LOGITS, Teacher, product_dtype
 from dfrot.tuning.run import written_head
@@ -140,10 +141,22 @@ def bits_by_block(model: Written, tokens: Int[Tensor, "1 tokens"], average: floa
         other = run(with_more, index, streams[0])
         streams = [*(run(with_few, index, stream) for stream in streams), other]
     kl, *kls = model.divergences(original, streams)
-    count = int(source.num_blocks * (average - few) / (MORE_BITS - few) + 1e-9)
+    count = blocks_with_more(source.num_blocks, few, average)
     best = {block for block in sorted(range(source.num_blocks), key=kls.__getitem__)[:count] if kls[block] < kl}
     bits = [MORE_BITS if block in best else few for block in range(source.num_blocks)]
     return {"bits": bits, "kl": kl, f"kl_with_{MORE_BITS}_in_block": kls}
+
+
+def blocks_with_more(blocks: int, few: int, average: float) -> int:
+    """How many of the blocks can have more bits. Raises UserError if not one can."""
+    count = int(blocks * (average - few) / (MORE_BITS - few) + 1e-9)
+    if count == 0:
+        least = few + (MORE_BITS - few) / blocks
+        raise UserError(
+            f"one block of {blocks} with {MORE_BITS} bits is {least:.3f} bits on average, more than "
+            f"--kv-bits-by-block {average:g}: give a larger average."
+        )
+    return count
 
 
 def peak_bytes(sizes: ModelSizes, choosing: bool) -> int:

@@ -251,7 +251,9 @@ def calibration_tokens(source: Source, recipe: Recipe) -> Int[Tensor, "sequences
 
 
 def _check(source: Source, recipe: Recipe, processes: ProcessGroup) -> None:
-    """Refuse a group size that does not fit the model, and processes that would have no work."""
+    """Refuse a group size or an average of bits that does not fit the model, and processes that would have no work."""
+    if recipe.kv_bits_by_block is not None:
+        cache.blocks_with_more(source.num_blocks, recipe.spec.keys.bits, recipe.kv_bits_by_block)
     wanted, grids = recipe.calibration, (recipe.spec.weights, recipe.spec.activations)
     for name, width in input_widths(source.graph, source.config).items():
         try:
