@@ -29,8 +29,7 @@ from torch import Tensor
 from transformers import StaticCache
 
 import dfrot
-from dfrot.evaluation.bench import _decoder_bytes as decoder_bytes
-from dfrot.evaluation.bench import random_block
+from dfrot.evaluation.bench import decoder_bytes, kv_bytes, random_block
 from dfrot.evaluation.run import Measurement, evaluate
 from dfrot.kernels.cuda import attention, gptq, linear, training
 from dfrot.kernels.cuda.rows import quantize_rows, rotate
@@ -349,7 +348,7 @@ def decode(run: Run) -> None:
             for _ in range(3):  # compiles, and meets what may compile anew
                 one()
             times[name] = run.microseconds([one]) / 1e3
-            run.note("decode", f"cache of batch {batch}, {name}", cache_bytes(layer) / 1e6, "MB")
+            run.note("decode", f"cache of batch {batch}, {name}", kv_bytes(cache) / 1e6, "MB")
         compare(run, f"decode of batch {batch} over 4096 tokens", times)
 
 
@@ -359,10 +358,6 @@ def compare(run: Run, what: str, times: dict[str, float]) -> None:
     for name, taken in times.items():
         run.note("block", f"{what}, {name}", taken, "ms")
         run.note("block", f"{what}, {name}", taken / ours, "× ours")
-
-
-def cache_bytes(layer: Any) -> int:
-    return layer.nbytes if hasattr(layer, "nbytes") else layer.keys.nbytes + layer.values.nbytes
 
 
 def milliseconds(call: Callable[[], Any]) -> float:

@@ -22,7 +22,7 @@ from dfrot.models.graph import graph_for, head_dim
 from dfrot.pipeline.recipe import Recipe
 from dfrot.runtime.config import RuntimeConfig
 from dfrot.runtime.install import install_
-from dfrot.runtime.kv import ATTENTION, QuantizedCacheLayer
+from dfrot.runtime.kv import ATTENTION, PackedLayer
 from dfrot.runtime.linear import QuantLinear
 from dfrot.system.errors import UserError
 from dfrot.system.progress import track
@@ -119,7 +119,7 @@ def bench(
                 output = model(token, past_key_values=output.past_key_values, use_cache=True)
             ended = time.perf_counter()
             if number == 0:  # warms up: kernels are compiled, the reference unpacks its weights
-                timed[name] |= {"decoder_bytes": _decoder_bytes(model), "kv_bytes": _kv_bytes(output.past_key_values)}
+                timed[name] |= {"decoder_bytes": decoder_bytes(model), "kv_bytes": kv_bytes(output.past_key_values)}
             else:
                 timed[name]["prefill_s"].append(prefilled - began)
                 timed[name]["decode_s"].append((ended - prefilled) / new_tokens)
@@ -148,7 +148,7 @@ def described(result: dict[str, Any]) -> list[Table | str]:
     return [table, *ratios, f"{conditions['backend']}, {conditions['threads']} threads, {conditions['machine']}"]
 
 
-def _decoder_bytes(model: Any) -> int:
+def decoder_bytes(model: Any) -> int:
     """Memory of all blocks, with whatever their layers have unpacked or put aside."""
     graph = graph_for(model.config)
     found: dict[int, int] = {}  # address → bytes: layers may share tensors
@@ -159,8 +159,9 @@ def _decoder_bytes(model: Any) -> int:
     return sum(found.values())
 
 
-def _kv_bytes(cache: Any) -> int:
+def kv_bytes(cache: Any) -> int:
+    """Memory of a cache, packed or not, with its room for tokens to come."""
     return sum(
-        layer.nbytes if isinstance(layer, QuantizedCacheLayer) else layer.keys.nbytes + layer.values.nbytes
+        layer.nbytes if isinstance(layer, PackedLayer) else layer.keys.nbytes + layer.values.nbytes
         for layer in cache.layers
     )

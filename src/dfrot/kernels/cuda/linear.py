@@ -298,12 +298,8 @@ def _product(codes: Codes, weight: PackedWeight, bits: int, dtype: torch.dtype) 
     rows, (out, num_bytes), groups = len(codes.codes), weight.qweight.shape, weight.scales.shape[1]
     y = codes.codes.new_empty(rows, out, dtype=dtype)
     wsums = None if codes.shift is None else weight.code_sums(bits) - codes.codes.shape[1] // groups * 2 ** (bits - 1)
-    arguments: list[Any] = [
-        codes.codes,
-        codes.scale,
-        given_or(codes.shift, codes.scale),
-        given_or(codes.sums, codes.codes),
-    ]
+    shift, sums = given_or(codes.shift, codes.scale), given_or(codes.sums, codes.codes)
+    arguments: list[Any] = [codes.codes, codes.scale, shift, sums]
     arguments += weight.qweight, weight.scales, given_or(weight.zeros, weight.qweight), given_or(wsums, codes.codes)
     arguments += given_or(weight.bias, codes.scale), y, rows, out, num_bytes
     how = {"BITS": bits, "VARIED": weight.zeros is not None, "SHIFTED": codes.shift is not None, "NATIVE": NATIVE}

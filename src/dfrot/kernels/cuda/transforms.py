@@ -90,9 +90,8 @@ def _sides(
     if not axes or len(axes) > 3 or all(axis.matrix is None for axis in axes):
         return None
     limit = _shared_memory(device) // dtype.itemsize
-    possible = [
-        pair for pair in _layouts(axes) if _entries(*pair) <= limit and math.prod(_sizes(*pair)) <= LARGEST_TILE
-    ]
+    fits = (pair for pair in _layouts(axes) if math.prod(_sizes(*pair)) <= LARGEST_TILE)
+    possible = [pair for pair in fits if _entries(*pair) <= limit]
     return _made_of(*min(possible, key=_cost), dtype, device) if possible else None
 
 
@@ -128,12 +127,13 @@ def _layouts(axes: list[Group]) -> Iterator[tuple[list[Group], list[Group]]]:
 def _shares(axis: Group) -> Iterator[tuple[Group, Group]]:
     """An axis as two, if it is a Hadamard matrix of a power of two, or one of them is all of it."""
     size, step, matrix = axis
-    powers = matrix is not None and not size & (size - 1) and bool((matrix == hadamard_matrix(size)).all())
-    for two in (2**n for n in range(size.bit_length())) if powers else (1, size):
-        parts = [None if matrix is None else hadamard_matrix(n).float() for n in (size // two, two)]
-        if not powers:
-            parts = [None if n == 1 else matrix for n in (size // two, two)]
-        yield Group(size // two, step * two, parts[0]), Group(two, step, parts[1])
+    if matrix is None or size & (size - 1) or (matrix != hadamard_matrix(size)).any():
+        yield Group(1, 0), axis
+        yield axis, Group(1, 0)
+        return
+    for two in (2**n for n in range(size.bit_length())):
+        parts = (None if n == 1 else hadamard_matrix(n).float() for n in (size // two, two))
+        yield Group(size // two, step * two, next(parts)), Group(two, step, next(parts))
 
 
 def _made_of(left: list[Group], right: list[Group], dtype: torch.dtype, device: torch.device) -> Sides:
