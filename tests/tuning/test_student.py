@@ -14,7 +14,7 @@ from dfrot.quant.affine import choose_qparams, fake_quantize, quantize
 from dfrot.quant.spec import UNQUANTIZED, TensorSpec
 from dfrot.runtime.linear import QuantLinear, packed_tensors
 from dfrot.training.descent import Descent
-from dfrot.training.teacher import Teacher
+from dfrot.training.teacher import Distillation, Teacher, Windows
 from dfrot.training.trained import Trained, quantized
 from dfrot.tuning.run import TuningRun
 from dfrot.tuning.student import Student, StudentLinear
@@ -149,6 +149,31 @@ def test_divergence_and_its_gradient_are_those_of_autograd(
     torch.testing.assert_close(found, expected.detach())
     assert slope is not None
     torch.testing.assert_close(slope, torch.autograd.grad(expected, hidden)[0])
+
+
+def test_a_step_in_parts_has_the_gradient_of_the_whole(
+    generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dfrot.training.teacher.windows_at_once", lambda *_: 2)  # of three: the last part is smaller
+    windows = Windows.of(torch.arange(60) % 19, "text", 6, 3, 4, seed=0)
+    states = torch.randn(len(windows.tokens), 6, 8, generator=generator).bfloat16()
+    head = torch.randn(19, 8, generator=generator, dtype=torch.float64)
+    moved = torch.randn(19, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+    seen = []
+
+    def student(tokens: Tensor) -> Tensor:
+        seen.append(len(tokens))
+        return moved[tokens]
+
+    found = Distillation(student, Teacher(states, head), windows).loss(1)
+    number = windows.step(1)
+    wanted = (states[number].double() @ head.T).log_softmax(-1).flatten(0, 1)
+    own = (moved[windows.tokens[number]] @ head.T).log_softmax(-1).flatten(0, 1)
+    expected = nn.functional.kl_div(own, wanted, reduction="batchmean", log_target=True)
+    assert seen == [2, 1]
+    torch.testing.assert_close(torch.tensor(found).double(), expected.detach(), check_dtype=False)
+    assert moved.grad is not None
+    torch.testing.assert_close(moved.grad, torch.autograd.grad(expected, moved)[0])
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ from dfrot.system.errors import UserError
 from dfrot.system.papers import Paper
 from dfrot.system.progress import track
 from dfrot.training.descent import Descent
-from dfrot.training.teacher import Distillation, Teacher, Windows, product_dtype, teacher_states
+from dfrot.training.teacher import Distillation, Teacher, Windows, product_dtype, teacher_states, windows_at_once
 from dfrot.transform.transforms import Transforms, input_widths
 
 OSTQUANT = Paper(
@@ -106,7 +106,8 @@ class Learned(RangeRot):
         activations = on.activations if on.keys.enabled else self.quantizer(on.activations)
         spec, widths = Spec(UNQUANTIZED, activations, on.keys, on.values), input_widths(source.graph, source.config)
         heads, ffn = widths[source.graph.output], widths[source.graph.down]
-        block, _ = _kept_bytes(heads, source.config.hidden_size, ffn, self.learn_tokens)
+        tokens = min(self.learn_tokens, length * windows_at_once(device.type, length))
+        block, _ = _kept_bytes(heads, source.config.hidden_size, ffn, tokens)
         keep = _affordable(source.num_blocks * block, on.budget)
         student = Student(source, start, spec, dtype, product, device, not keep)
         if self._shifts(on):
@@ -131,7 +132,9 @@ class Learned(RangeRot):
 
     def peak_bytes(self, sizes: ModelSizes, budget: int) -> int:
         model = 2 * sizes.num_blocks * sizes.block + sizes.vocabulary * sizes.hidden * (sizes.source + 2)
-        block, streams = _kept_bytes(sizes.heads, sizes.hidden, sizes.stages[-1][1], self.learn_tokens)
+        length = min(WINDOW, self.learn_tokens)
+        tokens = min(self.learn_tokens, length * windows_at_once("cpu", length))
+        block, streams = _kept_bytes(sizes.heads, sizes.hidden, sizes.stages[-1][1], tokens)
         blocks = sizes.num_blocks * block if _affordable(sizes.num_blocks * block, budget) else block
         text = (4 + 2) * sizes.tokens * sizes.hidden
         return max(super().peak_bytes(sizes, budget), model + text + 2 * blocks + sizes.num_blocks * streams)

@@ -22,7 +22,15 @@ from dfrot.system.distributed import SINGLE_PROCESS, ProcessGroup
 from dfrot.system.errors import UserError
 from dfrot.system.progress import track
 from dfrot.training.descent import Descent
-from dfrot.training.teacher import Distillation, Teacher, Windows, mapped, product_dtype, teacher_states
+from dfrot.training.teacher import (
+    Distillation,
+    Teacher,
+    Windows,
+    mapped,
+    product_dtype,
+    teacher_states,
+    windows_at_once,
+)
 from dfrot.tuning.student import Student
 from dfrot.tuning.tuning import Needs, Tuning
 
@@ -169,7 +177,8 @@ class TuningRun:
         for index in range(source.num_blocks):
             prefix = f"{graph.blocks}.{index}."
             blocks.append({name.removeprefix(prefix): tensor for name, tensor in writer.read(index + 1).items()})
-        keep, states = self.needs.affordable(memory_on(self.device, self.budget))
+        at_once = windows_at_once(self.device.type, self.tuning.seq_len)
+        keep, states = self.needs.affordable(memory_on(self.device, self.budget), at_once)
         return Student(
             source,
             self.biased_runtime,

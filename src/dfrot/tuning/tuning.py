@@ -22,7 +22,7 @@ from dfrot.models.sizes import ModelSizes
 from dfrot.quant.spec import Spec
 from dfrot.system.errors import UserError
 from dfrot.system.options import Options
-from dfrot.training.teacher import HELD_TOKENS, LOGITS
+from dfrot.training.teacher import HELD_TOKENS, LOGITS, windows_at_once
 
 _COPIES = 8  # float32 numbers for one that is trained: start, value, gradient, Adam's two, best, and what lies between
 PARTS = ("biases", "clips", "gains", "scales")
@@ -34,21 +34,23 @@ class Needs(NamedTuple):
 
     least: int  # memory, if weights are unpacked and blocks computed again whenever they are needed
     integers: int  # more memory, if the weights stay unpacked
-    states: int  # more memory, if what the blocks compute stays for the backward pass
+    window: int  # more memory for each window of which stays for the backward pass what the blocks compute
+    at_once: int  # windows that are computed together on a CPU
     disk: int  # the teacher's states, and those between blocks while they are made
 
-    def affordable(self, budget: int) -> tuple[bool, bool]:
-        """Whether integers, and whether states, are to stay: if half of what is left holds them."""
+    def affordable(self, budget: int, at_once: int) -> tuple[bool, bool]:
+        """Whether integers, and whether what so many windows need backward, are to stay: if half of what is left holds
+        them."""
         integers = self.integers <= (budget - self.least) // 2
-        return integers, self.states <= (budget - self.least - integers * self.integers) // 2
+        return integers, at_once * self.window <= (budget - self.least - integers * self.integers) // 2
 
     def memory(self, budget: int) -> int:
-        """What is taken of so much."""
-        integers, states = self.affordable(budget)
-        return self.least + integers * self.integers + states * self.states
+        """What is taken of so much on a CPU."""
+        integers, states = self.affordable(budget, self.at_once)
+        return self.least + integers * self.integers + states * self.at_once * self.window
 
 
-NOTHING = Needs(0, 0, 0, 0)
+NOTHING = Needs(0, 0, 0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -147,14 +149,17 @@ class Tuning(Options):
         kept += 4 * sizes.chosen * sizes.stages[-1][1]
         kept += 2 * sizes.chosen * sizes.hidden * bool(sizes.experts)  # what each expert reads, and makes
         kept += outputs * ("scales" in self.parts) + 2 * sizes.hidden * ("gains" in self.parts)
-        states, between = 4 * self.tokens * kept, 4 * self.tokens * sizes.hidden * sizes.num_blocks
-        block = 2 * states + 10 * sizes.largest  # computed, its gradients, and a weight while it is unpacked
+        at_once = min(self.tokens // self.seq_len, windows_at_once("cpu", self.seq_len))
+        window, tokens = 4 * self.seq_len * kept, at_once * self.seq_len
+        between = 4 * tokens * sizes.hidden * sizes.num_blocks
+        block = 2 * at_once * window + 10 * sizes.largest  # computed, its gradients, and a weight while it is unpacked
         logits = 8 * 4 * max(LOGITS, sizes.vocabulary)  # with the teacher's and scratch, as measured
         seen = self.tokens * self.steps + HELD_TOKENS
         return Needs(
             least=model + vocabulary + between + max(block, logits),
             integers=2 * weights * sizes.num_blocks,
-            states=states * (sizes.num_blocks - 1),
+            window=window * (sizes.num_blocks - 1),
+            at_once=at_once,
             disk=seen * sizes.hidden * (2 + 4),
         )
 
