@@ -11,7 +11,8 @@ from dfrot.linalg.rotation import Hadamard
 from dfrot.quant.affine import QParams, dequantize
 from dfrot.quant.packing import unpack
 from dfrot.quant.spec import TensorSpec
-from dfrot.runtime.kv import KVQuantizer, PackedKV, QuantizedCacheLayer
+from dfrot.runtime.cache import QuantizedCacheLayer
+from dfrot.runtime.kv import KVQuantizer, PackedKV
 
 EPS = {torch.float32: 2**-23, torch.bfloat16: 2**-7}
 BATCH, HEADS, LENGTH = 2, 3, 201

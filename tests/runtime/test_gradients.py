@@ -12,7 +12,8 @@ import dfrot
 from dfrot.linalg.rotation import Hadamard
 from dfrot.quant.affine import choose_qparams, quantize
 from dfrot.quant.spec import UNQUANTIZED, TensorSpec
-from dfrot.runtime.kv import KVQuantizer, QuantizedCacheLayer, quantized_attention
+from dfrot.runtime.cache import QuantizedCacheLayer
+from dfrot.runtime.kv import KVQuantizer, quantized_attention
 from dfrot.runtime.linear import QuantLinear, packed_tensors
 
 CLOSE: Any = {"rtol": 2**-10, "atol": 2**-14}  # float32 sums of a hundred terms near 1, against float64

@@ -17,8 +17,9 @@ import dfrot
 from dfrot.linalg.rotation import Hadamard
 from dfrot.quant.affine import SCALE_DTYPE, fake_quantize
 from dfrot.quant.grids import IntGrid, PerToken
+from dfrot.runtime.cache import QuantizedCacheLayer
 from dfrot.runtime.key_bias import positions_of_all
-from dfrot.runtime.kv import QuantizedCacheLayer, quantized_attention
+from dfrot.runtime.kv import quantized_attention
 from tests.tiny_models import write_biased_model
 
 NORM = 300.0  # of the bias, as in Qwen2.5; keys without it have a norm near 1

@@ -14,7 +14,8 @@ from dfrot.models.configs import read_config
 from dfrot.quant.affine import fake_quantize
 from dfrot.quant.grids import IntGrid, PerToken
 from dfrot.quant.spec import UNQUANTIZED, TensorSpec
-from dfrot.runtime.kv import KVQuantizer, QuantizedCacheLayer, quantized_attention
+from dfrot.runtime.cache import QuantizedCacheLayer
+from dfrot.runtime.kv import KVQuantizer, quantized_attention
 
 Tiny = Callable[[str], Path]
 SPEC = TensorSpec(4, symmetric=False, clip_ratio=0.95)

@@ -15,7 +15,7 @@ from transformers.cache_utils import StaticSlidingWindowLayer
 
 import dfrot
 from dfrot.kernels import library
-from dfrot.runtime.kv import StaticQuantizedLayer
+from dfrot.runtime.cache import StaticQuantizedLayer
 from tests.fused.test_block import DIFFERENCE
 from tests.tiny_models import write_biased_model, write_tiny_model
 

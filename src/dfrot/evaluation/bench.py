@@ -20,9 +20,10 @@ from dfrot.evaluation.record import conditions
 from dfrot.linalg.rotation import Hadamard
 from dfrot.models.graph import graph_for, head_dim
 from dfrot.pipeline.recipe import Recipe
+from dfrot.runtime.cache import PackedLayer
 from dfrot.runtime.config import RuntimeConfig
 from dfrot.runtime.install import install_
-from dfrot.runtime.kv import ATTENTION, PackedLayer
+from dfrot.runtime.kv import ATTENTION
 from dfrot.runtime.linear import QuantLinear
 from dfrot.system.errors import UserError
 from dfrot.system.progress import track

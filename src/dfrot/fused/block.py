@@ -24,8 +24,9 @@ from dfrot.kernels.lowering import NO_PASSES, Lowered
 from dfrot.kernels.structures import Block, Grid, Norm, Tokens, Transform, Weights, machine, native, pointer
 from dfrot.models.graph import Config, ModelGraph, head_dim, kv_heads
 from dfrot.quant.spec import UNQUANTIZED
+from dfrot.runtime.cache import QuantizedCacheLayer
 from dfrot.runtime.key_bias import left_out
-from dfrot.runtime.kv import ATTENTION, KVQuantizer, QuantizedCacheLayer
+from dfrot.runtime.kv import ATTENTION, KVQuantizer
 from dfrot.runtime.linear import QuantLinear
 from dfrot.runtime.norms import TransformedNorm, differentiated
 from dfrot.system.kept import lasting

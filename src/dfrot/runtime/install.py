@@ -12,9 +12,10 @@ from dfrot.linalg.rotation import Rotation
 from dfrot.models.experts import use_experts_
 from dfrot.models.graph import Config, ModelGraph, graph_for, head_dim
 from dfrot.models.norms import use_torch_norms_
+from dfrot.runtime.cache import install_cache_
 from dfrot.runtime.config import RuntimeConfig
 from dfrot.runtime.key_bias import KeyBias
-from dfrot.runtime.kv import install_kv_
+from dfrot.runtime.kv import KVQuantizer
 from dfrot.runtime.linear import QuantLinear
 from dfrot.runtime.norms import BlockRotation, Float64RMSNorm, Float64SiLU, TransformedNorm
 from dfrot.system.errors import UserError
@@ -51,9 +52,11 @@ def install_(model: Any, runtime: RuntimeConfig) -> None:
             raise UserError(
                 f"this checkpoint's config rotates keys of {runtime.keys.size}, not {head_dim(config)} channels."
             )
-        attentions = [block.get_submodule(graph.attention) for block in blocks]
-        specs = [runtime.heads(index) for index in range(len(blocks))]
-        install_kv_(decoder, attentions, specs, runtime.keys, key_bias)
+        for index, block in enumerate(blocks):
+            spec = runtime.heads(index)
+            grids = spec.keys, spec.values, runtime.keys, head_dim(config), spec.queries
+            block.get_submodule(graph.attention).kv_quantizer = KVQuantizer(*grids, key_bias)
+        install_cache_(decoder)
     for block, hook in itertools.product(blocks, BLOCK_HOOKS):
         hook(block, graph, config)
 

@@ -9,7 +9,8 @@ from torch import Tensor
 from dfrot.kernels.lowering import NO_PASSES, lower
 from dfrot.linalg.rotation import Hadamard
 from dfrot.quant.spec import TensorSpec
-from dfrot.runtime.kv import KVQuantizer, PackedKV, QuantizedCacheLayer
+from dfrot.runtime.cache import QuantizedCacheLayer
+from dfrot.runtime.kv import KVQuantizer, PackedKV
 from tests.kernels.test_attention import reference
 
 pytest.importorskip("triton", reason="Triton is not there: pip install 'dfrot[dev]'")
