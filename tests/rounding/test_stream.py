@@ -156,6 +156,21 @@ def test_the_teachers_inputs_are_those_of_the_original_model(
     torch.testing.assert_close(seen["stream"].teacher_states, target, rtol=1e-5, atol=float(target.abs().max()) * 1e-5)
 
 
+def test_attention_is_computed_once_a_sequence_for_the_checkpoint_and_once_for_the_teacher(
+    tiny: Tiny, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attend, lengths = nn.functional.scaled_dot_product_attention, []
+
+    def counted(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        lengths.append(query.shape[-2])
+        return attend(query, *args, **kwargs)
+
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", counted)
+    words = {"method": "none", "weights": "gptq", "spec": "w4a16kv16", "target": "original"}
+    run(tiny, text_file, tmp_path / "out", "llama", **words)
+    assert lengths.count(24) == 2 * 2 * 6  # checkpoint and teacher, blocks, sequences
+
+
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen3"])
 def test_clipping_is_learned_towards_the_original_model(
     tiny: Tiny, tmp_path: Path, text_file: Path, seen: dict[str, Any], architecture: str

@@ -142,9 +142,9 @@ class GPTQ(Rounding):
         return working * rows * width + max(factorising, solving, rounding)
 
     def state_bytes(self, sizes: ModelSizes) -> int:
-        # attention is computed once, and its outputs kept
-        kept = sizes.hidden if sizes.experts else 0  # what the experts read, likewise
-        return sizes.working * (sizes.heads + kept + (sizes.hidden + kept) * self.needs_teacher)
+        # attention is computed once, and its outputs kept, the teacher's too
+        kept = sizes.heads + (sizes.hidden if sizes.experts else 0)  # what the experts read, likewise
+        return sizes.working * (kept + (sizes.hidden + kept) * self.needs_teacher)
 
     def warning(self, sizes: ModelSizes) -> str | None:
         """A Hessian of fewer tokens than channels is singular: weights would be fitted to the calibration text."""

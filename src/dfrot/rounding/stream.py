@@ -38,6 +38,13 @@ class Hessian(NamedTuple):
     filled: int
 
 
+class _Heads:
+    """What the heads of the block at hand put out, (sequences, seq_len, channels), so that they are computed once."""
+
+    states: Tensor | None = None
+    whole = False  # whether those of all sequences are there
+
+
 class CalibrationStream:
     """Hidden states of the calibration text before one block after the other.
 
@@ -78,8 +85,7 @@ class CalibrationStream:
         self._parts = [slice(start, start + together) for start in range(0, len(token_ids), together)]
         self.teacher_states = self._allocated(shape, dtype).copy_(self.hidden_states) if with_teacher else None
         self._teacher: tuple[int, nn.Module] | None = None  # the block at hand, until its states have gone through
-        self._heads: Tensor | None = None  # the heads' outputs in the block at hand, (sequences, seq_len, channels)
-        self._attended = False  # whether these are there
+        self._heads, self._its_heads = _Heads(), _Heads()  # and the teacher's
         self._read: Tensor | None = None  # what the experts of the block at hand read, and the teacher's
         self._taught: Tensor | None = None
         self._chosen: Tensor | None = None  # which of them tokens choose, (tokens, chosen); None: not known yet
@@ -107,27 +113,35 @@ class CalibrationStream:
         """
         if self.source.graph.expert(linear) is not None:
             return self._experts_hessian(index, block, linear)
-        layer, reads_heads = block.get_submodule(linear), linear == self.source.graph.output
         total: Tensor | None = None
         cross: Tensor | None = None
         for part in self._parts:
-            with self._attention_kept(block, part):
-                x = self.run.until(layer, block, index, self[part])
-            if reads_heads:
-                if self._heads is None:
-                    self._heads = self._allocated((*self.hidden_states.shape[:2], x.shape[-1]), x.dtype)
-                self._heads[part] = x
-            x = _read(layer, x)
+            x = _read(block.get_submodule(linear), self._reaching(linear, block, index, part))
             total = x.T @ x if total is None else total.addmm_(x.T, x)
-            if self._teacher is not None and self.teacher_states is not None:
-                teacher, state = self._teacher[1], self.teacher_states[part].to(self.device)
-                its = teacher.get_submodule(linear)
-                x0 = _read(its, self.run.until(its, teacher, index, state))
+            if self._teacher is not None:
+                teacher = self._teacher[1]
+                x0 = _read(teacher.get_submodule(linear), self._reaching(linear, teacher, index, part))
                 cross = x0.T @ x if cross is None else cross.addmm_(x0.T, x)
-        self._attended |= reads_heads
+        if linear == self.source.graph.output:
+            self._heads.whole, self._its_heads.whole = True, self._teacher is not None
         self._leave_to_disk()
         assert total is not None, "calibration has at least one sequence"
         return self._of_all_processes(total, cross, 0)
+
+    def _reaching(
+        self, name: str, block: nn.Module, index: int, part: slice
+    ) -> Float[Tensor, "sequences seq_len channels"]:
+        """What one module of the block at hand, or of its teacher, reads of some sequences."""
+        taught = self._teacher is not None and block is self._teacher[1]
+        heads, states = (self._its_heads, self.teacher_states) if taught else (self._heads, self.hidden_states)
+        assert states is not None, "a teacher has states"
+        with self._attention_kept(block, heads, part):
+            x = self.run.until(block.get_submodule(name), block, index, states[part].to(self.device))
+        if name == self.source.graph.output:
+            if heads.states is None:
+                heads.states = self._allocated((*states.shape[:2], x.shape[-1]), x.dtype)
+            heads.states[part] = x
+        return x
 
     def _of_all_processes(self, total: Tensor, cross: Tensor | None, filled: int) -> Hessian:
         reduce = self.processes.all_reduce_sum
@@ -172,12 +186,10 @@ class CalibrationStream:
         mixture: Any = block.get_submodule(name)
         chosen = []
         for part in self._parts:
-            with self._attention_kept(block, part):
-                self._read[part] = x = self.run.until(mixture, block, index, self[part])
+            self._read[part] = x = self._reaching(name, block, index, part)
             chosen.append(mixture.shares(x)[1].flatten(0, -2).to(self._read.device))
-            if self._teacher is not None and self._taught is not None and self.teacher_states is not None:
-                teacher, state = self._teacher[1], self.teacher_states[part].to(self.device)
-                self._taught[part] = self.run.until(teacher.get_submodule(name), teacher, index, state)
+            if self._teacher is not None and self._taught is not None:
+                self._taught[part] = self._reaching(name, self._teacher[1], index, part)
         return torch.cat(chosen)
 
     def advance(self, index: int, tensors: dict[str, Tensor]) -> None:
@@ -186,9 +198,9 @@ class CalibrationStream:
             self.advance_teacher()
         block = self.block(index, tensors, self._passed)
         for part in self._parts:
-            with self._attention_kept(block, part):
+            with self._attention_kept(block, self._heads, part):
                 self.hidden_states[part] = self.run(block, index, self[part])
-        self._attended, self._chosen = False, None
+        self._heads.whole, self._chosen = False, None
         self._leave_to_disk()
 
     def meet(self, index: int, tensors: dict[str, Tensor]) -> None:
@@ -202,7 +214,9 @@ class CalibrationStream:
         assert self.teacher_states is not None, "a rounding that needs a teacher has one"
         (index, block), self._teacher = self._teacher, None
         for part in self._parts:
-            self.teacher_states[part] = self.run(block, index, self.teacher_states[part].to(self.device))
+            with self._attention_kept(block, self._its_heads, part):
+                self.teacher_states[part] = self.run(block, index, self.teacher_states[part].to(self.device))
+        self._its_heads.whole = False
         self._leave_to_disk()
         return self.teacher_states
 
@@ -230,19 +244,24 @@ class CalibrationStream:
             mapped.madvise(mmap.MADV_DONTNEED)
 
     @contextlib.contextmanager
-    def _attention_kept(self, block: nn.Module, part: slice) -> Iterator[None]:
+    def _attention_kept(self, block: nn.Module, heads: _Heads, part: slice) -> Iterator[None]:
         """While open, the block takes the kept outputs of its heads, if they are there, and does not compute them."""
-        if self._heads is None or not self._attended:
+        if heads.states is None or not heads.whole:
             yield
             return
         graph = self.source.graph
         attention, output = block.get_submodule(graph.attention), block.get_submodule(graph.output)
-        heads = self._heads[part].to(self.device)
-        attention.forward = lambda *_, **__: (output(heads), None)
+        kept, inside = heads.states[part].to(self.device), graph.attention + "."
+        unread = [norm for norm, readers in graph.norms.items() if all(name.startswith(inside) for name in readers)]
+        replaced: dict[nn.Module, Any] = {attention: lambda *_, **__: (output(kept), None)}
+        replaced |= {block.get_submodule(norm): lambda x: x for norm in unread}
+        for module, forward in replaced.items():
+            module.forward = forward
         try:
             yield
         finally:
-            del attention.forward
+            for module in replaced:
+                del module.forward
 
 
 def _read(layer: nn.Module, x: Tensor) -> Float[Tensor, "tokens in"]:
