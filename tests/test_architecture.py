@@ -36,7 +36,7 @@ FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 CORE = ("linalg", "quant", "models", "transform", "methods", "rounding", "checkpoint", "runtime", "pipeline", "system")
 # From here on the whole grows by whole capabilities only, each of which names its lines in the CHANGELOG.
 CORE_BUDGET = 9_459
-BUDGET = 18_424
+BUDGET = 18_494
 
 
 def modules() -> Iterator[tuple[str, Path, ast.Module]]:

@@ -22,6 +22,12 @@ int dfrot_attend(int isa, int threads, const void *q, int dtype, int64_t batch, 
 
 void dfrot_quantize_backward(int isa, int threads, const float *x, const float *upstream, int64_t rows, int64_t n,
                              const grid_t *grid, float *out, float *of_clip);
+void dfrot_fake_quantize(int isa, int threads, const float *x, int64_t rows, int64_t n, const grid_t *grid, int narrow,
+                         float *out);
+void dfrot_scale(int isa, int threads, const void *x, int dtype, int64_t rows, int64_t n, const float *scale,
+                 const float *bias, void *out, int made);
+void dfrot_divergence(int isa, int threads, void *student, const void *teacher, int dtype, int64_t rows, int64_t n,
+                      int slopes, float share, double *found);
 
 static uint64_t state = 1;
 static float uniform(void) { /* −1 … 1 */
@@ -124,7 +130,7 @@ static void check_floats(int isa, int64_t rows, int64_t in, int64_t out, int bit
     free_weights(&w), free(dense);
 }
 
-/* Only where it writes, and sizes: tests/kernels/test_gradient.py has the values. */
+/* Only where they write, and sizes: tests/kernels/test_training.py has the values. */
 static void check_backward(int isa, int64_t n, int symmetric) {
     float *x = random_floats(3 * n), *upstream = random_floats(3 * n), *out = exact((size_t)(3 * n) * 4);
     float *of_clip = exact(3 * sizeof *of_clip);
@@ -136,7 +142,27 @@ static void check_backward(int isa, int64_t n, int symmetric) {
         for (int64_t j = 0; j < n; j++) passed += out[i * n + j] == upstream[i * n + j], sum += fabs(upstream[i * n + j]);
         CHECK(passed >= n / 2 - 2 && fabs(of_clip[i]) <= sum, "backward: isa %d, %ld entries\n", isa, (long)n);
     }
+    dfrot_fake_quantize(isa, 2, x, 3, n, &grid, symmetric, out);
+    for (int64_t i = 0; i < 3 * n; i++)
+        CHECK(fabs(out[i] - x[i]) < 3, "fake quantize: isa %d, %ld entries\n", isa, (long)n);
     free(x), free(upstream), free(out), free(of_clip);
+}
+
+static void check_products_neighbours(int isa, int64_t n) {
+    float *x = random_floats(3 * n), *y = random_floats(3 * n), *scale = random_floats(n), *out = exact((size_t)(3 * n) * 4);
+    double *found = exact(3 * sizeof *found);
+    dfrot_scale(isa, 2, x, FLOAT32, 3, n, scale, scale, out, FLOAT32);
+    dfrot_scale(isa, 2, x, BFLOAT16, 3, n, scale, NULL, out, BFLOAT16);
+    dfrot_scale(isa, 2, x, FLOAT32, 3, n, scale, NULL, out, FLOAT32);
+    for (int64_t i = 0; i < 3 * n; i++)
+        CHECK(out[i] == x[i] * scale[i % n], "scale: isa %d, %ld entries\n", isa, (long)n);
+    dfrot_divergence(isa, 2, x, y, FLOAT32, 3, n, 1, 1.0f, found);
+    for (int64_t i = 0; i < 3; i++) {
+        double sum = 0;
+        for (int64_t j = 0; j < n; j++) sum += x[i * n + j];
+        CHECK(found[i] > -1e-5 && fabs(sum) < 1e-5, "divergence: isa %d, %ld entries\n", isa, (long)n);
+    }
+    free(x), free(y), free(scale), free(out), free(found);
 }
 
 static void check_rotate(int isa) {
@@ -240,7 +266,7 @@ int main(void) {
         }
         check_linear(isa, 193, 5632, 300, 4, 5632, 0); /* wider than what stays near, and more than a run */
         check_rotate(isa);
-        for (int64_t n = 1; n < 40; n += 6) check_backward(isa, n, n % 4 == 1);
+        for (int64_t n = 1; n < 40; n += 6) check_backward(isa, n, n % 4 == 1), check_products_neighbours(isa, n);
         check_attention(isa, 4, 32, 1, 1);
         check_attention(isa, 4, 64, 130, 2);
         check_attention(isa, 8, 128, 300, 1);

@@ -106,7 +106,7 @@ def test_what_is_computed_again_backward_changes_nothing(
 
 def test_a_trained_rotation_is_one_wherever_it_goes(generator: torch.Generator) -> None:
     start = torch.linalg.qr(torch.randn(12, 12, generator=generator, dtype=torch.float64)).Q
-    rotation = TrainedRotation(start, 1.0)
+    rotation = TrainedRotation(start, 1.0, torch.float64)
     torch.testing.assert_close(rotation.matrix.detach(), start)
     rotation.parameter.data = torch.randn(12, 12, generator=generator, dtype=torch.float64)
     rotation.refresh()
@@ -114,7 +114,7 @@ def test_a_trained_rotation_is_one_wherever_it_goes(generator: torch.Generator) 
     torch.testing.assert_close(rotation.matrix.detach() @ rotation.matrix.detach().T, identity)
 
     def matrix(parameter: torch.Tensor) -> torch.Tensor:
-        made = TrainedRotation(start, 1.0)
+        made = TrainedRotation(start, 1.0, torch.float64)
         del made.parameter
         made.parameter = parameter  # type: ignore[assignment]
         made.refresh()

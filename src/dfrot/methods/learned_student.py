@@ -170,7 +170,7 @@ class Student:
     Args:
         start: transforms to start from, without scales.
         spec: the grids.
-        dtype, product: of the computation, and of the products of linear layers in it.
+        dtype, product: of the computation, and of the products of linear layers and trained rotations in it.
         recompute: whether what blocks compute is computed again backward.
     """
 
@@ -189,8 +189,8 @@ class Student:
         self.source, self.start, self.spec, self.dtype, self.device = source, start, spec, dtype, device
         self.embeddings = {name: matrix.to(device) for name, matrix in source.embeddings().items()}
         self.norm = source.final_norm().to(device, dtype)
-        self.rotation = TrainedRotation(start.residual.as_matrix().to(device, dtype), ROTATION_RATE)
-        self.value_rotation = TrainedRotation(start.values.as_matrix().to(device, dtype), HEAD_ROTATION_RATE)
+        self.rotation = TrainedRotation(start.residual.as_matrix().to(device, dtype), ROTATION_RATE, product)
+        self.value_rotation = TrainedRotation(start.values.as_matrix().to(device, dtype), HEAD_ROTATION_RATE, product)
         # by block: first layer of a stage, KEYS or VALUES → what goes through there
         self.inputs: list[dict[str, Through]] = []
         self.blocks = [self._block(index, product) for index in range(source.num_blocks)]

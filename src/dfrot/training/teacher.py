@@ -16,6 +16,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from dfrot.kernels import training
+from dfrot.kernels.structures import computable
 from dfrot.linalg.rotation import Rotation
 from dfrot.models.source import Source
 from dfrot.models.stream import BlockRunner
@@ -124,20 +126,30 @@ class Teacher:
         goals = self.states[windows].to(flat.device).flatten(0, 1)
         rows = max(1, (LOGITS if flat.device.type == "cpu" else 16 * LOGITS) // len(head))
         total, slopes = torch.zeros((), dtype=torch.float64, device=flat.device), []
+        share = 1 / len(flat) if gradient else None
         for own, goal in zip(flat.split(rows), goals.split(rows), strict=True):
-            found = self._logits(own).log_softmax(-1)
-            wanted = self._logits(goal.to(own)).log_softmax(-1)
-            chances = wanted.exp()
-            total += wanted.sub_(found).mul_(chances).sum()
+            slope, value = _slope_and_divergence(self._logits(own), self._logits(goal), share)
+            total += value
             if gradient:
-                # d KL / d logits = softmax(student) − softmax(teacher)
-                slope = found.exp_().sub_(chances).div_(len(flat))
                 slopes.append((slope.to(head.dtype) @ head).to(hidden.dtype))
         return total / len(flat), torch.cat(slopes).view_as(hidden) if gradient else None
 
     def _logits(self, states: Tensor) -> Tensor:
-        logits = (states.to(self.head.dtype) @ self.head.T).to(states.dtype)
-        return logits if self.bias is None else logits + self.bias.to(logits)
+        logits = states.to(self.head.dtype) @ self.head.T
+        return logits if self.bias is None else logits.to(torch.promote_types(logits.dtype, torch.float32)) + self.bias
+
+
+def _slope_and_divergence(student: Tensor, teacher: Tensor, share: float | None) -> tuple[Tensor, Tensor]:
+    """By logits (tokens, vocabulary), which are overwritten: share times the gradient of KL(teacher ‖ student), and the
+    sum of it over tokens."""
+    if computable(student):
+        return student, training.divergence(student, teacher, share)
+    wide = torch.promote_types(student.dtype, torch.float32)
+    found, wanted = student.to(wide).log_softmax(-1), teacher.to(wide).log_softmax(-1)
+    chances = wanted.exp()
+    value = wanted.sub_(found).mul_(chances).sum()
+    # d KL / d logits = softmax(student) − softmax(teacher)
+    return found if share is None else found.exp_().sub_(chances).mul_(share), value
 
 
 class Distillation(NamedTuple):

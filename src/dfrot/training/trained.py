@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dfrot.kernels import gradient
+from dfrot.kernels import training
 from dfrot.linalg.rotation import Rotation
 from dfrot.models.source import Source
 from dfrot.models.stream import BlockRunner
@@ -30,7 +30,7 @@ class _Quantized(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, spec: TensorSpec, scale_dtype: torch.dtype | None, clip: Tensor | float) -> Tensor:
         ctx.save_for_backward(x, *([clip] if isinstance(clip, Tensor) else []))
         ctx.spec, ctx.clip = spec, clip if isinstance(clip, float) else None
-        return gradient.fake_quantize(x, spec, clip, scale_dtype)
+        return training.fake_quantize(x, spec, clip, scale_dtype)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -40,8 +40,8 @@ class _Quantized(torch.autograd.Function):
         if not spec.integer:
             scale = choose_qparams(x, grid, spec.token_granularity, clip).scale.unsqueeze(-1)
             return (slope * (groups.abs() <= grid.highest * scale)).view_as(x), None, None, None
-        if gradient.supported(x):
-            of_x, of_ratio = gradient.quantize_backward(groups, slope, spec, clip)
+        if training.supported(x):
+            of_x, of_ratio = training.quantize_backward(groups, slope, spec, clip)
             return of_x.view_as(x), None, None, of_ratio.sum().view_as(clip) if given else None
         least, low = groups.min(-1, keepdim=True)[::-1]
         most, high = (groups.abs() if grid.symmetric else groups).max(-1, keepdim=True)[::-1]
@@ -129,11 +129,14 @@ class TrainedRotation(nn.Module):
     """An orthogonal matrix that may be trained: R₀ (I − A)⁻¹ (I + A), A antisymmetric, by Cayley.
 
     `refresh` makes the matrix of the parameters as they are, once for all that read it.
+
+    Args:
+        product: dtype of the products with it.
     """
 
-    def __init__(self, start: Tensor, rate: float) -> None:
+    def __init__(self, start: Tensor, rate: float, product: torch.dtype) -> None:
         super().__init__()
-        self.start, self.rate = start, rate
+        self.start, self.rate, self.product = start, rate, product
         self.parameter = nn.Parameter(torch.zeros_like(start))  # A is its antisymmetric part
         self.refresh()
 
@@ -141,19 +144,24 @@ class TrainedRotation(nn.Module):
         antisymmetric = (self.parameter - self.parameter.T) / 2
         identity = torch.eye(len(self.start), dtype=self.start.dtype, device=self.start.device)
         self.matrix = self.start @ torch.linalg.solve(identity - antisymmetric, identity + antisymmetric)
+        self.factor = self.matrix.to(self.product)
+
+    def of(self, x: Tensor, factor: Tensor) -> Tensor:
+        """x times `factor`, or each of x's heads, if that has the size of one."""
+        return (x.unflatten(-1, (-1, len(factor))).to(factor.dtype) @ factor).to(x.dtype).flatten(-2)
 
 
 def rotated(x: Tensor, rotation: TrainedRotation | Rotation | None) -> Tensor:
     """x R, or of each of x's heads, if R has the size of one and is trained."""
     if isinstance(rotation, TrainedRotation):
-        return (x.unflatten(-1, (-1, len(rotation.matrix))) @ rotation.matrix).flatten(-2)
+        return rotation.of(x, rotation.factor)
     return x if rotation is None else _Rotated.apply(x, rotation)
 
 
 def rotated_back(x: Tensor, rotation: TrainedRotation | Rotation | None) -> Tensor:
     """x Rᵀ, likewise."""
     if isinstance(rotation, TrainedRotation):
-        return (x.unflatten(-1, (-1, len(rotation.matrix))) @ rotation.matrix.T).flatten(-2)
+        return rotation.of(x, rotation.factor.T)
     return x if rotation is None else _Rotated.apply(x, rotation.T)
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from dfrot.kernels import training
 from dfrot.linalg.rotation import Rotation
 from dfrot.models.source import Source, loaded
 from dfrot.quant.affine import SCALE_DTYPE
@@ -37,42 +38,47 @@ _ATTENTION = "dfrot-student"
 
 
 class PackedProduct(torch.autograd.Function):
-    """x Ŵᵀ with Ŵ made of a layer's integers and scales (out, groups); no weight outlives forward or backward.
+    """x Ŵᵀ + b with Ŵ made of a layer's integers and scales (out, groups); no weight outlives forward or backward.
 
     Args:
         x: (…, in).
         scales: (out, groups), to which gradients flow too.
+        bias: (out,) or None, likewise.
         layer: whose integers these are.
         dtype: of the product.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scales: Tensor, layer: "StudentLinear", dtype: torch.dtype) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, scales: Tensor, bias: Tensor | None, layer: "StudentLinear", dtype: torch.dtype
+    ) -> Tensor:
         ctx.layer, ctx.dtype = layer, dtype
         if scales.shape[1] == 1:
-            sums = (x.to(dtype) @ layer.integers(dtype).T).to(x.dtype)
+            sums = x.to(dtype) @ layer.integers(dtype).T
             ctx.save_for_backward(scales, sums if scales.requires_grad else None)
-            return sums * scales[:, 0]
+            return training.scaled(sums, scales[:, 0], bias, x.dtype)
         ctx.save_for_backward(scales, x if scales.requires_grad else None)
-        return (x.to(dtype) @ _scaled(layer.integers(dtype), scales).T).to(x.dtype)
+        y = (x.to(dtype) @ _scaled(layer.integers(dtype), scales).T).to(x.dtype)
+        return y if bias is None else y + bias
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         scales, kept = ctx.saved_tensors
         of_x, of_scales, integers = None, None, ctx.layer.integers(ctx.dtype)
+        of_bias = upstream.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
         if scales.shape[1] == 1:
             if ctx.needs_input_grad[0]:
-                of_x = ((upstream * scales[:, 0]).to(ctx.dtype) @ integers).to(upstream.dtype)
+                of_x = (training.scaled(upstream, scales[:, 0], None, ctx.dtype) @ integers).to(upstream.dtype)
             if ctx.needs_input_grad[1]:
                 of_scales = (upstream * kept).flatten(0, -2).sum(0)[:, None]
-            return of_x, of_scales, None, None
+            return of_x, of_scales, of_bias, None, None
         narrow = upstream.to(ctx.dtype)
         if ctx.needs_input_grad[0]:
             of_x = (narrow @ _scaled(integers, scales)).to(upstream.dtype)
         if ctx.needs_input_grad[1]:
             of_weight = narrow.flatten(0, -2).T @ kept.flatten(0, -2).to(ctx.dtype)
             of_scales = (of_weight * integers).unflatten(1, (scales.shape[1], -1)).sum(-1, dtype=scales.dtype)
-        return of_x, of_scales, None, None
+        return of_x, of_scales, of_bias, None, None
 
 
 def _scaled(integers: Float[Tensor, "out in"], scales: Float[Tensor, "out groups"]) -> Float[Tensor, "out in"]:
@@ -136,14 +142,14 @@ class StudentLinear(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         x = quantized(less(rotated(x, self.rotation), self.layer.offset), self.spec, clip=clip_ratio(self.clip))
+        leaves_out, apart = self.layer.leaves_out, self.layer.apart
+        bias = None if self.bias is None or (leaves_out and apart is None) else self.bias()
         if self.scales is None:
             y = (x.to(self.product) @ self.layer.dense_weight(x.dtype).to(self.product).T).to(x.dtype)
+            y = y if bias is None else y + bias
         else:
-            y = PackedProduct.apply(x, self.scales(), self, self.product)
-        leaves_out, apart = self.layer.leaves_out, self.layer.apart
-        if leaves_out and apart is not None:
-            y = y - apart.to(y)
-        return y if self.bias is None or (leaves_out and apart is None) else y + self.bias()
+            y = PackedProduct.apply(x, self.scales(), bias, self, self.product)
+        return y - apart.to(y) if leaves_out and apart is not None else y
 
     def left_out(self) -> Any:
         """Of keys, what attention adds."""

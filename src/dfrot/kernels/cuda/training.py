@@ -145,7 +145,7 @@ def on_grid(
 def quantize_backward(
     groups: Float[Tensor, "*batch size"], upstream: Float[Tensor, "*batch size"], spec: TensorSpec, clip: Tensor | float
 ) -> tuple[Float[Tensor, "*batch size"], Float[Tensor, "*batch"]]:
-    """As `kernels.gradient.quantize_backward`."""
+    """As `kernels.training.quantize_backward`."""
     x, slope = groups.contiguous(), upstream.contiguous()
     of_x, of_clip = torch.empty_like(x), x.new_empty(x.shape[:-1])
     launch, how = _launch(x, spec, clip, most=2048)

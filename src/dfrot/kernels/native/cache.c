@@ -4,12 +4,6 @@
 #include <math.h>
 #include <string.h>
 
-/* The smallest bfloat16 that is not below a scale. */
-INLINE uint16_t round_up(float scale) {
-    uint16_t narrow = to_bfloat16(scale);
-    return to_float(&narrow, BFLOAT16, 0) < scale ? narrow + 1 : narrow;
-}
-
 INLINE void body(const float *x, float clip, const cache_t *cache, int64_t at) {
     float low = 0, high = 0, finite = 0, highest = (float)((1 << cache->bits) - 1);
 #pragma omp simd reduction(min : low) reduction(max : high) reduction(+ : finite)

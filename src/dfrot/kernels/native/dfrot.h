@@ -141,6 +141,12 @@ typedef struct {
  * the reference; `spare` has room for 2 n. Nothing happens if `transform` is NULL or empty. */
 void transform_row(int isa, int dtype, float *x, double *spare, int64_t n, const transform_t *transform);
 
+/* The smallest bfloat16 that is not below a scale. */
+INLINE uint16_t round_up(float scale) {
+    uint16_t narrow = to_bfloat16(scale);
+    return to_float(&narrow, BFLOAT16, 0) < scale ? narrow + 1 : narrow;
+}
+
 /* What quantizing leaves of n floats. */
 void fake_quantize_row(float *x, int64_t n, grid_t grid);
 

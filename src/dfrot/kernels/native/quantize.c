@@ -114,10 +114,34 @@ void quantize_row(int isa, const float *x, int64_t in, grid_t grid, codes_t out,
     (isa >= ISA_AVX512 ? quantize_avx512 : quantize_avx2)(x, in, grid, out, to);
 }
 
-TARGET_AVX2 void fake_quantize_row(float *x, int64_t n, grid_t grid) {
+/* What quantizing leaves of a row, by a scale that is rounded up to bfloat16 if it is `narrow`. */
+INLINE void fake_body(const float *x, int64_t n, grid_t grid, int narrow, float *out) {
     fit_t of_row = fit(x, n, grid);
-    for (int64_t j = 0; j < n; j++)
-        x[j] = of_row.finite ? (integer(x[j], of_row) - of_row.zero) * of_row.scale : NAN;
+    if (narrow && of_row.finite) {
+        uint16_t stored = round_up(of_row.scale);
+        of_row.scale = to_float(&stored, BFLOAT16, 0);
+        of_row.inverse = of_row.inverse == 0 ? 0 : 1 / of_row.scale;
+        if (!grid.symmetric) of_row.zero = clamp(rintf(-(of_row.low * grid.clip) / of_row.scale), 0, of_row.highest);
+    }
+    for (int64_t j = 0; j < n; j++) out[j] = of_row.finite ? (integer(x[j], of_row) - of_row.zero) * of_row.scale : NAN;
+}
+
+TARGET_AVX512 static void fake_avx512(const float *x, int64_t n, grid_t grid, int narrow, float *out) {
+    fake_body(x, n, grid, narrow, out);
+}
+
+TARGET_AVX2 static void fake_avx2(const float *x, int64_t n, grid_t grid, int narrow, float *out) {
+    fake_body(x, n, grid, narrow, out);
+}
+
+void fake_quantize_row(float *x, int64_t n, grid_t grid) { fake_avx2(x, n, grid, 0, x); }
+
+/* The same of `rows` rows of n floats. */
+EXPORT void dfrot_fake_quantize(int isa, int threads, const float *x, int64_t rows, int64_t n, const grid_t *grid, int narrow,
+                                float *out) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < rows; i++)
+        (isa >= ISA_AVX512 ? fake_avx512 : fake_avx2)(x + i * n, n, *grid, narrow, out + i * n);
 }
 
 /* The first entry of a row that is `value`, or `other`. */
