@@ -148,7 +148,7 @@ static void check_backward(int isa, int64_t n, int symmetric) {
     free(x), free(upstream), free(out), free(of_clip);
 }
 
-static void check_products_neighbours(int isa, int64_t n) {
+static void check_training(int isa, int64_t n) {
     float *x = random_floats(3 * n), *y = random_floats(3 * n), *scale = random_floats(n), *out = exact((size_t)(3 * n) * 4);
     double *found = exact(3 * sizeof *found);
     dfrot_scale(isa, 2, x, FLOAT32, 3, n, scale, scale, out, FLOAT32);
@@ -266,7 +266,7 @@ int main(void) {
         }
         check_linear(isa, 193, 5632, 300, 4, 5632, 0); /* wider than what stays near, and more than a run */
         check_rotate(isa);
-        for (int64_t n = 1; n < 40; n += 6) check_backward(isa, n, n % 4 == 1), check_products_neighbours(isa, n);
+        for (int64_t n = 1; n < 40; n += 6) check_backward(isa, n, n % 4 == 1), check_training(isa, n);
         check_attention(isa, 4, 32, 1, 1);
         check_attention(isa, 4, 64, 130, 2);
         check_attention(isa, 8, 128, 300, 1);

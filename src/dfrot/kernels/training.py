@@ -58,8 +58,8 @@ def scaled(
     bias: Float[Tensor, " channels"] | None,
     dtype: torch.dtype,
 ) -> Float[Tensor, "*batch channels"]:
-    """x · scale + bias in a dtype, computed in that of the scales."""
-    if not (computable(x.detach()) and scale.dtype == torch.float32 and dtype in DTYPES):
+    """x · scale + bias as a tensor of a dtype, computed in that of the scales; in one pass, if there is a kernel."""
+    if not (computable(x) and scale.dtype == torch.float32 and dtype in DTYPES):
         y = x.to(scale.dtype) * scale
         return (y if bias is None else y + bias).to(dtype)
     x, made = x.contiguous(), torch.empty(x.shape, dtype=dtype)
@@ -71,16 +71,19 @@ def scaled(
 
 def divergence(
     student: Float[Tensor, "tokens vocabulary"], teacher: Float[Tensor, "tokens vocabulary"], share: float | None = None
-) -> Float[Tensor, ""]:
-    """Sum over tokens of KL(teacher ‖ student) of two tensors of logits, in nats, in float64.
-
-    Args:
-        share: if given, share · (softmax(student) − softmax(teacher)) takes the place of the student's logits.
-    """
+) -> tuple[Float[Tensor, ""], Float[Tensor, "tokens vocabulary"] | None]:
+    """Sum over tokens of KL(teacher ‖ student) of two tensors of logits, in nats, and, if a share is given, so much of
+    its gradient in the student's logits: share · (softmax(student) − softmax(teacher)), which may take their place."""
+    if not computable(student):
+        wide = torch.promote_types(student.dtype, torch.float32)
+        found, wanted = student.to(wide).log_softmax(-1), teacher.to(wide).log_softmax(-1)
+        chances = wanted.exp()
+        value = wanted.sub_(found).mul_(chances).sum()
+        return value, None if share is None else found.exp_().sub_(chances).mul_(share)
     assert student.dtype == teacher.dtype, "they come from one head"
     assert all(logits.is_contiguous() for logits in (student, teacher)), "they are made by a product"
-    found = torch.empty(len(student), dtype=torch.float64)
+    values = torch.empty(len(student), dtype=torch.float64)
     size = DTYPES[student.dtype], *student.shape
     how = *machine(), pointer(student), pointer(teacher), *size, share is not None, share or 0.0
-    native().dfrot_divergence(*how, pointer(found))
-    return found.sum()
+    native().dfrot_divergence(*how, pointer(values))
+    return values.sum(), None if share is None else student

@@ -106,8 +106,8 @@ class Learned(RangeRot):
         activations = on.activations if on.keys.enabled else self.quantizer(on.activations)
         spec, widths = Spec(UNQUANTIZED, activations, on.keys, on.values), input_widths(source.graph, source.config)
         heads, ffn = widths[source.graph.output], widths[source.graph.down]
-        tokens = min(self.learn_tokens, length * windows_at_once(device.type, length))
-        block, _ = _kept_bytes(heads, source.config.hidden_size, ffn, tokens)
+        at_once = windows_at_once(device.type, length, windows.per_step)
+        block, _ = _kept_bytes(heads, source.config.hidden_size, ffn, at_once * length)
         keep = _affordable(source.num_blocks * block, on.budget)
         student = Student(source, start, spec, dtype, product, device, not keep)
         if self._shifts(on):
@@ -133,8 +133,8 @@ class Learned(RangeRot):
     def peak_bytes(self, sizes: ModelSizes, budget: int) -> int:
         model = 2 * sizes.num_blocks * sizes.block + sizes.vocabulary * sizes.hidden * (sizes.source + 2)
         length = min(WINDOW, self.learn_tokens)
-        tokens = min(self.learn_tokens, length * windows_at_once("cpu", length))
-        block, streams = _kept_bytes(sizes.heads, sizes.hidden, sizes.stages[-1][1], tokens)
+        at_once = windows_at_once("cpu", length, self.learn_tokens // length)
+        block, streams = _kept_bytes(sizes.heads, sizes.hidden, sizes.stages[-1][1], at_once * length)
         blocks = sizes.num_blocks * block if _affordable(sizes.num_blocks * block, budget) else block
         text = (4 + 2) * sizes.tokens * sizes.hidden
         return max(super().peak_bytes(sizes, budget), model + text + 2 * blocks + sizes.num_blocks * streams)

@@ -245,7 +245,8 @@ class CalibrationStream:
 
     @contextlib.contextmanager
     def _attention_kept(self, block: nn.Module, heads: _Heads, part: slice) -> Iterator[None]:
-        """While open, the block takes the kept outputs of its heads, if they are there, and does not compute them."""
+        """While open, the block takes the kept outputs of its heads, if they are there, and computes neither them nor a
+        norm that only they read."""
         if heads.states is None or not heads.whole:
             yield
             return

@@ -54,8 +54,8 @@ def install_(model: Any, runtime: RuntimeConfig) -> None:
             )
         for index, block in enumerate(blocks):
             spec = runtime.heads(index)
-            grids = spec.keys, spec.values, runtime.keys, head_dim(config), spec.queries
-            block.get_submodule(graph.attention).kv_quantizer = KVQuantizer(*grids, key_bias)
+            quantizer = KVQuantizer(spec.keys, spec.values, runtime.keys, head_dim(config), spec.queries, key_bias)
+            block.get_submodule(graph.attention).kv_quantizer = quantizer
         install_cache_(decoder)
     for block, hook in itertools.product(blocks, BLOCK_HOOKS):
         hook(block, graph, config)

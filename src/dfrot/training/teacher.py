@@ -17,7 +17,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dfrot.kernels import training
-from dfrot.kernels.structures import computable
 from dfrot.linalg.rotation import Rotation
 from dfrot.models.source import Source
 from dfrot.models.stream import BlockRunner
@@ -76,11 +75,11 @@ class Windows:
         return hashlib.sha256(self.tokens.numpy().tobytes()).hexdigest()
 
 
-def windows_at_once(device: str, seq_len: int) -> int:
+def windows_at_once(device: str, seq_len: int, per_step: int) -> int:
     """Windows of a step whose gradients are made together, before those of the next ones are added: few keep what the
     backward pass reads small, and on a CPU in its caches. Memory has no say: the order of a sum changes its last bits.
     """
-    return max(1, (1024 if device == "cpu" else 8192) // seq_len)
+    return min(per_step, max(1, (1024 if device == "cpu" else 8192) // seq_len))
 
 
 class ProductLinear(nn.Module):
@@ -128,28 +127,15 @@ class Teacher:
         total, slopes = torch.zeros((), dtype=torch.float64, device=flat.device), []
         share = 1 / len(flat) if gradient else None
         for own, goal in zip(flat.split(rows), goals.split(rows), strict=True):
-            slope, value = _slope_and_divergence(self._logits(own), self._logits(goal), share)
+            value, slope = training.divergence(self._logits(own), self._logits(goal), share)
             total += value
-            if gradient:
+            if slope is not None:
                 slopes.append((slope.to(head.dtype) @ head).to(hidden.dtype))
         return total / len(flat), torch.cat(slopes).view_as(hidden) if gradient else None
 
     def _logits(self, states: Tensor) -> Tensor:
         logits = states.to(self.head.dtype) @ self.head.T
         return logits if self.bias is None else logits.to(torch.promote_types(logits.dtype, torch.float32)) + self.bias
-
-
-def _slope_and_divergence(student: Tensor, teacher: Tensor, share: float | None) -> tuple[Tensor, Tensor]:
-    """By logits (tokens, vocabulary), which are overwritten: share times the gradient of KL(teacher ‖ student), and the
-    sum of it over tokens."""
-    if computable(student):
-        return student, training.divergence(student, teacher, share)
-    wide = torch.promote_types(student.dtype, torch.float32)
-    found, wanted = student.to(wide).log_softmax(-1), teacher.to(wide).log_softmax(-1)
-    chances = wanted.exp()
-    value = wanted.sub_(found).mul_(chances).sum()
-    # d KL / d logits = softmax(student) − softmax(teacher)
-    return found if share is None else found.exp_().sub_(chances).mul_(share), value
 
 
 class Distillation(NamedTuple):
@@ -164,7 +150,7 @@ class Distillation(NamedTuple):
         """Of a step; adds this process's part of its gradients."""
         windows = self.windows.step(step)
         total, mine = torch.zeros((), dtype=torch.float64), windows[self.processes.shard]
-        at_once = windows_at_once(self.teacher.head.device.type, self.windows.tokens.shape[1])
+        at_once = windows_at_once(self.teacher.head.device.type, self.windows.tokens.shape[1], len(windows))
         for start in range(0, len(mine), at_once):
             part = mine[start : start + at_once]
             share = len(part) / len(windows)

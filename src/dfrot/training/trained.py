@@ -146,22 +146,23 @@ class TrainedRotation(nn.Module):
         self.matrix = self.start @ torch.linalg.solve(identity - antisymmetric, identity + antisymmetric)
         self.factor = self.matrix.to(self.product)
 
-    def of(self, x: Tensor, factor: Tensor) -> Tensor:
-        """x times `factor`, or each of x's heads, if that has the size of one."""
-        return (x.unflatten(-1, (-1, len(factor))).to(factor.dtype) @ factor).to(x.dtype).flatten(-2)
+
+def _times(x: Tensor, factor: Tensor) -> Tensor:
+    """x times a matrix, or each of x's heads, if that has the size of one."""
+    return (x.unflatten(-1, (-1, len(factor))).to(factor.dtype) @ factor).to(x.dtype).flatten(-2)
 
 
 def rotated(x: Tensor, rotation: TrainedRotation | Rotation | None) -> Tensor:
     """x R, or of each of x's heads, if R has the size of one and is trained."""
     if isinstance(rotation, TrainedRotation):
-        return rotation.of(x, rotation.factor)
+        return _times(x, rotation.factor)
     return x if rotation is None else _Rotated.apply(x, rotation)
 
 
 def rotated_back(x: Tensor, rotation: TrainedRotation | Rotation | None) -> Tensor:
     """x Rᵀ, likewise."""
     if isinstance(rotation, TrainedRotation):
-        return rotation.of(x, rotation.factor.T)
+        return _times(x, rotation.factor.T)
     return x if rotation is None else _Rotated.apply(x, rotation.T)
 
 

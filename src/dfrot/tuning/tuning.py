@@ -149,7 +149,7 @@ class Tuning(Options):
         kept += 4 * sizes.chosen * sizes.stages[-1][1]
         kept += 2 * sizes.chosen * sizes.hidden * bool(sizes.experts)  # what each expert reads, and makes
         kept += outputs * ("scales" in self.parts) + 2 * sizes.hidden * ("gains" in self.parts)
-        at_once = min(self.tokens // self.seq_len, windows_at_once("cpu", self.seq_len))
+        at_once = windows_at_once("cpu", self.seq_len, self.tokens // self.seq_len)
         window, tokens = 4 * self.seq_len * kept, at_once * self.seq_len
         between = 4 * tokens * sizes.hidden * sizes.num_blocks
         block = 2 * at_once * window + 10 * sizes.largest  # computed, its gradients, and a weight while it is unpacked

@@ -11,14 +11,20 @@ INLINE float clamp(float value, float low, float high) {
     return value < low ? low : value > high ? high : value;
 }
 
-/* The grid fitted to a row; `inverse` of a scale that is neither very small nor very large, else 0. */
+/* The grid fitted to a row, its scale rounded up to bfloat16 if it is `narrow`; `inverse` of a scale that is neither very
+ * small nor very large, else 0. */
 typedef struct {
     float low, high; /* the row's range, which contains 0 */
     float scale, inverse, zero, lowest, highest;
     int finite; /* whether all entries are */
 } fit_t;
 
-INLINE fit_t fit(const float *x, int64_t n, grid_t grid) {
+INLINE float narrowed(float scale) {
+    uint16_t stored = round_up(scale);
+    return to_float(&stored, BFLOAT16, 0);
+}
+
+INLINE fit_t fit(const float *x, int64_t n, grid_t grid, int narrow) {
     float low = 0, low_too = 0, high = 0, high_too = 0, finite = 0, finite_too = 0;
     int64_t half = n / 2; /* at once: one after the other would wait for each result */
 #pragma omp simd reduction(min : low, low_too) reduction(max : high, high_too) reduction(+ : finite, finite_too)
@@ -38,10 +44,12 @@ INLINE fit_t fit(const float *x, int64_t n, grid_t grid) {
         fit.lowest = -(float)(1 << (grid.bits - 1)), fit.highest = -fit.lowest - 1;
         fit.scale = (high > -low ? high : -low) * grid.clip / fit.highest;
         if (fit.scale == 0) fit.scale = 1;
+        if (narrow) fit.scale = narrowed(fit.scale);
     } else {
         float bottom = low * grid.clip, top = high * grid.clip;
         fit.scale = (top - bottom) / fit.highest;
         if (fit.scale == 0) fit.scale = 1;
+        if (narrow) fit.scale = narrowed(fit.scale);
         fit.zero = clamp(rintf(-bottom / fit.scale), fit.lowest, fit.highest);
     }
     fit.finite = finite == 0 && fit.scale - fit.scale == 0;
@@ -66,7 +74,7 @@ INLINE float integer(float value, fit_t fit) {
 
 /* A row with a NaN or an infinity gets the scale NaN, and so does everything that is computed with it. */
 INLINE void body(const float *x, int64_t in, grid_t grid, codes_t out, int64_t to) {
-    fit_t of_row = fit(x, in, grid);
+    fit_t of_row = fit(x, in, grid, 0);
     float stored = grid.symmetric || grid.bits < 8 ? of_row.zero : 128; /* what codes are less than the grid's integers */
     int8_t *codes = out.codes + to * out.stride;
     int32_t *sums = out.sums + to * out.groups;
@@ -114,15 +122,9 @@ void quantize_row(int isa, const float *x, int64_t in, grid_t grid, codes_t out,
     (isa >= ISA_AVX512 ? quantize_avx512 : quantize_avx2)(x, in, grid, out, to);
 }
 
-/* What quantizing leaves of a row, by a scale that is rounded up to bfloat16 if it is `narrow`. */
+/* What quantizing leaves of a row. */
 INLINE void fake_body(const float *x, int64_t n, grid_t grid, int narrow, float *out) {
-    fit_t of_row = fit(x, n, grid);
-    if (narrow && of_row.finite) {
-        uint16_t stored = round_up(of_row.scale);
-        of_row.scale = to_float(&stored, BFLOAT16, 0);
-        of_row.inverse = of_row.inverse == 0 ? 0 : 1 / of_row.scale;
-        if (!grid.symmetric) of_row.zero = clamp(rintf(-(of_row.low * grid.clip) / of_row.scale), 0, of_row.highest);
-    }
+    fit_t of_row = fit(x, n, grid, narrow);
     for (int64_t j = 0; j < n; j++) out[j] = of_row.finite ? (integer(x[j], of_row) - of_row.zero) * of_row.scale : NAN;
 }
 
@@ -153,7 +155,7 @@ INLINE int64_t place(const float *x, int64_t n, float value, float other) {
 
 /* The gradient through the quantization of a row, by dfrot.training.trained's rule. Returns what the clip ratio gets. */
 INLINE float backward_body(const float *x, const float *upstream, int64_t n, grid_t grid, float *out) {
-    fit_t of_row = fit(x, n, grid);
+    fit_t of_row = fit(x, n, grid, 0);
     float bottom = of_row.lowest - of_row.zero, top = of_row.highest - of_row.zero, step = 0, above = 0, below = 0;
     if (!of_row.finite) {
         for (int64_t j = 0; j < n; j++) out[j] = NAN;
