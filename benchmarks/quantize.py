@@ -24,7 +24,8 @@ from pathlib import Path
 
 import tyro
 
-from dfrot.cli import Quantize, parse_size
+from dfrot.cli import Quantize
+from dfrot.cli.flags import parse_size
 from dfrot.evaluation.record import model_size
 from dfrot.models.source import locate, open_source
 from dfrot.pipeline.estimate import Estimate

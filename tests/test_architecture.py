@@ -36,7 +36,7 @@ FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 CORE = ("linalg", "quant", "models", "transform", "methods", "rounding", "checkpoint", "runtime", "pipeline", "system")
 # From here on the whole grows by whole capabilities only, each of which names its lines in the CHANGELOG.
 CORE_BUDGET = 9_460
-BUDGET = 18_485
+BUDGET = 18_533
 
 
 def modules() -> Iterator[tuple[str, Path, ast.Module]]:
@@ -130,9 +130,9 @@ def test_no_file_is_named_after_helpfulness() -> None:
     assert not names & {"utils", "util", "helpers", "misc", "common"}
 
 
-def test_four_files_stand_outside_of_folders_and_the_console_script_outside_of_the_package() -> None:
+def test_three_files_stand_outside_of_folders_and_the_console_script_outside_of_the_package() -> None:
     assert {path.name for path in PACKAGE.parent.glob("*.py")} == {"dfrot_command.py"}
-    assert {path.name for path in PACKAGE.glob("*.py")} == {"__init__.py", "__main__.py", "cli.py", "version.py"}
+    assert {path.name for path in PACKAGE.glob("*.py")} == {"__init__.py", "__main__.py", "version.py"}
 
 
 def defined(tree: ast.Module) -> set[str]:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 import dfrot
-from dfrot.cli import parse_size
+from dfrot.cli.flags import parse_size
 from dfrot.evaluation.record import model_size
 from dfrot.models.source import open_source
 from dfrot.pipeline.estimate import Estimate, free_disk

@@ -1,160 +1,56 @@
-"""The command line: parse, call one library function, print.
+"""The commands. Each is a dataclass: its fields are flags, and what stands behind a field, or below it, is its help.
+What one command alone needs is imported when it runs."""
 
-A command is a dataclass: its fields are the flags, and what stands behind a field, or below it, is its help. `quantize`
-collects the options of methods, roundings and presets from their classes. What one command alone needs is imported when
-it runs.
-"""
-
-import dataclasses
 import functools
 import json
-import os
-import re
-import shlex
-import signal
-import sys
-import typing
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import tyro
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
-from tyro.conf import DisallowNone, FlagConversionOff, FlagCreatePairsOff, OmitArgPrefixes, Positional, Suppress, arg
+from tyro.conf import OmitArgPrefixes, Positional, Suppress, arg
 
+from dfrot.cli.flags import (
+    NONE_GIVEN,
+    TUNE_FLAGS,
+    Calib,
+    CalibTokens,
+    Checkpoint,
+    Device,
+    Devices,
+    LogTo,
+    MethodName,
+    MethodOptions,
+    Model,
+    Out,
+    PresetName,
+    RoundingName,
+    Seed,
+    Source,
+    Tune,
+    TuneSeqLen,
+    TuneSteps,
+    TuneText,
+    TuneTokens,
+    Words,
+    device_for,
+    err,
+    flat,
+    out,
+    parse_size,
+    separated,
+)
 from dfrot.evaluation.record import log_records, model_size, tracker_class
 from dfrot.evaluation.run import Measurement, evaluate
-from dfrot.methods import METHODS, ROTATIONS
+from dfrot.methods import ROTATIONS
 from dfrot.models.source import open_source
 from dfrot.pipeline.estimate import Estimate
 from dfrot.pipeline.recipe import Recipe
 from dfrot.pipeline.run import quantize
-from dfrot.quant.spec import PRESETS, Preset
-from dfrot.rounding import ROUNDINGS
-from dfrot.system.devices import chosen_device
 from dfrot.system.distributed import ProcessGroup
 from dfrot.system.errors import SetupError, UserError
-from dfrot.system.interrupt import interruptible
 from dfrot.system.memory import keep_freed_memory
-from dfrot.system.options import Options
 from dfrot.system.progress import console
-from dfrot.transform.invariance import InvarianceError
-from dfrot.tuning.tuning import Tuning
-
-out = Console()
-err = Console(stderr=True)
-
-# Flags of several commands. tyro takes the first of a flag's metavars, helps and so on that it meets.
-Model = Annotated[str, Positional, arg(metavar="MODEL")]
-Source = Annotated[Model, arg(help="Hub id, directory with safetensors weights, .gguf file, or smollm2-135m.")]
-Checkpoint = Annotated[Path, Positional, arg(metavar="CKPT", help="Directory written by `dfrot quantize`.")]
-Out = Annotated[Path, arg(aliases=["-o"])]
-Device = Annotated[str, arg(help="Where to compute: cpu, cuda, or auto: on a GPU where torch sees one.")]
-Devices = Annotated[str, arg(help="Where to compute: cpu, cuda, or auto: spread over all GPUs that torch sees.")]
-Seed = Annotated[int, arg(help="Of everything random.")]
-Calib = Annotated[str, arg(help="Calibration text: wikitext2, c4, pydoc, or a path.")]
-CalibTokens = Annotated[
-    int | None, arg(help="Calibration tokens in total (default 65536 where weights are fitted to them, else 2048).")
-]
-Words = Annotated[str, arg(metavar="A,B,…")]
-QUIET: Any = {"help_behavior_hint": ""}  # no "(default: None)"
-Tune = Annotated[
-    str,
-    arg(
-        metavar="PART,…",
-        help="What is trained after rounding, towards the unquantized model's predictions: biases of all linear "
-        "layers, clip ratios, gains of norms, scales of weights, joined by commas; all, none, or auto: biases where "
-        "activations have at most 4 bits and weights are fitted to data.",
-    ),
-]
-TuneSteps = Annotated[int | None, arg(help=f"Steps of training (default {Tuning.steps}).")]
-TuneTokens = Annotated[int | None, arg(help=f"Tokens of one step (default {Tuning.tokens}).")]
-TuneSeqLen = Annotated[
-    int | None, arg(help=f"Tokens of one window of text (default {Tuning.seq_len}, at most calib-seq-len).")
-]
-TuneText = Annotated[str | None, arg(help="Text for training (default: that of the calibration).")]
-TUNE_FLAGS = ("tune_steps", "tune_tokens", "tune_seq_len", "tune_text")
-LogTo = Annotated[
-    str | None,
-    arg(help="Also log it to a tracker: wandb, trackio, mlflow, tensorboard or another that accelerate knows."),
-]
-MethodName: Any = Literal[tuple(METHODS)]
-RoundingName: Any = Literal[tuple(ROUNDINGS)]
-PresetName: Any = Literal[tuple(PRESETS)]
-
-
-_UNITS = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-
-
-def parse_size(text: str) -> int:
-    """Bytes of a size such as 8GB, 6GiB or 512MB. Raises UserError for anything else."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?", text.strip().lower())
-    if found is None or found[2] not in _UNITS or not (size := int(float(found[1]) * _UNITS[found[2]])):
-        raise UserError(f"a size of memory is a number with a unit, such as 8GB, 6GiB or 512MB, got '{text}'.")
-    return size
-
-
-def _separated(words: str) -> tuple[str, ...]:
-    return tuple(word.strip() for word in words.split(",") if word.strip())
-
-
-def _device(name: str, *, spread: bool = False, quiet: bool = False) -> str:
-    """The device that `--device` means; says so if it is a GPU that nobody asked for."""
-    device, why = chosen_device(name, spread=spread)
-    if why is not None and not quiet:
-        err.print(f"computing on {why}; --device cpu if that is not wanted", style="dim", highlight=False)
-    return device
-
-
-def _options() -> dict[str, list[tuple[str, Any, Any]]]:
-    """The options of all methods, roundings and presets as fields, by the names of the classes that have them."""
-    types: dict[str, Any] = {}
-    owners: dict[str, dict[str, list[str]]] = {}  # name → help → who has it
-    flags: dict[str, bool] = {}  # name → whether every owner's default is off
-    kinds: dict[str, type[Options]] = {**METHODS, **ROUNDINGS, "preset": Preset}
-    for owner, kind in kinds.items():
-        hints, helps = kind.types(), kind.help()
-        for field in dataclasses.fields(kind):
-            name, hint = field.name, hints[field.name]
-            types[name] = types.get(name, hint) | hint
-            flags[name] = flags.get(name, True) and field.default is False
-            text = helps[name].rstrip(".")
-            if field.default not in (None, False, dataclasses.MISSING):
-                text += f" (default {field.default})"
-            owners.setdefault(name, {}).setdefault(text, []).append(owner)
-    found: dict[str, list[tuple[str, Any, Any]]] = {}
-    for name, hint in types.items():
-        texts = [f"{', '.join(whose)}: {text}." for text, whose in owners[name].items()]
-        if len(texts) == 1:  # the group says whose it is
-            texts = [text + "." for text in owners[name]]
-        # None means not given, so that True and False are words there; a switch that is off says as much
-        hint, default = (bool, False) if flags[name] else (hint | None, None)
-        group = ", ".join(owner for owner, kind in kinds.items() if name in kind.types())
-        shown: Any = Annotated[hint, arg(help=" ".join(texts), **QUIET)]
-        if default is None:
-            shown = Annotated[shown, FlagConversionOff]
-        found.setdefault(group, []).append((name, shown, default))
-    return found
-
-
-def _groups() -> Iterator[tuple[str, Any, Any]]:
-    """A field for each group of options, itself a dataclass."""
-    for number, (owners, fields) in enumerate(_options().items()):
-        kind = dataclasses.make_dataclass(f"Group{number}", fields, frozen=True)
-        yield f"group{number}", Annotated[kind, OmitArgPrefixes, arg(name=owners, help="")], kind()
-
-
-MethodOptions: Any = dataclasses.make_dataclass("MethodOptions", _groups(), frozen=True)
-NONE_GIVEN: Any = MethodOptions()
-
-
-def _flat(options: Any) -> dict[str, Any]:
-    """The options of all groups, by name."""
-    return {name: value for group in vars(options).values() for name, value in vars(group).items()}
 
 
 @dataclass(frozen=True)
@@ -207,12 +103,12 @@ class Quantize:
         """From everything given except where to write and how to run."""
         names = ["method", "weights", "spec", "preset", "calib", "calib_tokens", "calib_seq_len", "dtype", "seed"]
         names += ["kv_bits_by_block", *(name for name in vars(self) if name.startswith("tune"))]
-        given = _flat(self.options).items() - _flat(NONE_GIVEN).items()
+        given = flat(self.options).items() - flat(NONE_GIVEN).items()
         return Recipe.parse(**{name: getattr(self, name) for name in names}, **dict(given))
 
     def run(self) -> None:
         processes = ProcessGroup.of()
-        device = processes.device(_device(self.device, quiet=not processes.is_main))
+        device = processes.device(device_for(self.device, quiet=not processes.is_main))
         if not processes.is_main:
             out.quiet = console.quiet = True
         with processes.joined(device):
@@ -257,7 +153,7 @@ class Measured(Measurement):
     def measurement(self, against: str | None) -> Measurement:
         texts = (() if self.tasks else ("wikitext2",)) if self.texts is None else tuple(map(_absolute, self.texts))
         folder = None if self.task_path is None else str(Path(self.task_path).resolve())
-        tasks = _separated(self.tasks)
+        tasks = separated(self.tasks)
         return Measurement(**vars(self) | {"texts": texts, "against": against, "tasks": tasks, "task_path": folder})
 
 
@@ -285,7 +181,9 @@ class Eval:
         if self.log_to is not None:
             tracker_class(self.log_to)  # its errors come before the work
         measurement = self.measured.measurement(self.against)
-        record = evaluate(self.model, measurement, device=_device(self.device, spread=True), per_token=self.per_token)
+        record = evaluate(
+            self.model, measurement, device=device_for(self.device, spread=True), per_token=self.per_token
+        )
         errors = record.conditions.get("standard_errors", {})
         for metric, value in record.metrics.items():
             shown = f"{value:.4f}" if value < 1e5 else f"{value:.3e}"
@@ -340,7 +238,7 @@ class Compare:
         if self.log_to is not None:
             tracker_class(self.log_to)  # its errors come before the work
         words = (self.methods, self.weights, self.specs, self.seeds, self.tune)
-        methods, weights, specs, seeds, tunes = map(_separated, words)
+        methods, weights, specs, seeds, tunes = map(separated, words)
         calibration = {"calib": _absolute(self.calib), "calib_tokens": self.calib_tokens}
         tuning: Any = {name: getattr(self, name) for name in ("tune_steps", "tune_tokens", "tune_seq_len")}
         tuning["tune_text"] = self.tune_text and _absolute(self.tune_text)
@@ -349,7 +247,7 @@ class Compare:
         model = _absolute(self.model)
         against = model if self.divergence or self.measured.massive_unquantized else None
         how: Any = {name: getattr(self, name) for name in ("jobs", "threads", "ray")}
-        how["device"] = _device(self.device)
+        how["device"] = device_for(self.device)
         how["memory"] = None if self.memory is None else parse_size(self.memory)
         with LiveTable(trials, out) as table:
             measurement = self.measured.measurement(against)
@@ -381,7 +279,7 @@ class Inspect:
         from dfrot.inspect.inspection import STATS_FILE
         from dfrot.system.files import read_json
 
-        stats: Any = read_json(inspect(**vars(self) | {"device": _device(self.device)}) / STATS_FILE)
+        stats: Any = read_json(inspect(**vars(self) | {"device": device_for(self.device)}) / STATS_FILE)
         out.print(summary(stats))
 
 
@@ -467,7 +365,7 @@ class Generate:
 
         if self.max_new_tokens < 1:
             raise UserError(f"max-new-tokens is at least 1, got {self.max_new_tokens}.")
-        model, tokenizer = load(self.model, device=_device(self.device, spread=True))
+        model, tokenizer = load(self.model, device=device_for(self.device, spread=True))
         ids = token_ids(tokenizer, self.prompt, model.get_input_embeddings().num_embeddings)[None].to(model.device)
         if ids.numel() == 0:
             raise UserError("the prompt has no tokens. Give some text to continue.")
@@ -544,7 +442,7 @@ class Info:
 
         from dfrot.evaluation import machine
 
-        device = torch.device(_device(self.device, quiet=True))
+        device = torch.device(device_for(self.device, quiet=True))
         out.print(machine.computes_with(device), markup=False)
         table = Table("spec", "a prompt, × bfloat16", "a token, × bfloat16")
         for speed in (found := machine.speeds(device)):
@@ -578,87 +476,7 @@ COMMANDS: dict[str, Any] = {
 }
 
 
-MORE = "These are the flags that matter most; --help-all shows every flag."
-
-
-def _shown(kind: type, everything: bool) -> type:
-    """The command as its help shows it: rare flags only if `everything`, defaults only where they say something."""
-    hints = typing.get_type_hints(kind, include_extras=True)
-    rare = () if everything else getattr(kind, "rare", ())
-    fields: list[tuple[str, Any, Any]] = []
-    for field in dataclasses.fields(kind):
-        hint, default = hints[field.name], field
-        if dataclasses.is_dataclass(field.default):
-            nested, *marks = typing.get_args(hint)
-            nested = _shown(nested, everything)
-            hint, default = Annotated[nested, *marks], nested()
-        if field.name in rare:
-            hint = Annotated[hint, Suppress]
-        elif field.default in (None, "", ()) or isinstance(field.default, bool):
-            hint = Annotated[hint, arg(**QUIET)]
-        fields.append((field.name, hint, default))
-    shown: Any = dataclasses.make_dataclass(kind.__name__, fields, bases=(kind,), frozen=True)
-    for name in ("__module__", "__qualname__", "__firstlineno__"):  # where tyro finds the comments
-        if hasattr(kind, name):
-            setattr(shown, name, getattr(kind, name))
-    shown.__doc__ = f"{kind.__doc__}\n\n{MORE}" if rare else kind.__doc__
-    return shown
-
-
-def parse(arguments: list[str]) -> Any:
-    """The command that the words ask for, as an instance of its class. A mistake in them ends the program."""
-    everything = not {"-h", "--help"} & set(arguments)
-    return tyro.extras.subcommand_cli_from_dict(
-        {name: _shown(kind, everything) for name, kind in COMMANDS.items()},
-        prog="dfrot",
-        args=["--help" if word == "--help-all" else word for word in arguments],
-        config=(DisallowNone, FlagCreatePairsOff),
-    )
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run one command. Returns the exit code: 2 for the user's mistake, 1 for the environment's fault or dfrot's."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    debug = "--debug" in arguments
-    arguments = [argument for argument in arguments if argument != "--debug"]
-    keep_freed_memory()
-    warnings.showwarning = _show_warning  # type: ignore[assignment]
-    command = parse(arguments)
-    try:
-        if not isinstance(command, Quantize) and (count := ProcessGroup.of().count) > 1:
-            raise UserError(f"only `dfrot quantize` can be shared by processes; torchrun has started {count}.")
-        with interruptible():
-            command.run()
-    except KeyboardInterrupt:
-        hint = ""
-        if isinstance(command, Compare):
-            hint = " Finished trials are kept: the same command goes on."
-        elif isinstance(command, Quantize) and command.out.is_dir():
-            words = [word for word in arguments if word not in ("--overwrite", "--resume")]
-            hint = f" Finished blocks are kept; this continues:\n{shlex.join(['dfrot', *words, '--resume'])}"
-        _complain(f"interrupted.{hint}")
-        return 128 + signal.SIGINT
-    except BrokenPipeError:  # `dfrot … | head`: the reader has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except (UserError, SetupError, InvarianceError, OSError) as error:
-        if debug:
-            raise
-        _complain(str(error))
-        return 2 if isinstance(error, UserError) else 1
-    return 0
-
-
 def _absolute(name: str) -> str:
     """The absolute path of a file that exists; other names unchanged."""
     path = Path(name).expanduser()
     return str(path.resolve()) if path.exists() else name
-
-
-def _complain(message: str, kind: str = "", colour: str = "red") -> None:
-    text = Text("dfrot: ", style=f"bold {colour}").append(Text(kind + message, style="none"))
-    err.print(text, soft_wrap=True)
-
-
-def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
-    _complain(str(message), "warning: ", "yellow")
