@@ -12,7 +12,10 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from tests.browser import CHROMIUM
+from tests.shapes import check_shapes_only
 from tests.tiny_models import write_tiny_model
+
+check_shapes_only()
 
 # Tests read what commands print; saving a tiny model must not add a bar to it.
 transformers_logging.disable_progress_bar()

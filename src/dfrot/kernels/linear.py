@@ -57,18 +57,17 @@ class PackedWeight(NamedTuple):
 
     def code_sums(self, bits: int) -> Int[Tensor, "out groups"]:
         """Sums of the codes of every group, kept while the codes stay the same."""
-        out, groups = self.scales.shape
-
-        def summed() -> Tensor:
-            codes, width = self.qweight.contiguous(), self.qweight.shape[1] * 8 // bits
-            if codes.device.type != "cpu":
-                return unpack(codes, bits, width).view(out, groups, -1).sum(-1, dtype=torch.int32)
-            sums = torch.empty(out, groups, dtype=torch.int32)
-            native().dfrot_code_sums(pointer(codes), out, width, bits, width // groups, pointer(sums))
-            return sums
-
         kept: Kept[Tensor] = _SUMS.setdefault(self.qweight, Kept())
-        return kept.get(summed, [self.qweight], bits, groups)
+        return kept.get(lambda: self._summed(bits), [self.qweight], bits, self.scales.shape[1])
+
+    def _summed(self, bits: int) -> Int[Tensor, "out groups"]:
+        (out, groups), codes = self.scales.shape, self.qweight.contiguous()
+        width = codes.shape[1] * 8 // bits
+        if codes.device.type != "cpu":
+            return unpack(codes, bits, width).view(out, groups, -1).sum(-1, dtype=torch.int32)
+        sums = torch.empty(out, groups, dtype=torch.int32)
+        native().dfrot_code_sums(pointer(codes), out, width, bits, width // groups, pointer(sums))
+        return sums
 
 
 def computable(x: Tensor) -> bool:

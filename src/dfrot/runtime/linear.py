@@ -160,22 +160,18 @@ class QuantLinear(Transforming, nn.Module):
         """The weight that the integers stand for."""
         if self.weight is not None:
             return self.weight
+        return self._dense.get(lambda: self._dequantized(dtype), self.packed[:3], dtype)
 
-        def dense() -> Tensor:
-            scales, zeros = self.scales.to(wide(dtype)), None if self.weights.symmetric else self.zeros.to(wide(dtype))
-            qparams = QParams(scales, zeros)
-            return dequantize(self._codes(), self.weights.weight_granularity, qparams).to(dtype)
-
-        return self._dense.get(dense, self.packed[:3], dtype)
+    def _dequantized(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
+        scales, zeros = self.scales.to(wide(dtype)), None if self.weights.symmetric else self.zeros.to(wide(dtype))
+        return dequantize(self._codes(), self.weights.weight_granularity, QParams(scales, zeros)).to(dtype)
 
     def integer_weight(self, dtype: torch.dtype, keep: bool = True) -> Float[Tensor, "out in"]:
         """The integers w − v themselves, as floats; made anew each time unless they are kept."""
-
-        def integers() -> Tensor:
-            codes, of_group = self._codes(), self.in_features // self.scales.shape[1]
-            return (codes if self.weights.symmetric else codes - self.zeros.repeat_interleave(of_group, 1)).to(dtype)
-
-        return self._integers.get(integers, self.packed[:3], dtype) if keep else integers()
+        if keep:
+            return self._integers.get(lambda: self.integer_weight(dtype, keep=False), self.packed[:3], dtype)
+        codes, of_group = self._codes(), self.in_features // self.scales.shape[1]
+        return (codes if self.weights.symmetric else codes - self.zeros.repeat_interleave(of_group, 1)).to(dtype)
 
     def _codes(self) -> Int[Tensor, "out in"]:
         return self.weights.grid.decode(unpack(self.qweight, self.weights.bits, self.in_features))

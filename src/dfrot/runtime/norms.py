@@ -5,6 +5,7 @@ same floats to the quantizers, nearly always to the last bit; it matters, becaus
 a tie changes everything behind it.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -119,12 +120,12 @@ def transformed(
         rotation = rotation.as_rotation
     if rotation is None and offset is None:
         return x
+    return in_float64(functools.partial(_transform, rotation, offset), x)
 
-    def compute(y: Tensor) -> Tensor:
-        y = y if rotation is None else rotation.apply(y)
-        return y if offset is None else y - offset.to(y)
 
-    return in_float64(compute, x)
+def _transform(rotation: Rotation | None, offset: Tensor | None, x: Tensor) -> Tensor:
+    x = x if rotation is None else rotation.apply(x)
+    return x if offset is None else x - offset.to(x)
 
 
 class TransformedNorm(Transforming, Float64RMSNorm):
