@@ -19,7 +19,7 @@ COMMANDS = {
     "export": "Write a checkpoint for vLLM, llama.cpp or plain transformers.",
     "push": "Upload a checkpoint to the Hub, with a model card.",
     "bench": "Time a checkpoint against the model that it was made from.",
-    "info": "Describe a checkpoint, or this machine and the spec that suits it.",
+    "info": "Describe a checkpoint, a model, or this machine and the spec that suits it.",
     "models": "List the known architectures, or show how an unknown one was traced.",
 }
 HELP = "\n".join(
@@ -57,8 +57,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"dfrot: there is no command '{first}'. {hint}", file=sys.stderr)
         return 2
 
-    from dfrot import cli
-
+    try:
+        from dfrot import cli
+    except KeyboardInterrupt:
+        print("dfrot: interrupted.", file=sys.stderr)
+        return 130
     return cli.main(arguments)
 
 

@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dfrot_command
 from dfrot import cli
-from dfrot.cli import main
+from dfrot.cli import commands, main
 from dfrot.evaluation.bench import SHAPES
+from dfrot.evaluation.record import read_records
 from dfrot.methods import METHODS
 from dfrot.models.graph import GRAPHS
 from dfrot.rounding import ROUNDINGS
@@ -189,13 +190,21 @@ def test_models_lists_every_family(capsys: pytest.CaptureFixture[str]) -> None:
         (["quantize", "TINY", "-o", "OUT", "--method", "quarot", "--gamma", "3"], "has no option gamma"),
         (["quantize", "TINY", "-o", "OUT", "--memory", "lots"], "such as 8GB"),
         (["quantize", "./nowhere", "-o", "OUT"], "there is no model at './nowhere'"),
-        (["info", "nowhere"], "there is no directory nowhere"),
+        (["info", "nowhere"], "there is no model at 'nowhere'"),
+        (["info", "--device", "banana"], "the device 'banana' cannot be used"),
+        (["bench", "TINY"], "say which, --source MODEL"),
+        (["bench", "--shape", "llama-3-8b", "--threads", "0"], "threads is at least 1"),
+        (["bench", "--shape", "llama-3-8b", "--spec", "w4g100a4kv4"], "groups of 100 do not divide"),
+        (["quantize", "TINY", "-o", "OUT", "--dry-run", "--spec", "w4g7a4kv4"], "got group_size=7 for width 48"),
+        (["eval", "TINY", "--ppl", "SHORT", "--limit", "2"], "--limit is for tasks"),
+        (["eval", "TINY", "--tasks", "piqa", "--batch-size", "-3"], "--batch-size is at least 1"),
+        (["eval", "TINY", "--ppl", "SHORT", "--against", "TINY", "--per-token", "/no/where"], "does not exist"),
+        (["eval", "OPT", "--ppl", "LONG", "--seq-len", "256"], "the model has learned 128 positions"),
         (["quantize", "TINY", "-o", "OUT", "--calib", "EMPTY"], "is empty"),
         (["quantize", "TINY", "-o", "OUT", "--calib", "SHORT"], "fewer than one sample of 2048"),
         (["quantize", "TINY", "-o", "TINY"], "is not a dfrot checkpoint; nothing there is touched"),
         (["eval", "TINY", "--ppl", "SHORT"], "fewer than one block of 2048"),
         (["eval", "TINY", "--ppl", "missing.txt"], "there is no text 'missing.txt'"),
-        (["info", "TINY"], "it is not quantized"),
         (["generate", "TINY", ""], "the prompt has no tokens"),
         (["generate", "TINY", "x", "--max-new-tokens", "0"], "max-new-tokens is at least 1"),
         (["quantize", "TINY", "-o", "OUT", "--device", "foo"], "the device 'foo' cannot be used"),
@@ -216,22 +225,78 @@ def test_models_lists_every_family(capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_a_mistake_is_one_message_and_exit_code_two(
-    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+    tiny: Tiny,
+    tmp_path: Path,
+    text_file: Path,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    message: str,
 ) -> None:
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "short.txt").write_text("short")
     stands_for = {
         "TINY": tiny("llama"),
+        "OPT": tiny("opt"),
+        "LONG": text_file,
         "OUT": tmp_path / "out",
         "EMPTY": tmp_path / "empty.txt",
         "SHORT": tmp_path / "short.txt",
     }
+    capsys.readouterr()  # what making tiny models has printed
     code, _, err = run(capsys, *(stands_for.get(word, word) for word in words))
     assert code == 2
     assert err.startswith("dfrot: ")
     assert message in err
     assert "Traceback" not in err
     assert not (tmp_path / "out").exists()
+
+
+def test_info_describes_a_model(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "info", tiny("llama"))
+    theirs = AutoModelForCausalLM.from_pretrained(tiny("llama"))
+    found = json.loads(out)
+    assert code == 0
+    assert (found["model_type"], found["blocks"], found["quantized"]) == ("llama", 2, False)
+    assert found["parameters"] == theirs.num_parameters()
+
+
+def test_a_model_is_not_timed_against_another(
+    tiny: Tiny, tmp_path: Path, text_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--method", "none", "--weights", "rtn", "--tune", "none", "--calib", str(text_file)]
+    assert main(["quantize", str(tiny("qwen3")), "-o", str(tmp_path / "out"), *words, "--calib-tokens", "64"]) == 0
+    code, _, err = run(capsys, "bench", tmp_path / "out", "--source", tiny("llama"))
+    assert (
+        code,
+        "was made from another model: the source has llama for qwen3 (model_type)" in " ".join(err.split()),
+    ) == (2, True)
+
+
+def test_a_mistake_in_the_tasks_is_found_before_the_model_is_loaded(
+    tiny: Tiny, text_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dfrot.evaluation.run.load", lambda *_, **__: pytest.fail("loaded"))
+    code, _, err = run(capsys, "eval", tiny("llama"), "--ppl", text_file, "--tasks", "pica")
+    assert (code, "lm-eval has no task 'pica'" in err) == (2, True)
+
+
+def test_records_are_added_to_a_file_of_lines(tiny: Tiny, text_file: Path, tmp_path: Path) -> None:
+    words = ["eval", str(tiny("llama")), "--ppl", str(text_file), "--seq-len", "32", "--max-tokens", "32"]
+    for _ in range(2):
+        assert main([*words, "--json", str(tmp_path / "results.jsonl")]) == 0
+    assert len(read_records(tmp_path / "results.jsonl")) == 2
+    assert main([*words, "--json", str(tmp_path / "one.json")]) == 0
+    assert json.loads((tmp_path / "one.json").read_text())["model"] == str(tiny("llama"))
+
+
+def test_a_folder_called_like_a_text_or_a_model_is_not_taken_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("pydoc", "smollm2-135m", "own.txt"):
+        (tmp_path / name).mkdir()
+    assert [commands._absolute(name) for name in ("pydoc", "smollm2-135m")] == ["pydoc", "smollm2-135m"]
+    assert commands._absolute("own.txt") == str(tmp_path / "own.txt")
 
 
 def test_the_environments_fault_is_exit_code_one(

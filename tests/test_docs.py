@@ -99,6 +99,13 @@ def test_python_of_the_docs_names_what_exists(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_a_page_includes_is_included(page: Path) -> None:
+    """A formatter of Python once took the scissors apart."""
+    assert "8 <" not in page.read_text()
+    assert all((ROOT / path).is_file() for path in re.findall(r'--8<-- "(.*)"', page.read_text()))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_paths_between_backticks_exist(page: Path) -> None:
     named = re.findall(r"`((?:src|tests|benchmarks|runs|examples|docs|dev)/[\w/.-]+)`", page.read_text())
     assert not [path for path in named if not (ROOT / path).exists()]

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 import dfrot
@@ -300,6 +301,36 @@ def test_a_trial_that_fails_is_reported_and_the_others_go_on(tiny: Tiny, text_fi
     assert isinstance(heard["w4g100a4kv4"], UserError)
     assert "group_size must divide" in str(heard["w4g100a4kv4"])
     assert heard["None"] == records[0]
+
+
+def test_a_fault_of_dfrot_in_one_trial_is_that_trials(
+    tiny: Tiny, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise IndexError("index 7 is out of bounds")
+
+    monkeypatch.setattr(trials, "evaluate", broken)
+    trial = Trial(str(tiny("llama")), "f", None, Measurement((str(text_file),)), "cpu", torch.get_num_threads())
+    outcome = trials.measure(trial, tmp_path)
+    assert isinstance(outcome, SetupError)
+    assert "IndexError: index 7" in str(outcome)
+    (file,) = tmp_path.glob("error-*.txt")
+    assert "in broken" in file.read_text()
+
+
+def test_a_checkpoint_of_another_version_or_device_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    trial = Trial("m", "f", Recipe.parse("none", "rtn"), Measurement(("pydoc",)), "cpu", 2)
+    others = [dataclasses.replace(trial, threads=1), dataclasses.replace(trial, device="cuda")]
+    assert dataclasses.replace(trial, measurement=Measurement(("c4",))).made_by == trial.made_by
+    found = {each.made_by for each in (trial, *others)}
+    monkeypatch.setattr(trials, "__version__", "9.9.9")
+    assert len(found | {trial.made_by}) == 4
+
+
+def test_a_text_that_there_is_not_is_said_before_anything_is_quantized(tiny: Tiny, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"there is no text 'typo\.txt'"):
+        compare(str(tiny("llama")), [Recipe.parse("none", "rtn")], Measurement(("typo.txt",)), tmp_path / "out")
+    assert not (tmp_path / "out" / "checkpoints").exists()
 
 
 def test_two_comparisons_in_one_folder_are_refused(tiny: Tiny, text_file: Path, tmp_path: Path) -> None:

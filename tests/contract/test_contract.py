@@ -94,6 +94,21 @@ def test_the_same_seed_gives_the_same_bytes(
     assert all((first / name).read_bytes() == (second / name).read_bytes() for name in names)
 
 
+@every_method
+def test_a_run_that_shares_with_one_of_another_cache_makes_what_it_makes_alone(
+    tiny: Tiny, tmp_path: Path, text_file: Path, method: str
+) -> None:
+    made = []
+    for name, specs in {"alone": ["w4a4kv8"], "shared": ["w4a4kv4", "w4a4kv8"]}.items():
+        for spec in specs:
+            words = {"weights": "rtn", "spec": spec, **METHODS[method], "calib": str(text_file), "tune": "none"}
+            recipe, out = dfrot.Recipe.parse(**words), tmp_path / f"{name}-{spec}"
+            dfrot.quantize(tiny("llama"), recipe, out, reuse_dir=tmp_path / name)
+        made.append(out)
+    alone, shared = ({file.name: file.read_bytes() for file in out.iterdir()} for out in made)
+    assert alone == shared
+
+
 @pytest.mark.parametrize("method", ["rangerot", "duquant"])
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_no_tensor_depends_on_how_keys_and_values_are_kept(

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import dfrot
 from dfrot.evaluation.run import Measurement, evaluate
 from dfrot.evaluation.zero_shot import scores
-from dfrot.system.errors import UserError
+from dfrot.system.errors import SetupError, UserError
 from tests.tiny_models import write_tiny_model
 
 Tiny = Callable[[str], Path]
@@ -95,8 +95,52 @@ def test_unknown_tasks_and_folders_are_said(tiny: Tiny, tasks: Path) -> None:
         evaluate(path, Measurement(tasks=("no_such_task",)))
     with pytest.raises(UserError, match="no folder of tasks"):
         evaluate(path, Measurement(tasks=("tiny_one",), task_path=str(tasks / "none")))
-    with pytest.raises(UserError, match="at least 1 example"):
-        evaluate(path, Measurement(tasks=("tiny_one",), task_path=str(tasks), limit=0))
+    with pytest.raises(UserError, match="--limit is at least 1"):
+        Measurement(tasks=("tiny_one",), task_path=str(tasks), limit=0)
+    (tasks / "utils.py").write_text("import not_there\n")
+    broken = (tasks / "tiny_one.yaml").read_text().replace("task: tiny_one", "task: tiny_broken")
+    (tasks / "broken.yaml").write_text(broken + "process_docs: !function utils.f\n")
+    with pytest.raises(SetupError, match=r"lm-eval cannot run tiny_broken: .*not_there"):
+        evaluate(path, Measurement(tasks=("tiny_broken",), task_path=str(tasks)))
+
+
+def test_groups_and_tags_without_a_metric_stand_for_their_tasks(tiny: Tiny, tasks: Path) -> None:
+    for name in ("tiny_one", "tiny_two"):
+        file = tasks / f"{name}.yaml"
+        file.write_text(file.read_text() + "tag: tiny_tag\n")
+    (tasks / "group.yaml").write_text("group: tiny_group\ntask: [tiny_one, tiny_two]\n")
+    mean = "aggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
+    (tasks / "mean.yaml").write_text(f"group: tiny_mean\ntask: [tiny_one, tiny_two]\n{mean}")
+    found = {}
+    for asked in ("tiny_tag", "tiny_group", "tiny_mean"):
+        found[asked] = evaluate(str(tiny("llama")), Measurement(tasks=(asked,), task_path=str(tasks))).metrics
+    assert found["tiny_tag"] == found["tiny_group"]
+    assert found["tiny_tag"].keys() == {
+        *(f"{metric}/{task}" for metric in ("acc", "acc_norm") for task in ("tiny_one", "tiny_two")),
+        "zero_shot_average",
+    }
+    assert found["tiny_mean"] == {"acc/tiny_mean": found["tiny_tag"]["acc/tiny_one"]}
+
+
+def test_every_way_of_reading_an_answer_is_kept() -> None:
+    """gsm8k has two, triviaqa one that is not lm-eval's "none"."""
+    found = {
+        "results": {
+            "gsm8k": {"alias": "gsm8k", "exact_match,strict": 0.25, "exact_match,flexible": 0.5}
+            | {"exact_match_stderr,strict": 0.1, "exact_match_stderr,flexible": 0.2},
+            "triviaqa": {"exact_match,remove_whitespace": 0.75},
+            "both": {"acc,none": 0.5, "acc,strict": 0.25, "count,none": 3},
+            "nothing": {"alias": "nothing", "bypass,none": "N/A"},
+        },
+        "n-samples": {},
+    }
+    metrics, said = scores(found, {"gsm8k": ["gsm8k"], "triviaqa": ["triviaqa"], "tag": ["triviaqa", "both"]})
+    read = {"exact_match@strict/gsm8k": 0.25, "exact_match@flexible/gsm8k": 0.5, "exact_match/triviaqa": 0.75}
+    read |= {"acc/both": 0.5, "acc@strict/both": 0.25, "count/both": 3}
+    assert metrics == read
+    assert said["standard_errors"] == {"exact_match@strict/gsm8k": 0.1, "exact_match@flexible/gsm8k": 0.2}
+    with pytest.warns(UserWarning, match="'nothing' has no metric that is a number"):
+        assert scores(found, {"nothing": ["nothing"], "triviaqa": ["triviaqa"]})[0] == {"exact_match/triviaqa": 0.75}
 
 
 def test_the_average_takes_acc_norm_where_it_is_defined() -> None:
@@ -107,7 +151,7 @@ def test_the_average_takes_acc_norm_where_it_is_defined() -> None:
         },
         "n-samples": {"a": {"original": 9, "effective": 4}, "b": {"original": 9, "effective": 9}},
     }
-    assert scores(found, ["a", "b"]) == (
+    assert scores(found, {"a": ["a"], "b": ["b"]}) == (
         {"acc/a": 0.5, "acc_norm/a": 0.25, "acc/b": 0.75, "perplexity/b": 30.0, "zero_shot_average": 0.5},
         {"standard_errors": {"acc_norm/a": 0.1}, "examples": {"a": 4, "b": 9}},
     )

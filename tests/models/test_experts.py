@@ -213,3 +213,18 @@ def test_blocks_with_and_without_experts_are_refused(tmp_path: Path) -> None:
     AutoModelForCausalLM.from_config(mixed).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"blocks of more than one kind: only one of blocks 0 and 1 has a 'mlp\."):
         open_source(str(tmp_path))
+
+
+def test_duquant_fits_an_expert_that_few_tokens_chose_to_others_too(
+    tiny: Tiny, tmp_path: Path, text_file: Path
+) -> None:
+    words: dict[str, Any] = {"method": "duquant", "block": 8, "greedy_steps": 4, "calib_tokens": 64}
+    peaks = made(tiny, tmp_path / "out", "qwen3_moe", text_file, calib_seq_len=64, **words).notes["peaks"]
+    filled = {
+        peak["input"]: peak.get("filled", 0) for peak in peaks if peak["block"] == 0 and "experts" in peak["input"]
+    }
+    downs = {name: missing for name, missing in filled.items() if name.endswith("down_proj")}
+    chosen = 64 * 2  # choices of all tokens
+    assert len(downs) == 8
+    assert sum(64 - missing for missing in downs.values()) == chosen
+    assert max(downs.values()) > 0

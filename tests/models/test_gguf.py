@@ -1,5 +1,6 @@
 """A GGUF file is the model that it was made from, or refused by the name of what has no place, before any work."""
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 
 gguf = pytest.importorskip("gguf", reason="writes GGUF files")
 
-from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 import dfrot  # noqa: E402
 from dfrot.cli import main  # noqa: E402
@@ -170,5 +171,13 @@ def test_what_is_unpacked_is_what_was_planned(made: Made) -> None:
 
 def test_info_says_what_a_gguf_file_is(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
     _, file = made()
-    assert main(["info", str(file)]) == 2
-    assert "is a GGUF file, which is a model to start from" in capsys.readouterr().err.replace("\n", " ")
+    assert main(["info", str(file)]) == 0
+    assert json.loads(capsys.readouterr().out)["model_type"] == "llama"
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_file_has_its_own_tokenizer_whatever_lies_beside_it(made: Made, tmp_path: Path) -> None:
+    _, file = made()
+    write_tiny_model("qwen2", tmp_path)  # another model, with a tokenizer of characters
+    tokenizer = AutoTokenizer.from_pretrained(open_source(str(file)).path)
+    assert tokenizer("the").input_ids == byte_tokenizer().encode("the").ids

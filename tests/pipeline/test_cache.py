@@ -17,6 +17,8 @@ from dfrot.models.norms import use_torch_norms_
 from dfrot.models.source import open_source
 from dfrot.pipeline import cache
 from dfrot.pipeline.run import calibration_tokens
+from dfrot.quant.spec import Spec
+from dfrot.runtime.config import RuntimeConfig
 from dfrot.tuning.run import TuningRun
 from tests.tiny_models import CONFIGS, write_biased_model
 
@@ -27,6 +29,14 @@ WORDS: dict[str, Any] = {"calib_tokens": 1280, "calib_seq_len": 32, "tune": "non
 def divergence(found: Tensor, original: Tensor) -> float:
     wanted = original.log_softmax(-1)
     return float((wanted.exp() * (wanted - found.log_softmax(-1))).sum(-1).mean())
+
+
+def test_clip_ratios_that_were_learned_for_few_bits_are_not_those_of_blocks_with_more() -> None:
+    spec, learned = Spec.parse("w4a4kv4"), {"keys": (0.9, 0.8), "values": (0.7, 0.6), "mlp.down_proj": (0.5, 0.4)}
+    runtime = RuntimeConfig(spec, {}, None, {}, clips=learned).with_kv_bits([4, 8])
+    grids = [(runtime.heads(block).keys, runtime.heads(block).values) for block in range(2)]
+    assert [(grid.bits, grid.clip_ratio) for pair in grids for grid in pair] == [(4, 0.9), (4, 0.7), (8, 1.0), (8, 1.0)]
+    assert runtime.activations("mlp.down_proj", 1).clip_ratio == 0.4
 
 
 @pytest.mark.parametrize("architecture", [*CONFIGS, "biased"])

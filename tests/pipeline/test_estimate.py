@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import dfrot
 from dfrot.cli.flags import parse_size
@@ -30,6 +31,10 @@ def planned(path: Path, memory: int | None = None, **words: Any) -> Estimate:
         ("phi3", {"method": "none", "spec": "w16a4kv16"}),
         ("qwen3", {"method": "duquant", "preset": "duquant"}),
         ("mistral", {"method": "duquant", "base": "quarot", "permutations": 2, "block": 16}),
+        ("opt", {"method": "quarot"}),  # learned positions
+        ("phi", {"method": "quarot"}),  # a bias of the head
+        ("gpt_neox", {"method": "quarot"}),  # and one that the last norm's becomes
+        ("qwen2", {"method": "quarot", "mean_keys": True}),
     ],
 )
 def test_the_size_of_the_checkpoint_is_known_before_it_is_made(
@@ -49,6 +54,24 @@ def test_sizes_are_those_counted_by_hand(tiny: Tiny) -> None:
     assert (plan.blocks, plan.block_bytes) == (2, 4 * (plan.block_weights + biases + norms))
     assert plan.states == 96 * (48 + 48) * 4  # three sequences: the residual stream and the heads' outputs
     assert planned(tiny("llama"), method="none", weights="rtn").states == 0
+
+
+def test_choosing_gamma_takes_the_head_and_a_stream_for_each(tmp_path: Path) -> None:
+    words: dict[str, Any] = {"method": "rangerot", "weights": "rtn", "tune": "none", "spec": "w4a4kv16"}
+    words |= {"calib_tokens": 64, "calib_seq_len": 64}
+    wide = write_tiny_model("llama", tmp_path, vocab_size=1 << 17)
+    chosen = planned(wide, **words).resident
+    assert chosen >= 1.1 * (460_000_000 + 4 * 48 * (1 << 17) + 4 * 4 * LOGITS)
+    assert planned(wide, **words, gamma=10.0).resident < chosen
+
+
+def test_what_stays_unpacked_is_counted_as_wide_as_this_processor_multiplies(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    narrow = planned(tiny("llama"), tune="biases").tuning
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    assert planned(tiny("llama"), tune="biases").tuning.integers == 2 * narrow.integers
 
 
 def test_states_are_spilled_when_the_budget_does_not_hold_them(tiny: Tiny) -> None:

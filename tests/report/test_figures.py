@@ -142,8 +142,10 @@ def test_seeds_are_folded_only_where_all_else_is_equal() -> None:
     seeded = dataclasses.replace(recipe, seed=1)
     other_text = record(seeded, 3.0)
     other_text.conditions["tokens"] = {TEXT: 4096}
-    groups = by_seeds([record(recipe, 1.0), record(seeded, 2.0), other_text, record(None, 4.0)])
-    assert [len(group) for group in groups] == [2, 1, 1]
+    fewer_examples = record(seeded, 3.0)
+    fewer_examples.conditions["examples"] = {"piqa": 10}
+    groups = by_seeds([record(recipe, 1.0), record(seeded, 2.0), other_text, fewer_examples, record(None, 4.0)])
+    assert [len(group) for group in groups] == [2, 1, 1, 1]
 
 
 def test_deviations_are_the_options_that_are_not_default() -> None:

@@ -12,12 +12,15 @@ import torch
 from safetensors.torch import load_file
 
 import dfrot
+from dfrot.checkpoint.writer import PROGRESS_FILE
 from dfrot.cli import main
+from dfrot.methods import learned
 from dfrot.models.source import open_source
 from dfrot.pipeline import loop
 from dfrot.pipeline.estimate import Estimate
 from dfrot.system.distributed import SINGLE_PROCESS, ProcessGroup
 from dfrot.system.errors import UserError
+from dfrot.training.descent import Descent
 from tests import together
 
 Tiny = Callable[[str], Path]
@@ -101,6 +104,30 @@ def test_torchrun_goes_on_with_what_one_process_began(
     assert again.returncode != 0
     assert "is a finished checkpoint" in again.stderr
     assert "dfrot/pipeline/run.py" not in again.stderr  # torchrun adds a traceback, but of itself
+
+
+def test_torchrun_goes_on_with_what_one_process_was_learning(
+    tiny: Tiny, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["quantize", str(tiny("llama")), "--method", "learned", "--weights", "rtn", "--tune", "none", "--spec"]
+    words += ["w4a4kv16", "--steps", "2", "--learn-steps", "4", "--learn-tokens", "48", "--calib", str(text_file)]
+    words += ["--calib-tokens", "96", "--calib-seq-len", "24", "-o", str(tmp_path / "out")]
+
+    def dies(descent: Descent) -> None:
+        if len(descent.probes) == 2:  # of four steps each
+            raise KeyboardInterrupt
+        original(descent)
+
+    monkeypatch.setattr(learned, "SAVE_EVERY", 6)
+    original = Descent._advance
+    monkeypatch.setattr(Descent, "_advance", dies)
+    assert main(words) == 130
+    assert (tmp_path / "out" / PROGRESS_FILE).is_file()
+    monkeypatch.delenv("PYTEST_CURRENT_TEST")  # which silences what is under way
+    done = torchrun("-m", "dfrot", *words, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert "learning" in done.stderr
+    assert "refining" not in done.stderr  # neither began again
 
 
 def test_rows_and_sequences_are_dealt_out_one_by_one() -> None:

@@ -21,7 +21,7 @@ from dfrot.pipeline.estimate import Estimate
 from dfrot.quant.spec import Spec
 from dfrot.system.errors import UserError
 from dfrot.training.descent import Descent
-from dfrot.training.teacher import Windows
+from dfrot.training.teacher import RUN, Windows
 from dfrot.training.trained import Trained
 from dfrot.tuning import run as tuning_run
 from dfrot.tuning import student
@@ -118,6 +118,18 @@ def test_no_step_sees_a_held_out_window_and_every_other_comes_once_in_a_turn() -
     assert windows.tokens[-1].tolist() == [96, 97, 98, 99]
 
 
+def test_nothing_held_out_is_trained_on_where_parts_of_the_text_overlap() -> None:
+    text = torch.randint(0, 1000, (4000,), generator=torch.Generator().manual_seed(0))
+    starts = torch.randint(0, 3900, (60,), generator=torch.Generator().manual_seed(1)).tolist()
+    ids = torch.cat([text[start : start + 96] for start in starts])
+    found = Windows.of(ids, "parts", 96, 2, 100, 0, overlapping=True)
+    at = {tuple(text[start : start + 96].tolist()): start for start in starts}
+    positions = [set(range(at[tuple(window)], at[tuple(window)] + 96)) for window in found.tokens.tolist()]
+    trained, held = positions[: -found.held], positions[-found.held :]
+    assert all(len(window & other) < RUN for window in trained for other in held)
+    assert 0 < len(trained) < len(Windows.of(ids, "parts", 96, 2, 100, 0).tokens) - found.held
+
+
 def test_only_as_much_text_is_kept_as_the_steps_see() -> None:
     assert len(Windows.of(torch.arange(1000), "text", 4, 2, 3, seed=0).tokens) == 6 + 62
 
@@ -151,6 +163,16 @@ def test_only_what_is_asked_for_changes_and_integers_never_do(
     assert ratios.keys() == (sites if parts in ("clips", "all") else set())
     assert all(len(set(by_block)) == 2 and max(by_block) <= 1 for by_block in ratios.values())
     assert runtime["biases"] == (["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"] if made else [])
+
+
+def test_biases_of_layers_of_which_nothing_is_quantized_are_trained_too(tiny: Tiny, tmp_path: Path, text: str) -> None:
+    """Of qwen2's q, k and v, which have biases of their own, only keys meet a quantizer in w16a16kv4."""
+    paths = [tmp_path / tune for tune in ("none", "biases")]
+    words: dict[str, Any] = {"spec": "w16a16kv4", "tune_tokens": None, "tune_seq_len": None, "tune_steps": None}
+    dfrot.quantize(tiny("qwen2"), recipe(text, tune="none", **words), paths[0])
+    dfrot.quantize(tiny("qwen2"), recipe(text, tune="biases", spec="w16a16kv4"), paths[1])
+    before, after = map(tensors_of, paths)
+    assert all(not torch.equal(before[name], after[name]) for name in before if name.endswith("_proj.bias"))
 
 
 def test_notes_say_what_was_trained_and_how(tiny: Tiny, tmp_path: Path, text: str) -> None:
@@ -208,6 +230,25 @@ def test_factors_are_tried_downhill_until_it_gets_worse(losses: dict[float, floa
     assert list(descent.probes) == [str(factor) for factor in tried]
     assert descent.factor == min(losses, key=lambda factor: losses[factor])
     assert at == [factor for factor in [*tried, descent.factor] for _ in range(2)]
+
+
+def test_a_clip_ratio_that_has_met_its_bound_comes_back() -> None:
+    """20 steps outwards, then 20 inwards: a clamp alone would keep it where it has no gradient."""
+    clip = Trained(torch.tensor([0.9]), torch.float32, None, 0.1, most=1.0)
+
+    def loss(step: int) -> float:
+        assert clip.parameter is not None
+        (clip() * (-1.0 if step < 20 else 1.0)).sum().backward()
+        seen.append(float(clip().detach()))
+        return 0.0
+
+    seen: list[float] = []
+    descent = Descent([clip], loss, lambda: 1.0, 40)
+    for _ in descent.remaining():
+        pass
+    seen = seen[-40:]
+    assert max(seen) == pytest.approx(1.0, abs=1e-6)
+    assert min(seen[30:]) < 0.99
 
 
 def test_adam_is_torchs(generator: torch.Generator) -> None:

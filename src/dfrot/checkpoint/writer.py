@@ -90,8 +90,8 @@ class CheckpointWriter:
         self._begun = False  # whether the directory is this run's
 
     def sync(self) -> None:
-        """Tell all processes which files the first one has written; a barrier."""
-        self._files = self._processes.broadcast_object(self._files)
+        """Tell all processes which files the first one has written, and whether it has begun; a barrier."""
+        self._files, self._begun = self._processes.broadcast_object([self._files, self._begun])
 
     def begin_or_resume(self, resume: bool, overwrite: bool) -> None:
         """Check the directory, and take over the files of an interrupted run if it is to be resumed."""

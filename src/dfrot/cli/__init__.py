@@ -17,6 +17,7 @@ from dfrot.cli.commands import COMMANDS, Compare, Quantize
 from dfrot.cli.flags import QUIET, err
 from dfrot.system.distributed import ProcessGroup
 from dfrot.system.errors import SetupError, UserError
+from dfrot.system.files import RUN_FILE
 from dfrot.system.interrupt import interruptible
 from dfrot.system.memory import keep_freed_memory
 from dfrot.transform.invariance import InvarianceError
@@ -76,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
         hint = ""
         if isinstance(command, Compare):
             hint = " Finished trials are kept: the same command goes on."
-        elif isinstance(command, Quantize) and command.out.is_dir():
+        elif isinstance(command, Quantize) and (command.out / RUN_FILE).is_file():
             words = [word for word in arguments if word not in ("--overwrite", "--resume")]
             hint = f" Finished blocks are kept; this continues:\n{shlex.join(['dfrot', *words, '--resume'])}"
         _complain(f"interrupted.{hint}")

@@ -3,6 +3,7 @@ What one command alone needs is imported when it runs."""
 
 import functools
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -40,15 +41,18 @@ from dfrot.cli.flags import (
     parse_size,
     separated,
 )
-from dfrot.evaluation.record import log_records, model_size, tracker_class
+from dfrot.evaluation.record import append_records, log_records, model_size, read_records, tracker_class
 from dfrot.evaluation.run import Measurement, evaluate
+from dfrot.gguf.reader import EMBEDDED
 from dfrot.methods import ROTATIONS
-from dfrot.models.source import open_source
+from dfrot.models.source import locate, open_source
+from dfrot.models.texts import NAMED
 from dfrot.pipeline.estimate import Estimate
 from dfrot.pipeline.recipe import Recipe
-from dfrot.pipeline.run import quantize
+from dfrot.pipeline.run import quantize, require_fitting
 from dfrot.system.distributed import ProcessGroup
 from dfrot.system.errors import SetupError, UserError
+from dfrot.system.files import write_text
 from dfrot.system.memory import keep_freed_memory
 from dfrot.system.progress import console
 
@@ -121,6 +125,7 @@ class Quantize:
             if expected.tight:
                 keep_freed_memory(largest=1 << 27)  # half the peak for twice the time, as measured
             if self.dry_run:
+                require_fitting(source, recipe, processes)
                 out.print(str(expected), highlight=False, soft_wrap=True)
                 return expected.require_room(self.out)
             how: Any = {"resume": self.resume, "overwrite": self.overwrite, "memory": memory, "processes": processes}
@@ -171,13 +176,15 @@ class Eval:
     against: str | None = None
     """The unquantized model: also KL divergence from its predictions, and top-1 agreement with them."""
     per_token: Path | None = None  # Also write what --against measures on every token to this safetensors file.
-    json: Path | None = None  # Also write the result record to this file.
+    json: Path | None = None  # Also write the result record to this file; to one named .jsonl it is added.
     log_to: LogTo = None
     device: Devices = "auto"
 
     def run(self) -> None:
         if self.json is not None and not self.json.parent.is_dir():
             raise UserError(f"the directory of --json {self.json} does not exist.")
+        if self.json is not None and self.json.suffix == ".jsonl":
+            read_records(self.json, repair=True)
         if self.log_to is not None:
             tracker_class(self.log_to)  # its errors come before the work
         measurement = self.measured.measurement(self.against)
@@ -188,8 +195,10 @@ class Eval:
         for metric, value in record.metrics.items():
             shown = f"{value:.4f}" if value < 1e5 else f"{value:.3e}"
             out.print(f"{metric} {shown}" + (f" ± {errors[metric]:.4f}" if metric in errors else ""))
-        if self.json is not None:
-            self.json.write_text(json.dumps(vars(record), indent=2) + "\n")
+        if self.json is not None and self.json.suffix == ".jsonl":
+            append_records(self.json, [record])
+        elif self.json is not None:
+            write_text(self.json, json.dumps(vars(record), indent=2) + "\n")
         if self.log_to is not None:
             log_records([record], self.log_to)
 
@@ -381,7 +390,7 @@ class Bench:
     """Time a checkpoint against the model that it was made from."""
 
     checkpoint: Annotated[str | None, Positional, arg(metavar="[CKPT]")] = None  # Checkpoint; none with --shape.
-    source: str = "smollm2-135m"  # The unquantized model.
+    source: str | None = None  # The unquantized model.
     shape: str | None = None  # Instead time one block of a real model's shape with random weights, such as llama-3-8b.
     spec: str = "w4a4kv4"  # Of that block.
     baseline: tuple[Literal["bfloat16", "float32"], ...] = ("bfloat16",)  # Dtypes of the unquantized model.
@@ -400,7 +409,13 @@ class Bench:
 
         if (self.checkpoint is None) == (self.shape is None):
             raise UserError("bench takes a checkpoint, or --shape.")
+        if self.shape is not None and self.source is not None:
+            raise UserError("--source goes with a checkpoint; a block of --shape has a source of its own.")
+        if self.checkpoint is not None and self.source is None:
+            raise UserError("a checkpoint is timed against the model that it was made from: say which, --source MODEL.")
         if self.threads is not None:
+            if self.threads < 1:
+                raise UserError(f"threads is at least 1, got {self.threads}.")
             torch.set_num_threads(self.threads)
         settings = {name: getattr(self, name) for name in ("dtype", "prompt", "new_tokens", "rounds")}
         settings["baselines"] = self.baseline
@@ -409,9 +424,10 @@ class Bench:
             recipe = Recipe.parse("quarot", "rtn", self.spec)
             models = [functools.partial(random_block, self.shape, each) for each in (recipe, None)]
         else:
-            paths = str(self.checkpoint), self.source
+            paths = str(self.checkpoint), str(self.source)
             models = [lambda dtype, path=path: load(path, dtype=dtype)[0] for path in paths]
         result = bench(*models, **settings)
+        result["conditions"] |= {"model": self.checkpoint or self.shape, "source": self.source}
         out.print(*described(result), sep="\n")
         if self.json is not None:
             self.json.write_text(json.dumps(result, indent=2) + "\n")
@@ -419,10 +435,10 @@ class Bench:
 
 @dataclass(frozen=True)
 class Info:
-    """Describe a checkpoint, or this machine and the spec that suits it."""
+    """Describe a checkpoint, a model, or this machine and the spec that suits it."""
 
-    checkpoint: Annotated[
-        Path | None, Positional, arg(metavar="[CKPT]", help="Directory written by `dfrot quantize`.")
+    model: Annotated[
+        str | None, Positional, arg(metavar="[MODEL]", help="Checkpoint, or a model as `quantize` takes it.")
     ] = None
     device: Device = "auto"
 
@@ -430,19 +446,26 @@ class Info:
         from dfrot.checkpoint.load import read_checkpoint
         from dfrot.kernels.library import backend
 
-        if self.checkpoint is None:
+        if self.model is None:
             return self._machine()
-        if (checkpoint := read_checkpoint(self.checkpoint)) is None:
-            raise UserError(f"{self.checkpoint} is a model, but not a dfrot checkpoint: it is not quantized.")
-        size = model_size(self.checkpoint)
-        out.print_json(json.dumps({"recipe": checkpoint.recipe, "size": size, "backend": backend()}))
+        packed = self.model in EMBEDDED or self.model.endswith(".gguf")
+        path = Path() if packed else locate(self.model)
+        checkpoint = None if packed else read_checkpoint(path)
+        if checkpoint is not None:
+            found: dict[str, Any] = {"recipe": checkpoint.recipe, "size": model_size(path), "backend": backend()}
+        else:
+            source = open_source(self.model, unpack=False)
+            shapes = [tensor.shape for tensor in source.stored.values()]
+            found = {"model_type": source.config.model_type, "traced": source.graph.traced}
+            found |= {"blocks": source.num_blocks, "parameters": sum(map(math.prod, shapes))}
+            found |= {"dtype": str(source.dtype).removeprefix("torch."), "quantized": False}
+        out.print_json(json.dumps(found))
 
     def _machine(self) -> None:
-        import torch
-
+        from dfrot.checkpoint.load import usable_device
         from dfrot.evaluation import machine
 
-        device = torch.device(device_for(self.device, quiet=True))
+        device = usable_device(device_for(self.device, quiet=True))
         out.print(machine.computes_with(device), markup=False)
         table = Table("spec", "a prompt, × bfloat16", "a token, × bfloat16")
         for speed in (found := machine.speeds(device)):
@@ -477,6 +500,8 @@ COMMANDS: dict[str, Any] = {
 
 
 def _absolute(name: str) -> str:
-    """The absolute path of a file that exists; other names unchanged."""
+    """The absolute path of a file that exists; other names, and those that dfrot knows, unchanged."""
+    if name in (*NAMED, *EMBEDDED):
+        return name
     path = Path(name).expanduser()
     return str(path.resolve()) if path.exists() else name

@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from dataclasses import asdict, dataclass
@@ -57,6 +58,12 @@ class Trial:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
+    def made_by(self) -> str:
+        """16 hexadecimal digits that differ where the checkpoint may."""
+        parts = [self.recipe and self.recipe.digest, self.device, self.threads, __version__]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+    @property
     def group(self) -> str:
         """Equal for trials that have their rotations in common."""
         recipe = {} if self.recipe is None else self.recipe.to_json()
@@ -97,7 +104,7 @@ def compare(
         The records, in the order of the recipes; those of trials that failed are missing.
 
     Raises:
-        UserError: there is no such model, or another process works in `out`.
+        UserError: there is no such model, text or task, or another process works in `out`.
         SetupError: `out` cannot be written; a process that measured was killed; ray is not installed, or its cluster
             cannot be reached.
     """
@@ -118,6 +125,8 @@ def compare(
                 on_trial(trial, done[trial.key])
             else:
                 groups.setdefault(trial.group, []).append(trial)
+        if groups:
+            measurement.prepared()  # its errors come before the work
         with _on_ray(ray, threads) if ray is not None else _in_processes(jobs) as pool:
             for trial, outcome in _outcomes(pool, list(groups.values()), out, on_trial):
                 if isinstance(outcome, Record):
@@ -136,7 +145,7 @@ def measure(trial: Trial, out: Path) -> Record | Exception:
     try:
         if trial.recipe is not None:
             name = f"{Path(trial.model).name}-{trial.fingerprint[:6]}"
-            checkpoint = Path("checkpoints") / f"{name}-{trial.recipe.digest}"
+            checkpoint = Path("checkpoints") / f"{name}-{trial.made_by}"
             folder = out / checkpoint
             if not (folder / "config.json").is_file():  # written last: without it the checkpoint is unfinished
                 how: Any = {"device": trial.device, "memory": trial.memory, "reuse_dir": out / "shared"}
@@ -147,6 +156,11 @@ def measure(trial: Trial, out: Path) -> Record | Exception:
         record = evaluate(measured, trial.measurement, device=trial.device)
     except (UserError, SetupError) as error:
         return error
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        return SetupError(f"there is not enough memory for this trial: {error}")
+    except Exception as error:  # the other trials go on; not every error survives the way to the parent
+        (out / f"error-{trial.key}.txt").write_text(traceback.format_exc())
+        return SetupError(f"{type(error).__name__}: {error}, in dfrot or what it uses; see error-{trial.key}.txt.")
     record.model = trial.model
     record.timings_s |= timings
     record.conditions |= {"trial": trial.key, "checkpoint": checkpoint and str(checkpoint)}

@@ -32,6 +32,7 @@ from dfrot.transform.transforms import Transforms
 Maker = Callable[[torch.dtype], Any]  # of a model that computes in that dtype
 # One block of a real model, by fields of its config.
 FIELDS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+_ALIKE = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
 SHAPES = {
     "llama-2-7b": (4096, 11008, 32, 32),
     "llama-3-8b": (4096, 14336, 32, 8),
@@ -59,6 +60,9 @@ def random_block(shape: str, recipe: Recipe | None, dtype: torch.dtype) -> Any:
         model = AutoModelForCausalLM.from_config(config)
     if recipe is not None:
         rotations = Transforms(ffn=Hadamard(config.intermediate_size), keys=Hadamard(head_dim(config)))
+        for name in ("hidden_size", "intermediate_size"):
+            if recipe.spec.weights.group is not None and sizes[name] % recipe.spec.weights.group:
+                raise UserError(f"groups of {recipe.spec.weights.group} do not divide the {name} {sizes[name]}.")
         install_(model, RuntimeConfig(recipe.spec, rotations.online(graph_for(config), config), rotations.keys, {}))
     model.model.norm = nn.Identity()  # a real model has one for all its blocks, not one a block
     model.to_empty(device="cpu").eval().requires_grad_(False)
@@ -99,13 +103,18 @@ def bench(
         the new tokens (`decoder_bytes`, `kv_bytes`). Medians as multiples of each baseline's (`ratios`); conditions.
 
     Raises:
-        UserError: a setting is below 1.
+        UserError: a setting is below 1, or the two models are not of one shape.
     """
     if min(prompt, new_tokens, rounds) < 1:
         raise UserError(f"prompt, new-tokens and rounds are at least 1, got {prompt}, {new_tokens} and {rounds}.")
     with torch.inference_mode(False):  # nothing that is derived from inference tensors is kept
         loaded = {"checkpoint": checkpoint(getattr(torch, dtype))}
         loaded |= {name: source(getattr(torch, name)) for name in baselines}
+    for name in baselines:
+        own, theirs = ([getattr(loaded[each].config, size) for size in _ALIKE] for each in ("checkpoint", name))
+        if own != theirs:
+            sizes = ", ".join(f"{b} for {a} ({size})" for size, a, b in zip(_ALIKE, own, theirs, strict=True) if a != b)
+            raise UserError(f"the checkpoint was made from another model: the source has {sizes}.")
     timed: dict[str, dict[str, Any]] = {name: {"prefill_s": [], "decode_s": []} for name in loaded}
     vocabulary = loaded["checkpoint"].config.vocab_size
     token_ids = torch.randint(vocabulary, (1, prompt), generator=torch.Generator().manual_seed(0))

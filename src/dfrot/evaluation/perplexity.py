@@ -86,8 +86,8 @@ def perplexity(
 
 @contextlib.contextmanager
 def checked(model: Any) -> Iterator[None]:
-    """While open, a causal language model raises UserError for tokens that its embedding has no row for, and for logits
-    that are NaN: search takes those for a likeliest token."""
+    """While open, a causal language model raises UserError for tokens that its embedding has no row for, positions
+    beyond those that it has learned, and logits that are NaN: search takes those for a likeliest token."""
 
     def check_ids(embedding: nn.Embedding, args: tuple[Tensor]) -> None:
         check_tokens(args[0], embedding.num_embeddings)
@@ -99,7 +99,16 @@ def checked(model: Any) -> Iterator[None]:
     with contextlib.ExitStack() as hooks:
         hooks.callback(model.get_input_embeddings().register_forward_pre_hook(check_ids).remove)
         hooks.callback(model.get_output_embeddings().register_forward_hook(check_logits).remove)
-        yield
+        try:
+            yield
+        except IndexError as error:  # of tokens these would be, had they not been checked
+            if not str(error).startswith("index out of range in self"):
+                raise
+            length = getattr(model.config, "max_position_embeddings", "fewer")
+            raise UserError(
+                f"the model has learned {length} positions, and here are more tokens: choose a smaller --seq-len, a "
+                "shorter prompt or fewer --max-new-tokens."
+            ) from error
 
 
 def perplexity_of(mean: float) -> float:

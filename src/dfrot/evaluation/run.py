@@ -11,11 +11,12 @@ from torch import Tensor
 from dfrot.checkpoint.load import Device, load, read_checkpoint
 from dfrot.evaluation.perplexity import divergence, massive_unquantized, perplexity, perplexity_of, token_windows
 from dfrot.evaluation.record import MASSIVE_UNQUANTIZED, Record, conditions, model_size, text_label
-from dfrot.evaluation.zero_shot import zero_shot
+from dfrot.evaluation.zero_shot import find_tasks, zero_shot
 from dfrot.models.source import locate
 from dfrot.models.texts import read_text
 from dfrot.system.errors import UserError
 from dfrot.system.files import write_tensors
+from dfrot.system.progress import console
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,22 @@ class Measurement:
             raise UserError("massive tokens are found in the unquantized model: say which, --against MODEL.")
         if self.against is not None and not self.texts:
             raise UserError("predictions are compared on texts: give one, --ppl TEXT.")
+        of_tasks = {"task_path": self.task_path, "limit": self.limit, "batch_size": self.batch_size}
+        if not self.tasks and (given := [name for name, value in of_tasks.items() if value is not None]):
+            raise UserError(f"--{given[0].replace('_', '-')} is for tasks: give some, --tasks TASK,TASK.")
+        for name in ("limit", "batch_size"):
+            if (value := of_tasks[name]) is not None and int(value) < 1:
+                raise UserError(f"--{name.replace('_', '-')} is at least 1, got {value}.")
+
+    def prepared(self) -> tuple[dict[str, str], Any]:
+        """The texts, and lm-eval's manager of the tasks, if there are some: read before the work.
+
+        Raises:
+            UserError: there is no such text, task or folder.
+            SetupError: a text has to come from the hub, which cannot be reached; lm-eval is not installed.
+        """
+        manager = find_tasks(self.tasks, self.task_path) if self.tasks else None
+        return {text: read_text(text, "test") for text in self.texts}, manager
 
 
 def evaluate(model: str, measurement: Measurement, *, device: Device = "cpu", per_token: Path | None = None) -> Record:
@@ -69,8 +86,10 @@ def evaluate(model: str, measurement: Measurement, *, device: Device = "cpu", pe
     """
     if per_token is not None and measurement.against is None:
         raise UserError("figures by token compare the model with another: say which, --against MODEL.")
+    if per_token is not None and not per_token.parent.is_dir():
+        raise UserError(f"the directory of --per-token {per_token} does not exist.")
     path = locate(model)
-    contents = {text: read_text(text, "test") for text in measurement.texts}  # before the models, which take minutes
+    contents, manager = measurement.prepared()
     loaded, tokenizer = load(model, device=device)
     original = None if measurement.against is None else load(measurement.against, device=device)[0]
     if original is not None and original.config.vocab_size != loaded.config.vocab_size:
@@ -97,7 +116,8 @@ def evaluate(model: str, measurement: Measurement, *, device: Device = "cpu", pe
             bound = perplexity(loaded, tokens, "massive tokens unquantized", during)
             metrics[f"{MASSIVE_UNQUANTIZED}/{label}"] = bound
     if measurement.tasks:
-        how = measurement.task_path, measurement.limit, measurement.batch_size
+        console.print(f"tasks: {', '.join(measurement.tasks)}")
+        how = manager, measurement.limit, measurement.batch_size
         accuracies, of_tasks = zero_shot(loaded, tokenizer, measurement.tasks, *how)
         metrics |= accuracies
     if per_token is not None:

@@ -36,6 +36,10 @@ class Layer(NamedTuple):
 
 
 Weight = Callable[[str, Layer], dict[str, Tensor]]
+_ROUNDED = (
+    "weights are integers times a scale here, which 16 bits do not hold: each is rounded once more, by up to 0.4 %. A "
+    "checkpoint that was quantized with --dtype float32 is exported exactly."
+)
 # model_type → an entry of its config that gives linear layers a bias, and which of a block's: how a tuned checkpoint's
 # biases go to engines that build the model from the config
 _BIAS_SWITCHES: dict[str, dict[str, tuple[str, ...]]] = {
@@ -206,4 +210,5 @@ def to_huggingface(checkpoint: Checkpoint, out: Path) -> list[str]:
     checkpoint.refuse_rotations("transformers")
     config = {name: value for name, value in checkpoint.config.to_dict().items() if name != "quantization_config"}
     write_directory(checkpoint, out, lambda _, layer: {"weight": layer.weight.to(checkpoint.config.dtype)}, config)
-    return list(checkpoint.lost("transformers", "activations", "keys"))
+    rounds = checkpoint.runtime.spec.weights.enabled and checkpoint.config.dtype.itemsize < 4
+    return [*checkpoint.lost("transformers", "activations", "keys"), *[_ROUNDED] * rounds]

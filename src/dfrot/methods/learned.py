@@ -39,7 +39,15 @@ from dfrot.system.errors import UserError
 from dfrot.system.papers import Paper
 from dfrot.system.progress import track
 from dfrot.training.descent import Descent
-from dfrot.training.teacher import Distillation, Teacher, Windows, product_dtype, teacher_states, windows_at_once
+from dfrot.training.teacher import (
+    Distillation,
+    Teacher,
+    Windows,
+    product_bytes,
+    product_dtype,
+    teacher_states,
+    windows_at_once,
+)
 from dfrot.transform.transforms import Transforms, input_widths
 
 OSTQUANT = Paper(
@@ -89,8 +97,11 @@ class Learned(RangeRot):
         return dataclasses.replace(outline, offsets=(offsets,) * on.source.num_blocks)
 
     def fit(self, on: FitContext) -> Fit:
-        text, length = on.calibration().flatten(), min(WINDOW, self.learn_tokens)
-        windows = Windows.of(text, "calibration", length, self.learn_tokens // length, self.learn_steps, on.seed)
+        sequences = on.calibration()
+        length = self._window(sequences.shape[1])
+        text = sequences[:, : sequences.shape[1] // length * length].flatten()  # no window reaches across a seam
+        words = "calibration", length, self.learn_tokens // length, self.learn_steps, on.seed
+        windows = Windows.of(text, *words, overlapping=True)  # the sequences are drawn from anywhere
         kept = on.progress.load()
         if kept is not None and kept[0]["text"] == windows.digest:
             start, notes = Transforms.from_description(kept[0]["start"], kept[1]), kept[0]["notes"]
@@ -130,9 +141,14 @@ class Learned(RangeRot):
         """Whether there are offsets and clip ratios of inputs."""
         return not self.fold_only and on.activations.enabled and on.activations.integer
 
+    def _window(self, seq_len: int) -> int:
+        """Tokens of a window in sequences of so many."""
+        return min(WINDOW, self.learn_tokens, seq_len)
+
     def peak_bytes(self, sizes: ModelSizes, budget: int) -> int:
-        model = 2 * sizes.num_blocks * sizes.block + sizes.vocabulary * sizes.hidden * (sizes.source + 2)
-        length = min(WINDOW, self.learn_tokens)
+        product = product_bytes(sizes.working)
+        model = product * sizes.num_blocks * sizes.block + sizes.vocabulary * sizes.hidden * (sizes.source + product)
+        length = self._window(sizes.seq_len)
         at_once = windows_at_once("cpu", length, self.learn_tokens // length)
         block, streams = _kept_bytes(sizes.heads, sizes.hidden, sizes.stages[-1][1], at_once * length)
         blocks = sizes.num_blocks * block if _affordable(sizes.num_blocks * block, budget) else block

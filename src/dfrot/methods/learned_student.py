@@ -96,7 +96,7 @@ class Through(nn.Module):
     def free_clip_(self) -> None:
         """Let the clip ratio move."""
         start = self.scale.start.new_tensor([self.spec.fixed_clip])
-        self.clip = Trained(start, start.dtype, None, CLIP_RATE)
+        self.clip = Trained(start, start.dtype, None, CLIP_RATE, most=1.0)
 
     def free_offset_(self, x: Float[Tensor, "windows seq_len size"]) -> None:
         """Let the offset move, from the mean of inputs like x but for first tokens, which are massive."""

@@ -33,6 +33,7 @@ from dfrot.methods.massive import Rule, Sample, sample_norm_outputs
 from dfrot.methods.method import Fit, FitContext, Method
 from dfrot.methods.quarot import around, random_rotation, require_block
 from dfrot.methods.sensitivity import kl_divergences
+from dfrot.methods.sensitivity import peak_bytes as sensitivity_bytes
 from dfrot.models.sizes import ModelSizes
 from dfrot.quant.spec import TensorSpec
 from dfrot.system.distributed import ProcessGroup
@@ -168,7 +169,8 @@ class Refined(Method):
         every = tokens * 2 * sizes.num_blocks  # norm output
         rows = min(every, self.ordinary_tokens or every)
         refining = 3 * 4 * rows * sizes.hidden + 8 * 8 * sizes.hidden**2  # rows, twice while joined; matrices
-        return max(block + outputs + 4 * rows * sizes.hidden, refining)
+        choosing = sensitivity_bytes(sizes, len(GAMMAS), tokens) if self.gamma == "auto" else 0
+        return max(block + outputs + 4 * rows * sizes.hidden, refining, choosing)
 
     def summary(self, notes: Mapping[str, Any]) -> list[str]:
         massive = notes["massive_tokens"]

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from dfrot.linalg.rotation import Rotation
 from dfrot.methods.method import FitContext
+from dfrot.models.sizes import ModelSizes
 from dfrot.models.stream import BlockRunner
 from dfrot.quant.spec import TensorSpec
 from dfrot.system.progress import track
-
-_LOGIT_POSITIONS = 256
+from dfrot.training.teacher import LOGITS
 
 
 @torch.no_grad()
@@ -55,12 +55,20 @@ def kl_divergences(
     totals = [0.0] * len(candidates)
     ends = [original, *(states[number] for number in range(len(candidates)))]
     positions = [norm(end[:, first:]).flatten(0, 1) for end in ends]  # (positions, hidden)
-    for exact, *changed in zip(*(state.split(_LOGIT_POSITIONS) for state in positions), strict=True):
+    together = max(1, LOGITS // len(head))
+    for exact, *changed in zip(*(state.split(together) for state in positions), strict=True):
         expected = nn.functional.linear(exact, head, added).log_softmax(-1)
         for number, piece in enumerate(changed):
             found = nn.functional.linear(piece, head, added).log_softmax(-1)
             totals[number] += float(nn.functional.kl_div(found, expected, reduction="sum", log_target=True))
     return [total / len(positions[0]) for total in totals]
+
+
+def peak_bytes(sizes: ModelSizes, candidates: int, tokens: int) -> int:
+    """Memory that `kl_divergences` takes for so many tokens."""
+    states = 2 * 4 * (1 + candidates) * tokens * sizes.hidden  # and what the last norm makes of them
+    head = sizes.vocabulary * sizes.hidden * (sizes.source + 4) + 4 * 4 * max(LOGITS, sizes.vocabulary)
+    return states + sizes.block * (sizes.source + 4) + max(head, 4 * sizes.sequence)
 
 
 def _advanced(

@@ -7,7 +7,7 @@ changes of what the block adds tells blocks apart.
 """
 
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -132,7 +132,7 @@ def bits_by_block(model: Written, tokens: Int[Tensor, "1 tokens"], average: floa
     The time grows with the square of the number of blocks: each of them is a checkpoint of its own.
     """
     source, few = model.source, model.runtime.spec.keys.bits
-    more = replace(model.runtime, kv_bits=(MORE_BITS,) * source.num_blocks)
+    more = model.runtime.with_kv_bits([MORE_BITS] * source.num_blocks)
     original = source.embedded(tokens).to(model.device, model.dtype)
     run, streams = BlockRunner(source, original), [model.embedded(tokens)]
     for index in track(range(source.num_blocks), "bits of the cache"):

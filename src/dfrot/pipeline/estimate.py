@@ -204,8 +204,14 @@ def _checkpoint_bytes(sizes: ModelSizes, source: Source, recipe: Recipe, outline
     if outline.offsets or "biases" in recipe.tuning.parts:
         block += sizes.unbiased * sizes.stored
     block += sum(tensor.nbytes for tensor in outline.online_tensors(0, source.graph, working).values())
-    matrices = 1 if source.tied and not outline.unties_head else 2
-    return block * sizes.num_blocks + (matrices * sizes.vocabulary + 1) * sizes.hidden * sizes.stored
+    graph, rows = source.graph, (1 if source.tied and not outline.unties_head else 2) * sizes.vocabulary + 1
+    if graph.positions:
+        rows += len(source.skeleton.get_submodule(graph.positions).weight)  # type: ignore[arg-type]
+    if recipe.method.mean_keys:
+        block += sizes.kv_heads * max(working.itemsize, 4)
+    biased = {f"{graph.head}.bias", f"{graph.final_norm}.bias"} & source.stored.keys()
+    head_bias = sizes.vocabulary if biased else 0
+    return block * sizes.num_blocks + (rows * sizes.hidden + head_bias) * sizes.stored
 
 
 def _gb(size: int) -> str:

@@ -182,7 +182,7 @@ class Loop:
                 record["kv_bits"] = cache.bits_by_block(self._written, self._few_tokens, average)
             self.writer.save_fit(record, tensors)
             record, _ = self.writer.load_fit() or (record, tensors)
-        self.runtime = replace(self.runtime, kv_bits=tuple(record["kv_bits"]["bits"]))
+        self.runtime = self.runtime.with_kv_bits(record["kv_bits"]["bits"])
         return record["kv_bits"]
 
     def cache_cost(self) -> dict[str, Any]:

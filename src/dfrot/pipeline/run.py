@@ -6,6 +6,7 @@ the model, and a small model goes through the same stages.
 
 import functools
 import hashlib
+import json
 import re
 import time
 import warnings
@@ -104,7 +105,7 @@ def quantize(
     if check_source not in ("never", "auto", "always"):
         raise UserError(f"check_source is never, auto or always, got {check_source!r}.")
     source = open_source(str(model), unpack=False)
-    _check(source, recipe, processes)
+    require_fitting(source, recipe, processes)
     estimate = Estimate.of(source, recipe, memory, processes, check_source)
     estimate.require_room(path)
     if estimate.warning:
@@ -129,7 +130,7 @@ def quantize(
         began = time.perf_counter()
         transforms, notes = _fitted(on, recipe, writer, reuse)
         fitted = time.perf_counter()
-        blocks = _depended_on_by_blocks(on, recipe)
+        blocks = _depended_on_by_blocks(on, recipe, transforms)
         if (other := reuse.checkpoint(blocks)) is not None:
             writer.reuse(other)
         require_whole(writer, num_shards)
@@ -193,17 +194,25 @@ def _depended_on_by_fit(on: FitContext, recipe: Recipe) -> dict[str, Any]:
         "recipe": {name: record[name] for name in ("method", "options", "seed")},
         "grids": {kind: record["grids"][kind] for kind in (*method.reads_grids, *["keys"] * method.mean_keys)},
         "text": hashlib.sha256(text).hexdigest(),
-        "device": on.device.type,
+        **_computed_by(on),
     }
 
 
-def _depended_on_by_blocks(on: FitContext, recipe: Recipe) -> dict[str, Any]:
-    """What the blocks of a checkpoint depend on, before they are tuned: all of the recipe but the cache."""
-    record = recipe.to_json()
+def _depended_on_by_blocks(on: FitContext, recipe: Recipe, transforms: Transforms) -> dict[str, Any]:
+    """What the blocks of a checkpoint depend on, before they are tuned: all of the recipe but the cache, on which the
+    transforms may depend."""
+    record, fitted = recipe.to_json(), dict[str, Tensor]()
     record = {name: value for name, value in record.items() if name not in ("spec", "tune", "kv_bits_by_block")}
-    kinds = ("weights", "activations", *["keys"] * recipe.method.mean_keys)
-    record["grids"] = {kind: record["grids"][kind] for kind in kinds}
-    return {**_identity(on.source, recipe), "recipe": record, "device": on.device.type}
+    record["grids"] = {kind: record["grids"][kind] for kind in ("weights", "activations")}
+    read = hashlib.sha256(json.dumps(transforms.describe(fitted), sort_keys=True).encode())
+    for name in sorted(fitted):
+        read.update(fitted[name].cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return {**_identity(on.source, recipe), "recipe": record, **_computed_by(on), "fit": read.hexdigest()}
+
+
+def _computed_by(on: FitContext) -> dict[str, Any]:
+    """What decides how sums are rounded."""
+    return {"device": on.device.type, "threads": torch.get_num_threads()}
 
 
 def _fitted(on: FitContext, recipe: Recipe, writer: CheckpointWriter, reuse: ReuseDir) -> Fit:
@@ -250,8 +259,9 @@ def calibration_tokens(source: Source, recipe: Recipe) -> Int[Tensor, "sequences
     return calibration_windows(tokenizer, text, wanted.text, rows, wanted.seq_len, wanted.tokens, generator)
 
 
-def _check(source: Source, recipe: Recipe, processes: ProcessGroup) -> None:
-    """Refuse a group size or an average of bits that does not fit the model, and processes that would have no work."""
+def require_fitting(source: Source, recipe: Recipe, processes: ProcessGroup = SINGLE_PROCESS) -> None:
+    """Raise UserError for a group size or an average of bits that does not fit the model, and for processes that would
+    have no work."""
     if recipe.kv_bits_by_block is not None:
         cache.blocks_with_more(source.num_blocks, recipe.spec.keys.bits, recipe.kv_bits_by_block)
     wanted, grids = recipe.calibration, (recipe.spec.weights, recipe.spec.activations)

@@ -21,7 +21,7 @@ METRICS = {
     "acc_norm": "acc norm",
 }
 # Conditions that two records must share for their numbers to be comparable, beside model and recipe.
-SETTING = ("text", "tokens", "seq_len", "limit", "num_fewshot", "dtype", "device", "backend")
+SETTING = ("text", "tokens", "seq_len", "examples", "dtype", "device", "backend")
 BITS = "decoder_bits_per_weight"
 WORDS = ("model", "method", "options", "weights", "spec", "seed")  # the columns before those of numbers
 FILTERS = ("method", "weights", "spec")  # of the table's rows

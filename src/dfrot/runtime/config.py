@@ -4,7 +4,7 @@ It lies in `quantization_config` beside the recipe, which says how the checkpoin
 """
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -51,6 +51,14 @@ class RuntimeConfig:
 
     def _clipped(self, grid: TensorSpec, site: str, index: int) -> TensorSpec:
         return replace(grid, clip_ratio=self.clips[site][index]) if site in self.clips and grid.enabled else grid
+
+    def with_kv_bits(self, bits: Sequence[int]) -> "RuntimeConfig":
+        """The same with these bits of keys and values by block. What clips there are is meant for the spec's own bits:
+        as in `Spec.with_kv_bits`, other bits are not clipped."""
+        few, clips = self.spec.keys.bits, dict(self.clips)
+        for kind in {"keys", "values"} & clips.keys():
+            clips[kind] = tuple(clip if own == few else 1.0 for clip, own in zip(clips[kind], bits, strict=True))
+        return replace(self, kv_bits=tuple(bits), clips=clips)
 
     def without(self, *kinds: Literal["weights", "activations", "keys", "values"]) -> "RuntimeConfig":
         """The same, leaving these kinds of tensors alone."""

@@ -29,17 +29,17 @@ MEASUREMENTS = 8  # of the descent that counts
 _PARTS = ("values", "first", "second", "best")
 
 
-def _flat(trained: Iterable[Trained | TrainedRotation]) -> tuple[Tensor, Tensor, Tensor]:
-    """One vector of all parameters, one of their gradients, which they share, and one of rates."""
-    parameters = [(each.parameter, each.rate) for each in trained if each.parameter is not None]
-    values = torch.cat([parameter.detach().flatten() for parameter, _ in parameters])
-    gradients, at = torch.zeros_like(values), 0
-    for parameter, _ in parameters:
+def _flat(trained: Iterable[Trained | TrainedRotation]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One vector of all parameters, one of their gradients, which they share, one of rates, and one of bounds."""
+    parameters = [(each.parameter, each.rate, each.bound) for each in trained if each.parameter is not None]
+    values = torch.cat([parameter.detach().flatten() for parameter, _, _ in parameters])
+    gradients, rates, bounds, at = torch.zeros_like(values), torch.zeros_like(values), torch.empty_like(values), 0
+    for parameter, rate, bound in parameters:
         part = slice(at, at := at + parameter.numel())
         parameter.data = values[part].view_as(parameter)
         parameter.grad = gradients[part].view_as(parameter)
-    rates = torch.cat([values.new_full((parameter.numel(),), rate or 0.0) for parameter, rate in parameters])
-    return values, gradients, rates
+        rates[part], bounds[part] = rate or 0.0, bound
+    return values, gradients, rates, bounds
 
 
 class Descent:
@@ -61,7 +61,7 @@ class Descent:
         steps: int,
         processes: ProcessGroup = SINGLE_PROCESS,
     ) -> None:
-        self._values, self._gradients, self._rates = _flat(trained)
+        self._values, self._gradients, self._rates, self._bounds = _flat(trained)
         self._first, self._second = torch.zeros_like(self._values), torch.zeros_like(self._values)
         self._best = self._values.clone()
         self._loss, self._measure, self.steps, self._processes = loss, measure, steps, processes
@@ -148,7 +148,7 @@ class Descent:
         self._second.lerp_(gradient.square(), 1 - BETAS[1])
         first = self._first / (1 - BETAS[0] ** self.step)
         second = self._second / (1 - BETAS[1] ** self.step)
-        self._values.sub_(rate * self._rates * first / (second.sqrt() + EPS))
+        self._values.sub_(rate * self._rates * first / (second.sqrt() + EPS)).clamp_(max=self._bounds)
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """JSON and tensors from which `restore` goes on."""

@@ -7,7 +7,7 @@ and in the basis of the checkpoint, behind its last norm: so one head serves tea
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +25,7 @@ from dfrot.system.errors import SetupError, UserError
 from dfrot.system.progress import track
 
 HELD_TOKENS = 4096  # at most, and at most a quarter of the text: on these rates and steps are compared
+RUN = 64  # tokens in a row that hardly ever stand in two places of a text which do not overlap
 LOGITS = 1 << 24  # tokens × vocabulary that stand at a time, on a CPU
 STATES_DTYPE = torch.bfloat16  # rounds a hidden state by 2⁻⁹: far below what 4 bits do to it
 
@@ -39,8 +40,20 @@ class Windows:
     seed: int
 
     @staticmethod
-    def of(ids: Int[Tensor, " tokens"], name: str, seq_len: int, per_step: int, steps: int, seed: int) -> "Windows":
+    def of(
+        ids: Int[Tensor, " tokens"],
+        name: str,
+        seq_len: int,
+        per_step: int,
+        steps: int,
+        seed: int,
+        overlapping: bool = False,
+    ) -> "Windows":
         """As many windows as so many steps see, drawn from the text, and held-out ones from its end.
+
+        Args:
+            overlapping: the text consists of parts that may overlap: windows that have `RUN` tokens in a row with the
+                held-out ones in common are left out, unless that leaves fewer than a step has.
 
         Raises:
             UserError: the text is shorter than two windows.
@@ -52,8 +65,13 @@ class Windows:
             )
         held = max(1, min(HELD_TOKENS // seq_len, len(whole) // 4))
         trained = len(whole) - held
-        drawn = torch.randperm(trained, generator=torch.Generator().manual_seed(seed))[: steps * per_step]
-        return Windows(torch.cat([whole[drawn], whole[trained:]]), held, per_step, seed)
+        apart: Sequence[int] = range(trained)
+        if overlapping:
+            seen = _runs(whole[trained:])
+            alone = [index for index in range(trained) if seen.isdisjoint(_runs(whole[index : index + 1]))]
+            apart = alone if len(alone) >= per_step else apart
+        drawn = torch.randperm(len(apart), generator=torch.Generator().manual_seed(seed))[: steps * per_step]
+        return Windows(torch.cat([whole[torch.tensor(apart)[drawn]], whole[trained:]]), held, per_step, seed)
 
     @property
     def held_out(self) -> list[list[int]]:
@@ -73,6 +91,12 @@ class Windows:
     @property
     def digest(self) -> str:
         return hashlib.sha256(self.tokens.numpy().tobytes()).hexdigest()
+
+
+def _runs(windows: Int[Tensor, "windows seq_len"]) -> set[tuple[int, ...]]:
+    """All runs of RUN tokens in them."""
+    runs = windows.unfold(1, min(RUN, windows.shape[1]), 1)
+    return set(map(tuple, runs.flatten(0, 1).tolist()))
 
 
 def windows_at_once(device: str, seq_len: int, per_step: int) -> int:
@@ -233,6 +257,12 @@ def mapped(path: Path, shape: tuple[int, ...], dtype: torch.dtype = STATES_DTYPE
             f"for tuning: {error}. Make room, or take fewer --tune-steps or --tune-tokens."
         ) from error
     return torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)
+
+
+def product_bytes(entry: int) -> int:
+    """Bytes of an entry of a weight that is multiplied on this CPU by a model whose entries have so many."""
+    dtype = torch.float64 if entry == torch.float64.itemsize else torch.float32
+    return product_dtype(dtype, torch.device("cpu")).itemsize
 
 
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:

@@ -1,5 +1,6 @@
 """What training is made of: quantizers and rotations that let gradients through, and tensors that may move."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -104,25 +105,33 @@ class Trained(nn.Module):
         dtype: of the computation.
         unit: by which p moves it; None: p moves its logarithm.
         rate: learning rate of p; None: it is not trained.
+        most: what it never exceeds; only without a unit.
     """
 
-    def __init__(self, start: Tensor, dtype: torch.dtype, unit: float | None, rate: float | None) -> None:
+    def __init__(
+        self, start: Tensor, dtype: torch.dtype, unit: float | None, rate: float | None, most: float = math.inf
+    ) -> None:
         super().__init__()
-        self.stored, self.unit, self.rate = start.dtype, unit, rate
+        self.stored, self.unit, self.rate, self.most = start.dtype, unit, rate, most
         self.start = start.to(dtype)
         self.parameter = None if rate is None else nn.Parameter(torch.zeros_like(self.start))
+
+    @property
+    def bound(self) -> float:
+        """The largest p. A clamp of the value alone would leave what is beyond it without a gradient back."""
+        return math.log(self.most / self.start.item()) if math.isfinite(self.most) else math.inf
 
     def forward(self) -> Tensor:
         if self.parameter is None:
             return self.start
         p, start = self.parameter, self.start
         moved = start * p.exp() if self.unit is None else start + self.unit * p
-        return straight_through(moved.to(self.stored).to(moved.dtype), moved)
+        return straight_through(moved.to(self.stored).to(moved.dtype).clamp(max=self.most), moved)
 
 
 def clip_ratio(trained: Trained | None) -> Float[Tensor, "1"] | None:
-    """A clip ratio that may be trained, at most 1."""
-    return None if trained is None else trained().clamp(max=1)
+    """A clip ratio that may be trained."""
+    return None if trained is None else trained()
 
 
 class TrainedRotation(nn.Module):
@@ -133,6 +142,8 @@ class TrainedRotation(nn.Module):
     Args:
         product: dtype of the products with it.
     """
+
+    bound = math.inf  # of its parameters
 
     def __init__(self, start: Tensor, rate: float, product: torch.dtype) -> None:
         super().__init__()

@@ -178,7 +178,7 @@ class TuningRun:
             prefix = f"{graph.blocks}.{index}."
             blocks.append({name.removeprefix(prefix): tensor for name, tensor in writer.read(index + 1).items()})
         at_once = windows_at_once(self.device.type, self.tuning.seq_len, self.windows.per_step)
-        keep, states = self.needs.affordable(memory_on(self.device, self.budget), at_once)
+        keep, states = self.needs.affordable(memory_on(self.device, self.budget), at_once, self.product.itemsize)
         return Student(
             source,
             self.biased_runtime,

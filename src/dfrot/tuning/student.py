@@ -12,6 +12,7 @@ Values are rounded to the dtype in which the checkpoint keeps them: what is meas
 afterwards.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -252,7 +253,7 @@ class Student:
     @torch.no_grad()
     def clip_ratios(self) -> dict[str, list[float]]:
         """The trained ones, by site and block."""
-        return {site: [float(clip().clamp(max=1)) for clip in clips] for site, clips in self.clips.items()}
+        return {site: [float(clip()) for clip in clips] for site, clips in self.clips.items()}
 
     def stored(self, index: int) -> dict[str, Tensor]:
         """The trained tensors of a block, by their names in the model, as the checkpoint is to keep them."""
@@ -266,7 +267,10 @@ class Student:
         prefix = f"{graph.blocks}.{index}."
         block = self.source.empty_block(index)
         key_bias = KeyBias.of(block, graph, self.source.rotary, spec.keys, any_bias=self.runtime.key_means)
-        install_block_(block, index, graph, self.runtime, key_bias)
+        runtime = self.runtime
+        if "biases" in self.parts:  # also those of layers of which nothing is quantized
+            runtime = dataclasses.replace(runtime, biases=graph.linears)
+        install_block_(block, index, graph, runtime, key_bias)
         missing = {name: tensor for name, tensor in block.state_dict().items() if name not in tensors}
         assert all(name.endswith(".bias") for name in missing), "the checkpoint has everything but new biases"
         made = {name: torch.zeros(tensor.shape, dtype=self.stored_dtype) for name, tensor in missing.items()}
@@ -286,7 +290,7 @@ class Student:
             found = self.clips.setdefault(site, [])
             if len(found) <= index:  # experts share one
                 start = torch.tensor([grid.fixed_clip], dtype=self.dtype, device=self.device)
-                found.append(Trained(start, self.dtype, None, RATES["clips"]))
+                found.append(Trained(start, self.dtype, None, RATES["clips"], most=1.0))
             return found[index]
 
         # a router reads what is not quantized, so the experts beside it quantize it themselves

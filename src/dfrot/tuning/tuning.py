@@ -22,7 +22,7 @@ from dfrot.models.sizes import ModelSizes
 from dfrot.quant.spec import Spec
 from dfrot.system.errors import UserError
 from dfrot.system.options import Options
-from dfrot.training.teacher import HELD_TOKENS, LOGITS, windows_at_once
+from dfrot.training.teacher import HELD_TOKENS, LOGITS, product_bytes, windows_at_once
 
 _COPIES = 8  # float32 numbers for one that is trained: start, value, gradient, Adam's two, best, and what lies between
 PARTS = ("biases", "clips", "gains", "scales")
@@ -33,24 +33,26 @@ class Needs(NamedTuple):
     """Memory and disk of tuning, in bytes."""
 
     least: int  # memory, if weights are unpacked and blocks computed again whenever they are needed
-    integers: int  # more memory, if the weights stay unpacked
+    integers: int  # more memory on a CPU, if the weights stay unpacked
+    product: int  # of one of them there
     window: int  # more memory for each window of which stays for the backward pass what the blocks compute
     at_once: int  # windows that are computed together on a CPU
     disk: int  # the teacher's states, and those between blocks while they are made
 
-    def affordable(self, budget: int, at_once: int) -> tuple[bool, bool]:
-        """Whether integers, and whether what so many windows need backward, are to stay: if half of what is left holds
-        them."""
-        integers = self.integers <= (budget - self.least) // 2
-        return integers, at_once * self.window <= (budget - self.least - integers * self.integers) // 2
+    def affordable(self, budget: int, at_once: int, product: int) -> tuple[bool, bool]:
+        """Whether integers, each as wide as `product`, and whether what so many windows need backward, are to stay: if
+        half of what is left holds them."""
+        unpacked = self.integers // self.product * product
+        integers = unpacked <= (budget - self.least) // 2
+        return integers, at_once * self.window <= (budget - self.least - integers * unpacked) // 2
 
     def memory(self, budget: int) -> int:
         """What is taken of so much on a CPU."""
-        integers, states = self.affordable(budget, self.at_once)
+        integers, states = self.affordable(budget, self.at_once, self.product)
         return self.least + integers * self.integers + states * self.at_once * self.window
 
 
-NOTHING = Needs(0, 0, 0, 0, 0)
+NOTHING = Needs(0, 0, 1, 0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ class Tuning(Options):
         return Tuning.checked(**record | {"parts": tuple(record.get("parts", ()))})
 
     def needs(self, sizes: ModelSizes, spec: Spec) -> Needs:
-        """What it takes on a model of these sizes, with float32 states and bfloat16 products, as on most machines."""
+        """What it takes on a model of these sizes, with float32 states, on this machine's CPU."""
         if not self.enabled:
             return NOTHING
         weights = sum(rows * columns for rows, columns in sizes.linears.values())
@@ -141,7 +143,8 @@ class Tuning(Options):
         counts = {"biases": outputs, "clips": 6, "gains": 2 * sizes.hidden, "scales": groups}
         trained = _COPIES * sum(counts[part] for part in self.parts) + sizes.block - weights + outputs + groups
         model = sizes.num_blocks * (weights * spec.weights.bits // 8 + 4 * trained)
-        vocabulary = sizes.vocabulary * sizes.hidden * (sizes.stored + 2)
+        product = product_bytes(sizes.working)
+        vocabulary = sizes.vocabulary * sizes.hidden * (sizes.stored + product)
         # numbers that the backward pass of a block reads, as counted: what norms read and hand out, queries and what
         # attention makes of them, keys and values before and after rounding, the gate before and behind its activation
         # function, up, and their product; on demand what scales and gains multiply
@@ -157,7 +160,8 @@ class Tuning(Options):
         seen = self.tokens * self.steps + HELD_TOKENS
         return Needs(
             least=model + vocabulary + between + max(block, logits),
-            integers=2 * weights * sizes.num_blocks,
+            integers=product * weights * sizes.num_blocks,
+            product=product,
             window=window * (sizes.num_blocks - 1),
             at_once=at_once,
             disk=seen * sizes.hidden * (2 + 4),
