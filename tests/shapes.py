@@ -11,9 +11,10 @@ import typing
 from typing import Any
 
 import jaxtyping
-from beartype import beartype
+from beartype import BeartypeConf, beartype
 
 _checked = jaxtyping.jaxtyped
+_plain = BeartypeConf(violation_type=TypeError)  # as jaxtyping's errors are: what is read may be anything
 
 
 def _names_a_shape(annotation: Any) -> bool:
@@ -31,7 +32,7 @@ def _checked_if_shaped(function: Any = None, *, typechecker: Any) -> Any:
         if "<locals>" in function.__qualname__:
             return function
         if not any(map(_names_a_shape, function.__annotations__.values())):
-            return beartype(function)
+            return beartype(conf=_plain)(function)
     return _checked(function, typechecker=typechecker)
 
 
