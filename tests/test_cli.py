@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dfrot_command
 from dfrot import cli
-from dfrot.cli import commands, main
+from dfrot.cli import main, measuring
 from dfrot.evaluation.bench import SHAPES
 from dfrot.evaluation.record import read_records
 from dfrot.methods import METHODS
@@ -194,7 +194,7 @@ def test_models_lists_every_family(capsys: pytest.CaptureFixture[str]) -> None:
         (["info", "--device", "banana"], "the device 'banana' cannot be used"),
         (["bench", "TINY"], "say which, --source MODEL"),
         (["bench", "--shape", "llama-3-8b", "--threads", "0"], "threads is at least 1"),
-        (["bench", "--shape", "llama-3-8b", "--spec", "w4g100a4kv4"], "groups of 100 do not divide"),
+        (["bench", "--shape", "llama-3-8b", "--spec", "w4g100a4kv4"], "got group_size=100 for width 4096"),
         (["quantize", "TINY", "-o", "OUT", "--dry-run", "--spec", "w4g7a4kv4"], "got group_size=7 for width 48"),
         (["eval", "TINY", "--ppl", "SHORT", "--limit", "2"], "--limit is for tasks"),
         (["eval", "TINY", "--tasks", "piqa", "--batch-size", "-3"], "--batch-size is at least 1"),
@@ -295,8 +295,8 @@ def test_a_folder_called_like_a_text_or_a_model_is_not_taken_for_it(
     monkeypatch.chdir(tmp_path)
     for name in ("pydoc", "smollm2-135m", "own.txt"):
         (tmp_path / name).mkdir()
-    assert [commands._absolute(name) for name in ("pydoc", "smollm2-135m")] == ["pydoc", "smollm2-135m"]
-    assert commands._absolute("own.txt") == str(tmp_path / "own.txt")
+    assert [measuring._absolute(name) for name in ("pydoc", "smollm2-135m")] == ["pydoc", "smollm2-135m"]
+    assert measuring._absolute("own.txt") == str(tmp_path / "own.txt")
 
 
 def test_the_environments_fault_is_exit_code_one(

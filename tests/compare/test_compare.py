@@ -321,10 +321,10 @@ def test_a_fault_of_dfrot_in_one_trial_is_that_trials(
 def test_a_checkpoint_of_another_version_or_device_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
     trial = Trial("m", "f", Recipe.parse("none", "rtn"), Measurement(("pydoc",)), "cpu", 2)
     others = [dataclasses.replace(trial, threads=1), dataclasses.replace(trial, device="cuda")]
-    assert dataclasses.replace(trial, measurement=Measurement(("c4",))).made_by == trial.made_by
-    found = {each.made_by for each in (trial, *others)}
+    assert dataclasses.replace(trial, measurement=Measurement(("c4",))).checkpoint_key == trial.checkpoint_key
+    found = {each.checkpoint_key for each in (trial, *others)}
     monkeypatch.setattr(trials, "__version__", "9.9.9")
-    assert len(found | {trial.made_by}) == 4
+    assert len(found | {trial.checkpoint_key}) == 4
 
 
 def test_a_text_that_there_is_not_is_said_before_anything_is_quantized(tiny: Tiny, tmp_path: Path) -> None:

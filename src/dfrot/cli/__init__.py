@@ -13,8 +13,9 @@ import tyro
 from rich.text import Text
 from tyro.conf import DisallowNone, FlagCreatePairsOff, Suppress, arg
 
-from dfrot.cli.commands import COMMANDS, Compare, Quantize
+from dfrot.cli.commands import Export, Generate, Info, Models, Push, Quantize
 from dfrot.cli.flags import QUIET, err
+from dfrot.cli.measuring import Bench, Compare, Eval, Inspect, Report
 from dfrot.system.distributed import ProcessGroup
 from dfrot.system.errors import SetupError, UserError
 from dfrot.system.files import RUN_FILE
@@ -22,6 +23,10 @@ from dfrot.system.interrupt import interruptible
 from dfrot.system.memory import keep_freed_memory
 from dfrot.transform.invariance import InvarianceError
 
+COMMANDS: dict[str, Any] = {
+    kind.__name__.lower(): kind
+    for kind in (Quantize, Eval, Compare, Inspect, Report, Export, Push, Generate, Bench, Info, Models)
+}
 MORE = "These are the flags that matter most; --help-all shows every flag."
 
 

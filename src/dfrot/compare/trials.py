@@ -58,8 +58,8 @@ class Trial:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
-    def made_by(self) -> str:
-        """16 hexadecimal digits that differ where the checkpoint may."""
+    def checkpoint_key(self) -> str:
+        """16 hexadecimal digits that differ where the trial's checkpoint may."""
         parts = [self.recipe and self.recipe.digest, self.device, self.threads, __version__]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
@@ -145,7 +145,7 @@ def measure(trial: Trial, out: Path) -> Record | Exception:
     try:
         if trial.recipe is not None:
             name = f"{Path(trial.model).name}-{trial.fingerprint[:6]}"
-            checkpoint = Path("checkpoints") / f"{name}-{trial.made_by}"
+            checkpoint = Path("checkpoints") / f"{name}-{trial.checkpoint_key}"
             folder = out / checkpoint
             if not (folder / "config.json").is_file():  # written last: without it the checkpoint is unfinished
                 how: Any = {"device": trial.device, "memory": trial.memory, "reuse_dir": out / "shared"}

@@ -20,6 +20,7 @@ from dfrot.evaluation.record import conditions
 from dfrot.linalg.rotation import Hadamard
 from dfrot.models.graph import graph_for, head_dim
 from dfrot.pipeline.recipe import Recipe
+from dfrot.pipeline.run import require_groups
 from dfrot.runtime.cache import PackedLayer
 from dfrot.runtime.config import RuntimeConfig
 from dfrot.runtime.install import install_
@@ -27,7 +28,7 @@ from dfrot.runtime.kv import ATTENTION
 from dfrot.runtime.linear import QuantLinear
 from dfrot.system.errors import UserError
 from dfrot.system.progress import track
-from dfrot.transform.transforms import Transforms
+from dfrot.transform.transforms import Transforms, input_widths
 
 Maker = Callable[[torch.dtype], Any]  # of a model that computes in that dtype
 # One block of a real model, by fields of its config.
@@ -48,7 +49,7 @@ def random_block(shape: str, recipe: Recipe | None, dtype: torch.dtype) -> Any:
         recipe: its spec quantizes the block, rotated as QuaRot would; None for the unquantized model.
 
     Raises:
-        UserError: the shape is not known.
+        UserError: the shape is not known, or the recipe's groups do not divide it.
     """
     if shape not in SHAPES:
         raise UserError(f"there is no shape '{shape}'. Shapes: {', '.join(SHAPES)}.")
@@ -60,9 +61,7 @@ def random_block(shape: str, recipe: Recipe | None, dtype: torch.dtype) -> Any:
         model = AutoModelForCausalLM.from_config(config)
     if recipe is not None:
         rotations = Transforms(ffn=Hadamard(config.intermediate_size), keys=Hadamard(head_dim(config)))
-        for name in ("hidden_size", "intermediate_size"):
-            if recipe.spec.weights.group is not None and sizes[name] % recipe.spec.weights.group:
-                raise UserError(f"groups of {recipe.spec.weights.group} do not divide the {name} {sizes[name]}.")
+        require_groups(recipe.spec, input_widths(graph_for(config), config))
         install_(model, RuntimeConfig(recipe.spec, rotations.online(graph_for(config), config), rotations.keys, {}))
     model.model.norm = nn.Identity()  # a real model has one for all its blocks, not one a block
     model.to_empty(device="cpu").eval().requires_grad_(False)

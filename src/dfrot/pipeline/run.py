@@ -10,6 +10,7 @@ import json
 import re
 import time
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -264,13 +265,8 @@ def require_fitting(source: Source, recipe: Recipe, processes: ProcessGroup = SI
     have no work."""
     if recipe.kv_bits_by_block is not None:
         cache.blocks_with_more(source.num_blocks, recipe.spec.keys.bits, recipe.kv_bits_by_block)
-    wanted, grids = recipe.calibration, (recipe.spec.weights, recipe.spec.activations)
-    for name, width in input_widths(source.graph, source.config).items():
-        try:
-            for grid in grids:
-                grouped(torch.empty(width), grid.weight_granularity)
-        except ValueError as error:
-            raise UserError(f"{name} cannot be quantized: {error}") from error
+    wanted = recipe.calibration
+    require_groups(recipe.spec, input_widths(source.graph, source.config))
     if processes.count > 1 and recipe.fits_weights:
         if not recipe.rounding.shares_sequences:
             alone = f"{recipe.rounding.name} learns from one sequence after the other"
@@ -280,3 +276,13 @@ def require_fitting(source: Source, recipe: Recipe, processes: ProcessGroup = SI
                 f"{processes.count} processes share the calibration text by sequences, and there are {sequences}. "
                 f"Give --calib-tokens {processes.count * wanted.seq_len} or more, or a smaller --calib-seq-len."
             )
+
+
+def require_groups(spec: Spec, widths: Mapping[str, int]) -> None:
+    """Raise UserError for a group size that does not divide an input of a linear layer."""
+    for name, width in widths.items():
+        try:
+            for grid in (spec.weights, spec.activations):
+                grouped(torch.empty(width), grid.weight_granularity)
+        except ValueError as error:
+            raise UserError(f"{name} cannot be quantized: {error}") from error
