@@ -121,6 +121,20 @@ def test_rows_of_more_inputs_and_tokens_than_are_worked_on_together(
     assert ((y - q @ w.T).abs() <= width / (group or width) * 4 * EPS[torch.float32] * (q.abs() @ w.abs().T)).all()
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_sums_of_the_largest_codes_do_not_overflow(isa: int, bits: int, symmetric: bool, sign: int) -> None:
+    """Every product is the largest of its sign, in rows longer than any that sums of 16 bits would hold."""
+    weights, activations = TensorSpec(4, symmetric=False), TensorSpec(bits, symmetric, 1.0)
+    codes = torch.full((33, 4096), 15, dtype=torch.uint8)
+    packed = PackedWeight(pack(codes, 4), torch.ones(33, 1).bfloat16(), torch.zeros(33, 1, dtype=torch.uint8), None)
+    x = torch.full((40, 4096), float(sign))
+    (y,) = linear(x, [packed], NO_PASSES, weights, activations)
+    expected = 15 * quantized(x, activations).sum(1, keepdim=True)
+    assert ((y - expected).abs() <= 4 * EPS[torch.float32] * expected.abs()).all()
+
+
 def with_vdpbf16ps_and_without(isa: int) -> Iterator[None]:
     """Without it, and with it where an instruction set has it and takes no AMX in its place."""
     found, _ = library()

@@ -79,10 +79,10 @@ def test_the_bytes_of_a_cached_token_are_those_of_the_record(model: Any) -> None
     cache = model(TOKENS, use_cache=True).past_key_values
     assert all(isinstance(layer, QuantizedCacheLayer) for layer in cache.layers)
     config = read_config(Path(model.name_or_path))
-    stored = sum(packed.nbytes for layer in cache.layers for packed in layer._packed)
+    stored = sum(packed.nbytes for layer in cache.layers for packed in layer.packed)
     assert stored == TOKENS.numel() * kv_bytes_per_token(config, [SPEC] * config.num_hidden_layers)
     layer = cache.layers[0]
-    layer._room = layer._packed
+    layer._room = layer.packed
     assert layer.nbytes == stored / 2 + 4 * TOKENS.numel()  # the positions at which the keys' bias is turned
 
 
@@ -106,7 +106,7 @@ def test_the_packed_cache_shows_keys_and_values_as_another_cache_does(model: Any
     layer = model(TOKENS, use_cache=True).past_key_values.layers[0]
     keys, values = floats.layers[0].keys, floats.layers[0].values
     # rounding moves a float by half a step, a whole zero point by another half, clipping by 5 % of 15 steps
-    furthest = [1.75 * packed.scale.float() for packed in layer._packed]
+    furthest = [1.75 * packed.scale.float() for packed in layer.packed]
     assert ((layer.values - values).abs() <= furthest[1]).all()
     assert ((layer.keys - keys).norm(dim=-1, keepdim=True) <= furthest[0] * 12**0.5).all()  # R3 keeps lengths
     with pytest.raises(AttributeError):
@@ -173,11 +173,11 @@ def test_cropping_forgets_the_last_tokens(model: Any) -> None:
 def test_rows_of_the_batch_can_be_repeated_selected_and_forgotten(model: Any) -> None:
     layer = model(TOKENS, use_cache=True).past_key_values.layers[0]
     layer.batch_repeat_interleave(3)
-    assert sum(packed.nbytes for packed in layer._packed) == 3 * layer.get_seq_length() * 2 * 2 * 2 * (
+    assert sum(packed.nbytes for packed in layer.packed) == 3 * layer.get_seq_length() * 2 * 2 * 2 * (
         6 + 3
     )  # rows, K and V, batch, heads, bytes
     layer.batch_select_indices(torch.tensor([0, 5]))
-    assert layer._packed[0].codes.shape[0] == 2
+    assert layer.packed[0].codes.shape[0] == 2
     layer.reset()
     assert (layer.get_seq_length(), layer.nbytes) == (0, 0)
 

@@ -248,7 +248,8 @@ class _NativeBlock:
             *room, length = self._room(layer, x)
         native().dfrot_block_read(*machine(), block, tokens, *room, length, *map(pointer, (query, keys, values)))
         if isinstance(layer, QuantizedCacheLayer):
-            whole = [[*part] for part in layer.advance(count)]
+            layer.advance(count)
+            whole = [[*part] for part in layer.packed]
             if packed:
                 return query, *whole
             if length:

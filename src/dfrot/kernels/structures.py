@@ -137,10 +137,10 @@ def cache(packed: Sequence[Tensor], bits: int) -> Cache:
     _, heads, _, num_bytes = packed[0].shape
     capacity = packed[0].stride(1) // num_bytes
     for tensor in packed:
-        width = tensor.shape[-1]
+        width, strides = tensor.shape[-1], tensor.stride()
         whole = heads * capacity * width, capacity * width, width, 1
-        fits = (n == 1 or stride == own for n, stride, own in zip(tensor.shape, tensor.stride(), whole, strict=True))
-        assert all(fits), "only the tokens may be cut"
+        fits = (n == 1 or stride == own for n, stride, own in zip(tensor.shape, strides, whole, strict=True))
+        assert strides == whole or all(fits), "only the tokens may be cut"
     return Cache(*map(pointer, packed), heads, capacity, num_bytes * 8 // bits, bits)
 
 

@@ -34,7 +34,6 @@ class PackedLayer:
         self._quantizer = quantizer
         self.coming: Positions | None = None  # positions of the next tokens; None: those after the last one
         self._room: tuple[PackedKV, PackedKV] | None = None  # of which the first tokens are used
-        self._packed: tuple[PackedKV, PackedKV] | None = None
         self._positions: Tensor | None = None  # int32 (batch, 1, tokens, 1), as `_map` wants it
 
     keys = property(lambda self: self._shown(0))
@@ -43,10 +42,16 @@ class PackedLayer:
     def _shown(self, which: int) -> Heads | None:
         """Keys (0) or values as other caches show them, unpacked, not rotated, without a bias that stays out of them;
         None before the first token."""
-        if self._packed is None:
+        if self._room is None:
             return None
-        shown, rotation = self._quantizer.unpack(self._packed[which], self.dtype), self._quantizer.rotation
+        shown, rotation = self._quantizer.unpack(self.packed[which], self.dtype), self._quantizer.rotation
         return shown if which or rotation is None else in_float64(rotation.T.apply, shown)
+
+    @property
+    def packed(self) -> tuple[PackedKV, PackedKV]:
+        """Keys and values as they are kept."""
+        assert self._room is not None, "room is reserved before tokens are there"
+        return self._room
 
     @property
     def positions(self) -> Positions | None:
@@ -63,6 +68,15 @@ class PackedLayer:
 class QuantizedCacheLayer(PackedLayer, DynamicLayer):
     """A growing cache layer of packed keys and values."""
 
+    def __init__(self, quantizer: KVQuantizer) -> None:
+        super().__init__(quantizer)
+        self._length = 0  # tokens
+
+    @property
+    def packed(self) -> tuple[PackedKV, PackedKV]:
+        keys, values = super().packed
+        return keys.first(self._length), values.first(self._length)
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
@@ -73,7 +87,8 @@ class QuantizedCacheLayer(PackedLayer, DynamicLayer):
         room = self.reserve(*key_states.shape[:3])
         with torch.no_grad():
             self._quantizer.write(key_states, value_states, room, self.get_seq_length())
-        packed = self.advance(key_states.shape[2])
+        self.advance(key_states.shape[2])
+        packed = self.packed
         new = (key_states, value_states) if differentiated(key_states, value_states) else (None, None)
         if new[0] is None and self.positions is None:
             return packed
@@ -87,31 +102,30 @@ class QuantizedCacheLayer(PackedLayer, DynamicLayer):
             return self._room
         capacity = -(-(needed + needed // 16) // _ROOM) * _ROOM
         room = self._quantizer.rooms(batch, heads, capacity, self.device)
-        for old, new in zip(self._packed or (), room, strict=False):
+        for old, new in zip(self.packed if self._length else (), room, strict=False):
             new.put(old, 0)
         self._room = room
         return room
 
-    def advance(self, tokens: int) -> tuple[PackedKV, PackedKV]:
-        """The cache with so many of the reserved tokens, which have been written."""
+    def advance(self, tokens: int) -> None:
+        """So many of the reserved tokens have been written."""
         assert self._room is not None, "reserve comes first"
-        keys, values = self._room
-        length = self.get_seq_length() + tokens
+        self._length += tokens
         if self._quantizer.key_bias is not None:
+            codes, length = self._room[0].codes, self._length
             new = torch.arange(length - tokens, length)[None] if self.coming is None else self.coming
-            new = new.to(keys.codes.device, torch.int32).expand(len(keys.codes), -1)[:, None, :, None]
+            new = new.to(codes.device, torch.int32).expand(len(codes), -1)[:, None, :, None]
             self._positions = new if self._positions is None else torch.cat([self._positions, new], dim=2)
             self.coming = None
-        self._packed = keys.first(length), values.first(length)
-        return self._packed
 
     def _map(self, change: Any) -> None:
         self._positions = None if self._positions is None else change(self._positions)
-        if self._packed is not None:
-            self._packed = self._room = tuple(PackedKV(*map(change, packed)) for packed in self._packed)  # type: ignore[assignment]
+        if self._room is not None:
+            keys, values = (PackedKV(*map(change, packed)) for packed in self.packed)
+            self._room, self._length = (keys, values), keys.codes.shape[-2]
 
     def get_seq_length(self) -> int:
-        return 0 if self._packed is None else self._packed[0].codes.shape[-2]
+        return self._length
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove > 0:
@@ -120,7 +134,7 @@ class QuantizedCacheLayer(PackedLayer, DynamicLayer):
             self._map(lambda part: part[..., :tokens_to_remove, :])
 
     def reset(self) -> None:
-        self._packed, self._room, self._positions, self.is_initialized = None, None, None, False
+        self._room, self._positions, self._length, self.is_initialized = None, None, 0, False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._map(lambda part: part.index_select(0, beam_idx.to(part.device)))
@@ -150,7 +164,7 @@ class StaticQuantizedLayer(PackedLayer, StaticLayer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         batch, heads = self.batch_size, self.num_heads = key_states.shape[:2]
-        self._room = self._packed = self._quantizer.rooms(batch, heads, self.max_cache_len, self.device)
+        self._room = self._quantizer.rooms(batch, heads, self.max_cache_len, self.device)
         self.cumulative_length = self.cumulative_length.to(self.device)
         if self._quantizer.key_bias is not None:
             shape = batch, 1, self.max_cache_len, 1

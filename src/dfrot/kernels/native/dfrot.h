@@ -54,6 +54,7 @@ typedef struct {
     float *scale;
     int32_t *zero, *sums;
     int64_t group, groups;
+    int largest; /* size that a code may have */
 } codes_t;
 
 /* Vectors of the compiler, which any instruction set can compute. */

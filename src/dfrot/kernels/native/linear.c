@@ -313,31 +313,52 @@ INLINE void finish_body(const weights_t *w, const codes_t *a, int64_t rows, int6
     }
 }
 
+/* 8 × 8 entries of 32 bits: row i of the result is column i of `v`. */
+TARGET_AVX2 INLINE void transpose_avx2(__m256i v[8]) {
+    __m256i t[8];
+    for (int i = 0; i < 8; i += 2)
+        t[i] = _mm256_unpacklo_epi32(v[i], v[i + 1]), t[i + 1] = _mm256_unpackhi_epi32(v[i], v[i + 1]);
+    for (int i = 0; i < 8; i += 4)
+        for (int j = 0; j < 2; j++) { /* v[4 q + i] has columns i and 4 + i of rows 4 q … 4 q + 3 */
+            v[i + 2 * j] = _mm256_unpacklo_epi64(t[i + j], t[i + j + 2]);
+            v[i + 2 * j + 1] = _mm256_unpackhi_epi64(t[i + j], t[i + j + 2]);
+        }
+    for (int i = 0; i < 4; i++)
+        t[i] = _mm256_permute2x128_si256(v[i], v[4 + i], 0x20), t[4 + i] = _mm256_permute2x128_si256(v[i], v[4 + i], 0x31);
+    for (int i = 0; i < 8; i++) v[i] = t[i];
+}
+
 /* The same by AVX2. */
 TARGET_AVX2 static void unpack_avx2(const weights_t *w, int64_t first, int64_t byte, int64_t end, uint8_t (*to)[PANEL][4]) {
     const __m256i nibble = _mm256_set1_epi8(15);
-    int quads = w->bits == 4 ? 32 : 16;
-    for (; byte < end; byte += 64, to += quads)
-        for (int64_t c = 0; c < PANEL; c++) {
-            uint8_t codes[2][64] = {{0}};
-            for (int64_t half = 0; half < 64 && first + c < w->out && byte + half < w->bytes; half += 32) {
-                __m256i whole = load_avx2(w->codes + (first + c) * w->bytes + byte + half, w->bytes - byte - half);
-                __m256i low = w->bits == 4 ? _mm256_and_si256(whole, nibble) : whole;
-                _mm256_storeu_si256((__m256i *)(codes[0] + half), low);
-                _mm256_storeu_si256((__m256i *)(codes[1] + half), _mm256_and_si256(_mm256_srli_epi16(whole, 4), nibble));
+    for (; byte < end; byte += 64, to += w->bits == 4 ? 32 : 16)
+        for (int64_t half = 0; half < 64; half += 32)
+            for (int64_t c = 0; c < PANEL; c += 8) {
+                __m256i low[8], high[8];
+                for (int64_t i = 0; i < 8; i++) {
+                    int64_t channel = first + c + i, left = channel < w->out ? w->bytes - byte - half : 0;
+                    __m256i whole = _mm256_setzero_si256();
+                    if (left > 0) whole = load_avx2(w->codes + channel * w->bytes + byte + half, left);
+                    low[i] = w->bits == 4 ? _mm256_and_si256(whole, nibble) : whole;
+                    high[i] = _mm256_and_si256(_mm256_srli_epi16(whole, 4), nibble);
+                }
+                transpose_avx2(low);
+                for (int i = 0; i < 8; i++) _mm256_store_si256((__m256i *)to[half / 4 + i][c], low[i]);
+                if (w->bits != 4) continue;
+                transpose_avx2(high);
+                for (int i = 0; i < 8; i++) _mm256_store_si256((__m256i *)to[16 + half / 4 + i][c], high[i]);
             }
-            for (int q = 0; q < quads; q++) memcpy(to[q][c], codes[0] + 4 * q, 4);
-        }
 }
 
-/* For weights of 4 bits: two products of theirs are at most 2 · 15 · 128, and eight such pairs fit into 16 bits. */
+/* For weights of 4 bits: `most` quads' sums of two products stay within 16 bits. */
 TARGET_AVX2 INLINE void quads_avx2(int rows, const uint8_t (*weights)[PANEL][4], const int8_t *tokens, int64_t stride,
-                                   int64_t quads, int64_t fresh, int32_t (*dot)[PANEL]) {
-    for (int64_t from = 0; from < quads; from += 8, fresh = 0)
+                                   int64_t quads, int64_t most, int64_t fresh, int32_t (*dot)[PANEL]) {
+    for (int64_t from = 0; from < quads; from += most, fresh = 0)
         for (int h = 0; h < PANEL; h += 16) {
             __m256i narrow[4][2];
             for (int r = 0; r < rows; r++) narrow[r][0] = narrow[r][1] = _mm256_setzero_si256();
-            for (int64_t q = from, until = from + 8 < quads ? from + 8 : quads; q < until; q++) {
+#pragma GCC unroll 4
+            for (int64_t q = from, until = from + most < quads ? from + most : quads; q < until; q++) {
                 __m256i left = _mm256_load_si256((const __m256i *)weights[q][h]);
                 __m256i right = _mm256_load_si256((const __m256i *)weights[q][h + 8]);
                 for (int r = 0; r < rows; r++) {
@@ -357,8 +378,9 @@ TARGET_AVX2 INLINE void quads_avx2(int rows, const uint8_t (*weights)[PANEL][4],
 
 TARGET_AVX2 static void add_avx2(const codes_t *a, int64_t rows, const uint8_t (*weights)[PANEL][4], int64_t at,
                                  int64_t quads, int64_t fresh, int32_t (*dot)[PANEL]) {
+    int64_t most = INT16_MAX / (2 * 15 * a->largest);
     for (int64_t row = 0; row < rows; row += 4)
-        quads_avx2(4, weights + at, a->codes + row * a->stride + 4 * at, a->stride, quads, fresh, dot + row);
+        quads_avx2(4, weights + at, a->codes + row * a->stride + 4 * at, a->stride, quads, most, fresh, dot + row);
 }
 
 TARGET_AVXVNNI INLINE void quads_avxvnni(int rows, const uint8_t (*weights)[PANEL][4], const int8_t *tokens, int64_t stride,
@@ -691,9 +713,14 @@ size_t chunk_bytes(const weights_t *w, int64_t most) { /* rows that are not quan
     return (size_t)(4 * most * up(w->in, BLOCK) + (2 + w->groups) * most * 4);
 }
 
+/* The size that a code of a grid may have. */
+INLINE int largest_code(grid_t grid) {
+    return grid.bits >= 8 ? 128 : grid.symmetric ? 1 << (grid.bits - 1) : (1 << grid.bits) - 1;
+}
+
 chunk_t chunk_in(uint8_t *memory, const weights_t *w, int64_t most, grid_t grid, int stream) {
     chunk_t chunk = {.codes = {.stride = up(w->in, BLOCK), .paired = w->bits == 4, .group = w->group,
-                               .groups = w->groups},
+                               .groups = w->groups, .largest = largest_code(grid)},
                      .floating = grid.bits > 8, .interleaved = w->bits == 4, .stream = stream};
     int64_t code_bytes = (chunk.floating ? 2 : 1) * most * chunk.codes.stride, row_bytes = most * 4;
     chunk.codes.codes = (int8_t *)memory;
