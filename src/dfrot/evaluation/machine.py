@@ -15,6 +15,7 @@ from dfrot.kernels import cuda
 from dfrot.kernels.library import backend
 from dfrot.quant.spec import Spec
 from dfrot.runtime.linear import QuantLinear
+from dfrot.system.products import onednn_is_faster
 
 SPECS = ("w4a4kv4", "w4a8kv4", "w8a8kv8", "w4a16kv4")
 IN, OUT, PROMPT = 4096, 11008, 128
@@ -77,7 +78,8 @@ def computes_with(device: torch.device) -> str:
     """The hardware and what computes on it, for people."""
     if device.type == "cuda":
         return f"{cuda.backend(device)} on {torch.cuda.get_device_name(device)}, torch {torch.__version__}"
-    return f"{backend()}; {torch.get_num_threads()} threads, torch {torch.__version__}"
+    floats = ", float32 by oneDNN" if onednn_is_faster() else ""
+    return f"{backend()}; {torch.get_num_threads()} threads, torch {torch.__version__}{floats}"
 
 
 def advice(found: list[Speed]) -> str:

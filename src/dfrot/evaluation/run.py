@@ -16,6 +16,7 @@ from dfrot.models.source import locate
 from dfrot.models.texts import read_text
 from dfrot.system.errors import UserError
 from dfrot.system.files import write_tensors
+from dfrot.system.products import with_fast_products
 from dfrot.system.progress import console
 
 
@@ -71,6 +72,7 @@ class Measurement:
         return {text: read_text(text, "test") for text in self.texts}, manager
 
 
+@with_fast_products
 def evaluate(model: str, measurement: Measurement, *, device: Device = "cpu", per_token: Path | None = None) -> Record:
     """Measure a model or checkpoint.
 

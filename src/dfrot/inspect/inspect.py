@@ -42,6 +42,7 @@ from dfrot.runtime.key_bias import KeyBias
 from dfrot.runtime.kv import KVQuantizer
 from dfrot.system.errors import UserError
 from dfrot.system.files import translate_io_errors, write_json, write_tensors
+from dfrot.system.products import with_fast_products
 from dfrot.system.progress import track
 from dfrot.transform.transforms import Transforms
 
@@ -53,6 +54,7 @@ LARGEST = 8  # outlier channels that are listed of every norm
 _TINY = 1e-30  # keeps the statistics of a token of zeros finite
 
 
+@with_fast_products
 def inspect(
     model: str,
     out: Path,

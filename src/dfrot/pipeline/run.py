@@ -36,6 +36,7 @@ from dfrot.system.devices import memory_on
 from dfrot.system.distributed import SINGLE_PROCESS, ProcessGroup
 from dfrot.system.errors import UserError
 from dfrot.system.memory import give_freed_memory_back
+from dfrot.system.products import with_fast_products
 from dfrot.transform.invariance import InvarianceError
 from dfrot.transform.transforms import Transforms, input_widths
 from dfrot.tuning.run import require_whole, tuning_windows
@@ -65,6 +66,7 @@ class QuantizeResult:
         ]
 
 
+@with_fast_products
 def quantize(
     model: str | Path,
     recipe: Recipe,
