@@ -9,7 +9,6 @@ of the block is the one that the addresses were taken from, and no tensor has be
 
 import ctypes
 import functools
-import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -167,8 +166,16 @@ def _tensors(module: nn.Module) -> list[Tensor]:
 
 
 def _same(one: tuple[list[Any], list[Any]], other: tuple[list[Any], list[Any]]) -> bool:
+    """Whether the objects are the same, or at least equal, and the numbers are.
+
+    Lists are compared in C, by identity first, in a tenth of the time that a loop takes. An equal object in the place of
+    another computes the same; tensors, whose equality is no answer, have their addresses among the numbers.
+    """
     (objects, numbers), (before, numbers_before) = one, other
-    return numbers == numbers_before and len(objects) == len(before) and all(map(operator.is_, objects, before))
+    try:
+        return numbers == numbers_before and objects == before
+    except (RuntimeError, ValueError):  # another tensor or array, of several entries
+        return False
 
 
 def _patched(kind: type[nn.Module]) -> bool:
