@@ -136,6 +136,7 @@ def test_recipes_that_differ_have_different_digests() -> None:
         ({"act_clip": 1.5}, "clip ratio is above 0 and at most 1"),
         ({"calib_tokens": 1}, "at least one sequence of two tokens"),
         ({"calib_tokens": 64, "calib_seq_len": 128}, "64 tokens in sequences of 128"),
+        ({"calib_tokens": 3000}, "of 2048 tokens, which 3000 are not. Give --calib-tokens 2048 or 4096"),
     ],
 )
 def test_a_mistake_in_a_recipe_says_what_would_be_right(words: dict[str, object], message: str) -> None:

@@ -46,11 +46,23 @@ def test_few_rows_other_dtypes_and_gradients_are_left_to_torch(rows: int, dtype:
     assert found.requires_grad == graded
 
 
-def test_onednn_is_taken_where_mkl_is_slow_and_only_while_a_function_runs(tmp_path: Path) -> None:
+@pytest.mark.parametrize("bias", [torch.arange(8.0)[::2], torch.ones(1), torch.tensor(3.0)])
+def test_what_onednn_would_take_for_another_bias_is_left_to_torch(bias: Tensor) -> None:
+    x, weight = torch.ones(16, 8), torch.ones(4, 8)
+    found, by_onednn = calls(x, weight, bias)
+    assert not by_onednn
+    assert torch.equal(found, linear(x, weight, bias))
+
+
+def test_onednn_is_taken_where_mkl_is_slow_and_only_while_a_function_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for maker, faster in (("AuthenticAMD", torch.backends.mkl.is_available()), ("GenuineIntel", False)):
         (tmp_path / maker).write_text(f"processor : 0\nvendor_id : {maker}\n")
         assert onednn_is_faster(tmp_path / maker) == faster
     assert not onednn_is_faster(tmp_path / "none")
     modes = torch.overrides._get_current_function_mode_stack
-    assert with_fast_products(lambda: len(modes()))() == onednn_is_faster()
-    assert not modes()
+    for faster in (True, False):
+        monkeypatch.setattr("dfrot.system.products.onednn_is_faster", lambda faster=faster: faster)
+        assert with_fast_products(lambda: len(modes()))() == faster
+        assert not modes()

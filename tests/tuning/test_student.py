@@ -15,7 +15,7 @@ from dfrot.quant.spec import UNQUANTIZED, TensorSpec
 from dfrot.runtime.linear import QuantLinear, packed_tensors
 from dfrot.training.descent import Descent
 from dfrot.training.teacher import Distillation, Teacher, Windows
-from dfrot.training.trained import Trained, quantized
+from dfrot.training.trained import Trained, TrainedIntegers, quantized
 from dfrot.tuning.run import TuningRun
 from dfrot.tuning.student import Student, StudentLinear
 
@@ -71,9 +71,10 @@ def test_the_gradient_of_a_clip_ratio_is_that_of_what_is_clipped(symmetric: bool
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("group", [None, 16])
+@pytest.mark.parametrize("moving", [True, False])
 @pytest.mark.parametrize("inputs", ["a4", "a4 symmetric", "a16"])
 def test_gradients_are_those_of_the_plain_float_path(
-    inputs: str, group: int | None, symmetric: bool, keep: bool, generator: torch.Generator
+    inputs: str, moving: bool, group: int | None, symmetric: bool, keep: bool, generator: torch.Generator
 ) -> None:
     weights = TensorSpec(4, symmetric=symmetric, group=group)
     activations = TensorSpec(4, symmetric="symmetric" in inputs, clip_ratio=0.8) if "a4" in inputs else UNQUANTIZED
@@ -81,24 +82,31 @@ def test_gradients_are_those_of_the_plain_float_path(
     assert layer.bias is not None
     scales = Trained(layer.scales.detach().clone(), torch.float64, None, 1.0)
     bias = Trained(layer.bias.detach().clone(), torch.float64, 0.5, 1.0)
-    student = StudentLinear(layer, scales, bias, activations, torch.float64, keep)
+    ends = weights.grid
+    codes = TrainedIntegers(layer.codes(), ends.lowest, ends.highest, 1.0) if moving else None
+    student = StudentLinear(layer, scales, bias, activations, torch.float64, keep, codes=codes)
     x = torch.randn(3, 5, 64, generator=generator, dtype=torch.float64, requires_grad=True)
     upstream = torch.randn(3, 5, 24, generator=generator, dtype=torch.float64)
     found = student(x)
     assert scales.parameter is not None
     assert bias.parameter is not None
-    of_student = torch.autograd.grad(found, [x, scales.parameter, bias.parameter], upstream)
+    asked = [x, scales.parameter, bias.parameter, *([codes.parameter] if codes is not None else [])]
+    of_student = torch.autograd.grad(found, asked, upstream)
 
     layer.scales = layer.scales.detach().requires_grad_()
     layer.bias.requires_grad_()
     rotated = layer.transformed(x)
     read = on_grid(rotated, activations) if activations.enabled else rotated
-    wanted = nn.functional.linear(read, layer.dense_weight(x.dtype), layer.bias)
-    of_x, of_scales, of_bias = torch.autograd.grad(wanted, [x, layer.scales, layer.bias], upstream)
+    weight = layer.dense_weight(x.dtype)
+    wanted = nn.functional.linear(read, weight, layer.bias)
+    of_x, of_scales, of_bias, of_weight = torch.autograd.grad(wanted, [x, layer.scales, layer.bias, weight], upstream)
     torch.testing.assert_close(found, wanted)
-    # d/dp of s eᵖ is s, of b + 0.5 p is 0.5
-    for got, expected in zip(of_student, (of_x, of_scales * layer.scales, 0.5 * of_bias), strict=True):
+    # d/dp of s eᵖ is s, of b + 0.5 p is 0.5, of s (w + p) is s
+    of_codes = (of_weight.unflatten(1, (layer.scales.shape[1], -1)) * layer.scales[..., None]).flatten(1)
+    for got, expected in zip(of_student[:3], (of_x, of_scales * layer.scales, 0.5 * of_bias), strict=True):
         torch.testing.assert_close(got, expected)
+    if moving:
+        torch.testing.assert_close(of_student[3], of_codes.float())
 
 
 def test_no_dense_weight_outlives_a_forward_pass(generator: torch.Generator) -> None:
@@ -118,6 +126,13 @@ def test_no_dense_weight_outlives_a_forward_pass(generator: torch.Generator) -> 
     assert {tensor.data_ptr() for tensor in layer.kept_tensors()} == {
         tensor.data_ptr() for tensor in (*layer.parameters(), *layer.buffers())
     }
+
+
+def test_integers_move_once_p_has_passed_half_a_step_and_never_off_their_grid() -> None:
+    integers = TrainedIntegers(torch.tensor([-8, -8, 0, 0, 7, 7]), -8, 7, 1.0)
+    with torch.no_grad():
+        integers.parameter.copy_(torch.tensor([-0.6, 0.6, 0.4, -1.6, 0.4, 0.9]))
+    assert integers().tolist() == [-8, -7, 0, -2, 7, 7]
 
 
 def test_values_are_those_that_the_checkpoint_will_have() -> None:
@@ -190,6 +205,7 @@ def test_a_step_in_parts_has_the_gradient_of_the_whole(
             {"method": "learned", "spec": "w4a4kv4", "steps": 2, "learn_steps": 2, "learn_tokens": 16},
         ),  # offsets
         ("qwen2", {"method": "none", "spec": "w16a16kv4", "tune": "biases"}),
+        ("llama", {"method": "quarot", "spec": "w3g16a8kv16", "tune": "biases,roundings"}),
     ],
 )
 @pytest.mark.parametrize("recompute", [False, True])

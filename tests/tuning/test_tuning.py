@@ -25,7 +25,7 @@ from dfrot.training.teacher import RUN, Windows
 from dfrot.training.trained import Trained
 from dfrot.tuning import run as tuning_run
 from dfrot.tuning import student
-from dfrot.tuning.tuning import PARTS, Tuning
+from dfrot.tuning.tuning import CONTINUOUS, PARTS, Tuning
 from tests.tiny_models import write_tiny_model
 
 Tiny = Callable[[str], Path]
@@ -55,7 +55,7 @@ def contents(path: Path) -> dict[str, bytes]:
 
 
 def test_all_is_every_part_that_the_spec_has() -> None:
-    assert Tuning.parse("all", SPEC).parts == PARTS
+    assert Tuning.parse("all", SPEC).parts == CONTINUOUS
     assert Tuning.parse("all", Spec.parse("w16a4kv4", "paper")).parts == ("biases", "clips", "gains")
     assert Tuning.parse("all", Spec.parse("w4a16kv16", "paper")).parts == ("biases", "gains", "scales")
     assert Tuning.parse("scales, biases", SPEC) == Tuning.parse("biases,scales,biases", SPEC)
@@ -67,9 +67,13 @@ def test_all_is_every_part_that_the_spec_has() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ({"tune": "offsets"}, "there is no 'offsets' to tune. --tune is all, none, or of biases, clips, gains, scales"),
+        (
+            {"tune": "offsets"},
+            "there is no 'offsets' to tune. --tune is all, none, or of biases, clips, gains, roundings",
+        ),
         ({"tune": "all,biases"}, "joined by commas, got 'all,biases'"),
         ({"tune": " , "}, "joined by commas"),
+        ({"tune": "roundings", "spec": "nvfp4"}, "of weights quantized to integers, and wnvfp4anvfp4kv16 has none"),
         ({"tune": "scales", "spec": "w16a4kv4"}, "of weights quantized to integers, and w16a4kv4 has none"),
         (
             {"tune": "clips", "spec": "w4a16kv16"},
@@ -137,19 +141,20 @@ def test_only_as_much_text_is_kept_as_the_steps_see() -> None:
 # What is changed
 
 
-@pytest.mark.parametrize("parts", ["biases", "clips", "gains", "scales", "all"])
-def test_only_what_is_asked_for_changes_and_integers_never_do(
+@pytest.mark.parametrize("parts", [*PARTS, "all"])
+def test_only_what_is_asked_for_changes(
     tiny: Tiny, tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch, parts: str
 ) -> None:
     falling = iter(range(100, 0, -1))
     monkeypatch.setattr(Descent, "_held_out", lambda _: float(next(falling)))  # so that the last step is kept
-    monkeypatch.setattr(student, "RATES", dict.fromkeys(PARTS, 0.05))  # bfloat16 has no smaller steps of scales
+    rates = dict.fromkeys(PARTS, 0.05) | {"roundings": 10.0}  # bfloat16 has no smaller steps of scales
+    monkeypatch.setattr(student, "RATES", rates)
     untuned = dfrot.Recipe.parse("quarot", "rtn", calib=text, calib_tokens=64, calib_seq_len=32)
     before = tensors_of(dfrot.quantize(tiny("llama"), untuned, tmp_path / "before").path)
     path = dfrot.quantize(tiny("llama"), recipe(text, tune=parts, tune_steps=2), tmp_path / "after").path
     after = tensors_of(path)
-    kinds = {"biases": ".bias", "scales": ".scales", "gains": "layernorm.weight"}
-    asked = tuple(kinds.values()) if parts == "all" else tuple(kinds[part] for part in (parts,) if part in kinds)
+    kinds = {"biases": ".bias", "scales": ".scales", "gains": "layernorm.weight", "roundings": ".qweight"}
+    asked = tuple(kinds[part] for part in (CONTINUOUS if parts == "all" else (parts,)) if part in kinds)
     # Llama's q, k, v and o have biases here; those of the MLP are made
     made = {name for name in after if "mlp" in name and name.endswith(".bias")} if ".bias" in asked else set()
     assert len(made) == (6 if ".bias" in asked else 0)
@@ -251,7 +256,7 @@ def test_a_clip_ratio_that_has_met_its_bound_comes_back() -> None:
     assert min(seen[30:]) < 0.99
 
 
-def test_adam_is_torchs(generator: torch.Generator) -> None:
+def test_adam_is_torchs(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     targets = torch.randn(3, 5, generator=generator)
     trained = Trained(torch.zeros(3, 5), torch.float32, 1.0, 0.1)
     assert trained.parameter is not None
@@ -263,6 +268,7 @@ def test_adam_is_torchs(generator: torch.Generator) -> None:
         value.backward()
         return float(value.detach())
 
+    monkeypatch.setattr("dfrot.training.descent.PIECE", 4)  # of 15 numbers
     descent = Descent([trained], loss, lambda: float((trained() - targets).square().sum().detach()), steps=1)
     descent.steps = 24
     descent.held, descent.probes = {"0": 100.0}, {"0.3": 2.0, "1.0": 0.0, "3.0": 1.0}
@@ -303,6 +309,26 @@ def kill(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, number: int, of
 def whole(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory, text: str) -> dict[str, bytes]:
     """The files of a run that nobody killed."""
     return contents(dfrot.quantize(tiny("llama"), recipe(text), tmp_path_factory.mktemp("whole") / "out").path)
+
+
+@pytest.mark.parametrize(("owner", "name", "number"), [(Descent, "_advance", 16), (CheckpointWriter, "replace", 2)])
+def test_integers_that_moved_survive_a_kill(
+    tiny: Tiny, tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, number: int
+) -> None:
+    def last_step_is_kept() -> None:
+        monkeypatch.setitem(student.RATES, "roundings", 10.0)
+        monkeypatch.setattr(Descent, "_held_out", lambda descent: 100.0 - descent.step)
+
+    last_step_is_kept()
+    wanted = recipe(text, tune="biases,roundings")
+    frozen = tensors_of(dfrot.quantize(tiny("llama"), recipe(text, tune="biases"), tmp_path / "frozen").path)
+    whole = dfrot.quantize(tiny("llama"), wanted, tmp_path / "whole").path
+    moved = tensors_of(whole)
+    kill(monkeypatch, owner, name, number, of=lambda: dfrot.quantize(tiny("llama"), wanted, tmp_path / "out"))
+    last_step_is_kept()
+    resumed = dfrot.quantize(tiny("llama"), wanted, tmp_path / "out", resume=True).path
+    assert contents(resumed) == contents(whole)
+    assert any(not torch.equal(frozen[key], moved[key]) for key in frozen if key.endswith("qweight"))
 
 
 @pytest.mark.parametrize(
@@ -444,3 +470,13 @@ def test_biases_without_a_place_are_not_exported(tiny: Tiny, tmp_path: Path, tex
         export(path, "huggingface", tmp_path / "exported")
     assert not (tmp_path / "exported").exists()
     assert "quarot" in model_card(path, "someone/model")  # the hub takes it as it is
+
+
+def test_moving_integers_are_in_the_plan(tiny: Tiny, text: str) -> None:
+    plans = [Estimate.of(open_source(str(tiny("llama"))), recipe(text, tune=tune)) for tune in ("gains", "roundings")]
+    gains, roundings = (plan.tuning for plan in plans)
+    weights = plans[0].blocks * plans[0].block_weights
+    assert roundings.state == 2 * 16 * weights
+    assert roundings.integers == 0 < gains.integers
+    assert roundings.least - gains.least > 44 * weights  # less what gains take
+    assert plans[1].disk == plans[1].checkpoint + roundings.disk + roundings.state

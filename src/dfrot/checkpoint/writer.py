@@ -301,7 +301,9 @@ def read_fit(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
 
 def _digest(text: str, tensors: dict[str, Tensor]) -> str:
     ready = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    return hashlib.sha256(text.encode(errors="replace") + save(ready)).hexdigest()
+    found = hashlib.sha256(text.encode(errors="replace"))
+    found.update(save(ready))
+    return found.hexdigest()
 
 
 class ReuseDir:

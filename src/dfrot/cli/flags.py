@@ -39,8 +39,8 @@ Tune = Annotated[
     arg(
         metavar="PART,…",
         help="What is trained after rounding, towards the unquantized model's predictions: biases of all linear "
-        "layers, clip ratios, gains of norms, scales of weights, joined by commas; all, none, or auto: biases where "
-        "activations have at most 4 bits and weights are fitted to data.",
+        "layers, clip ratios, gains of norms, roundings and scales of weights, joined by commas; all (but roundings), "
+        "none, or auto: biases where activations have at most 4 bits and weights are fitted to data.",
     ),
 ]
 TuneSteps = Annotated[int | None, arg(help=f"Steps of training (default {Tuning.steps}).")]

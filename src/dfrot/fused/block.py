@@ -168,8 +168,8 @@ def _tensors(module: nn.Module) -> list[Tensor]:
 def _same(one: tuple[list[Any], list[Any]], other: tuple[list[Any], list[Any]]) -> bool:
     """Whether the objects are the same, or at least equal, and the numbers are.
 
-    Lists are compared in C, by identity first, in a tenth of the time that a loop takes. An equal object in the place of
-    another computes the same; tensors, whose equality is no answer, have their addresses among the numbers.
+    Lists are compared in C, by identity first, in a tenth of the time that a loop takes. An equal object in the place
+    of another computes the same; tensors, whose equality is no answer, have their addresses among the numbers.
     """
     (objects, numbers), (before, numbers_before) = one, other
     try:

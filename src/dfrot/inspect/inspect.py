@@ -11,6 +11,7 @@ import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -83,8 +84,10 @@ def inspect(
     device = usable_device(device)
     if not rotations or not set(rotations) <= ROTATIONS.keys():
         raise UserError(f"rotations are some of {', '.join(ROTATIONS)}; got {', '.join(rotations) or 'none at all'}.")
+    length = min(seq_len, 2048)
+    words: Any = {"calib": text, "calib_tokens": seq_len // length * length, "calib_seq_len": length, "seed": seed}
     recipes = {
-        name: Recipe.parse(method, "rtn", spec, preset=preset, calib=text, calib_tokens=seq_len, seed=seed, **options)
+        name: Recipe.parse(method, "rtn", spec, preset=preset, **words, **options)
         for name, (method, options) in ROTATIONS.items()
         if name in rotations
     }

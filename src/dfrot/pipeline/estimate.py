@@ -130,7 +130,7 @@ class Estimate:
     def disk(self) -> int:
         """Expected in the checkpoint's directory while the run is under way."""
         states = self.states * self.processes if self.offloads else 0
-        return self.checkpoint + max(states, self.tuning.disk * self.processes)
+        return self.checkpoint + max(states, self.tuning.disk * self.processes + self.tuning.state)
 
     def require_room(self, out: Path) -> None:
         """Raise before the work an error that would otherwise come in the middle of it.

@@ -136,9 +136,11 @@ class Recipe(Options):
             spec: such as w4a4kv4.
             preset: paper, deploy or duquant.
             calib: wikitext2, c4, pydoc, or a path.
-            calib_tokens: tokens of calibration text in total; None takes 65 536 where weights are fitted, else 2048.
-            tune: what is trained after rounding: all, none, or of biases, clips, gains, scales, joined by commas. auto
-                takes biases where activations have at most 4 bits and weights are fitted, else none.
+            calib_tokens: tokens of calibration text in total, whole sequences; None takes 65 536 where weights are
+                fitted, else 2048, or as many sequences as these hold.
+            tune: what is trained after rounding: all (but roundings), none, or of biases, clips, gains, roundings,
+                scales, joined by commas. auto takes biases where activations have at most 4 bits and weights are
+                fitted, else none.
             kv_bits_by_block: average bits of keys and values; blocks that need it most get 8.
             options: fields of `Preset`, method and rounding, and of `Tuning` as tune_…; None means not given.
 
@@ -169,6 +171,14 @@ class Recipe(Options):
             tokens = max(WEIGHT_TOKENS if fits else ROTATION_TOKENS, least)
         seq_len = calib_seq_len if calib_seq_len is not None else min(tokens, 2048)
         calibration = Calibration.checked(text=calib, tokens=tokens, seq_len=seq_len)
+        if rest := calibration.tokens % calibration.seq_len:
+            whole = calibration.tokens - rest
+            if calib_tokens is not None:
+                raise UserError(
+                    f"calibration text is drawn in whole sequences, of {seq_len} tokens, which {tokens} are not. Give "
+                    f"--calib-tokens {whole} or {whole + seq_len}, or sequences of another length."
+                )
+            calibration = dataclasses.replace(calibration, tokens=whole)
         how: Any = {"calibration": calibration, "tuning": Tuning.parse(tune, grids, fits_weights, seq_len, **tuned)}
         how["kv_bits_by_block"] = kv_bits_by_block
         return Recipe.checked(method=fitted, rounding=rounding, spec=grids, dtype=dtype, seed=seed, **how)

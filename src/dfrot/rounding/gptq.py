@@ -153,7 +153,7 @@ class GPTQ(Rounding):
             return None
         return (
             f"{sizes.tokens} calibration tokens are few for GPTQ: {name} has {width} inputs. "
-            f"Give --calib-tokens {8 * width} or more."
+            f"Give --calib-tokens {-(-8 * width // sizes.seq_len) * sizes.seq_len} or more."
         )
 
     def summary(self, notes: Sequence[Mapping[str, Any]]) -> list[str]:

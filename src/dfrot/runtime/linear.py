@@ -14,7 +14,7 @@ In C, inputs that are not quantized are multiplied by what the integers stand fo
 """
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 
 from dfrot.kernels.linear import PackedWeight, linear, supported
@@ -164,16 +164,22 @@ class QuantLinear(Transforming, nn.Module):
 
     def _dequantized(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
         scales, zeros = self.scales.to(wide(dtype)), None if self.weights.symmetric else self.zeros.to(wide(dtype))
-        return dequantize(self._codes(), self.weights.weight_granularity, QParams(scales, zeros)).to(dtype)
+        return dequantize(self.codes(), self.weights.weight_granularity, QParams(scales, zeros)).to(dtype)
 
     def integer_weight(self, dtype: torch.dtype, keep: bool = True) -> Float[Tensor, "out in"]:
         """The integers w − v themselves, as floats; made anew each time unless they are kept."""
         if keep:
             return self._integers.get(lambda: self.integer_weight(dtype, keep=False), self.packed[:3], dtype)
-        codes, of_group = self._codes(), self.in_features // self.scales.shape[1]
-        return (codes if self.weights.symmetric else codes - self.zeros.repeat_interleave(of_group, 1)).to(dtype)
+        return self.centred(self.codes()).to(dtype)
 
-    def _codes(self) -> Int[Tensor, "out in"]:
+    def centred(self, codes: Num[Tensor, "out in"]) -> Num[Tensor, "out in"]:
+        """Codes less the zero points of their groups."""
+        if self.weights.symmetric:
+            return codes
+        return codes - self.zeros.repeat_interleave(self.in_features // self.scales.shape[1], 1)
+
+    def codes(self) -> Int[Tensor, "out in"]:
+        """The integers w that the checkpoint keeps packed."""
         return self.weights.grid.decode(unpack(self.qweight, self.weights.bits, self.in_features))
 
     def kept_tensors(self) -> list[Tensor]:

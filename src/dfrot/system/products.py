@@ -28,16 +28,26 @@ class OneDNNLinear(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _suits(*operands: Tensor | None) -> bool:
-    x, graded = operands[0], torch.is_grad_enabled()
-    plain = (
-        each is None
-        or (type(each) in (Tensor, nn.Parameter) and each.dtype == torch.float32 and each.device.type == "cpu")
-        for each in operands
-    )
-    if x is None or not all(plain) or (graded and any(each is not None and each.requires_grad for each in operands)):
+def _suits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    if torch.autograd.forward_ad._current_level >= 0:  # derivatives forwards
+        return False
+    if not all(map(_plain, (x, weight) if bias is None else (x, weight, bias))) or weight.dim() != 2:
+        return False
+    if bias is not None and not (bias.shape == weight.shape[:1] and bias.is_contiguous()):  # oneDNN takes it for one
         return False
     return x.numel() >= FEW * max(1, x.shape[-1])
+
+
+def _plain(tensor: Tensor) -> bool:
+    """Whether it holds float32 numbers and nothing is to be differentiated."""
+    known = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided and tensor.device.type == "cpu"
+    graded = tensor.requires_grad and torch.is_grad_enabled()
+    return (
+        known
+        and tensor.dtype == torch.float32
+        and not graded
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    )
 
 
 @functools.cache

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dfrot.system.distributed import SINGLE_PROCESS, ProcessGroup
-from dfrot.training.trained import Trained, TrainedRotation
+from dfrot.training.trained import Trained, TrainedIntegers, TrainedRotation
 
 FACTORS = (0.03, 0.1, 0.3, 1.0, 3.0)
 FIRST_FACTORS = (0.3, 1.0)
@@ -26,10 +26,13 @@ BETAS, EPS = (0.9, 0.98), 1e-12  # a second moment that forgets in 50 steps: the
 WARM_UP = 8  # steps until the rate is full: Adam's first steps have the full size whatever their gradient
 PROBE = 12  # steps of a descent that chooses the rate
 MEASUREMENTS = 8  # of the descent that counts
+PIECE = 1 << 22  # numbers that Adam moves at a time, so that what lies between is small
 _PARTS = ("values", "first", "second", "best")
 
+Moving = Trained | TrainedIntegers | TrainedRotation
 
-def _flat(trained: Iterable[Trained | TrainedRotation]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+
+def _flat(trained: Iterable[Moving]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One vector of all parameters, one of their gradients, which they share, one of rates, and one of bounds."""
     parameters = [(each.parameter, each.rate, each.bound) for each in trained if each.parameter is not None]
     values = torch.cat([parameter.detach().flatten() for parameter, _, _ in parameters])
@@ -55,7 +58,7 @@ class Descent:
 
     def __init__(
         self,
-        trained: Iterable[Trained | TrainedRotation],
+        trained: Iterable[Moving],
         loss: Callable[[int], float],
         measure: Callable[[], float],
         steps: int,
@@ -143,12 +146,14 @@ class Descent:
         return found if math.isfinite(found) else sys.float_info.max  # JSON has no infinity
 
     def _adam(self, rate: float) -> None:
-        gradient = torch.nan_to_num_(self._gradients, 0.0, 0.0, 0.0)  # one wild window must not spoil everything
-        self._first.lerp_(gradient, 1 - BETAS[0])
-        self._second.lerp_(gradient.square(), 1 - BETAS[1])
-        first = self._first / (1 - BETAS[0] ** self.step)
-        second = self._second / (1 - BETAS[1] ** self.step)
-        self._values.sub_(rate * self._rates * first / (second.sqrt() + EPS)).clamp_(max=self._bounds)
+        flat = self._values, self._gradients, self._first, self._second, self._rates, self._bounds
+        for values, gradients, firsts, seconds, rates, bounds in zip(
+            *(each.split(PIECE) for each in flat), strict=True
+        ):
+            gradient = torch.nan_to_num_(gradients, 0.0, 0.0, 0.0)  # one wild window must not spoil everything
+            first = firsts.lerp_(gradient, 1 - BETAS[0]) / (1 - BETAS[0] ** self.step)
+            second = seconds.lerp_(gradient.square(), 1 - BETAS[1]) / (1 - BETAS[1] ** self.step)
+            values.sub_(rate * rates * first / (second.sqrt() + EPS)).clamp_(max=bounds)
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """JSON and tensors from which `restore` goes on."""

@@ -129,6 +129,31 @@ class Trained(nn.Module):
         return straight_through(moved.to(self.stored).to(moved.dtype).clamp(max=self.most), moved)
 
 
+class TrainedIntegers(nn.Module):
+    """Integers that may move on their grid: round(start + p), with gradients straight through rounding.
+
+    p begins at 0, in the middle of what rounds to the start, so an integer moves once gradients that agree have carried
+    p over half a step.
+
+    Args:
+        start: the integers.
+        lowest, highest: ends of their grid.
+        rate: learning rate of p, in steps of the grid.
+    """
+
+    bound = math.inf
+
+    def __init__(self, start: Tensor, lowest: int, highest: int, rate: float) -> None:
+        super().__init__()
+        self.start, self.lowest, self.highest, self.rate = start, lowest, highest, rate
+        self.parameter = nn.Parameter(torch.zeros(start.shape, device=start.device))
+
+    @torch.no_grad()
+    def forward(self) -> Tensor:
+        """The integers, as floats; gradients are those of `parameter`."""
+        return (self.parameter + self.start).round_().clamp_(self.lowest, self.highest)
+
+
 def clip_ratio(trained: Trained | None) -> Float[Tensor, "1"] | None:
     """A clip ratio that may be trained."""
     return None if trained is None else trained()

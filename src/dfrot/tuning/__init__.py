@@ -1,1 +1,1 @@
-"""What is trained after rounding: everything continuous, towards the unquantized model's predictions."""
+"""What is trained after rounding, towards the unquantized model's predictions."""

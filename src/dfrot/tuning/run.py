@@ -142,6 +142,7 @@ class TuningRun:
         descent = Descent(student.moving, *how)
         if kept is not None:
             descent.restore({name: value for name, value in record.items() if name not in ("text", "teacher")}, kept[1])
+            kept[1].clear()
         for done in track(descent.remaining(), "tuning", total=descent.total + 1):
             if done % SAVE_EVERY == 0 and not descent.done:
                 state, tensors = descent.state()

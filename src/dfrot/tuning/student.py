@@ -1,4 +1,4 @@
-"""The quantized model with what is continuous in it free to move.
+"""The quantized model with what is continuous in it free to move, and its integers, if they are asked for.
 
 The integers stay packed. A linear layer unpacks them forward, and again backward, so that at most one weight stands as
 floats; where there is room they stay unpacked. The scale of a whole row is applied outside of the product,
@@ -6,7 +6,7 @@ floats; where there is room they stay unpacked. The scale of a whole row is appl
     y = s_w Σ x̂ (w − v) + b
 
 so bfloat16, which has the integers exactly, rounds inputs by 2⁻⁹ and the sums, far less than 4 bits do. Such a scale
-needs no gradient of the weight; scales of groups do, a group at a time.
+needs no gradient of the weight; scales of groups do, a group at a time, and so do integers that may move.
 
 Values are rounded to the dtype in which the checkpoint keeps them: what is measured while tuning is what lies there
 afterwards.
@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -26,13 +26,14 @@ from dfrot.kernels import training
 from dfrot.linalg.rotation import Rotation
 from dfrot.models.source import Source, loaded
 from dfrot.quant.affine import SCALE_DTYPE
+from dfrot.quant.packing import pack
 from dfrot.quant.spec import UNQUANTIZED, Spec, TensorSpec
 from dfrot.runtime.config import RuntimeConfig
 from dfrot.runtime.install import install_block_
 from dfrot.runtime.key_bias import KeyBias
 from dfrot.runtime.linear import QuantLinear
 from dfrot.runtime.norms import BlockRotation, Float64SiLU, TransformedNorm
-from dfrot.training.trained import ThroughBlocks, Trained, clip_ratio, less, quantized, rotated
+from dfrot.training.trained import ThroughBlocks, Trained, TrainedIntegers, clip_ratio, less, quantized, rotated
 from dfrot.transform.transforms import KEYS, VALUES
 
 _ATTENTION = "dfrot-student"
@@ -45,41 +46,58 @@ class PackedProduct(torch.autograd.Function):
         x: (…, in).
         scales: (out, groups), to which gradients flow too.
         bias: (out,) or None, likewise.
+        moved: (out, in) or None: how far the integers have moved, likewise.
         layer: whose integers these are.
         dtype: of the product.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, scales: Tensor, bias: Tensor | None, layer: "StudentLinear", dtype: torch.dtype
+        ctx: Any,
+        x: Tensor,
+        scales: Tensor,
+        bias: Tensor | None,
+        moved: Tensor | None,
+        layer: "StudentLinear",
+        dtype: torch.dtype,
     ) -> Tensor:
         ctx.layer, ctx.dtype = layer, dtype
         if scales.shape[1] == 1:
             sums = x.to(dtype) @ layer.integers(dtype).T
-            ctx.save_for_backward(scales, sums if scales.requires_grad else None)
+            ctx.save_for_backward(scales, sums if scales.requires_grad else None, None if moved is None else x)
             return training.scaled(sums, scales[:, 0], bias, x.dtype)
-        ctx.save_for_backward(scales, x if scales.requires_grad else None)
+        ctx.save_for_backward(scales, None, None if moved is None and not scales.requires_grad else x)
         y = (x.to(dtype) @ _scaled(layer.integers(dtype), scales).T).to(x.dtype)
         return y if bias is None else y + bias
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        scales, kept = ctx.saved_tensors
-        of_x, of_scales, integers = None, None, ctx.layer.integers(ctx.dtype)
+        scales, sums, x = ctx.saved_tensors
+        of_x, of_scales, of_moved, integers = None, None, None, ctx.layer.integers(ctx.dtype)
         of_bias = upstream.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
         if scales.shape[1] == 1:
-            if ctx.needs_input_grad[0]:
-                of_x = (training.scaled(upstream, scales[:, 0], None, ctx.dtype) @ integers).to(upstream.dtype)
             if ctx.needs_input_grad[1]:
-                of_scales = (upstream * kept).flatten(0, -2).sum(0)[:, None]
-            return of_x, of_scales, of_bias, None, None
+                of_scales = (upstream * sums).flatten(0, -2).sum(0)[:, None]
+            if ctx.needs_input_grad[0] or ctx.needs_input_grad[3]:
+                narrow = training.scaled(upstream, scales[:, 0], None, ctx.dtype)  # in units of the integers
+                of_x = (narrow @ integers).to(upstream.dtype) if ctx.needs_input_grad[0] else None
+                of_moved = _of_weight(narrow, x, torch.float32) if ctx.needs_input_grad[3] else None
+            return of_x, of_scales, of_bias, of_moved, None, None
         narrow = upstream.to(ctx.dtype)
         if ctx.needs_input_grad[0]:
             of_x = (narrow @ _scaled(integers, scales)).to(upstream.dtype)
-        if ctx.needs_input_grad[1]:
-            of_weight = narrow.flatten(0, -2).T @ kept.flatten(0, -2).to(ctx.dtype)
-            of_scales = (of_weight * integers).unflatten(1, (scales.shape[1], -1)).sum(-1, dtype=scales.dtype)
-        return of_x, of_scales, of_bias, None, None
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[3]:
+            of_weight = _of_weight(narrow, x, scales.dtype)
+            if ctx.needs_input_grad[1]:
+                of_scales = (of_weight * integers).unflatten(1, (scales.shape[1], -1)).sum(-1)
+            if ctx.needs_input_grad[3]:
+                of_moved = _scaled(of_weight, scales).float()
+        return of_x, of_scales, of_bias, of_moved, None, None
+
+
+def _of_weight(upstream: Tensor, x: Tensor, dtype: torch.dtype) -> Float[Tensor, "out in"]:
+    """Σ over tokens of upstream ⊗ x."""
+    return (upstream.flatten(0, -2).T @ x.flatten(0, -2).to(upstream.dtype)).to(dtype)
 
 
 def _scaled(integers: Float[Tensor, "out in"], scales: Float[Tensor, "out groups"]) -> Float[Tensor, "out in"]:
@@ -114,6 +132,7 @@ class StudentLinear(nn.Module):
 
     Args:
         spec, clip: the grid of its input, unless that arrives quantized, and its clip ratio, if that may be trained.
+        codes: its integers, if they may move.
         product: dtype of its products.
         keep: whether its integers stay unpacked.
     """
@@ -127,17 +146,11 @@ class StudentLinear(nn.Module):
         product: torch.dtype,
         keep: bool,
         clip: Trained | None = None,
+        codes: TrainedIntegers | None = None,
     ) -> None:
         super().__init__()
-        self.layer, self.scales, self.bias, self.spec, self.product, self.keep = (
-            layer,
-            scales,
-            bias,
-            spec,
-            product,
-            keep,
-        )
-        self.clip = clip
+        self.layer, self.scales, self.bias, self.codes = layer, scales, bias, codes
+        self.spec, self.clip, self.product, self.keep = spec, clip, product, keep
         rotation = layer.rotation
         self.rotation = rotation if rotation is None or isinstance(rotation, Rotation) else rotation.as_rotation
 
@@ -149,7 +162,8 @@ class StudentLinear(nn.Module):
             y = (x.to(self.product) @ self.layer.dense_weight(x.dtype).to(self.product).T).to(x.dtype)
             y = y if bias is None else y + bias
         else:
-            y = PackedProduct.apply(x, self.scales(), bias, self, self.product)
+            moved = None if self.codes is None else self.codes.parameter
+            y = PackedProduct.apply(x, self.scales(), bias, moved, self, self.product)
         return y - apart.to(y) if leaves_out and apart is not None else y
 
     def left_out(self) -> Any:
@@ -158,7 +172,15 @@ class StudentLinear(nn.Module):
 
     def integers(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
         """w − v."""
+        if self.codes is not None:
+            return self.layer.centred(self.codes()).to(dtype)
         return self.layer.integer_weight(dtype, self.keep)
+
+    def packed(self) -> UInt8[Tensor, "out bytes"]:
+        """The integers that have moved, as the checkpoint has them."""
+        assert self.codes is not None
+        grid, bits = self.layer.weights.grid, self.layer.weights.bits
+        return pack(grid.encode(self.codes().to(torch.int32)), bits).cpu()
 
 
 class _Heads(nn.Module):
@@ -195,7 +217,7 @@ def _attention(
 AttentionInterface.register(_ATTENTION, _attention)
 
 # Learning rates of p, of Adam's steps; measured with 100 steps of 8 × 1024 tokens on smollm2-135m, then probed.
-RATES = {"biases": 2e-3, "clips": 3e-3, "gains": 2e-3, "scales": 1e-3}
+RATES = {"biases": 2e-3, "clips": 3e-3, "gains": 2e-3, "roundings": 8e-2, "scales": 1e-3}
 
 
 class Student:
@@ -236,6 +258,7 @@ class Student:
         self.norm = norm.to(device, dtype)
         self.trained: dict[str, Trained] = {}  # by name in the model, in order
         self.clips: dict[str, list[Trained]] = {}  # likewise, by site of `RuntimeConfig.clips`, then block
+        self.rounded: dict[str, StudentLinear] = {}  # whose integers move, by name in the model
         self.blocks = [self._block(index, tensors) for index, tensors in enumerate(blocks)]
         self.through_blocks = ThroughBlocks(source, recompute)
 
@@ -246,9 +269,10 @@ class Student:
         return nn.functional.rms_norm(hidden, self.norm.shape, self.norm, self.source.eps)
 
     @property
-    def moving(self) -> list[Trained]:
+    def moving(self) -> list[Trained | TrainedIntegers]:
         """All that is trained."""
-        return [*self.trained.values(), *(clip for clips in self.clips.values() for clip in clips)]
+        clips = (clip for clips in self.clips.values() for clip in clips)
+        return [*self.trained.values(), *clips, *(layer.codes for layer in self.rounded.values() if layer.codes)]
 
     @torch.no_grad()
     def clip_ratios(self) -> dict[str, list[float]]:
@@ -259,8 +283,9 @@ class Student:
         """The trained tensors of a block, by their names in the model, as the checkpoint is to keep them."""
         prefix = f"{self.source.graph.blocks}.{index}."
         chosen = {name: trained for name, trained in self.trained.items() if name.startswith(prefix)}
+        codes = {f"{name}.qweight": layer.packed() for name, layer in self.rounded.items() if name.startswith(prefix)}
         with torch.no_grad():
-            return {name: trained().to(trained.stored).cpu() for name, trained in chosen.items()}
+            return codes | {name: trained().to(trained.stored).cpu() for name, trained in chosen.items()}
 
     def _block(self, index: int, tensors: Mapping[str, Tensor]) -> nn.Module:
         graph, spec = self.source.graph, self.runtime.heads(index)
@@ -313,7 +338,10 @@ class Student:
             elif name in graph.linears:
                 site = graph.norm_before(name) or name
                 grid = UNQUANTIZED if name in readers else self.runtime.activations(site, index)
-                block.set_submodule(name, self._linear(module, name, grid, trained, clip(site, grid)))
+                linear = self._linear(module, name, grid, trained, clip(site, grid))
+                block.set_submodule(name, linear)
+                if isinstance(linear, StudentLinear) and linear.codes is not None:
+                    self.rounded[prefix + name] = linear
         attention = block.get_submodule(graph.attention)
         attention.config._attn_implementation = _ATTENTION  # type: ignore[union-attr]
         bias: Any = None if key_bias is None else block.get_submodule(str(graph.key)).left_out
@@ -341,4 +369,8 @@ class Student:
         unit = float(sizes.sum(1).mean().sqrt())
         scale = None if module.weight is not None else trained(f"{name}.scales", "scales")
         bias = None if module.bias is None else trained(f"{name}.bias", "biases", unit)
-        return StudentLinear(module, scale, bias, grid, self.product, self.keep, clip)
+        codes = None
+        if "roundings" in self.parts and module.weight is None:
+            ends = module.weights.grid
+            codes = TrainedIntegers(module.codes().to(torch.int16), ends.lowest, ends.highest, RATES["roundings"])
+        return StudentLinear(module, scale, bias, grid, self.product, self.keep, clip, codes)

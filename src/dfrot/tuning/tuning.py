@@ -1,17 +1,19 @@
-"""Tuning: once the integers are frozen, what is continuous is trained end to end.
+"""Tuning: once weights are rounded, what is continuous is trained end to end, and on demand which way they are rounded.
 
 The objective is the KL divergence from the unquantized model's next-token distribution, with gradients straight through
 the quantizers of activations, keys and values. What can be trained:
 
-    biases   of all linear layers of the decoder blocks, made where there are none
-    clips    ratios by which the ranges of activations, keys and values are cut, by block
-    scales   of their weights
-    gains    of the blocks' norms, those behind writers too, in the basis in which they stand after folding
+    biases      of all linear layers of the decoder blocks, made where there are none
+    clips       ratios by which the ranges of activations, keys and values are cut, by block
+    gains       of the blocks' norms, those behind writers too, in the basis in which they stand after folding
+    roundings   the integers of weights, each of which moves once gradients that agree have asked for it
+    scales      of the weights
 
 Why biases: massive activations act as constant biases of attention and of the MLP (Sun et al. 2024, arXiv 2402.17762).
 Quantization disturbs these constants in every layer, and an explicit bias gives them back. Matching each layer's mean
 output does not; it takes the end-to-end objective. Related: EfficientQAT trains step sizes with the integers frozen
-(arXiv 2407.11062), Norm Tweaking trains norms (2309.02784), OmniQuant clip ratios block by block (2308.13137).
+(arXiv 2407.11062), Norm Tweaking trains norms (2309.02784), OmniQuant clip ratios block by block (2308.13137), AdaRound
+(2004.10568) and AutoRound (2309.05516) roundings layer by layer and block by block.
 """
 
 import dataclasses
@@ -24,8 +26,12 @@ from dfrot.system.errors import UserError
 from dfrot.system.options import Options
 from dfrot.training.teacher import HELD_TOKENS, LOGITS, product_bytes, windows_at_once
 
-_COPIES = 8  # float32 numbers for one that is trained: start, value, gradient, Adam's two, best, and what lies between
-PARTS = ("biases", "clips", "gains", "scales")
+# Float32 numbers for one that is trained: start, value, gradient, rate, bound, Adam's two, best, and a copy of four of
+# them while they are saved or read again.
+_COPIES = 12
+_SAVED = 4 * 4  # bytes on disk for each: value, Adam's two, best
+PARTS = ("biases", "clips", "gains", "roundings", "scales")
+CONTINUOUS = tuple(part for part in PARTS if part != "roundings")
 STEPS = 200
 
 
@@ -37,7 +43,8 @@ class Needs(NamedTuple):
     product: int  # of one of them there
     window: int  # more memory for each window of which stays for the backward pass what the blocks compute
     at_once: int  # windows that are computed together on a CPU
-    disk: int  # the teacher's states, and those between blocks while they are made
+    disk: int  # for every process: the teacher's states, and those between blocks while they are made
+    state: int  # on disk, too, once: what a run is resumed from, twice while one file replaces another
 
     def affordable(self, budget: int, at_once: int, product: int) -> tuple[bool, bool]:
         """Whether integers, each as wide as `product`, and whether what so many windows need backward, are to stay: if
@@ -52,7 +59,7 @@ class Needs(NamedTuple):
         return self.least + integers * self.integers + states * self.at_once * self.window
 
 
-NOTHING = Needs(0, 0, 1, 0, 0, 0)
+NOTHING = Needs(0, 0, 1, 0, 0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,7 @@ class Tuning(Options):
     """What is trained after rounding, and for how long. Make one with `Tuning.parse`."""
 
     parts: tuple[str, ...] = ()
-    """Of biases, clips, gains and scales, in this order; empty: nothing is trained."""
+    """Of biases, clips, gains, roundings and scales, in this order; empty: nothing is trained."""
     steps: int = STEPS
     """Steps of Adam, beside those that choose the learning rate."""
     tokens: int = 1024
@@ -93,8 +100,8 @@ class Tuning(Options):
         """From the words of the command line.
 
         Args:
-            words: all, none, parts joined by commas, or auto: biases where activations have at most 4 bits and weights
-                are `fitted` to calibration data, else none.
+            words: all (that is continuous), none, parts joined by commas, or auto: biases where activations have at
+                most 4 bits and weights are `fitted` to calibration data, else none.
             window: tokens of one, if that is not given and it is less than the default.
             given: the other fields; None means not given.
 
@@ -103,7 +110,8 @@ class Tuning(Options):
         """
         parts = {word.strip() for word in words.split(",") if word.strip()}
         given = {name: value for name, value in given.items() if value is not None}
-        absent = {} if spec.weights.enabled and spec.weights.integer else {"scales": "weights"}
+        integers = spec.weights.enabled and spec.weights.integer
+        absent = {} if integers else {"roundings": "weights", "scales": "weights"}
         if not any(grid.enabled and grid.integer for grid in (spec.activations, spec.keys, spec.values)):
             absent["clips"] = "activations, keys and values"
         if not parts or ({"all", "auto", "none"} & parts and len(parts) > 1):
@@ -115,7 +123,7 @@ class Tuning(Options):
                 raise UserError(f"--tune-{min(given).replace('_', '-')} needs --tune, which says what is trained.")
             return Tuning()
         if parts == {"all"}:
-            parts = {part for part in PARTS if part not in absent}
+            parts = {part for part in CONTINUOUS if part not in absent}
         if wrong := sorted(parts & absent.keys()):
             raise UserError(
                 f"--tune {wrong[0]} trains those of {absent[wrong[0]]} quantized to integers, and {spec} has none. The "
@@ -140,9 +148,11 @@ class Tuning(Options):
         weights = sum(rows * columns for rows, columns in sizes.linears.values())
         outputs = sum(rows for rows, _ in sizes.linears.values())
         groups = sum(rows * (columns // (spec.weights.group or columns)) for rows, columns in sizes.linears.values())
-        counts = {"biases": outputs, "clips": 6, "gains": 2 * sizes.hidden, "scales": groups}
-        trained = _COPIES * sum(counts[part] for part in self.parts) + sizes.block - weights + outputs + groups
-        model = sizes.num_blocks * (weights * spec.weights.bits // 8 + 4 * trained)
+        counts = {"biases": outputs, "clips": 6, "gains": 2 * sizes.hidden, "roundings": weights, "scales": groups}
+        moving = sum(counts[part] for part in self.parts)
+        trained = _COPIES * moving + sizes.block - weights + outputs + groups
+        codes = 2 * weights * ("roundings" in self.parts)  # that move are unpacked
+        model = sizes.num_blocks * (weights * spec.weights.bits // 8 + codes + 4 * trained)
         product = product_bytes(sizes.working)
         vocabulary = sizes.vocabulary * sizes.hidden * (sizes.stored + product)
         # numbers that the backward pass of a block reads, as counted: what norms read and hand out, queries and what
@@ -152,6 +162,8 @@ class Tuning(Options):
         kept += 4 * sizes.chosen * sizes.stages[-1][1]
         kept += 2 * sizes.chosen * sizes.hidden * bool(sizes.experts)  # what each expert reads, and makes
         kept += outputs * ("scales" in self.parts) + 2 * sizes.hidden * ("gains" in self.parts)
+        if "roundings" in self.parts:  # what every layer reads
+            kept += 2 * sizes.hidden + sizes.heads + sizes.chosen * sizes.stages[-1][1]
         at_once = windows_at_once("cpu", self.seq_len, self.tokens // self.seq_len)
         window, tokens = 4 * self.seq_len * kept, at_once * self.seq_len
         between = 4 * tokens * sizes.hidden * sizes.num_blocks
@@ -160,11 +172,12 @@ class Tuning(Options):
         seen = self.tokens * self.steps + HELD_TOKENS
         return Needs(
             least=model + vocabulary + between + max(block, logits),
-            integers=product * weights * sizes.num_blocks,
+            integers=0 if codes else product * weights * sizes.num_blocks,
             product=product,
             window=window * (sizes.num_blocks - 1),
             at_once=at_once,
             disk=seen * sizes.hidden * (2 + 4),
+            state=2 * _SAVED * moving * sizes.num_blocks,
         )
 
     def summary(self, notes: dict[str, Any], spec: Spec) -> list[str]:
