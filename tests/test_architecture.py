@@ -43,7 +43,7 @@ FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 CORE = ("linalg", "quant", "models", "transform", "methods", "rounding", "checkpoint", "runtime", "pipeline", "system")
 # From here on the whole grows by whole capabilities only, each of which names its lines in the CHANGELOG.
 CORE_BUDGET = 9_621
-BUDGET = 18_996
+BUDGET = 18_997
 
 
 def modules() -> Iterator[tuple[str, Path, ast.Module]]:

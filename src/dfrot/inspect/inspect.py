@@ -34,7 +34,7 @@ from dfrot.methods.sensitivity import kl_divergences
 from dfrot.models.source import Source, open_source
 from dfrot.models.stream import BlockRunner, captured_inputs
 from dfrot.models.texts import load_tokenizer, read_text
-from dfrot.pipeline.recipe import Recipe
+from dfrot.pipeline.recipe import Calibration, Recipe
 from dfrot.pipeline.run import calibration_tokens
 from dfrot.quant.affine import dequantize
 from dfrot.quant.spec import Spec, TensorSpec
@@ -84,7 +84,7 @@ def inspect(
     device = usable_device(device)
     if not rotations or not set(rotations) <= ROTATIONS.keys():
         raise UserError(f"rotations are some of {', '.join(ROTATIONS)}; got {', '.join(rotations) or 'none at all'}.")
-    length = min(seq_len, 2048)
+    length = min(seq_len, Calibration.seq_len)
     words: Any = {"calib": text, "calib_tokens": seq_len // length * length, "calib_seq_len": length, "seed": seed}
     recipes = {
         name: Recipe.parse(method, "rtn", spec, preset=preset, **words, **options)

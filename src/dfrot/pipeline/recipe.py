@@ -169,7 +169,7 @@ class Recipe(Options):
             fits = fitted.reads_all_text or fits_weights
             least = max(1, fitted.sequences_read) * (calib_seq_len or ROTATION_TOKENS)
             tokens = max(WEIGHT_TOKENS if fits else ROTATION_TOKENS, least)
-        seq_len = calib_seq_len if calib_seq_len is not None else min(tokens, 2048)
+        seq_len = calib_seq_len if calib_seq_len is not None else min(tokens, Calibration.seq_len)
         calibration = Calibration.checked(text=calib, tokens=tokens, seq_len=seq_len)
         if rest := calibration.tokens % calibration.seq_len:
             whole = calibration.tokens - rest
