@@ -165,5 +165,5 @@ def test_losses_on_a_model_are_those_of_its_own_inputs(
 
 def test_fewer_tokens_than_channels_are_warned_of(tiny: Callable[[str], Path], text_file: Path, tmp_path: Path) -> None:
     recipe = Recipe.parse("none", "gptq", tune="none", calib=str(text_file), calib_tokens=70, calib_seq_len=35)
-    with pytest.warns(UserWarning, match=r"70 calibration tokens are few .* mlp.down_proj has 80 inputs.* 640"):
+    with pytest.warns(UserWarning, match=r"70 calibration tokens are few .* mlp.down_proj has 80 inputs.* 665 or more"):
         dfrot.quantize(tiny("llama"), recipe, tmp_path / "out")
