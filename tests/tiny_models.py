@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     LlamaConfig,
     MistralConfig,
     Phi3Config,
@@ -93,6 +94,29 @@ def _traced() -> dict[str, PreTrainedConfig]:
 
 TRACED = _traced()
 
+_TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+_PICTURES = {**_TOWER, "image_size": 16, "patch_size": 8}
+_QWEN_TOWER = {"depth": 1, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64}
+_ROPE = {"rope_type": "default", "rope_theta": 1e4}
+# Models of text and pictures: what is special about the config of their text, and that of the rest.
+MULTIMODAL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "gemma3": (
+        {"model_type": "gemma3_text", "sliding_window": 8, "query_pre_attn_scalar": 32},
+        {"vision_config": {**_PICTURES, "model_type": "siglip_vision_model"}, "mm_tokens_per_image": 4},
+    ),
+    "llava": ({"model_type": "llama"}, {"vision_config": {**_PICTURES, "model_type": "clip_vision_model"}}),
+    "mistral3": ({"model_type": "mistral"}, {"vision_config": {**_PICTURES, "model_type": "pixtral", "head_dim": 8}}),
+    "qwen2_5_vl": (
+        {"head_dim": 16, "rope_parameters": {**_ROPE, "mrope_section": [2, 3, 3]}},
+        {"vision_config": _QWEN_TOWER},
+    ),
+    "qwen3_vl": (
+        {"rope_parameters": {**_ROPE, "mrope_section": [4, 6, 6]}},
+        {"vision_config": {**_QWEN_TOWER, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}},
+    ),
+    "smolvlm": ({"model_type": "llama"}, {"vision_config": _PICTURES}),
+}
+
 
 def write_tiny_model(
     name: str, folder: Path, dtype: torch.dtype = torch.float32, head_dim: int | None = None, **changed: Any
@@ -103,14 +127,25 @@ def write_tiny_model(
         head_dim: one like it with larger heads.
         changed: of its config.
     """
-    generator = torch.Generator().manual_seed(1)
     config = (CONFIGS | TRACED)[name]
     kind = type(config)
     if head_dim is not None:
         width = {"hidden_size": 4 * head_dim} if kind in (Qwen2Config, Phi3Config) else {}
         changed = {"head_dim": head_dim, **width, **changed}
     config = kind(**{**config.to_diff_dict(), **changed})
-    model = AutoModelForCausalLM.from_config(config)
+    return write_at_random(AutoModelForCausalLM.from_config(config), folder, dtype)
+
+
+def write_multimodal_model(name: str, folder: Path, **changed: Any) -> Path:
+    """Write the tiny model `name` of text and pictures; `changed`: of the text's config."""
+    text, others = MULTIMODAL[name]
+    config = CONFIG_MAPPING[name](text_config={**_WIDE, **text, **changed}, **others)
+    return write_at_random(AutoModelForImageTextToText.from_config(config), folder)
+
+
+def write_at_random(model: Any, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """Draw the model's weights, and write it with a tokenizer of single characters."""
+    generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)

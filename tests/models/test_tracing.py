@@ -1,5 +1,6 @@
 """Architectures without a table: what is traced of them is proved, or refused by name."""
 
+import contextlib
 import functools
 import itertools
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from gguf import MODEL_ARCH, GGUFWriter, get_tensor_name_map
 from safetensors.torch import load_file
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.cohere.modeling_cohere import CohereLayerNorm
 from transformers.models.cohere2.modeling_cohere2 import Cohere2LayerNorm
 
@@ -75,6 +77,20 @@ def test_tracing_proposes_the_table_of_every_known_architecture(architecture: st
 def test_what_is_not_supported_is_refused_by_the_module_in_the_way(architecture: str) -> None:
     with pytest.raises(UserError, match=REFUSED[architecture]):
         graph_for(CONFIG_MAPPING[architecture](**SIZES))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_architecture_of_transformers_is_traced_or_refused_in_words() -> None:
+    traced = set()
+    for architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        try:
+            config = CONFIG_MAPPING[architecture]()
+        except Exception:  # some have no default
+            continue
+        with contextlib.suppress(UserError):
+            traced_graph(config)
+            traced.add(architecture)
+    assert CONFIGS.keys() <= traced
 
 
 @every_traced

@@ -15,9 +15,9 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from dfrot.models.configs import building, check_shapes, config_json, read_config, silent_transformers
-from dfrot.models.files import StoredTensor, stored_tensors
-from dfrot.models.graph import graph_for
+from dfrot.models.configs import building, check_shapes, config_json, silent_transformers
+from dfrot.models.files import StoredTensor
+from dfrot.models.multimodal import from_pretrained, read_language_model
 from dfrot.models.source import locate
 from dfrot.models.texts import load_tokenizer
 from dfrot.runtime.config import FORMAT, RuntimeConfig
@@ -160,21 +160,19 @@ def load(model: str | Path, *, device: Device = "cpu", dtype: torch.dtype | None
     else:
         usable_device(device)
     path = locate(str(model))
-    checkpoint, config = read_checkpoint(path), read_config(path)
-    graph_for(config)
+    checkpoint, found = read_checkpoint(path), read_language_model(path)
+    config, stored = found.config, found.stored
     if checkpoint is not None:
         config.quantization_config = checkpoint  # read once, for the check below and for transformers
-    stored = stored_tensors(path)
     # transformers allocates in the shapes of the config before it compares: a small file must not ask for gigabytes
     with building(path):
         skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         if checkpoint is not None:
             install_(skeleton, checkpoint.runtime)
     check_shapes(path, skeleton.state_dict(), stored)
-    options = {"config": config, "dtype": dtype or "auto", "device_map": device_map, "output_loading_info": True}
     try:
         with silent_transformers():
-            loaded, report = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, **options)
+            loaded, report = from_pretrained(path, found, dtype=dtype or "auto", device_map=device_map)
     except Exception as error:  # transformers raises errors of many kinds for files that do not fit together
         raise UserError(f"{path} cannot be loaded: {error}") from error
     if wrong := {kind: sorted(names) for kind, names in report.items() if names}:

@@ -112,6 +112,9 @@ class Quantize:
             if source.graph.traced:
                 told = f"'{source.config.model_type}' has no table; what was traced of its blocks is proved on the way"
                 err.print(told, style="dim", highlight=False)
+            if source.part_of:
+                told = f"'{source.part_of}' is a model of text and more; its language model alone is quantized"
+                err.print(told, style="dim", highlight=False)
             expected = Estimate.of(source, recipe, memory, processes, self.check_source)
             if expected.tight:
                 keep_freed_memory(largest=1 << 27)  # half the peak for twice the time, as measured
@@ -236,6 +239,7 @@ class Info:
             found = {"model_type": source.config.model_type, "traced": source.graph.traced}
             found |= {"blocks": source.num_blocks, "parameters": sum(map(math.prod, shapes))}
             found |= {"dtype": str(source.dtype).removeprefix("torch."), "quantized": False}
+            found |= {"part_of": source.part_of} if source.part_of else {}
         out.print_json(json.dumps(found))
 
     def _machine(self) -> None:

@@ -21,9 +21,8 @@ from transformers.utils.generic import flatten_dict
 
 from dfrot.checkpoint.load import read_checkpoint
 from dfrot.kernels.library import backend
-from dfrot.models.configs import read_config
-from dfrot.models.files import stored_tensors
 from dfrot.models.graph import head_dim, kv_heads
+from dfrot.models.multimodal import read_language_model
 from dfrot.models.texts import NAMED
 from dfrot.quant.packing import packed_width
 from dfrot.quant.spec import UNQUANTIZED, TensorSpec
@@ -225,12 +224,12 @@ def model_size(path: Path) -> dict[str, int | float]:
         kv_bytes_per_token: keys and values of one token in all layers.
         unquantized_kv_bytes_per_token: the same at 16 bits.
     """
-    config = read_config(path)
-    checkpoint = read_checkpoint(path)
+    checkpoint, model = read_checkpoint(path), read_language_model(path)
+    config = model.config
     spec, blocks = checkpoint.runtime.spec if checkpoint else None, range(config.num_hidden_layers)
     cached = [checkpoint.runtime.heads(block).keys if checkpoint else UNQUANTIZED for block in blocks]
     total = entries = decoder_bytes = decoder_weights = 0
-    for name, tensor in stored_tensors(path).items():
+    for name, tensor in model.stored.items():
         total += tensor.nbytes
         entries += tensor.shape.numel()
         if ".layers." in name and len(tensor.shape) == 2:  # a weight, or the codes, scales and zero points of one

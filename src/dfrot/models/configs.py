@@ -39,9 +39,10 @@ def read_config(path: Path) -> Config:
     """The config of a model directory. Raises UserError if it cannot be read, or needs code, which is never run."""
     record, most = config_json(path), 10_000
     # transformers makes a list or modules of so many items: a small file must not ask for gigabytes
-    for name in {"num_hidden_layers", "num_labels"} & record.keys():
-        if not isinstance(record[name], int) or record[name] > most:
-            raise UserError(f"{path / 'config.json'} has {name} {record[name]!r}; it is an integer, at most {most}.")
+    for part in (record, *(value for value in record.values() if isinstance(value, dict))):
+        for name in {"num_hidden_layers", "num_labels"} & part.keys():
+            if not isinstance(part[name], int) or part[name] > most:
+                raise UserError(f"{path / 'config.json'} has {name} {part[name]!r}; it is an integer, at most {most}.")
     if not isinstance(record.get("quantization_config") or {}, dict):
         raise UserError(f"{path / 'config.json'} has a quantization_config that is no JSON object.")
     try:

@@ -20,10 +20,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from dfrot.models.configs import building, check_blocks, check_config, check_extent, check_tensors, read_config
+from dfrot.models.configs import building, check_blocks, check_config, check_extent, check_tensors
 from dfrot.models.experts import use_experts_
-from dfrot.models.files import StoredTensor, of_module, stored_tensors
+from dfrot.models.files import StoredTensor, of_module
 from dfrot.models.graph import Config, ModelGraph, graph_for
+from dfrot.models.multimodal import read_language_model
 from dfrot.models.norms import norm_eps, use_torch_norms_
 from dfrot.system.errors import SetupError, UserError
 
@@ -115,6 +116,7 @@ class Source:
     # in already, and in `config` they are 1.
     embedding_factor: float = 1.0
     head_factor: float = 1.0
+    part_of: str = ""  # `model_type` of the multimodal model that it is the language model of
 
     @property
     def num_blocks(self) -> int:
@@ -268,9 +270,8 @@ def open_source(model: str, *, unpack: bool = True) -> Source:
         nbytes = 4 * sum(shape.numel() for shape in shapes.values())
         return replace(_described(packed.path, config, stored), unpacking=nbytes)
     path = locate(model)
-    config = read_config(path)
-    graph_for(config)  # an architecture that cannot be read is refused whatever its weights are
-    return _described(path, config, stored_tensors(path))
+    found = read_language_model(path)
+    return replace(_described(path, found.config, found.stored), part_of=found.part_of)
 
 
 def _described(path: Path, config: Config, stored: dict[str, StoredTensor]) -> Source:

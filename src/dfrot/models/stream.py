@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 from transformers.masking_utils import create_sliding_window_causal_mask
 
 from dfrot.models.configs import silent_transformers
+from dfrot.models.multimodal import read_language_model, whole_from_pretrained
 from dfrot.models.source import Source
 from dfrot.system.errors import UserError
 
@@ -130,7 +130,7 @@ def require_same_logits(source: Source) -> None:
     ours = logits_by_blocks(source, tokens)
     try:
         with silent_transformers():
-            model = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32, trust_remote_code=False)
+            model = whole_from_pretrained(source.path, read_language_model(source.path), dtype=torch.float32)
             expected = model.eval()(tokens, use_cache=False).logits
     except Exception as error:  # transformers raises errors of many kinds for files that do not fit together
         raise UserError(f"{source.path} cannot be loaded by transformers: {error}") from error

@@ -66,13 +66,15 @@ def _of_record(record: str, model_type: str) -> ModelGraph:
             model: Any = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", trust_remote_code=False)
     except Exception as error:  # there is no end to the errors that a config can cause
         raise _Refusal(f"transformers makes no model of it ({error!r})") from error
+    if missing := [name for name in _FIELDS if not hasattr(config, name)]:
+        raise _Refusal(f"its config has no {missing[0]}")
     try:
         use_experts_(model, config)
     except ValueError as error:
         raise _Refusal(str(error)) from error
     names = {id(module): name for name, module in model.named_modules()}
     decoder: Any = model.base_model
-    lists = [module for module in decoder.modules() if isinstance(module, nn.ModuleList)]
+    lists = [module for module in decoder.modules() if isinstance(module, nn.ModuleList) and len(module)]
     if not lists or decoder is model:
         raise _Refusal("its model has no list of blocks")
     blocks, embedding = lists[0], model.get_input_embeddings()
@@ -91,8 +93,6 @@ def _of_record(record: str, model_type: str) -> ModelGraph:
         if id(module) not in known and next(module.parameters(), None) is not None:
             raise _Refusal(f"'{names[id(module)]}' is a {type(module).__name__} outside of the blocks")
     kind = _kind(final[0], names[id(final[0])])
-    if missing := [name for name in _FIELDS if not hasattr(config, name)]:
-        raise _Refusal(f"its config has no {missing[0]}")
     if capped := [
         name for name in ("attn_logit_softcapping", "final_logit_softcapping") if getattr(config, name, None)
     ]:

@@ -55,7 +55,9 @@ class QuantizeResult:
 
     def summary(self) -> list[str]:
         """What is worth saying of it, in sentences."""
+        whole = self.notes.get("part_of")
         return [
+            *([f"the language model of {whole}, without the rest: it reads text alone"] if whole else []),
             *self.recipe.method.summary(self.notes),
             *key_means.summary(self.notes.get("key_means", {})),
             *self.recipe.rounding.summary(self.notes.get("weights_by_block", [])),
@@ -132,6 +134,7 @@ def quantize(
         windows = tuning_windows(source, recipe.tuning, recipe.calibration.text, recipe.seed)
         began = time.perf_counter()
         transforms, notes = _fitted(on, recipe, writer, reuse)
+        notes |= {"part_of": source.part_of} if source.part_of else {}
         fitted = time.perf_counter()
         blocks = _depended_on_by_blocks(on, recipe, transforms)
         if (other := reuse.checkpoint(blocks)) is not None:

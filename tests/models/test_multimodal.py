@@ -1,0 +1,152 @@
+"""Of a model of text and pictures the language model is quantized; the authority is the whole model in transformers."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
+
+import dfrot
+from dfrot.evaluation.record import model_size
+from dfrot.models.source import open_source
+from dfrot.models.stream import logits_by_blocks, require_same_logits
+from dfrot.system.errors import UserError
+from tests.tiny_models import MULTIMODAL, write_multimodal_model
+
+TOKENS = torch.arange(1, 49).view(2, 24)
+every_model = pytest.mark.parametrize("name", MULTIMODAL)
+
+
+@pytest.fixture(scope="module")
+def multimodal(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    made: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in made:
+            made[name] = write_multimodal_model(name, tmp_path_factory.mktemp(name))
+        return made[name]
+
+    return get
+
+
+@torch.no_grad()
+def of_the_whole(path: Path) -> torch.Tensor:
+    return AutoModelForImageTextToText.from_pretrained(path).eval()(TOKENS).logits
+
+
+def close(found: torch.Tensor, expected: torch.Tensor, bound: float) -> bool:
+    return bool((found - expected).norm() < bound * expected.norm())
+
+
+@every_model
+def test_text_alone_has_the_logits_that_the_whole_model_has(multimodal: Callable[[str], Path], name: str) -> None:
+    path = multimodal(name)
+    source, expected = open_source(str(path)), of_the_whole(path)
+    assert source.part_of == name
+    assert close(logits_by_blocks(source, TOKENS), expected, 1e-6)
+    assert close(dfrot.load(path)[0](TOKENS).logits, expected, 1e-6)
+    require_same_logits(source)
+
+
+@every_model
+def test_the_checkpoint_is_a_language_model_and_its_folds_leave_logits_alone(
+    multimodal: Callable[[str], Path], tmp_path: Path, name: str
+) -> None:
+    path = multimodal(name)
+    recipe = dfrot.Recipe.parse("quarot", "rtn", "w16a16kv16")
+    made = dfrot.quantize(path, recipe, tmp_path / "out").path
+    config = json.loads((made / "config.json").read_text())
+    assert not {"vision_config", "text_config"} & config.keys()
+    assert config["architectures"][0].endswith("ForCausalLM")
+    assert close(dfrot.load(made)[0](TOKENS).logits, of_the_whole(path), 1e-5)
+
+
+def test_in_four_bits_it_says_that_the_rest_is_left_out(multimodal: Callable[[str], Path], tmp_path: Path) -> None:
+    path = multimodal("gemma3")
+    result = dfrot.quantize(path, dfrot.Recipe.parse("quarot", "rtn", "w4a4kv4", tune="none"), tmp_path / "out")
+    assert "the language model of gemma3, without the rest: it reads text alone" in result.summary()
+    model, tokenizer = dfrot.load(result.path)
+    assert model.generate(**tokenizer("ab", return_tensors="pt"), max_new_tokens=3, min_new_tokens=3).shape[1] == 5
+
+
+@every_model
+def test_its_size_is_that_of_the_language_model(multimodal: Callable[[str], Path], name: str) -> None:
+    path = multimodal(name)
+    stored = open_source(str(path)).stored
+    assert model_size(path)["weight_bytes"] == sum(tensor.nbytes for tensor in stored.values())
+
+
+def changed(path: Path, to: Path, tensors: Callable[[dict[str, Any]], Any], **config: Any) -> Path:
+    to.mkdir()
+    found = load_file(path / "model.safetensors")
+    tensors(found)
+    save_file(found, to / "model.safetensors", {"format": "pt"})
+    record = json.loads((path / "config.json").read_text())
+    (to / "config.json").write_text(json.dumps(record | config))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (to / name).write_bytes((path / name).read_bytes())
+    return to
+
+
+def test_one_that_is_quantized_already_is_refused(multimodal: Callable[[str], Path], tmp_path: Path) -> None:
+    path = changed(
+        multimodal("llava"), tmp_path / "new", lambda found: None, quantization_config={"quant_method": "gptq"}
+    )
+    with pytest.raises(UserError, match="is quantized already"):
+        open_source(str(path))
+
+
+def test_a_tensor_of_the_language_model_without_place_is_named(
+    multimodal: Callable[[str], Path], tmp_path: Path
+) -> None:
+    more = {"language_model.model.layers.0.extra.weight": torch.ones(3), "vision_tower.extra": torch.ones(3)}
+    path = changed(multimodal("llava"), tmp_path / "new", lambda found: found.update(more))
+    with pytest.raises(UserError, match=r"hold 'model\.layers\.0\.extra\.weight'"):
+        open_source(str(path))
+
+
+def test_without_the_language_model_it_is_refused(multimodal: Callable[[str], Path], tmp_path: Path) -> None:
+    embedding = "language_model.model.embed_tokens.weight"
+    path = changed(multimodal("llava"), tmp_path / "new", lambda found: found.pop(embedding))
+    with pytest.raises(UserError, match=r"hold 0 tensors .…embed_tokens\.weight."):
+        open_source(str(path))
+
+
+def test_one_that_computes_something_else_as_a_whole_is_refused(
+    multimodal: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_source(str(multimodal("llava")))
+    whole = transformers.LlavaForConditionalGeneration.forward
+
+    def twice(self: Any, *args: Any, **words: Any) -> Any:
+        made = whole(self, *args, **words)
+        made.logits = 2 * made.logits
+        return made
+
+    monkeypatch.setattr(transformers.LlavaForConditionalGeneration, "forward", twice)
+    with pytest.raises(UserError, match="computes something else here than in transformers"):
+        require_same_logits(source)
+
+
+def test_a_decoder_that_transformers_has_no_language_model_of_is_named(
+    multimodal: Callable[[str], Path], tmp_path: Path
+) -> None:
+    record = json.loads((multimodal("qwen3_vl") / "config.json").read_text())
+    record["model_type"] = "qwen3_vl_moe"
+    record["text_config"]["model_type"] = "qwen3_vl_moe_text"
+    path = changed(multimodal("qwen3_vl"), tmp_path / "new", lambda found: None, **record)
+    with pytest.raises(UserError, match=r"'qwen3_vl_moe'.* no language model 'qwen3_vl_moe_text'"):
+        open_source(str(path))
+
+
+def test_a_huge_number_of_layers_in_the_text_is_refused(multimodal: Callable[[str], Path], tmp_path: Path) -> None:
+    record = json.loads((multimodal("llava") / "config.json").read_text())
+    record["text_config"]["num_hidden_layers"] = 10**9
+    path = changed(multimodal("llava"), tmp_path / "new", lambda found: None, **record)
+    with pytest.raises(UserError, match="num_hidden_layers 1000000000; it is an integer"):
+        open_source(str(path))
