@@ -84,7 +84,7 @@ def main() -> None:
     lines = []
     for model in given.models:
         out = given.out / Path(model).stem
-        rows = recipes(given, open_source(model, unpack=False).graph.rotates_stream)
+        rows = recipes(given, open_source(model, fetch=False).graph.rotates_stream)
         measurement = Measurement(tuple(given.ppl), max_tokens=given.max_tokens, against=model)
         with LiveTable(list(rows.values()), console) as table:
             how: dict[str, Any] = {"device": given.device, "on_trial": table.on_trial}

@@ -153,20 +153,20 @@ def test_a_plan_and_a_refusal_unpack_nothing(
     assert main([*words, "--spec", "w4g7a4kv4"]) == 2
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(SetupError, match="unpacked; the disk of"):
-        open_source(str(file), unpack=False)
+        open_source(str(file), fetch=False)
     assert not (tmp_path / "cache").exists()
     assert not (tmp_path / "out").exists()
 
 
 def test_what_is_unpacked_is_what_was_planned(made: Made) -> None:
     _, file = made("qwen3")
-    planned, unpacked = open_source(str(file), unpack=False), open_source(str(file))
-    assert planned.unpacking == sum(tensor.nbytes for tensor in unpacked.stored.values())
-    assert (unpacked.unpacking, len({tensor.file for tensor in unpacked.stored.values()})) == (0, 2 + 3)
+    planned, unpacked = open_source(str(file), fetch=False), open_source(str(file))
+    assert planned.pending == sum(tensor.nbytes for tensor in unpacked.stored.values())
+    assert (unpacked.pending, len({tensor.file for tensor in unpacked.stored.values()})) == (0, 2 + 3)
     assert {name: tensor.shape for name, tensor in planned.stored.items()} == {
         name: tensor.shape for name, tensor in unpacked.stored.items()
     }
-    assert open_source(str(file), unpack=False).unpacking == 0
+    assert open_source(str(file), fetch=False).pending == 0
 
 
 def test_info_says_what_a_gguf_file_is(made: Made, capsys: pytest.CaptureFixture[str]) -> None:

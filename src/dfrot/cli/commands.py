@@ -37,8 +37,7 @@ from dfrot.cli.flags import (
     parse_size,
 )
 from dfrot.evaluation.record import model_size
-from dfrot.gguf.reader import EMBEDDED
-from dfrot.models.source import locate, open_source
+from dfrot.models.source import locate, open_source, pending
 from dfrot.pipeline.estimate import Estimate
 from dfrot.pipeline.recipe import Recipe
 from dfrot.pipeline.run import quantize, require_fitting
@@ -108,7 +107,7 @@ class Quantize:
             out.quiet = console.quiet = True
         with processes.joined(device):
             recipe, memory = self.recipe(), None if self.memory is None else parse_size(self.memory)
-            source = open_source(self.model, unpack=False)
+            source = open_source(self.model, fetch=False)
             if source.graph.traced:
                 told = f"'{source.config.model_type}' has no table; what was traced of its blocks is proved on the way"
                 err.print(told, style="dim", highlight=False)
@@ -228,13 +227,15 @@ class Info:
 
         if self.model is None:
             return self._machine()
-        packed = self.model in EMBEDDED or self.model.endswith(".gguf")
-        path = Path() if packed else locate(self.model)
-        checkpoint = None if packed else read_checkpoint(path)
+        coming = pending(self.model)
+        folder = Path(self.model).expanduser() if coming is None else coming.folder
+        known = coming is None or (folder / "config.json").is_file()
+        checkpoint = read_checkpoint(folder) if known else None
         if checkpoint is not None:
-            found: dict[str, Any] = {"recipe": checkpoint.recipe, "size": model_size(path), "backend": backend()}
+            size = model_size(locate(self.model))
+            found: dict[str, Any] = {"recipe": checkpoint.recipe, "size": size, "backend": backend()}
         else:
-            source = open_source(self.model, unpack=False)
+            source = open_source(self.model, fetch=False)
             shapes = [tensor.shape for tensor in source.stored.values()]
             found = {"model_type": source.config.model_type, "traced": source.graph.traced}
             found |= {"blocks": source.num_blocks, "parameters": sum(map(math.prod, shapes))}
@@ -266,7 +267,7 @@ class Models:
         if self.model is not None:
             from dfrot.models.tracing import table_of
 
-            source = open_source(self.model, unpack=False)
+            source = open_source(self.model, fetch=False)
             return out.print(table_of(source.graph, source.config.model_type), markup=False, soft_wrap=True)
         table = Table("model_type", "models", "linear layers of a block")
         for model_type, graph in GRAPHS.items():

@@ -22,8 +22,11 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from dfrot.gguf.header import PackedTensor, read_header, unpacked
 from dfrot.gguf.keys import CLASSES, FACTORS, config_of
+from dfrot.models.files import StoredTensor
 from dfrot.models.graph import Config, ModelGraph, graph_for
-from dfrot.models.source import Packed
+from dfrot.models.multimodal import LanguageModel
+from dfrot.models.pending import Pending
+from dfrot.models.source import open_source
 from dfrot.system.errors import SetupError, UserError
 from dfrot.system.files import cache_dir, translate_io_errors
 from dfrot.system.progress import console, track
@@ -51,7 +54,7 @@ def found(model: str) -> "GgufModel | None":
     return GgufModel(path) if path.suffix == ".gguf" and path.is_file() else None
 
 
-class GgufModel(Packed):
+class GgufModel(Pending):
     """A GGUF file. Its keys and tensors are all accounted for once they are asked for.
 
     Raises:
@@ -59,14 +62,20 @@ class GgufModel(Packed):
         SetupError: the package gguf is not installed.
     """
 
+    comes = "unpacked from GGUF"
+
     def __init__(self, path: Path) -> None:
         self.path, self.folder = path, unpacked_folder(path)
-        self.is_unpacked = (self.folder / "config.json").is_file()
 
     @property
-    def described(self) -> tuple[Config, dict[str, torch.Size]]:
+    def is_there(self) -> bool:
+        return (self.folder / "config.json").is_file()
+
+    @property
+    def described(self) -> LanguageModel:
         config, tensors = self.read
-        return config, {name: tensor.shape for name, tensor in tensors.items()}
+        stored = {name: StoredTensor(self.path, name, each.shape, torch.float32) for name, each in tensors.items()}
+        return LanguageModel(config, stored)
 
     @functools.cached_property
     def read(self) -> tuple[Config, dict[str, PackedTensor]]:
@@ -94,11 +103,9 @@ class GgufModel(Packed):
 
     @property
     def nbytes(self) -> int:
-        """Of all tensors, unpacked."""
-        return 4 * sum(tensor.shape.numel() for tensor in self.read[1].values())
+        return self.described.nbytes
 
     def require_disk(self) -> None:
-        """Raise SetupError if the cache's disk does not hold the unpacked model."""
         folder = next(folder for folder in (cache_dir(), *cache_dir().parents) if folder.is_dir())
         if self.nbytes > (free := shutil.disk_usage(folder).free):
             raise SetupError(
@@ -106,14 +113,14 @@ class GgufModel(Packed):
                 f"{free / 1e9:.2f} GB. Make room, or set DFROT_CACHE to a folder on another disk."
             )
 
-    def unpack(self) -> None:
+    def fetch(self) -> None:
         """Write the safetensors directory, whole or not at all; memory holds one decoder block in float32.
 
         Raises:
             UserError: transformers cannot read the tokenizer, or the package gguf a tensor's type.
             SetupError: the cache cannot be written.
         """
-        self.require_disk()
+        open_source(str(self.path), fetch=False)  # its errors come before the work, those of the disk among them
         target = self.folder
         console.print(f"unpacking {self.path.name} to {self.nbytes / 1e9:.2f} GB, once (kept in {cache_dir()})")
         with translate_io_errors(cache_dir()):

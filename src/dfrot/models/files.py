@@ -11,7 +11,7 @@ from dfrot.system.errors import SetupError, UserError
 from dfrot.system.files import read_json
 
 INDEX_FILE = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
+SINGLE_FILE = "model.safetensors"
 # The dtypes that dfrot reads, as safetensors names them.
 _DTYPES = {
     **{"BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I32": torch.int32, "I64": torch.int64},
@@ -44,19 +44,16 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
     Raises:
         UserError: there are no safetensors weights, or a shard is missing, truncated or outside the directory.
     """
-    if (path / _SINGLE).is_file():
-        return tensors_in(path / _SINGLE)
-    if (path / INDEX_FILE).is_file():
-        weight_map = read_json(path / INDEX_FILE).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-            raise UserError(f"{path / INDEX_FILE} is not an index of safetensors shards.")
+    if (path / SINGLE_FILE).is_file():
+        return tensors_in(path / SINGLE_FILE)
+    if (names := weight_map(path)) is not None:
         present = {file.name for file in path.iterdir()}  # plain names, so no shard lies outside the directory
-        if absent := set(weight_map.values()) - present:
+        if absent := set(names.values()) - present:
             raise UserError(f"{INDEX_FILE} names the shard '{min(absent)}', which is not a file in {path}.")
         found: dict[str, StoredTensor] = {}
-        for shard in sorted(set(weight_map.values())):
+        for shard in sorted(set(names.values())):
             held = tensors_in(path / shard)
-            if lacking := {name for name, where in weight_map.items() if where == shard} - held.keys():
+            if lacking := {name for name, where in names.items() if where == shard} - held.keys():
                 raise UserError(f"{INDEX_FILE} says that {shard} holds '{min(lacking)}', which it does not.")
             if twice := held.keys() & found.keys():
                 first = found[min(twice)].file.name
@@ -68,7 +65,24 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
             f"{path} has its weights in pickle files ({pickles[0]}), which can run code when they are read and are "
             "refused. Convert them to safetensors on a machine you can lose, or take a revision that has safetensors."
         )
-    raise UserError(f"{path} has no safetensors weights ({_SINGLE} or {INDEX_FILE}).")
+    raise UserError(f"{path} has no safetensors weights ({SINGLE_FILE} or {INDEX_FILE}).")
+
+
+def weight_map(path: Path) -> dict[str, str] | None:
+    """Which shard has which tensor, as an index says; None without one. Raises UserError if it is no index."""
+    if not (path / INDEX_FILE).is_file():
+        return None
+    found = read_json(path / INDEX_FILE).get("weight_map")
+    if not isinstance(found, dict) or not all(isinstance(shard, str) for shard in found.values()):
+        raise UserError(f"{path / INDEX_FILE} is not an index of safetensors shards.")
+    return found
+
+
+def dtype_named(dtype: str, tensor: str, path: Path) -> torch.dtype:
+    """The dtype that safetensors calls so. Raises UserError for one that dfrot does not read."""
+    if dtype not in _DTYPES:
+        raise UserError(f"the tensor '{tensor}' in {path} has the dtype {dtype}, which dfrot does not read.")
+    return _DTYPES[dtype]
 
 
 def tensors_in(path: Path) -> dict[str, StoredTensor]:
@@ -77,12 +91,10 @@ def tensors_in(path: Path) -> dict[str, StoredTensor]:
     with open_safetensors(path) as file:
         for name in file.keys():  # noqa: SIM118 — safe_open is no mapping
             piece = file.get_slice(name)
-            shape, dtype = piece.get_shape(), piece.get_dtype()
-            if dtype not in _DTYPES:
-                raise UserError(f"the tensor '{name}' in {path} has the dtype {dtype}, which dfrot does not read.")
+            shape, dtype = piece.get_shape(), dtype_named(piece.get_dtype(), name, path)
             if max(shape, default=0) >= 2**63:  # possible if another dimension is 0; torch.Size would overflow
                 raise UserError(f"the tensor '{name}' in {path} has the shape {tuple(shape)}.")
-            found[name] = StoredTensor(path, name, torch.Size(shape), _DTYPES[dtype])
+            found[name] = StoredTensor(path, name, torch.Size(shape), dtype)
     return found
 
 

@@ -3,7 +3,9 @@
 It is what dfrot quantizes of such a model, and what comes out is a language model without the rest.
 """
 
+import functools
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +32,7 @@ class LanguageModel(NamedTuple):
         stored: its tensors, by the names that the config's class of transformers gives them.
         part_of: `model_type` of the model that it is a part of; "" if it is the whole.
         key_mapping: for transformers' `from_pretrained`, what turns names in files into those names.
+        nbytes: of all tensors.
     """
 
     config: Config
@@ -37,19 +40,26 @@ class LanguageModel(NamedTuple):
     part_of: str = ""
     key_mapping: dict[str, str] | None = None
 
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.stored.values())
 
-def read_language_model(path: Path) -> LanguageModel:
+
+def read_language_model(path: Path, read_stored: Callable[[], dict[str, StoredTensor]] | None = None) -> LanguageModel:
     """The language model in `path`, whole or as a part of a multimodal one. No tensor is read.
+
+    Args:
+        read_stored: describes the tensors; None: those that lie in `path`.
 
     Raises:
         UserError: config or files cannot be read; its architecture is not known, or transformers has none such alone.
     """
-    config = read_config(path)
+    config, read = read_config(path), read_stored or functools.partial(stored_tensors, path)
     if "text_config" not in type(config).sub_configs:
         graph_for(config)  # an architecture that cannot be read is refused whatever its weights are
-        return LanguageModel(config, stored_tensors(path))
+        return LanguageModel(config, read())
     text = _text_config(path, config)
-    graph, stored = graph_for(text), stored_tensors(path)
+    graph, stored = graph_for(text), read()
     inner = graph.embedding.removeprefix(f"{graph.decoder}.") + ".weight"
     found = [name.removesuffix(inner) for name in stored if f".{name}".endswith(f".{inner}")]
     if len(found) != 1:

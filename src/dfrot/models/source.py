@@ -4,7 +4,6 @@ Opening a source reads no weight. Its blocks are built from the safetensors file
 that memory is bounded by one decoder block, whatever the size of the model.
 """
 
-import abc
 import copy
 import hashlib
 import math
@@ -13,9 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import huggingface_hub
 import torch
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -24,40 +21,35 @@ from dfrot.models.configs import building, check_blocks, check_config, check_ext
 from dfrot.models.experts import use_experts_
 from dfrot.models.files import StoredTensor, of_module
 from dfrot.models.graph import Config, ModelGraph, graph_for
-from dfrot.models.multimodal import read_language_model
+from dfrot.models.hub import hub_model
+from dfrot.models.multimodal import LanguageModel, read_language_model
 from dfrot.models.norms import norm_eps, use_torch_norms_
-from dfrot.system.errors import SetupError, UserError
+from dfrot.models.pending import FORMATS, Pending
+from dfrot.system.errors import UserError
 
 M = TypeVar("M", bound=nn.Module)
 
 
-class Packed(abc.ABC):
-    """A model in a file of another format, which is unpacked once to a directory that transformers can load."""
+def pending(model: str) -> Pending | None:
+    """What MODEL is, if it is no directory: a file of another format, an alias of one, or a hub id.
 
-    path: Path
-    folder: Path  # where it is unpacked, or will be
-    is_unpacked: bool
-
-    @property
-    @abc.abstractmethod
-    def described(self) -> tuple[Config, Mapping[str, torch.Size]]:
-        """Its config, and by transformers' names the shapes of the tensors, which are float32 once unpacked."""
-
-    @abc.abstractmethod
-    def require_disk(self) -> None:
-        """Raise SetupError if the disk does not hold the unpacked model."""
-
-    @abc.abstractmethod
-    def unpack(self) -> None:
-        """Write the directory, whole or not at all."""
-
-
-# Called with MODEL. A ring that reads files of another format registers here, so that the core does not know of it.
-FORMATS: list[Callable[[str], Packed | None]] = []
-
-
-def _packed(model: str) -> Packed | None:
-    return next((packed for found in FORMATS if (packed := found(model)) is not None), None)
+    Raises:
+        UserError: there is no such model.
+        SetupError: the hub cannot be reached.
+    """
+    if (found := next((made for read in FORMATS if (made := read(model)) is not None), None)) is not None:
+        return found
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return None
+    if path.is_file():
+        raise UserError(f"a model file ends in .gguf, got {path}. Give a .gguf file or a directory.")
+    if model.count("/") != 1 or model.startswith((".", "/", "~")):  # not the form of a hub id
+        raise UserError(
+            f"there is no model at '{model}'. MODEL is a directory with safetensors weights, a .gguf file, "
+            "a hub id such as 'meta-llama/Llama-2-7b-hf', or smollm2-135m."
+        )
+    return hub_model(model)
 
 
 def locate(model: str) -> Path:
@@ -67,33 +59,12 @@ def locate(model: str) -> Path:
         UserError: there is no such model, or a GGUF file holds none that is known.
         SetupError: the hub cannot be reached; a GGUF file cannot be unpacked.
     """
-    if (packed := _packed(model)) is not None:
-        if not packed.is_unpacked:
-            open_source(model, unpack=False)  # its errors come before the work
-            packed.unpack()
-        return packed.folder
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path
-    if path.is_file():
-        raise UserError(f"a model file ends in .gguf, got {path}. Give a .gguf file or a directory.")
-    if model.count("/") != 1 or model.startswith((".", "/", "~")):  # not the form of a hub id
-        raise UserError(
-            f"there is no model at '{model}'. MODEL is a directory with safetensors weights, a .gguf file, "
-            "a hub id such as 'meta-llama/Llama-2-7b-hf', or smollm2-135m."
-        )
-    try:
-        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # no pickles, no code
-        return Path(huggingface_hub.snapshot_download(model, allow_patterns=patterns))
-    except GatedRepoError as error:
-        raise UserError(f"'{model}' is gated: accept its licence on the hub, then `hf auth login`.") from error
-    except RepositoryNotFoundError as error:
-        raise UserError(f"the hub has no model '{model}', and there is no such directory.") from error
-    except OSError as error:
-        raise SetupError(
-            f"'{model}' is neither a local directory nor in the local cache, and the hub cannot be reached. "
-            "Give a local directory, a .gguf file or smollm2-135m."
-        ) from error
+    found = pending(model)
+    if found is None:
+        return Path(model).expanduser()
+    if not found.is_there:
+        found.fetch()
+    return found.folder
 
 
 @dataclass(frozen=True)
@@ -111,11 +82,12 @@ class Source:
     graph: ModelGraph
     stored: dict[str, StoredTensor]
     skeleton: nn.Module  # the transformers model on the meta device, with SDPA attention and torch.nn.RMSNorm norms
-    unpacking: int = 0  # bytes that a GGUF file takes once it is unpacked, which is to come
     # Granite's and Cohere's factors, of what embedding and head put out. In the matrices as they are read here they are
     # in already, and in `config` they are 1.
     embedding_factor: float = 1.0
     head_factor: float = 1.0
+    pending: int = 0  # bytes that are still to come into `path`
+    comes: str = ""  # how they come, as a participle
     part_of: str = ""  # `model_type` of the multimodal model that it is the language model of
 
     @property
@@ -253,35 +225,34 @@ def loaded(module: M, tensors: dict[str, Tensor]) -> M:
     return module.eval().requires_grad_(False)
 
 
-def open_source(model: str, *, unpack: bool = True) -> Source:
+def open_source(model: str, *, fetch: bool = True) -> Source:
     """Open MODEL, as `locate` finds it, without reading its weights (but those that its config says are tied).
 
     Args:
-        unpack: a GGUF file, if that has not been done; else only describe what it will be, which suffices for a plan.
+        fetch: a GGUF file or the Hub's, if that has not been done; else only describe what will be there, which
+            suffices for a plan.
 
     Raises:
         UserError: no such model, an unknown architecture, weights that are missing, truncated or pickled.
         SetupError: the hub cannot be reached; a GGUF file cannot be unpacked.
     """
-    if not unpack and (packed := _packed(model)) is not None and not packed.is_unpacked:
-        packed.require_disk()
-        config, shapes = packed.described
-        stored = {name: StoredTensor(packed.path, name, shape, torch.float32) for name, shape in shapes.items()}
-        nbytes = 4 * sum(shape.numel() for shape in shapes.values())
-        return replace(_described(packed.path, config, stored), unpacking=nbytes)
+    if not fetch and (coming := pending(model)) is not None and not coming.is_there:
+        found = coming.described
+        coming.require_disk()
+        return replace(_described(coming.path, found), pending=found.nbytes, comes=coming.comes)
     path = locate(model)
-    found = read_language_model(path)
-    return replace(_described(path, found.config, found.stored), part_of=found.part_of)
+    return _described(path, read_language_model(path))
 
 
-def _described(path: Path, config: Config, stored: dict[str, StoredTensor]) -> Source:
+def _described(path: Path, model: LanguageModel) -> Source:
     """A source whose config and tensors fit each other."""
+    config, stored = model.config, model.stored
     check_config(path, config)
     graph = graph_for(config)
     stored = {of_module(config.model_type, name): tensor for name, tensor in stored.items()}
     check_extent(path, config, graph, stored)
     one, other = f"{graph.embedding}.weight", f"{graph.head}.weight"
-    if config.tie_word_embeddings and one in stored and other in stored:
+    if config.tie_word_embeddings and one in stored and other in stored and stored[one].file.is_file():
         # as transformers does: only matrices that are equal are one
         config.tie_word_embeddings = torch.equal(stored[one].read().float(), stored[other].read().float())
     with building(path):
@@ -291,7 +262,7 @@ def _described(path: Path, config: Config, stored: dict[str, StoredTensor]) -> S
     check_tensors(path, skeleton, graph, stored)
     use_torch_norms_(skeleton, graph)
     factors = _without_factors_(config)
-    return Source(path, config, graph, stored, skeleton.eval(), 0, *factors)
+    return Source(path, config, graph, stored, skeleton.eval(), *factors, part_of=model.part_of)
 
 
 def _wide(tensor: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:

@@ -51,7 +51,8 @@ class Estimate:
     warning: str | None = None  # the rounding's, about so much calibration text
     check: int = 0  # peak memory of comparing the source with transformers first; 0: that is left out
     tuning: Needs = NOTHING
-    unpacking: int = 0  # written to the cache: a GGUF file, unpacked. A block takes more memory later than here
+    pending: int = 0  # of the source, still to come into a cache. A block takes more memory later than that does
+    comes: str = ""  # how
 
     @staticmethod
     def of(
@@ -108,7 +109,8 @@ class Estimate:
             warning=recipe.rounding.warning(sizes) if recipe.fits_weights else None,
             check=check if check_source == "always" or (check_source == "auto" and check <= budget) else 0,
             tuning=tuning,
-            unpacking=source.unpacking,
+            pending=source.pending,
+            comes=source.comes,
         )
 
     @property
@@ -166,7 +168,7 @@ class Estimate:
         if self.check:
             kept += f", {_gb(self.check)} while the source is checked"
         offloaded = f", and {_gb(self.disk - self.checkpoint)} until it is done" * (self.disk > self.checkpoint)
-        cached = f"\nexpected in the cache {_gb(self.unpacking)}, unpacked from GGUF and kept" if self.unpacking else ""
+        cached = f"\nexpected in the cache {_gb(self.pending)}, {self.comes} and kept" if self.pending else ""
         return (
             f"{self.blocks} blocks of {self.block_weights / 1e6:.1f} million weights, {_gb(self.block_bytes)} each\n"
             f"expected peak memory {_gb(max(self.memory, self.check))} of {_gb(self.budget)}{states}{kept}{each}\n"

@@ -109,13 +109,13 @@ def quantize(
     there, path = usable_device(device), Path(out)
     if check_source not in ("never", "auto", "always"):
         raise UserError(f"check_source is never, auto or always, got {check_source!r}.")
-    source = open_source(str(model), unpack=False)
+    source = open_source(str(model), fetch=False)
     require_fitting(source, recipe, processes)
     estimate = Estimate.of(source, recipe, memory, processes, check_source)
     estimate.require_room(path)
     if estimate.warning:
         warnings.warn(estimate.warning, stacklevel=2)
-    if source.unpacking:
+    if source.pending:
         source = open_source(str(model))
     load_tokenizer(source.path)  # a model without one is refused before the work, not after it
     if estimate.check:
