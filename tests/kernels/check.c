@@ -28,6 +28,8 @@ void dfrot_scale(int isa, int threads, const void *x, int dtype, int64_t rows, i
                  const float *bias, void *out, int made);
 void dfrot_divergence(int isa, int threads, void *student, const void *teacher, int dtype, int64_t rows, int64_t n,
                       int slopes, float share, double *found);
+void dfrot_clip_errors(int isa, int threads, const float *x, int64_t rows, int64_t n, const float *scale, const float *zero,
+                       int64_t clips, float lowest, float highest, double *errors);
 
 static uint64_t state = 1;
 static float uniform(void) { /* −1 … 1 */
@@ -165,6 +167,17 @@ static void check_training(int isa, int64_t n) {
     free(x), free(y), free(scale), free(out), free(found);
 }
 
+static void check_clip(int isa, int64_t n) {
+    float *x = random_floats(3 * n), *scale = exact(6 * sizeof *scale);
+    double *errors = exact(6 * sizeof *errors);
+    for (int i = 0; i < 6; i++) scale[i] = i < 3 ? 1 : 0.01f; /* with steps of 1 nothing of −1 … 1 is off by more than 1/2 */
+    dfrot_clip_errors(isa, 2, x, 3, n, scale, NULL, 2, -8, 7, errors);
+    for (int i = 0; i < 3; i++)
+        CHECK(errors[i] >= 0 && errors[i] < 0.2 * n && errors[i + 3] < n, "clip: isa %d, %ld entries\n", isa, (long)n);
+    dfrot_clip_errors(isa, 2, x, 3, n, scale, scale, 2, 0, 15, errors);
+    free(x), free(scale), free(errors);
+}
+
 static void check_rotate(int isa) {
     enum { N = 96 };
     float *matrix = random_floats(12 * 12), *x = random_floats(3 * N), *y = exact(3 * N * sizeof *y);
@@ -266,7 +279,7 @@ int main(void) {
         }
         check_linear(isa, 193, 5632, 300, 4, 5632, 0); /* wider than what stays near, and more than a run */
         check_rotate(isa);
-        for (int64_t n = 1; n < 40; n += 6) check_backward(isa, n, n % 4 == 1), check_training(isa, n);
+        for (int64_t n = 1; n < 40; n += 6) check_backward(isa, n, n % 4 == 1), check_training(isa, n), check_clip(isa, n);
         check_attention(isa, 4, 32, 1, 1);
         check_attention(isa, 4, 64, 130, 2);
         check_attention(isa, 8, 128, 300, 1);

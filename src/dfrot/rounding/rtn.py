@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dfrot.kernels.clip import clip_errors, supported
 from dfrot.models.sizes import ModelSizes
 from dfrot.quant.affine import SCALE_DTYPE, QParams, choose_qparams, quantize
 from dfrot.quant.clip import search_clip
@@ -48,5 +49,6 @@ def weight_qparams(weight: Float[Tensor, "out in"], spec: TensorSpec) -> QParams
     if spec.largest is None:
         spec = spec.holding(weight.abs().max())
     if spec.clip_ratio is None:
-        return search_clip(weight, spec.grid, spec.weight_granularity, SCALE_DTYPE)
+        errors = clip_errors if supported(weight, spec.grid) else None
+        return search_clip(weight, spec.grid, spec.weight_granularity, SCALE_DTYPE, errors)
     return choose_qparams(weight, spec.grid, spec.weight_granularity, spec.clip_ratio, SCALE_DTYPE)

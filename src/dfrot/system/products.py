@@ -17,15 +17,35 @@ from torch.overrides import TorchFunctionMode
 P = ParamSpec("P")
 T = TypeVar("T")
 FEW = 16  # rows, below which reading the weight is what takes the time
+_ROWS = 1024  # of a product that is added to something, so that little of it stands beside that
+_SMALL = 1 << 20  # multiplications, below which a product is not worth the way to oneDNN
+_MATMUL = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
 
 
-class OneDNNLinear(TorchFunctionMode):
-    """Within it `torch.nn.functional.linear` multiplies by oneDNN what is float32, on the CPU and has no gradient."""
+class OneDNNProducts(TorchFunctionMode):
+    """Within it `linear`, `@` and `addmm_` multiply by oneDNN what is float32, on the CPU and has no gradient."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is nn.functional.linear and not kwargs and _suits(*args):
-            return torch.ops.mkldnn._linear_pointwise(*args, *[None] * (3 - len(args)), "none", [], "")
+        if not kwargs:
+            if func is nn.functional.linear and _suits(*args):
+                return _product(*args)
+            if func in _MATMUL and _worth(*args):
+                return _product(args[0], args[1].T)
+            if func is Tensor.addmm_ and _plain(args[0]) and _worth(*args[1:]):
+                for rows, of_them in zip(args[0].split(_ROWS), args[1].split(_ROWS), strict=True):
+                    rows.add_(_product(of_them, args[2].T))
+                return args[0]
         return func(*args, **(kwargs or {}))
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def _worth(x: Any, y: Any) -> bool:
+    """Whether x y is a product for oneDNN."""
+    matrices = isinstance(x, Tensor) and isinstance(y, Tensor) and x.dim() > 1 and y.dim() == 2
+    return matrices and x.numel() * y.shape[1] >= _SMALL and _suits(x, y.T)
 
 
 def _suits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
@@ -64,7 +84,7 @@ def with_fast_products(function: Callable[P, T]) -> Callable[P, T]:
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
         if not onednn_is_faster():
             return function(*args, **kwargs)
-        with OneDNNLinear():
+        with OneDNNProducts():
             return function(*args, **kwargs)
 
     return wrapped
