@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
 
 @dataclass
 class Hub:
@@ -25,6 +23,7 @@ class Hub:
     url: str = ""
     sent: dict[str, int] = field(default_factory=dict)
     gated: set[str] = field(default_factory=set)
+    commit: str = 40 * "a"
 
 
 @contextlib.contextmanager
@@ -56,7 +55,7 @@ def serving(**folders: Path) -> Iterator[Hub]:
             rest, folder = path.removeprefix(name).strip("/").split("/"), hub.folders[name]
             if rest[0] in ("", "revision"):
                 files = [{"rfilename": str(file.relative_to(folder))} for file in folder.rglob("*") if file.is_file()]
-                return self.answer(200, json.dumps({"id": name, "sha": COMMIT, "siblings": files}).encode())
+                return self.answer(200, json.dumps({"id": name, "sha": hub.commit, "siblings": files}).encode())
             if rest[0] == "tree":
                 listed = [
                     {"type": "file", "path": str(file.relative_to(folder)), "size": file.stat().st_size, "oid": "0"}
@@ -66,9 +65,9 @@ def serving(**folders: Path) -> Iterator[Hub]:
                 return self.answer(200, json.dumps(listed).encode())
             file = folder / "/".join(rest[2:])  # resolve, revision, file
             if not file.is_file():
-                return self.answer(404, X_Error_Code="EntryNotFound", X_Repo_Commit=COMMIT)
+                return self.answer(404, X_Error_Code="EntryNotFound", X_Repo_Commit=hub.commit)
             content = file.read_bytes()
-            about = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X_Repo_Commit": COMMIT}
+            about = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X_Repo_Commit": hub.commit}
             whole, status = len(content), 200
             if (asked := self.headers.get("Range")) is not None:
                 first, _, last = asked.removeprefix("bytes=").partition("-")

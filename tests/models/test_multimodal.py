@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,13 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 import dfrot
 from dfrot.evaluation.record import model_size
 from dfrot.models.source import open_source
 from dfrot.models.stream import logits_by_blocks, require_same_logits
+from dfrot.pipeline.estimate import Estimate
 from dfrot.system.errors import UserError
 from tests.tiny_models import MULTIMODAL, write_multimodal_model
 
@@ -77,8 +79,56 @@ def test_in_four_bits_it_says_that_the_rest_is_left_out(multimodal: Callable[[st
 @every_model
 def test_its_size_is_that_of_the_language_model(multimodal: Callable[[str], Path], name: str) -> None:
     path = multimodal(name)
-    stored = open_source(str(path)).stored
-    assert model_size(path)["weight_bytes"] == sum(tensor.nbytes for tensor in stored.values())
+    tensors = load_file(path / "model.safetensors")
+    others = ("vision", "visual", "multi_modal", "connector")
+    of_text = [tensor for key, tensor in tensors.items() if not any(other in key for other in others)]
+    assert (
+        model_size(path)["weight_bytes"]
+        == sum(tensor.nbytes for tensor in of_text)
+        < sum(tensor.nbytes for tensor in tensors.values())
+    )
+    source = open_source(str(path))
+    assert len(source.rest) + len(source.stored) == len(tensors)
+
+
+@every_model
+def test_what_was_loaded_can_be_saved_as_a_language_model(
+    multimodal: Callable[[str], Path], tmp_path: Path, name: str
+) -> None:
+    dfrot.load(multimodal(name))[0].save_pretrained(tmp_path / "saved")
+    saved, report = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", output_loading_info=True)
+    assert not any(report.values())
+    assert close(saved.eval()(TOKENS).logits, of_the_whole(multimodal(name)), 1e-6)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_of_its_own_is_read_whatever_the_whole_says_of_ties(
+    multimodal: Callable[[str], Path], tmp_path: Path, tied: bool
+) -> None:
+    path = changed(multimodal("llava"), tmp_path / "new", lambda found: None, tie_word_embeddings=tied)
+    found = open_source(str(path))
+    assert not found.tied
+    assert torch.equal(found.head(), load_file(path / "model.safetensors")["language_model.lm_head.weight"])
+
+
+def test_tokens_that_end_a_text_and_an_older_chat_template_are_kept(
+    multimodal: Callable[[str], Path], tmp_path: Path
+) -> None:
+    path = changed(multimodal("gemma3"), tmp_path / "new", lambda found: None, eos_token_id=[1, 7])
+    config = json.loads((path / "config.json").read_text())
+    del config["text_config"]["eos_token_id"]
+    (path / "config.json").write_text(json.dumps(config))
+    (path / "chat_template.json").write_text('{"chat_template": "{{ messages }}"}')
+    made = dfrot.quantize(path, dfrot.Recipe.parse("quarot", "rtn", tune="none"), tmp_path / "out").path
+    model, tokenizer = dfrot.load(made)
+    assert model.config.eos_token_id == [1, 7]
+    assert tokenizer.chat_template == "{{ messages }}"
+
+
+def test_the_check_of_a_source_counts_the_whole_model(multimodal: Callable[[str], Path]) -> None:
+    source, recipe = open_source(str(multimodal("llava"))), dfrot.Recipe.parse("quarot", "rtn")
+    alone = Estimate.of(replace(source, rest=()), recipe, check_source="always")
+    assert Estimate.of(source, recipe, check_source="always").check > alone.check > 0
 
 
 def changed(path: Path, to: Path, tensors: Callable[[dict[str, Any]], Any], **config: Any) -> Path:
@@ -146,7 +196,7 @@ def test_a_decoder_that_transformers_has_no_language_model_of_is_named(
 
 def test_a_huge_number_of_layers_in_the_text_is_refused(multimodal: Callable[[str], Path], tmp_path: Path) -> None:
     record = json.loads((multimodal("llava") / "config.json").read_text())
-    record["text_config"]["num_hidden_layers"] = 10**9
+    record["text_config"] |= {"deeper": [{"num_hidden_layers": 10**9}]}
     path = changed(multimodal("llava"), tmp_path / "new", lambda found: None, **record)
     with pytest.raises(UserError, match="num_hidden_layers 1000000000; it is an integer"):
         open_source(str(path))

@@ -37,7 +37,7 @@ from dfrot.cli.flags import (
     parse_size,
 )
 from dfrot.evaluation.record import model_size
-from dfrot.models.source import locate, open_source, pending
+from dfrot.models.source import open_source, pending
 from dfrot.pipeline.estimate import Estimate
 from dfrot.pipeline.recipe import Recipe
 from dfrot.pipeline.run import quantize, require_fitting
@@ -232,7 +232,7 @@ class Info:
         known = coming is None or (folder / "config.json").is_file()
         checkpoint = read_checkpoint(folder) if known else None
         if checkpoint is not None:
-            size = model_size(locate(self.model))
+            size = model_size(folder, None if coming is None or coming.is_there else coming.described)
             found: dict[str, Any] = {"recipe": checkpoint.recipe, "size": size, "backend": backend()}
         else:
             source = open_source(self.model, fetch=False)

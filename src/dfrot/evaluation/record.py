@@ -22,7 +22,7 @@ from transformers.utils.generic import flatten_dict
 from dfrot.checkpoint.load import read_checkpoint
 from dfrot.kernels.library import backend
 from dfrot.models.graph import head_dim, kv_heads
-from dfrot.models.multimodal import read_language_model
+from dfrot.models.multimodal import LanguageModel, read_language_model
 from dfrot.models.texts import NAMED
 from dfrot.quant.packing import packed_width
 from dfrot.quant.spec import UNQUANTIZED, TensorSpec
@@ -214,8 +214,8 @@ def _commit() -> str | None:
         return None
 
 
-def model_size(path: Path) -> dict[str, int | float]:
-    """Bytes of a model directory.
+def model_size(path: Path, model: LanguageModel | None = None) -> dict[str, int | float]:
+    """Bytes of a model directory, as `model` describes it if its weights are still to come.
 
     Returns:
         weight_bytes: all tensors on disk.
@@ -224,7 +224,7 @@ def model_size(path: Path) -> dict[str, int | float]:
         kv_bytes_per_token: keys and values of one token in all layers.
         unquantized_kv_bytes_per_token: the same at 16 bits.
     """
-    checkpoint, model = read_checkpoint(path), read_language_model(path)
+    checkpoint, model = read_checkpoint(path), model or read_language_model(path)
     config = model.config
     spec, blocks = checkpoint.runtime.spec if checkpoint else None, range(config.num_hidden_layers)
     cached = [checkpoint.runtime.heads(block).keys if checkpoint else UNQUANTIZED for block in blocks]

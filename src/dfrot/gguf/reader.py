@@ -102,14 +102,14 @@ class GgufModel(Pending):
             raise UserError(f"{path} cannot be read as a model: {error}.") from error
 
     @property
-    def nbytes(self) -> int:
+    def to_come(self) -> int:
         return self.described.nbytes
 
     def require_disk(self) -> None:
         folder = next(folder for folder in (cache_dir(), *cache_dir().parents) if folder.is_dir())
-        if self.nbytes > (free := shutil.disk_usage(folder).free):
+        if self.to_come > (free := shutil.disk_usage(folder).free):
             raise SetupError(
-                f"{self.path.name} takes {self.nbytes / 1e9:.2f} GB unpacked; the disk of {cache_dir()} has "
+                f"{self.path.name} takes {self.to_come / 1e9:.2f} GB unpacked; the disk of {cache_dir()} has "
                 f"{free / 1e9:.2f} GB. Make room, or set DFROT_CACHE to a folder on another disk."
             )
 
@@ -122,7 +122,7 @@ class GgufModel(Pending):
         """
         open_source(str(self.path), fetch=False)  # its errors come before the work, those of the disk among them
         target = self.folder
-        console.print(f"unpacking {self.path.name} to {self.nbytes / 1e9:.2f} GB, once (kept in {cache_dir()})")
+        console.print(f"unpacking {self.path.name} to {self.to_come / 1e9:.2f} GB, once (kept in {cache_dir()})")
         with translate_io_errors(cache_dir()):
             target.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=target.parent, prefix=".converting-") as folder:
@@ -153,7 +153,7 @@ class GgufModel(Pending):
             file = f"model-{number:05}-of-{len(shards):05}.safetensors"
             weight_map |= dict.fromkeys(names, file)
             save_file({name: self._tensor(name) for name in names}, folder / file, metadata={"format": "pt"})
-        index = {"metadata": {"total_size": self.nbytes}, "weight_map": weight_map}
+        index = {"metadata": {"total_size": self.to_come}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
         GenerationConfig.from_model_config(config).save_pretrained(folder)
         (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=2))

@@ -39,7 +39,7 @@ def read_config(path: Path) -> Config:
     """The config of a model directory. Raises UserError if it cannot be read, or needs code, which is never run."""
     record, most = config_json(path), 10_000
     # transformers makes a list or modules of so many items: a small file must not ask for gigabytes
-    for part in (record, *(value for value in record.values() if isinstance(value, dict))):
+    for part in _objects(record):
         for name in {"num_hidden_layers", "num_labels"} & part.keys():
             if not isinstance(part[name], int) or part[name] > most:
                 raise UserError(f"{path / 'config.json'} has {name} {part[name]!r}; it is an integer, at most {most}.")
@@ -49,6 +49,14 @@ def read_config(path: Path) -> Config:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # transformers and huggingface_hub raise errors of many kinds for a broken config
         raise UserError(f"{path / 'config.json'} is not a config that transformers can load: {error}") from error
+
+
+def _objects(record: Any) -> Iterator[dict[str, Any]]:
+    """All objects of some JSON, itself among them."""
+    if isinstance(record, dict):
+        yield record
+    for value in record.values() if isinstance(record, dict) else record if isinstance(record, list) else ():
+        yield from _objects(value)
 
 
 @contextlib.contextmanager

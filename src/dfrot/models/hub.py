@@ -1,28 +1,33 @@
 """Models on the Hugging Face Hub: small files and headers first, weights when they are read."""
 
 import contextlib
+import errno
 import functools
+import re
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import torch
 from huggingface_hub.errors import (
-    EntryNotFoundError,
     GatedRepoError,
-    LocalEntryNotFoundError,
+    HFValidationError,
+    HTTPError,
     RepositoryNotFoundError,
+    SafetensorsParsingError,
 )
 
-from dfrot.models.files import SINGLE_FILE, StoredTensor, dtype_named, weight_map
+from dfrot.models.files import INDEX_FILE, SINGLE_FILE, StoredTensor, dtype_named, weight_map
 from dfrot.models.multimodal import LanguageModel, read_language_model
 from dfrot.models.pending import Pending
 from dfrot.system.errors import SetupError, UserError
 
 _SMALL = ["*.json", "*.model", "*.txt", "*.jinja"]  # no pickles, no code
 _AT_ONCE = 16  # requests of headers
+_PLAIN = re.compile(r"[^/\\*?\[\x00]+\.safetensors")
 
 
 @functools.cache
@@ -45,15 +50,39 @@ class HubModel(Pending):
         self.name = name
         with _explained(name):
             self.folder = self.path = Path(huggingface_hub.snapshot_download(name, allow_patterns=_SMALL))
+        if not (self.folder / "config.json").is_file():
+            raise UserError(
+                f"'{name}' has no config.json on the hub. If it holds .gguf files, download one and give its path."
+            )
 
     @functools.cached_property
     def _shards(self) -> list[str]:
+        """Of the weights the files that are read; some repositories have others, too."""
         found = weight_map(self.folder)
-        return [SINGLE_FILE] if found is None else sorted(set(found.values()))
+        whole = found is None or (self.folder / SINGLE_FILE).is_file()  # which comes first where weights are read
+        shards = [SINGLE_FILE] if whole else sorted(set((found or {}).values()))
+        if odd := [shard for shard in shards if not _PLAIN.fullmatch(shard)]:  # the library takes patterns
+            raise UserError(f"{INDEX_FILE} of '{self.name}' names the shard '{odd[0]}', which no safetensors file has.")
+        return shards
 
     @property
     def is_there(self) -> bool:
-        return all((self.folder / shard).is_file() for shard in self._shards)
+        if all((self.folder / shard).is_file() for shard in self._shards):
+            return True
+        if self.to_come:
+            return False
+        self.fetch()  # downloads nothing: another commit has the same files
+        return True
+
+    @functools.cached_property
+    def to_come(self) -> int:
+        with _explained(self.name):
+            files = huggingface_hub.snapshot_download(**self._weights, dry_run=True)
+        return sum(file.file_size or 1 for file in files if file.will_download)
+
+    @property
+    def _weights(self) -> dict[str, Any]:
+        return {"repo_id": self.name, "revision": self.folder.name, "allow_patterns": self._shards}
 
     @functools.cached_property
     def described(self) -> LanguageModel:
@@ -74,37 +103,36 @@ class HubModel(Pending):
         }
 
     def require_disk(self) -> None:
-        nbytes, free = self.described.nbytes, shutil.disk_usage(self.folder).free
-        if nbytes > free:
+        if self.to_come > (free := shutil.disk_usage(self.folder).free):
             raise SetupError(
-                f"'{self.name}' takes {nbytes / 1e9:.2f} GB; the disk of the Hub's cache, {self.folder}, has "
-                f"{free / 1e9:.2f} GB. Make room, or set HF_HOME to a folder on another disk."
+                f"'{self.name}' takes {self.to_come / 1e9:.2f} GB more; the disk of the Hub's cache, {self.folder}, "
+                f"has {free / 1e9:.2f} GB. Make room, or set HF_HOME to a folder on another disk."
             )
 
     def fetch(self) -> None:
-        with _explained(self.name):  # of the weights, those that the index names: some repositories have others, too
-            patterns = [*_SMALL, *self._shards]
-            huggingface_hub.snapshot_download(self.name, revision=self.folder.name, allow_patterns=patterns)
+        with _explained(self.name):
+            huggingface_hub.snapshot_download(**self._weights)
 
 
 @contextlib.contextmanager
 def _explained(name: str) -> Iterator[None]:
     """Say what is wrong when the hub does not give a model; nothing that was sent to it is repeated."""
-    unreachable = SetupError(
-        f"'{name}' is neither a local directory nor in the local cache, and the hub cannot be reached. "
-        "Give a local directory, a .gguf file or smollm2-135m."
-    )
     try:
         yield
-    except UserError:
-        raise
-    except LocalEntryNotFoundError as error:  # which is an EntryNotFoundError, too
-        raise unreachable from error
     except GatedRepoError as error:
         raise UserError(f"'{name}' is gated: accept its licence on the hub, then `hf auth login`.") from error
     except RepositoryNotFoundError as error:
         raise UserError(f"the hub has no model '{name}', and there is no such directory.") from error
-    except EntryNotFoundError as error:
-        raise UserError(f"'{name}' has no safetensors weights on the hub ({SINGLE_FILE} or an index).") from error
-    except Exception as error:  # of the libraries below, each with errors of its own
-        raise unreachable from error
+    except HFValidationError as error:
+        raise UserError(f"'{name}' is no directory, and no name that a model on the hub can have.") from error
+    except SafetensorsParsingError as error:
+        raise UserError(f"'{name}' has a file on the hub that is not a complete safetensors file: {error}") from error
+    except (OSError, HTTPError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise SetupError(f"the disk is full of what was downloaded of '{name}': {error.strerror}.") from error
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        why = "cannot be reached" if status is None else f"answers with status {status}"
+        raise SetupError(
+            f"'{name}' is neither a local directory nor in the local cache, and the hub {why}. "
+            "Give a local directory, a .gguf file or smollm2-135m."
+        ) from error

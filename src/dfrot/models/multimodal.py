@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import transformers
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from dfrot.models.configs import read_config
+from dfrot.models.configs import config_json, read_config
 from dfrot.models.files import StoredTensor, stored_tensors
 from dfrot.models.graph import Config, graph_for
 from dfrot.system.errors import UserError
@@ -31,6 +31,7 @@ class LanguageModel(NamedTuple):
         config: its own.
         stored: its tensors, by the names that the config's class of transformers gives them.
         part_of: `model_type` of the model that it is a part of; "" if it is the whole.
+        rest: the other tensors of that model.
         key_mapping: for transformers' `from_pretrained`, what turns names in files into those names.
         nbytes: of all tensors.
     """
@@ -38,6 +39,7 @@ class LanguageModel(NamedTuple):
     config: Config
     stored: dict[str, StoredTensor]
     part_of: str = ""
+    rest: tuple[StoredTensor, ...] = ()
     key_mapping: dict[str, str] | None = None
 
     @property
@@ -72,16 +74,19 @@ def read_language_model(path: Path, read_stored: Callable[[], dict[str, StoredTe
     if head is not None:
         renamed[_HEAD] = stored[head]
         mapping[f"^{re.escape(head)}$"] = _HEAD
-    return LanguageModel(text, renamed, config.model_type, mapping)
+    taken = {tensor.name for tensor in renamed.values()}
+    rest = tuple(tensor for tensor in stored.values() if tensor.name not in taken)
+    return LanguageModel(text, renamed, config.model_type, rest, mapping)
 
 
 def _text_config(path: Path, config: Config) -> Config:
     """The config of the language model in a multimodal one."""
-    record = config.text_config.to_dict()
+    record, whole = config.text_config.to_dict(), config_json(path)
     model_type = record.pop("model_type")
     if (same := _ON_TEXT.get(model_type)) is not None:
         ropes = record.get("rope_parameters") or {}
-        record["rope_parameters"] = {name: value for name, value in ropes.items() if not name.startswith("mrope_")}
+        apart = ("mrope_section", "mrope_interleaved", "type")
+        record["rope_parameters"] = {name: value for name, value in ropes.items() if name not in apart}
     text = AutoConfig.for_model(same or model_type, **record)
     if (language_model := MODEL_FOR_CAUSAL_LM_MAPPING.get(type(text), None)) is None:
         raise UserError(
@@ -90,8 +95,9 @@ def _text_config(path: Path, config: Config) -> Config:
         )
     text.architectures = [language_model.__name__]
     for name in _OF_THE_WHOLE:
-        value = getattr(config, name, None)
-        if getattr(text, name, None) is None and not (isinstance(value, int) and value >= text.vocab_size):
+        value = getattr(config, name, None) if name == "dtype" else whole.get(name)
+        beyond = isinstance(value, int) and value >= text.vocab_size
+        if value is not None and not beyond and (whole.get("text_config") or {}).get(name) is None:
             setattr(text, name, value)
     return text
 
@@ -102,6 +108,7 @@ def from_pretrained(path: Path, model: LanguageModel, **options: Any) -> tuple[A
     loaded, report = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
     if model.part_of:  # the rest of the whole; a tensor of the part for which there is no place stays in the report
         report["unexpected_keys"] &= model.stored.keys()
+        loaded._weight_conversions = None  # or save_pretrained gives tensors the names that they have in the whole
     return loaded, report
 
 

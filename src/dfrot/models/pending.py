@@ -31,6 +31,11 @@ class Pending(abc.ABC):
     def described(self) -> LanguageModel:
         """What will lie in the directory."""
 
+    @property
+    @abc.abstractmethod
+    def to_come(self) -> int:
+        """Bytes that are missing there."""
+
     @abc.abstractmethod
     def require_disk(self) -> None:
         """Raise SetupError if the disk does not hold it."""

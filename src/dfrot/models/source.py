@@ -89,6 +89,7 @@ class Source:
     pending: int = 0  # bytes that are still to come into `path`
     comes: str = ""  # how they come, as a participle
     part_of: str = ""  # `model_type` of the multimodal model that it is the language model of
+    rest: tuple[StoredTensor, ...] = ()  # the other tensors of that
 
     @property
     def num_blocks(self) -> int:
@@ -239,22 +240,22 @@ def open_source(model: str, *, fetch: bool = True) -> Source:
     if not fetch and (coming := pending(model)) is not None and not coming.is_there:
         found = coming.described
         coming.require_disk()
-        return replace(_described(coming.path, found), pending=found.nbytes, comes=coming.comes)
+        return replace(_described(coming.path, found, readable=False), pending=coming.to_come, comes=coming.comes)
     path = locate(model)
     return _described(path, read_language_model(path))
 
 
-def _described(path: Path, model: LanguageModel) -> Source:
-    """A source whose config and tensors fit each other."""
-    config, stored = model.config, model.stored
+def _described(path: Path, model: LanguageModel, readable: bool = True) -> Source:
+    """A source whose config and tensors fit each other; `readable`: whether tensors can be read already."""
+    config, stored = copy.deepcopy(model.config), model.stored
     check_config(path, config)
     graph = graph_for(config)
     stored = {of_module(config.model_type, name): tensor for name, tensor in stored.items()}
     check_extent(path, config, graph, stored)
     one, other = f"{graph.embedding}.weight", f"{graph.head}.weight"
-    if config.tie_word_embeddings and one in stored and other in stored and stored[one].file.is_file():
-        # as transformers does: only matrices that are equal are one
-        config.tie_word_embeddings = torch.equal(stored[one].read().float(), stored[other].read().float())
+    if config.tie_word_embeddings and one in stored and other in stored:
+        # as transformers does: only matrices that are equal are one; a plan has room for two
+        config.tie_word_embeddings = readable and torch.equal(stored[one].read().float(), stored[other].read().float())
     with building(path):
         skeleton = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", trust_remote_code=False)
         use_experts_(skeleton, config)
@@ -262,7 +263,7 @@ def _described(path: Path, model: LanguageModel) -> Source:
     check_tensors(path, skeleton, graph, stored)
     use_torch_norms_(skeleton, graph)
     factors = _without_factors_(config)
-    return Source(path, config, graph, stored, skeleton.eval(), *factors, part_of=model.part_of)
+    return Source(path, config, graph, stored, skeleton.eval(), *factors, part_of=model.part_of, rest=model.rest)
 
 
 def _wide(tensor: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:

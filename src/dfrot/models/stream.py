@@ -131,7 +131,7 @@ def require_same_logits(source: Source) -> None:
     try:
         with silent_transformers():
             model = whole_from_pretrained(source.path, read_language_model(source.path), dtype=torch.float32)
-            expected = model.eval()(tokens, use_cache=False).logits
+            expected = model.eval()(input_ids=tokens, use_cache=False).logits
     except Exception as error:  # transformers raises errors of many kinds for files that do not fit together
         raise UserError(f"{source.path} cannot be loaded by transformers: {error}") from error
     off, size = float((ours - expected).norm()), float(expected.norm())

@@ -20,9 +20,10 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from dfrot.system.errors import SetupError, UserError
-from dfrot.system.files import parse_json, translate_io_errors
+from dfrot.system.files import parse_json, read_json, translate_io_errors
 
 Split = Literal["train", "test"]
+_FEW_TOKENS = 32  # without files transformers makes some tokenizers of special tokens alone
 NAMED = ("wikitext2", "c4", "pydoc")
 
 
@@ -123,9 +124,13 @@ def _hub_rows(repository: str, config: str | None, split: str, **options: Any) -
 def load_tokenizer(path: Path) -> Any:
     """The tokenizer of a model directory. Raises UserError if there is none, or it cannot be read."""
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # transformers and tokenizers raise errors of many kinds for broken files
         raise UserError(f"{path} has no tokenizer that transformers can load: {error}") from error
+    names = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
+    if len(tokenizer) < _FEW_TOKENS and path.is_dir() and not any((path / name).is_file() for name in names):
+        raise UserError(f"{path} has no tokenizer that transformers can load: none of {', '.join(sorted(names))}.")
+    return tokenizer
 
 
 def copy_tokenizer(path: Path, to: Path) -> None:
@@ -136,6 +141,9 @@ def copy_tokenizer(path: Path, to: Path) -> None:
             tokenizer.save_pretrained(to)
         except ValueError as error:
             raise UserError(f"the tokenizer of {path} cannot be kept: {error}") from error
+        if not tokenizer.chat_template and (older := path / "chat_template.json").is_file():  # as processors had it
+            tokenizer.chat_template = read_json(older).get("chat_template")
+            tokenizer.save_pretrained(to)
         if (settings := path / "generation_config.json").is_file():
             shutil.copyfile(settings, to / settings.name)
 

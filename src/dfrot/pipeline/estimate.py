@@ -96,7 +96,8 @@ class Estimate:
             stages.append(cache.peak_bytes(sizes, recipe.kv_bits_by_block is not None))
         state = sizes.working * sizes.hidden + recipe.rounding.state_bytes(sizes)
         # the whole model in float32, and its files, which are mapped
-        check = int(_SLACK * (_PROCESS + sum(4 * each.shape.numel() + each.nbytes for each in source.stored.values())))
+        every = (*source.stored.values(), *source.rest)
+        check = int(_SLACK * (_PROCESS + sum(4 * each.shape.numel() + each.nbytes for each in every)))
         return Estimate(
             blocks=source.num_blocks,
             block_weights=sum(rows * columns for rows, columns in sizes.linears.values()),
