@@ -42,8 +42,8 @@ FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 # kernels, training and tuning, which it has room for but could do without.
 CORE = ("linalg", "quant", "models", "transform", "methods", "rounding", "checkpoint", "runtime", "pipeline", "system")
 # From here on the whole grows by whole capabilities only, each of which names its lines in the CHANGELOG.
-CORE_BUDGET = 9_981
-BUDGET = 19_393
+CORE_BUDGET = 9_984
+BUDGET = 19_418
 
 
 def modules() -> Iterator[tuple[str, Path, ast.Module]]:

@@ -30,6 +30,9 @@ void dfrot_divergence(int isa, int threads, void *student, const void *teacher, 
                       int slopes, float share, double *found);
 void dfrot_clip_errors(int isa, int threads, const float *x, int64_t rows, int64_t n, const float *scale, const float *zero,
                        int64_t clips, float lowest, float highest, double *errors);
+void dfrot_round_columns(int isa, int threads, float *wanted, float *error, float *codes, const float *taken,
+                         const int64_t *group, const float *scale, const float *zero, int64_t out, int64_t columns,
+                         float lowest, float highest);
 
 static uint64_t state = 1;
 static float uniform(void) { /* −1 … 1 */
@@ -167,7 +170,7 @@ static void check_training(int isa, int64_t n) {
     free(x), free(y), free(scale), free(out), free(found);
 }
 
-static void check_clip(int isa, int64_t n) {
+static void check_rounding(int isa, int64_t n) {
     float *x = random_floats(3 * n), *scale = exact(6 * sizeof *scale);
     double *errors = exact(6 * sizeof *errors);
     for (int i = 0; i < 6; i++) scale[i] = i < 3 ? 1 : 0.01f; /* with steps of 1 nothing of −1 … 1 is off by more than 1/2 */
@@ -175,7 +178,16 @@ static void check_clip(int isa, int64_t n) {
     for (int i = 0; i < 3; i++)
         CHECK(errors[i] >= 0 && errors[i] < 0.2 * n && errors[i + 3] < n, "clip: isa %d, %ld entries\n", isa, (long)n);
     dfrot_clip_errors(isa, 2, x, 3, n, scale, scale, 2, 0, 15, errors);
-    free(x), free(scale), free(errors);
+    float *wanted = random_floats(2 * n), *error = exact((size_t)(2 * n) * 4), *codes = exact((size_t)(2 * n) * 4);
+    float *steps = exact((size_t)n * 4), taken[] = {0, 1, 0, 0};
+    int64_t group[] = {0, 0};
+    memcpy(error, wanted, (size_t)(2 * n) * 4);
+    for (int64_t i = 0; i < n; i++) steps[i] = 0.25f;
+    dfrot_round_columns(isa, 2, wanted, error, codes, taken, group, steps, NULL, n, 2, -8, 7);
+    for (int64_t i = 0; i < 2 * n; i++)
+        CHECK(fabs(error[i]) < 0.26 && codes[i] == rintf(codes[i]), "columns: isa %d, %ld entries\n", isa, (long)n);
+    dfrot_round_columns(isa, 2, wanted, error, codes, taken, group, steps, steps, n, 2, 0, 15);
+    free(x), free(scale), free(errors), free(wanted), free(error), free(codes), free(steps);
 }
 
 static void check_rotate(int isa) {
@@ -279,7 +291,7 @@ int main(void) {
         }
         check_linear(isa, 193, 5632, 300, 4, 5632, 0); /* wider than what stays near, and more than a run */
         check_rotate(isa);
-        for (int64_t n = 1; n < 40; n += 6) check_backward(isa, n, n % 4 == 1), check_training(isa, n), check_clip(isa, n);
+        for (int64_t n = 1; n < 40; n += 6) check_backward(isa, n, n % 4 == 1), check_training(isa, n), check_rounding(isa, n);
         check_attention(isa, 4, 32, 1, 1);
         check_attention(isa, 4, 64, 130, 2);
         check_attention(isa, 8, 128, 300, 1);

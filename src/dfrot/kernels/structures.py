@@ -73,6 +73,7 @@ _VOID = {
     "divergence": (c_int, c_int, c_void_p, c_void_p, c_int, c_int64, c_int64, c_int, c_float, c_void_p),
     "code_sums": (c_void_p, c_int64, c_int64, c_int, c_int64, c_void_p),
     "clip_errors": (c_int, c_int, c_void_p, *[c_int64] * 2, *[c_void_p] * 2, c_int64, c_float, c_float, c_void_p),
+    "round_columns": (c_int, c_int, *[c_void_p] * 7, c_int64, c_int64, c_float, c_float),
     "scale": (*_ROWS, c_int64, *[c_void_p] * 3, c_int),
     "fake_quantize": (c_int, c_int, c_void_p, c_int64, c_int64, POINTER(Grid), c_int, c_void_p),
     "quantize_backward": (c_int, c_int, c_void_p, c_void_p, c_int64, c_int64, POINTER(Grid), c_void_p, c_void_p),

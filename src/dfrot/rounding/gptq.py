@@ -35,6 +35,7 @@ from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
 from dfrot.kernels import cuda
+from dfrot.kernels import rounding as kernels
 from dfrot.models.sizes import ModelSizes
 from dfrot.quant.affine import QParams, dequantize, quantize
 from dfrot.quant.grids import Grid, IntGrid, PerGroup
@@ -245,13 +246,15 @@ def gptq(
     group = factor.order // size
     scale = qparams.scale.T.contiguous()  # (groups, out): all that follows has a column of the weight as one row
     zero = None if qparams.zero is None else qparams.zero.T.contiguous()
-    error = weight.T[factor.order]  # w, and from the top w − ŵ; (in, out)
+    error = weight.T[factor.order].contiguous()  # w, and from the top w − ŵ; (in, out)
     wanted = error.clone()  # w + Σ (w − ŵ) M, and from the top e
     codes = torch.empty_like(error)
     inner, together = _INNER, round_columns
     if weight.dtype == torch.float32 and isinstance(grid, IntGrid) and cuda.computable(weight):
         from dfrot.kernels.cuda.gptq import COLUMNS as inner
         from dfrot.kernels.cuda.gptq import round_columns as together
+    elif kernels.supported(weight, grid):
+        inner, together = kernels.COLUMNS, kernels.round_columns
     for start in range(0, in_features, _OUTER):
         stop = min(start + _OUTER, in_features)
         for first in range(start, stop, inner):

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dfrot.kernels.clip import clip_errors, supported
+from dfrot.kernels.rounding import clip_errors, supported
 from dfrot.models.sizes import ModelSizes
 from dfrot.quant.affine import SCALE_DTYPE, QParams, choose_qparams, quantize
 from dfrot.quant.clip import search_clip

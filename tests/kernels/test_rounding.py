@@ -1,15 +1,15 @@
-"""The kernel of the search for clip ratios: its sums are those of float64, with each instruction set."""
+"""Kernels for rounding weights: what they compute is what float64 does, with each instruction set."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from dfrot.kernels import clip as kernels
+from dfrot.kernels import rounding as kernels
 from dfrot.quant.affine import QParams, qparams_of_range, value_range
 from dfrot.quant.clip import search_clip
 from dfrot.quant.grids import FloatGrid, IntGrid, PerChannel, PerGroup
 from dfrot.quant.spec import Spec
-from dfrot.rounding import rtn
+from dfrot.rounding import gptq, rtn
 
 GRIDS = [IntGrid(bits, symmetric) for bits in (2, 4, 8) for symmetric in (True, False)]
 
@@ -63,3 +63,27 @@ def test_other_grids_and_dtypes_are_searched_by_torch() -> None:
     assert not kernels.supported(weight.double(), IntGrid(4))
     assert not kernels.supported(weight, FloatGrid("e8m0"))
     assert search_clip(weight, IntGrid(4), PerGroup(16), errors=kernels.clip_errors).scale.shape == (2, 2)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("columns", "out"), [(1, 1), (3, 7), (64, 130), (37, 300)])
+def test_columns_are_rounded_one_after_the_other(
+    symmetric: bool, columns: int, out: int, isa: int, generator: torch.Generator
+) -> None:
+    """All numbers are multiples of 1/16, few columns take others' errors: nothing is rounded but to the grid."""
+    grid = IntGrid(4, symmetric)
+    scale = 2.0 ** -torch.randint(0, 3, (2, out), generator=generator)
+    zero = None if symmetric else torch.randint(0, 16, (2, out), generator=generator).float()
+    group = torch.randint(2, (columns + 5,), generator=generator)
+    few = torch.rand(columns + 5, columns + 5, generator=generator) < 0.05
+    upper = few * torch.randint(-1, 2, few.shape, generator=generator).float()
+    error = torch.randint(-64, 65, (columns + 5, out), generator=generator) / 16
+    which, code = slice(3, 3 + columns), torch.zeros_like(error)
+    kernels.round_columns(own := error.clone(), left := error.clone(), code, upper, group, scale, zero, which, grid)
+
+    wanted, errors, codes = error.double(), error.double(), torch.zeros_like(error).double()
+    points = None if zero is None else zero.double()
+    gptq.round_columns(wanted, errors, codes, upper.double(), group, scale.double(), points, which, grid)
+    assert code[which].unique().numel() > 1 or out == 1
+    for got, expected in ((own, wanted), (left, errors), (code, codes)):
+        assert torch.equal(got.double(), expected)

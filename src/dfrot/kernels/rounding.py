@@ -1,12 +1,15 @@
-"""The errors that the search for clip ratios compares, of all ratios in one pass over a weight."""
+"""What rounding weights computes: the errors that the search for clip ratios compares, of all ratios in one pass, and
+GPTQ's columns."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from dfrot.kernels.structures import computable, machine, native, pointer
 from dfrot.quant.affine import QParams
 from dfrot.quant.grids import Grid, IntGrid
+
+COLUMNS = 64  # that are rounded in one call
 
 
 def supported(weight: Tensor, grid: Grid) -> bool:
@@ -22,3 +25,21 @@ def clip_errors(rows: Float[Tensor, "rows size"], grid: Grid, tried: QParams) ->
     given = pointer(rows), *rows.shape, pointer(scale), pointer(zero), len(scale)
     native().dfrot_clip_errors(*machine(), *given, grid.lowest, grid.highest, pointer(errors))
     return errors
+
+
+def round_columns(
+    wanted: Float[Tensor, "in out"],
+    error: Float[Tensor, "in out"],
+    codes: Float[Tensor, "in out"],
+    upper: Float[Tensor, "in in"],
+    group: Int[Tensor, " in"],
+    scale: Float[Tensor, "groups out"],
+    zero: Float[Tensor, "groups out"] | None,
+    columns: slice,
+    grid: Grid,
+) -> None:
+    """As `dfrot.rounding.gptq.round_columns`, `COLUMNS` of them at a time."""
+    rows = tuple(tensor[columns] for tensor in (wanted, error, codes))
+    taken, groups = upper[columns, columns].contiguous(), group[columns].contiguous()
+    given = *map(pointer, rows), pointer(taken), pointer(groups), pointer(scale), pointer(zero)
+    native().dfrot_round_columns(*machine(), *given, wanted.shape[1], len(taken), grid.lowest, grid.highest)
