@@ -13,7 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from tests.browser import CHROMIUM
 from tests.shapes import check_shapes_only
-from tests.tiny_models import write_tiny_model
+from tests.tiny_models import MULTIMODAL, write_multimodal_model, write_tiny_model
 
 check_shapes_only()
 
@@ -28,7 +28,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
     def get(name: str) -> Path:
         if name not in made:
-            made[name] = write_tiny_model(name, tmp_path_factory.mktemp(name))
+            write = write_multimodal_model if name in MULTIMODAL else write_tiny_model
+            made[name] = write(name, tmp_path_factory.mktemp(name))
         return made[name]
 
     return get

@@ -18,22 +18,10 @@ from dfrot.models.source import open_source
 from dfrot.models.stream import logits_by_blocks, require_same_logits
 from dfrot.pipeline.estimate import Estimate
 from dfrot.system.errors import UserError
-from tests.tiny_models import MULTIMODAL, write_multimodal_model
+from tests.tiny_models import MULTIMODAL
 
 TOKENS = torch.arange(1, 49).view(2, 24)
 every_model = pytest.mark.parametrize("name", MULTIMODAL)
-
-
-@pytest.fixture(scope="module")
-def multimodal(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    made: dict[str, Path] = {}
-
-    def get(name: str) -> Path:
-        if name not in made:
-            made[name] = write_multimodal_model(name, tmp_path_factory.mktemp(name))
-        return made[name]
-
-    return get
 
 
 @torch.no_grad()
@@ -46,8 +34,8 @@ def close(found: torch.Tensor, expected: torch.Tensor, bound: float) -> bool:
 
 
 @every_model
-def test_text_alone_has_the_logits_that_the_whole_model_has(multimodal: Callable[[str], Path], name: str) -> None:
-    path = multimodal(name)
+def test_text_alone_has_the_logits_that_the_whole_model_has(tiny: Callable[[str], Path], name: str) -> None:
+    path = tiny(name)
     source, expected = open_source(str(path)), of_the_whole(path)
     assert source.part_of == name
     assert close(logits_by_blocks(source, TOKENS), expected, 1e-6)
@@ -57,9 +45,9 @@ def test_text_alone_has_the_logits_that_the_whole_model_has(multimodal: Callable
 
 @every_model
 def test_the_checkpoint_is_a_language_model_and_its_folds_leave_logits_alone(
-    multimodal: Callable[[str], Path], tmp_path: Path, name: str
+    tiny: Callable[[str], Path], tmp_path: Path, name: str
 ) -> None:
-    path = multimodal(name)
+    path = tiny(name)
     recipe = dfrot.Recipe.parse("quarot", "rtn", "w16a16kv16")
     made = dfrot.quantize(path, recipe, tmp_path / "out").path
     config = json.loads((made / "config.json").read_text())
@@ -68,8 +56,8 @@ def test_the_checkpoint_is_a_language_model_and_its_folds_leave_logits_alone(
     assert close(dfrot.load(made)[0](TOKENS).logits, of_the_whole(path), 1e-5)
 
 
-def test_in_four_bits_it_says_that_the_rest_is_left_out(multimodal: Callable[[str], Path], tmp_path: Path) -> None:
-    path = multimodal("gemma3")
+def test_in_four_bits_it_says_that_the_rest_is_left_out(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    path = tiny("gemma3")
     result = dfrot.quantize(path, dfrot.Recipe.parse("quarot", "rtn", "w4a4kv4", tune="none"), tmp_path / "out")
     assert "the language model of gemma3, without the rest: it reads text alone" in result.summary()
     model, tokenizer = dfrot.load(result.path)
@@ -77,8 +65,8 @@ def test_in_four_bits_it_says_that_the_rest_is_left_out(multimodal: Callable[[st
 
 
 @every_model
-def test_its_size_is_that_of_the_language_model(multimodal: Callable[[str], Path], name: str) -> None:
-    path = multimodal(name)
+def test_its_size_is_that_of_the_language_model(tiny: Callable[[str], Path], name: str) -> None:
+    path = tiny(name)
     tensors = load_file(path / "model.safetensors")
     others = ("vision", "visual", "multi_modal", "connector")
     of_text = [tensor for key, tensor in tensors.items() if not any(other in key for other in others)]
@@ -93,28 +81,28 @@ def test_its_size_is_that_of_the_language_model(multimodal: Callable[[str], Path
 
 @every_model
 def test_what_was_loaded_can_be_saved_as_a_language_model(
-    multimodal: Callable[[str], Path], tmp_path: Path, name: str
+    tiny: Callable[[str], Path], tmp_path: Path, name: str
 ) -> None:
-    dfrot.load(multimodal(name))[0].save_pretrained(tmp_path / "saved")
+    dfrot.load(tiny(name))[0].save_pretrained(tmp_path / "saved")
     saved, report = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", output_loading_info=True)
     assert not any(report.values())
-    assert close(saved.eval()(TOKENS).logits, of_the_whole(multimodal(name)), 1e-6)
+    assert close(saved.eval()(TOKENS).logits, of_the_whole(tiny(name)), 1e-6)
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_head_of_its_own_is_read_whatever_the_whole_says_of_ties(
-    multimodal: Callable[[str], Path], tmp_path: Path, tied: bool
+    tiny: Callable[[str], Path], tmp_path: Path, tied: bool
 ) -> None:
-    path = changed(multimodal("llava"), tmp_path / "new", lambda found: None, tie_word_embeddings=tied)
+    path = changed(tiny("llava"), tmp_path / "new", lambda found: None, tie_word_embeddings=tied)
     found = open_source(str(path))
     assert not found.tied
     assert torch.equal(found.head(), load_file(path / "model.safetensors")["language_model.lm_head.weight"])
 
 
 def test_tokens_that_end_a_text_and_an_older_chat_template_are_kept(
-    multimodal: Callable[[str], Path], tmp_path: Path
+    tiny: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    path = changed(multimodal("gemma3"), tmp_path / "new", lambda found: None, eos_token_id=[1, 7])
+    path = changed(tiny("gemma3"), tmp_path / "new", lambda found: None, eos_token_id=[1, 7])
     config = json.loads((path / "config.json").read_text())
     del config["text_config"]["eos_token_id"]
     (path / "config.json").write_text(json.dumps(config))
@@ -125,8 +113,8 @@ def test_tokens_that_end_a_text_and_an_older_chat_template_are_kept(
     assert tokenizer.chat_template == "{{ messages }}"
 
 
-def test_the_check_of_a_source_counts_the_whole_model(multimodal: Callable[[str], Path]) -> None:
-    source, recipe = open_source(str(multimodal("llava"))), dfrot.Recipe.parse("quarot", "rtn")
+def test_the_check_of_a_source_counts_the_whole_model(tiny: Callable[[str], Path]) -> None:
+    source, recipe = open_source(str(tiny("llava"))), dfrot.Recipe.parse("quarot", "rtn")
     alone = Estimate.of(replace(source, rest=()), recipe, check_source="always")
     assert Estimate.of(source, recipe, check_source="always").check > alone.check > 0
 
@@ -143,34 +131,30 @@ def changed(path: Path, to: Path, tensors: Callable[[dict[str, Any]], Any], **co
     return to
 
 
-def test_one_that_is_quantized_already_is_refused(multimodal: Callable[[str], Path], tmp_path: Path) -> None:
-    path = changed(
-        multimodal("llava"), tmp_path / "new", lambda found: None, quantization_config={"quant_method": "gptq"}
-    )
+def test_one_that_is_quantized_already_is_refused(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    path = changed(tiny("llava"), tmp_path / "new", lambda found: None, quantization_config={"quant_method": "gptq"})
     with pytest.raises(UserError, match="is quantized already"):
         open_source(str(path))
 
 
-def test_a_tensor_of_the_language_model_without_place_is_named(
-    multimodal: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_a_tensor_of_the_language_model_without_place_is_named(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     more = {"language_model.model.layers.0.extra.weight": torch.ones(3), "vision_tower.extra": torch.ones(3)}
-    path = changed(multimodal("llava"), tmp_path / "new", lambda found: found.update(more))
+    path = changed(tiny("llava"), tmp_path / "new", lambda found: found.update(more))
     with pytest.raises(UserError, match=r"hold 'model\.layers\.0\.extra\.weight'"):
         open_source(str(path))
 
 
-def test_without_the_language_model_it_is_refused(multimodal: Callable[[str], Path], tmp_path: Path) -> None:
+def test_without_the_language_model_it_is_refused(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     embedding = "language_model.model.embed_tokens.weight"
-    path = changed(multimodal("llava"), tmp_path / "new", lambda found: found.pop(embedding))
+    path = changed(tiny("llava"), tmp_path / "new", lambda found: found.pop(embedding))
     with pytest.raises(UserError, match=r"hold 0 tensors .…embed_tokens\.weight."):
         open_source(str(path))
 
 
 def test_one_that_computes_something_else_as_a_whole_is_refused(
-    multimodal: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = open_source(str(multimodal("llava")))
+    source = open_source(str(tiny("llava")))
     whole = transformers.LlavaForConditionalGeneration.forward
 
     def twice(self: Any, *args: Any, **words: Any) -> Any:
@@ -184,19 +168,19 @@ def test_one_that_computes_something_else_as_a_whole_is_refused(
 
 
 def test_a_decoder_that_transformers_has_no_language_model_of_is_named(
-    multimodal: Callable[[str], Path], tmp_path: Path
+    tiny: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    record = json.loads((multimodal("qwen3_vl") / "config.json").read_text())
+    record = json.loads((tiny("qwen3_vl") / "config.json").read_text())
     record["model_type"] = "qwen3_vl_moe"
     record["text_config"]["model_type"] = "qwen3_vl_moe_text"
-    path = changed(multimodal("qwen3_vl"), tmp_path / "new", lambda found: None, **record)
+    path = changed(tiny("qwen3_vl"), tmp_path / "new", lambda found: None, **record)
     with pytest.raises(UserError, match=r"'qwen3_vl_moe'.* no language model 'qwen3_vl_moe_text'"):
         open_source(str(path))
 
 
-def test_a_huge_number_of_layers_in_the_text_is_refused(multimodal: Callable[[str], Path], tmp_path: Path) -> None:
-    record = json.loads((multimodal("llava") / "config.json").read_text())
+def test_a_huge_number_of_layers_in_the_text_is_refused(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    record = json.loads((tiny("llava") / "config.json").read_text())
     record["text_config"] |= {"deeper": [{"num_hidden_layers": 10**9}]}
-    path = changed(multimodal("llava"), tmp_path / "new", lambda found: None, **record)
+    path = changed(tiny("llava"), tmp_path / "new", lambda found: None, **record)
     with pytest.raises(UserError, match="num_hidden_layers 1000000000; it is an integer"):
         open_source(str(path))

@@ -136,14 +136,13 @@ def load_tokenizer(path: Path) -> Any:
 def copy_tokenizer(path: Path, to: Path) -> None:
     """Copy tokenizer and settings; UserError if names in them lead elsewhere, SetupError if `to` cannot be written."""
     tokenizer = load_tokenizer(path)
+    if not tokenizer.chat_template and (older := path / "chat_template.json").is_file():  # as processors had it
+        tokenizer.chat_template = read_json(older).get("chat_template")
     with translate_io_errors(to):
         try:
             tokenizer.save_pretrained(to)
         except ValueError as error:
             raise UserError(f"the tokenizer of {path} cannot be kept: {error}") from error
-        if not tokenizer.chat_template and (older := path / "chat_template.json").is_file():  # as processors had it
-            tokenizer.chat_template = read_json(older).get("chat_template")
-            tokenizer.save_pretrained(to)
         if (settings := path / "generation_config.json").is_file():
             shutil.copyfile(settings, to / settings.name)
 

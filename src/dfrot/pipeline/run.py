@@ -115,11 +115,11 @@ def quantize(
     estimate.require_room(path)
     if estimate.warning:
         warnings.warn(estimate.warning, stacklevel=2)
-    if source.path.is_dir():
-        load_tokenizer(source.path)  # a model without one is refused before the work, not after it
+    if not source.path.is_dir():  # a GGUF file, which the tokenizer comes out of, too
+        source = open_source(str(model))
+    load_tokenizer(source.path)  # a model without one is refused before the work, not after it
     if source.pending:
         source = open_source(str(model))
-        load_tokenizer(source.path)
     if estimate.check:
         require_same_logits(source)
         give_freed_memory_back()

@@ -55,12 +55,11 @@ def clip_errors(rows: Float[Tensor, "rows size"], grid: Grid, tried: QParams) ->
 def _search_rows(
     rows: Float[Tensor, "rows size"], grid: Grid, scale_dtype: torch.dtype | None, errors: Errors
 ) -> QParams:
-    low, high = value_range(rows, grid, PerChannel())
-    clips = torch.tensor(grid.clips, dtype=rows.dtype, device=rows.device)[:, None, None]
+    low, high = value_range(rows, grid, PerChannel())  # (rows, 1)
+    clips = torch.tensor(grid.clips, dtype=rows.dtype, device=rows.device)[:, None]
 
     def clipped(clip: Tensor) -> QParams:
-        return qparams_of_range(None if low is None else low * clip, high * clip, grid, scale_dtype)
+        return qparams_of_range(None if low is None else low[:, 0] * clip, high[:, 0] * clip, grid, scale_dtype)
 
-    tried = clipped(clips)
-    error = errors(rows, grid, QParams(tried.scale[..., 0], None if tried.zero is None else tried.zero[..., 0]))
+    error = errors(rows, grid, clipped(clips))
     return clipped(clips[error.argmin(0), 0])  # of equals the first
